@@ -1,0 +1,1 @@
+"""Every contract that crosses a process or a disk: specs, Arrow table schemas, the run record, errors."""

@@ -1,0 +1,72 @@
+"""`run.json`: what a directory holds and where it comes from.
+
+Written once the manifest is frozen, so its presence is what makes a manifest count. It never holds credentials:
+sources are redacted and storage options are not part of it.
+"""
+
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from schemas.preprocessing import Preprocessing
+from schemas.tables import SCHEMA_VERSION
+
+
+class ModelRecord(BaseModel):
+    """The checkpoint, and what this run computes with it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    revision: str | None = None
+    family: str
+    architecture: str
+    digest: str
+    dtype: str
+    hidden_size: int
+    num_labels: int
+    pooled: str
+    multi_label: bool = False
+    preprocessing: Preprocessing
+
+
+class RunRecord(BaseModel):
+    """The content of `run.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = SCHEMA_VERSION
+    run_id: str
+    created: str
+    spec: dict[str, Any]
+    model: ModelRecord
+    versions: dict[str, str]
+    manifest_rows: int
+    manifest_parts: list[str]
+
+    def part_metadata(self) -> bytes:
+        """JSON for the Parquet metadata of a part, so that a part found alone says what it is."""
+        return json.dumps(
+            {
+                "schema_version": self.schema_version,
+                "run_id": self.run_id,
+                "created": self.created,
+                "spec": self.spec,
+                "model": self.model.model_dump(mode="json"),
+                "versions": self.versions,
+            },
+            sort_keys=True,
+        ).encode()
+
+
+def difference(recorded: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    """Lines `key: there … → now …` for every leaf that differs between two JSON-like dicts."""
+    lines = []
+    for key in sorted(recorded.keys() | wanted.keys()):
+        old, new = recorded.get(key), wanted.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += difference(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix}{key}: there {json.dumps(old)} → now {json.dumps(new)}")
+    return lines

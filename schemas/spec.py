@@ -1,0 +1,192 @@
+"""What a run is asked to do: `JobSpec`, strict, and the same from a TOML file.
+
+A key that does not exist is an error that names the nearest one that does.
+"""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from schemas.errors import SpecError
+
+FeatureName = Literal["cls", "pooled"]
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+FEATURE_NAMES: tuple[FeatureName, ...] = ("cls", "pooled")
+
+MIB = 1024 * 1024
+
+
+class Strict(BaseModel):
+    """Immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ActorRange(Strict):
+    """How many predictor actors: between `min` and `max`, scaled by Ray Data with the backlog."""
+
+    min: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ActorRange":
+        if self.max < self.min:
+            raise ValueError(f"MAX {self.max} is below MIN {self.min}")
+        return self
+
+    @classmethod
+    def parse(cls, text: str) -> "ActorRange":
+        """`4` or `2:8`."""
+        low, _, high = text.partition(":")
+        try:
+            return cls(min=int(low), max=int(high or low))
+        except ValueError as error:
+            raise SpecError(f"--actors {text}: expected N or MIN:MAX with 1 <= MIN <= MAX") from error
+
+
+class Shard(Strict):
+    """The `index`-th (from 0) of `count` equal row ranges of the manifest."""
+
+    index: int = Field(ge=0)
+    count: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _inside(self) -> "Shard":
+        if self.index >= self.count:
+            raise ValueError(f"shard {self.index} of {self.count}: shards count from 0 to {self.count - 1}")
+        return self
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """`0/4` … `3/4`."""
+        index, _, count = text.partition("/")
+        try:
+            return cls(index=int(index), count=int(count))
+        except ValueError as error:
+            raise SpecError(f"--shard {text}: expected I/N with 0 <= I < N, such as 0/4") from error
+
+
+class FetchSpec(Strict):
+    """How images are read. None of this changes the result, only how hard it is tried for."""
+
+    concurrency: int = Field(default=16, ge=1, description="reads in flight for each decoding task")
+    attempts: int = Field(default=4, ge=1, description="tries for throttling, resets and time-outs")
+    timeout_s: float = Field(default=60.0, gt=0, description="for one image, all tries together")
+    max_bytes: int = Field(default=256 * MIB, ge=1, description="a larger file becomes a failure row")
+    max_pixels: int = Field(default=100_000_000, ge=1, description="a larger picture becomes a failure row")
+
+
+class SinkSpec(Strict):
+    """When parts are committed and how large compaction makes them."""
+
+    commit_s: float = Field(default=30.0, gt=0, le=60.0, description="a part is committed at least this often")
+    part_bytes: int = Field(default=64 * MIB, ge=1, description="a part is committed at this size")
+    compact_bytes: int = Field(default=256 * MIB, ge=1, description="size that compaction aims at")
+
+
+class JobSpec(Strict):
+    """One run. Paths and URLs are strings as fsspec understands them; sizes in bytes, times in seconds."""
+
+    sources: tuple[str, ...] = Field(min_length=1)
+    model: str
+    out: str
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
+    task: Literal["embed", "classify"] = "embed"
+    features: tuple[FeatureName, ...] = ("cls", "pooled")
+    labels: int = Field(default=0, ge=0, description="how many labels an image, best first; 0 for none")
+    feature_dtype: Literal["float32", "float16"] = "float32"
+    dtype: DTypeName = "auto"
+    decode: Literal["exact", "fast"] = "exact"
+    image_size: Annotated[int, Field(ge=1)] | None = None
+    beit_final_norm: bool = Field(
+        default=False, description="apply the trained final norm of a BEiT pre-training checkpoint"
+    )
+    limit: Annotated[int, Field(ge=1)] | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    uri_column: str = "uri"
+    image_column: str = "image"
+    backend: Literal["torch", "triton", "null"] = "torch"
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    actors: ActorRange | None = Field(default=None, description="default: one a GPU, or what the cores carry")
+    gpus_per_actor: float = Field(default=0.0, ge=0)
+    shard: Shard = Shard(index=0, count=1)
+    max_failure_rate: float = Field(default=1.0, ge=0, le=1)
+    update: bool = False
+    fetch: FetchSpec = FetchSpec()
+    sink: SinkSpec = SinkSpec()
+    storage_options: dict[str, Any] = Field(default_factory=dict, repr=False, exclude=True)
+
+    @field_validator("features")
+    @classmethod
+    def _in_order_once(cls, value: tuple[FeatureName, ...]) -> tuple[FeatureName, ...]:
+        return tuple(name for name in FEATURE_NAMES if name in value)
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> "JobSpec":
+        if not self.features and not self.labels:
+            raise ValueError("neither features nor labels are asked for: the output would hold no result")
+        return self
+
+
+# Fields that decide what stands in the output. Two runs may share a directory only if these agree.
+RESULT_FIELDS = (
+    "sources",
+    "revision",
+    "features",
+    "labels",
+    "feature_dtype",
+    "decode",
+    "image_size",
+    "beit_final_norm",
+    "limit",
+    "include",
+    "exclude",
+    "uri_column",
+    "image_column",
+)
+
+
+def build_spec(values: dict[str, Any]) -> JobSpec:
+    """Validate `values` into a `JobSpec`.
+
+    Raises SpecError naming each offending key, the rule it broke and, for an unknown key, the nearest known one.
+    """
+    try:
+        return JobSpec.model_validate(values)
+    except ValidationError as error:
+        raise SpecError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """Values of a `--config` TOML file. Raises SpecError if it is absent or not TOML."""
+    try:
+        with Path(path).open("rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        raise SpecError(f"--config {path}: no such file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"--config {path} is not TOML: {error}") from None
+
+
+def _explain(item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    name = ".".join(location)
+    if item["type"] != "extra_forbidden":
+        return f"{name or 'spec'}: {item['msg'].removeprefix('Value error, ')} (given: {item['input']!r:.120})"
+    known = _known_keys(location[:-1])
+    near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+    hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
+    return f"unknown key `{name}` in the spec; {hint}"
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    model: type[BaseModel] = JobSpec
+    for part in location:
+        annotation = model.model_fields[part].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return sorted(model.model_fields)
