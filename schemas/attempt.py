@@ -1,0 +1,50 @@
+"""`attempts/*.json`: one file for each time somebody ran the command on a directory.
+
+The newest attempt of a shard is the one that may write; an older one that is still alive somewhere finds out
+before it makes a part visible, and stops. At its end an attempt writes what it did and how long it took.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+AttemptStatus = Literal["running", "done", "interrupted", "failed"]
+
+
+class StageSeconds(BaseModel):
+    """Seconds of work by stage, summed over all workers (so they can exceed the wall clock)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    fetch: float = 0.0
+    decode: float = 0.0
+    predict: float = 0.0
+    write: float = 0.0
+
+
+class AttemptRecord(BaseModel):
+    """One attempt. Times are ISO 8601 in UTC; `startup_s` ends with the first finished batch."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    attempt: int
+    shard_index: int
+    shard_count: int
+    started: str
+    host: str
+    pid: int
+    status: AttemptStatus = "running"
+    ended: str | None = None
+    command: str = "embed"
+    rows_planned: int = 0
+    images: int = 0
+    failures: int = 0
+    parts: int = 0
+    startup_s: float | None = None
+    wall_s: float | None = None
+    images_per_s: float | None = None
+    stage_seconds: StageSeconds = StageSeconds()
+    actors: int | None = None
+    decode_tasks: int | None = None
+    bottleneck: str | None = None
+    message: str | None = None
