@@ -7,6 +7,7 @@ s3fs, gcsfs and aiohttp read themselves.
 
 import errno
 import json
+import os
 import re
 import uuid
 from collections.abc import Mapping
@@ -101,7 +102,7 @@ def put_bytes(fs: AbstractFileSystem, path: str, data: bytes) -> None:
             with open(temporary, "wb") as file:
                 file.write(data)
                 file.flush()
-                _sync(file.fileno())
+                os.fsync(file.fileno())
             fs.mv(temporary, path)
         finally:
             if fs.exists(temporary):
@@ -110,12 +111,6 @@ def put_bytes(fs: AbstractFileSystem, path: str, data: bytes) -> None:
         raise
     except Exception as error:
         raise write_error(path, error) from error
-
-
-def _sync(descriptor: int) -> None:
-    import os
-
-    os.fsync(descriptor)
 
 
 def create_bytes(fs: AbstractFileSystem, path: str, data: bytes) -> bool:

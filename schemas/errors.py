@@ -66,9 +66,7 @@ class ImageError(Exception):
     `retryable` says whether the same bytes at the same place may succeed later.
     """
 
-    def __init__(
-        self, stage: Stage, error: str, message: str, *, retryable: bool = False, attempts: int = 1
-    ) -> None:
+    def __init__(self, stage: Stage, error: str, message: str, *, retryable: bool = False, attempts: int = 1) -> None:
         super().__init__(message)
         self.stage: Stage = stage
         self.error = error
@@ -80,7 +78,5 @@ class ImageError(Exception):
         return _rebuild_image_error, (self.stage, self.error, self.message, self.retryable, self.attempts)
 
 
-def _rebuild_image_error(
-    stage: Stage, error: str, message: str, retryable: bool, attempts: int
-) -> ImageError:
+def _rebuild_image_error(stage: Stage, error: str, message: str, retryable: bool, attempts: int) -> ImageError:
     return ImageError(stage, error, message, retryable=retryable, attempts=attempts)

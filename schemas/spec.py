@@ -82,9 +82,7 @@ class FetchSpec(Strict):
 class SinkSpec(Strict):
     """When parts are committed and how large compaction makes them."""
 
-    commit_s: float = Field(
-        default=30.0, gt=0, le=60.0, description="a part is committed at least this often"
-    )
+    commit_s: float = Field(default=30.0, gt=0, le=60.0, description="a part is committed at least this often")
     part_bytes: int = Field(default=64 * MIB, ge=1, description="a part is committed at this size")
     compact_bytes: int = Field(default=256 * MIB, ge=1, description="size that compaction aims at")
 
@@ -178,9 +176,7 @@ def _explain(item: Any) -> str:
     location = [str(part) for part in item["loc"]]
     name = ".".join(location)
     if item["type"] != "extra_forbidden":
-        return (
-            f"{name or 'spec'}: {item['msg'].removeprefix('Value error, ')} (given: {item['input']!r:.120})"
-        )
+        return f"{name or 'spec'}: {item['msg'].removeprefix('Value error, ')} (given: {item['input']!r:.120})"
     known = _known_keys(location[:-1])
     near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
     hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
