@@ -1,0 +1,75 @@
+"""Why an image could not be decoded, in words that a row of `failures/` can carry."""
+
+from schemas.errors import ImageError
+
+_KINDS = (
+    (b"%!PS", "PostScript, which is not decoded: it would start an external program"),
+    (b"\xc5\xd0\xd3\xc6", "EPS, which is not decoded: it would start an external program"),
+    (b"%PDF", "a PDF document"),
+    (b"PK\x03\x04", "a zip archive"),
+    (b"\x1f\x8b", "gzip-compressed data"),
+    (b"BZh", "bzip2-compressed data"),
+    (b"\xfd7zXZ", "xz-compressed data"),
+    (b"\x28\xb5\x2f\xfd", "zstd-compressed data"),
+    (b"PAR1", "a Parquet file"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"\x1aE\xdf\xa3", "a Matroska or WebM video"),
+    (b"\x00\x00\x01\xba", "an MPEG video"),
+    (b"\x00\x00\x01\xb3", "an MPEG video"),
+    (b"\xd7\xcd\xc6\x9a", "a Windows metafile, which is not decoded"),
+    (b"version https://git-lfs", "a Git LFS pointer instead of the file"),
+    (b"GRIB", "GRIB weather data"),
+    (b"BUFR", "BUFR weather data"),
+)
+_DAMAGED = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG", "PNG"),
+    (b"GIF8", "GIF"),
+    (b"II*\x00", "TIFF"),
+    (b"MM\x00*", "TIFF"),
+    (b"BM", "BMP"),
+    (b"\x00\x00\x00\x0cjP", "JPEG 2000"),
+)
+_TRUNCATED_WORDS = ("truncat", "premature", "unexpected end", "not enough image data", "end of file", "eof")
+
+
+def not_an_image(data: bytes) -> ImageError:
+    """No decoder recognises `data`: say what it looks like instead."""
+    if not data:
+        return ImageError("decode", "NotAnImage", "the file is empty (0 bytes)")
+    for magic, name in _DAMAGED:
+        if data.startswith(magic):
+            message = f"starts like a {name} but its header cannot be read: damaged or cut short ({len(data):,} bytes)"
+            return ImageError("decode", "Corrupt", message)
+    return ImageError("decode", "NotAnImage", f"{_likely_kind(data)}; first bytes: {data[:16].hex(' ')}")
+
+
+def _likely_kind(data: bytes) -> str:
+    for magic, kind in _KINDS:
+        if data.startswith(magic):
+            return f"not an image but {kind}"
+    head = data[:1024].lstrip().lower()
+    if head.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+        return "not an image but an HTML page (an error or log-in page under the image's address?)"
+    if b"<svg" in head:
+        return "SVG, a vector drawing, which is not decoded"
+    if head.startswith(b"<?xml"):
+        return "not an image but an XML document (an error message of the store?)"
+    if head.startswith((b"{", b"[")):
+        return "not an image but probably JSON"
+    if data[4:8] == b"ftyp":
+        return f"an ISO media file of brand {data[8:12]!r}, which no image decoder here reads (a video?)"
+    if not any(data[:256]):
+        return "not an image but zeros"
+    return "no known image format"
+
+
+def decode_failure(error: Exception, data: bytes) -> ImageError:
+    """The row for an exception that a decoder raised on `data`."""
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, MemoryError):
+        message = f"out of memory while decoding {len(data):,} bytes {text}".rstrip()
+        return ImageError("decode", "OutOfMemory", message, retryable=True)
+    if isinstance(error, EOFError) or any(word in text.lower() for word in _TRUNCATED_WORDS):
+        return ImageError("decode", "Truncated", f"the picture ends early: {text or 'end of file'}")
+    return ImageError("decode", "Corrupt", f"cannot be decoded: {type(error).__name__}: {text}")

@@ -1,0 +1,70 @@
+"""Which decoders may open a file, and their set-up for a process."""
+
+import functools
+import logging
+import warnings
+
+import pillow_heif
+from PIL import Image, ImageFile
+
+# Left out on purpose: EPS starts Ghostscript; IPTC opens what it wraps with any plugin, EPS included; WMF, BUFR,
+# GRIB, HDF5 and MPEG only identify a file and cannot decode it; FPX and MIC need a package that is not installed.
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "TIFF",
+    "BMP",
+    "HEIF",
+    "AVIF",
+    "JPEG2000",
+    "MPO",
+    "PPM",
+    "ICO",
+    "ICNS",
+    "PSD",
+    "TGA",
+    "DDS",
+    "QOI",
+    "BLP",
+    "CUR",
+    "DCX",
+    "DIB",
+    "FITS",
+    "FLI",
+    "FTEX",
+    "GBR",
+    "IM",
+    "IMT",
+    "MCIDAS",
+    "MSP",
+    "PCD",
+    "PCX",
+    "PIXAR",
+    "SGI",
+    "SPIDER",
+    "SUN",
+    "XBM",
+    "XPM",
+    "XVTHUMB",
+)
+
+
+@functools.cache
+def _register_once() -> None:
+    pillow_heif.register_heif_opener(thumbnails=False)
+    Image.init()
+
+
+def prepare_process() -> None:
+    """Register HEIC, and make Pillow strict and silent. Cheap to call again.
+
+    Pillow's own pixel limit is switched off because `max_pixels` is checked on every header instead, and its
+    warnings because a worker's log is no place for what belongs into a row.
+    """
+    _register_once()
+    Image.MAX_IMAGE_PIXELS = None
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif)\b")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)

@@ -1,0 +1,73 @@
+"""Resize and centre crop to the model's size, equal bit for bit to the reference image processors.
+
+The reference is the Pillow backend of the Hugging Face image processors: `Image.resize` on uint8, without
+`reducing_gap`, then a centre crop that pads with black where the picture is smaller than the crop.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from schemas.preprocessing import Preprocessing
+
+Pixels = NDArray[np.uint8]
+
+# Above this many pixels an intermediate (a 1 × 60,000 strip whose short edge is to become 256) would take
+# gigabytes; only the part that the crop keeps is computed then.
+MAX_INTERMEDIATE_PIXELS = 50_000_000
+
+
+def resized_size(width: int, height: int, preprocessing: Preprocessing) -> tuple[int, int]:
+    """Width and height after the resize and before the crop.
+
+    With `shortest_edge`, the longer edge is `int(shortest_edge * long / short)`: truncated, never rounded.
+    """
+    if preprocessing.resize is not None:
+        return preprocessing.resize[1], preprocessing.resize[0]
+    edge = preprocessing.shortest_edge
+    if edge is None:
+        return width, height
+    if width <= height:
+        return edge, int(edge * height / width)
+    return int(edge * width / height), edge
+
+
+def resize_and_crop(image: Image.Image, preprocessing: Preprocessing, out: Pixels) -> None:
+    """Write `image` (mode RGB, upright) into `out`, uint8 of shape (height, width, 3), contiguous."""
+    size = resized_size(*image.size, preprocessing)
+    resample = Image.Resampling(preprocessing.resample)
+    if preprocessing.crop is None:
+        out[:] = np.asarray(image.resize(size, resample) if size != image.size else image)
+        return
+    if size[0] * size[1] > MAX_INTERMEDIATE_PIXELS:
+        image, size = _resize_window(image, size, preprocessing.crop, resample)
+    elif size != image.size:
+        image = image.resize(size, resample)
+    _centre_crop(np.asarray(image), out)
+
+
+def _resize_window(
+    image: Image.Image, size: tuple[int, int], crop: tuple[int, int], resample: Image.Resampling
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Resize only what a centre crop of (height, width) `crop` keeps of the picture scaled to `size`."""
+    kept = min(size[0], crop[1]), min(size[1], crop[0])
+    left, top = (size[0] - kept[0]) // 2, (size[1] - kept[1]) // 2
+    scale_x, scale_y = image.width / size[0], image.height / size[1]
+    box = (left * scale_x, top * scale_y, (left + kept[0]) * scale_x, (top + kept[1]) * scale_y)
+    return image.resize(kept, resample, box=box), kept
+
+
+def _centre_crop(source: Pixels, out: Pixels) -> None:
+    rows, columns = _spans(source.shape[0], out.shape[0]), _spans(source.shape[1], out.shape[1])
+    if source.shape[0] < out.shape[0] or source.shape[1] < out.shape[1]:
+        out[:] = 0
+    out[rows[1], columns[1]] = source[rows[0], columns[0]]
+
+
+def _spans(size: int, crop: int) -> tuple[slice, slice]:
+    """Where a centre crop reads and where it writes, along one axis. An odd margin is larger in front."""
+    if size >= crop:
+        start = (size - crop) // 2
+        return slice(start, start + crop), slice(0, crop)
+    start = (crop - size + 1) // 2
+    return slice(0, size), slice(start, start + size)
