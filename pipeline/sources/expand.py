@@ -111,7 +111,7 @@ def _tar_table(entry: Entry, samples: list[dict[str, Any]]) -> pa.Table:
 
 
 def _plain_table(entries: list[Entry]) -> pa.Table:
-    fixed = {"size": [entry.size for entry in entries], "etag": [entry.etag for entry in entries]}
+    fixed: dict[str, list[Any]] = {"size": [entry.size for entry in entries], "etag": [entry.etag for entry in entries]}
     uris = pa.array([entry.uri for entry in entries], pa.string())
     return content_table(uris, fixed, pa.table({"_": pa.nulls(len(entries))}).select([]))
 

@@ -12,8 +12,8 @@ from pipeline.storage import Options, filesystem, redact
 
 SIDECARS = ("json", "cls", "txt")
 _IMAGE_SUFFIXES = frozenset(
-    ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "heic", "heif", "avif")
-    + ("ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "ico", "tga", "img")
+    {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "heic", "heif", "avif", "img"}
+    | {"ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "ico", "tga"}
 )
 _MAX_SIDECAR_BYTES = 1 << 20
 # Headers lie between the images; reading ahead in blocks of this size beats one request for each header.

@@ -1,0 +1,161 @@
+"""Replace sets of parts by other parts with the same rows, so that a glob never sees a row twice.
+
+A swap goes: write the new parts to `_swap/`, write the plan `_swap/plan.json`, delete the old parts, move the new
+ones in, delete the plan. Once the plan is there the swap will be finished, by this process or by the next command
+on the directory (`recover`); before that it never happened. In between a reader sees fewer rows, never more.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
+
+from pipeline.sinks import intervals
+from pipeline.sinks.intervals import Spans
+from pipeline.sinks.parts import FOLDERS, Part, encode, list_parts, part_name, read_row_numbers
+from pipeline.storage import Options, filesystem, is_local, join, put_bytes, read_json, write_error
+from schemas.tables import METADATA_KEY
+
+_STAGING = "_swap"
+_PLAN = "_swap/plan.json"
+# A part this close to the target stays as it is: rewriting it would gain nothing.
+_GOOD_FRACTION = 0.5
+
+
+def compact(out: str, target_bytes: int, storage_options: Options, first: int = 0, stop: int | None = None) -> int:
+    """Bring parts within rows [first, stop) to about `target_bytes`; returns how many parts went into larger ones.
+
+    Rows inside a new part ascend. Rows that stand twice are kept once: the copy in the earlier part.
+    """
+    fs, path = filesystem(out, storage_options)
+    recover(out, storage_options)
+    merged = 0
+    for folder in FOLDERS:
+        mine = [part for part in list_parts(fs, path) if part.folder == folder]
+        mine = [part for part in mine if part.first >= first and (stop is None or part.last < stop)]
+        for group in _groups(mine, target_bytes):
+            _swap(fs, path, group, [_merge(fs, path, group)])
+            merged += len(group)
+    return merged
+
+
+def remove_rows(out: str, folder: str, rows: Spans, storage_options: Options) -> int:
+    """Rewrite the parts of `folder` without `rows`; returns how many rows went."""
+    fs, path = filesystem(out, storage_options)
+    recover(out, storage_options)
+    removed = 0
+    for part in list_parts(fs, path):
+        if part.folder != folder or not len(intervals.intersect(rows, part.first, part.last + 1)):
+            continue
+        inside = intervals.contains(rows, read_row_numbers(fs, path, part))
+        if inside.any():
+            table = _read(fs, path, part)
+            _swap(fs, path, [part], [table.filter(pa.array(~inside))])
+            removed += int(inside.sum())
+    return removed
+
+
+def drop_repeats(out: str, twice: Spans, storage_options: Options) -> int:
+    """Leave one copy of each row in `twice`, which only a write by an orphaned worker can have made.
+
+    An image outweighs a failure; between parts of a kind the first by name stays. Returns how many copies went.
+    """
+    fs, path = filesystem(out, storage_options)
+    recover(out, storage_options)
+    kept = intervals.EMPTY
+    removed = 0
+    for part in sorted(list_parts(fs, path), key=lambda part: (FOLDERS.index(part.folder), part.name)):
+        rows = read_row_numbers(fs, path, part)
+        mine = intervals.contains(twice, rows)
+        again = intervals.contains(kept, rows)
+        kept = intervals.union([kept, intervals.from_rows(rows[mine])])
+        if again.any():
+            _swap(fs, path, [part], [_read(fs, path, part).filter(pa.array(~again))])
+            removed += int(again.sum())
+    return removed
+
+
+def recover(out: str, storage_options: Options) -> bool:
+    """Finish a swap that was cut short, or clear away one that never began. True if there was one to finish."""
+    fs, path = filesystem(out, storage_options)
+    plan = read_json(fs, join(path, _PLAN))
+    if plan is None:
+        _clear(fs, path)
+        return False
+    _carry_out(fs, path, plan)
+    return True
+
+
+def _groups(parts: list[Part], target_bytes: int) -> Iterator[list[Part]]:
+    """Neighbours in row order that together come to about `target_bytes`, where there are at least two."""
+    group: list[Part] = []
+    size = 0
+    for part in sorted(parts, key=lambda part: part.first):
+        if part.size >= target_bytes * _GOOD_FRACTION:
+            continue
+        if group and size + part.size > target_bytes:
+            if len(group) > 1:
+                yield group
+            group, size = [], 0
+        group.append(part)
+        size += part.size
+    if len(group) > 1:
+        yield group
+
+
+def _read(fs: AbstractFileSystem, out: str, part: Part) -> pa.Table:
+    with fs.open(join(out, part.path), "rb") as file:
+        table: pa.Table = pq.read_table(file)
+    return table
+
+
+def _merge(fs: AbstractFileSystem, out: str, group: list[Part]) -> pa.Table:
+    tables = [_read(fs, out, part) for part in sorted(group, key=lambda part: part.name)]
+    metadata = tables[0].schema.metadata
+    merged = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+    _, keep = np.unique(merged["row"].to_numpy(), return_index=True)
+    return merged.take(pa.array(keep)).replace_schema_metadata(metadata)
+
+
+def _swap(fs: AbstractFileSystem, out: str, old: list[Part], new: Iterable[pa.Table]) -> None:
+    names = []
+    for table in new:
+        if table.num_rows:
+            name = f"{old[0].folder}/{part_name(table['row'].to_numpy())}"
+            put_bytes(fs, join(out, _STAGING, name), encode(table, table.schema.metadata[METADATA_KEY]))
+            names.append(name)
+    plan = {"remove": [part.path for part in old if part.path not in names], "add": names}
+    put_bytes(fs, join(out, _PLAN), json.dumps(plan).encode())
+    _carry_out(fs, out, plan)
+
+
+def _carry_out(fs: AbstractFileSystem, out: str, plan: dict[str, list[str]]) -> None:
+    try:
+        for name in plan["remove"]:
+            if fs.exists(join(out, name)):
+                fs.rm_file(join(out, name))
+        for name in plan["add"]:
+            staged = join(out, _STAGING, name)
+            if fs.exists(staged):
+                _move(fs, staged, join(out, name))
+        fs.rm_file(join(out, _PLAN))
+    except OSError as error:
+        raise write_error(out, error) from error
+    _clear(fs, out)
+
+
+def _move(fs: AbstractFileSystem, source: str, target: str) -> None:
+    if is_local(fs):
+        fs.mv(source, target)
+    else:
+        fs.cp_file(source, target)
+        fs.rm_file(source)
+
+
+def _clear(fs: AbstractFileSystem, out: str) -> None:
+    staging = join(out, _STAGING)
+    if fs.exists(staging):
+        fs.rm(staging, recursive=True)

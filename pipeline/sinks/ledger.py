@@ -1,0 +1,55 @@
+"""What is done, read from what is visible: pending = manifest − superseded − images − failures."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from fsspec import AbstractFileSystem
+
+from pipeline.sinks import intervals
+from pipeline.sinks.intervals import Spans
+from pipeline.sinks.parts import Part, list_parts, read_row_numbers
+from pipeline.storage import Options, filesystem
+
+_READERS = 16
+
+
+class Ledger(NamedTuple):
+    """Rows done, as spans. `twice` holds rows that stand in more than one part, which must not be."""
+
+    parts: list[Part]
+    images: Spans
+    failures: Spans
+    twice: Spans
+
+    @property
+    def done(self) -> Spans:
+        """Rows that have ended in either place."""
+        return intervals.union([self.images, self.failures])
+
+
+def read_ledger(out: str, storage_options: Options) -> Ledger:
+    """List the parts under `out` and gather their rows. Only parts with gaps are opened."""
+    fs, path = filesystem(out, storage_options)
+    parts = list_parts(fs, path)
+    with ThreadPoolExecutor(_READERS) as pool:
+        covered = list(pool.map(lambda part: _spans(fs, path, part), parts))
+    images = [spans for part, spans in zip(parts, covered, strict=True) if part.folder == "images"]
+    failures = [spans for part, spans in zip(parts, covered, strict=True) if part.folder == "failures"]
+    return Ledger(parts, intervals.union(images), intervals.union(failures), intervals.overlap(covered))
+
+
+def _spans(fs: AbstractFileSystem, out: str, part: Part) -> Spans:
+    if part.dense:
+        return np.array([[part.first, part.last + 1]], np.int64)
+    return intervals.from_rows(read_row_numbers(fs, out, part))
+
+
+def shard_rows(total: int, index: int, count: int) -> tuple[int, int]:
+    """[first, stop) of one of `count` equal ranges of `total` rows."""
+    return total * index // count, total * (index + 1) // count
+
+
+def pending(ledger: Ledger, first: int, stop: int, superseded: Spans = intervals.EMPTY) -> Spans:
+    """Rows of [first, stop) that are neither done nor replaced by a newer version of the same object."""
+    return intervals.complement(intervals.union([ledger.done, superseded]), first, stop)

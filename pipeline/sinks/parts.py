@@ -1,0 +1,135 @@
+"""Parts: the Parquet files under `images/` and `failures/`.
+
+A part is named by the rows in it, so that a write that is tried again lands on the same name:
+`part-<first>-<last>-<count>-<digest of the row numbers>.parquet`. A part whose count fills its range is dense, and
+its rows are known without opening it.
+"""
+
+import hashlib
+import re
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
+
+from pipeline.storage import join, put_bytes, redact
+from schemas.tables import FAILURES_SCHEMA, METADATA_KEY
+
+FOLDERS = ("images", "failures")
+
+_NAME = re.compile(r"part-(\d{12,})-(\d{12,})-(\d+)-[0-9a-f]{12}\.parquet")
+# About a megabyte of addresses and small columns; keeps a filtered read from touching everything.
+_GROUP_ROWS = 1 << 14
+
+
+class Part(NamedTuple):
+    """A visible part: `folder` is `images` or `failures`; rows `first` to `last`, `rows` of them."""
+
+    folder: str
+    name: str
+    first: int
+    last: int
+    rows: int
+    size: int = 0
+
+    @property
+    def path(self) -> str:
+        """Relative to the run's directory."""
+        return f"{self.folder}/{self.name}"
+
+    @property
+    def dense(self) -> bool:
+        """Whether every row of its range is in it."""
+        return self.rows == self.last - self.first + 1
+
+
+def part_name(rows: npt.NDArray[np.int64]) -> str:
+    """The name of the part that holds exactly `rows` (ascending)."""
+    digest = hashlib.sha256(np.ascontiguousarray(rows, np.int64).tobytes()).hexdigest()[:12]
+    return f"part-{rows[0]:012d}-{rows[-1]:012d}-{len(rows)}-{digest}.parquet"
+
+
+def list_parts(fs: AbstractFileSystem, out: str) -> list[Part]:
+    """Every visible part, by folder and first row. Files that are no parts of ours are left alone."""
+    parts = []
+    for folder in FOLDERS:
+        try:
+            entries = fs.ls(join(out, folder), detail=True, refresh=True)
+        except FileNotFoundError:
+            continue
+        for entry in entries:
+            name = str(entry["name"]).rpartition("/")[2]
+            match = _NAME.fullmatch(name)
+            if match:
+                first, last, count = (int(text) for text in match.groups())
+                parts.append(Part(folder, name, first, last, count, int(entry["size"])))
+    return sorted(parts)
+
+
+def split(predicted: pa.Table, images_schema: pa.Schema) -> tuple[pa.Table, pa.Table]:
+    """Predicted rows as an `images` table and a `failures` table, each by ascending row.
+
+    Addresses lose their signatures here: what stands in the output is made to be shared.
+    """
+    ordered = predicted.sort_by("row")
+    uris = pa.array([redact(uri) for uri in ordered["uri"].to_pylist()], pa.string())
+    ordered = ordered.set_column(ordered.column_names.index("uri"), images_schema.field("uri"), uris)
+    failed = pc.is_valid(ordered["error"])
+    images = ordered.filter(pc.invert(failed)).select(images_schema.names).cast(images_schema)
+    return images, ordered.filter(failed).select(FAILURES_SCHEMA.names).cast(FAILURES_SCHEMA)
+
+
+def write_part(fs: AbstractFileSystem, out: str, folder: str, table: pa.Table, metadata: bytes) -> Part | None:
+    """Write `table` (ascending rows) as one part of `folder`; None for an empty table.
+
+    `metadata` is the run record as JSON. Raises OutputError naming the path.
+    """
+    if not table.num_rows:
+        return None
+    data = encode(table, metadata)
+    rows = table["row"].to_numpy()
+    name = part_name(rows)
+    put_bytes(fs, join(out, folder, name), data)
+    return Part(folder, name, int(rows[0]), int(rows[-1]), len(rows), len(data))
+
+
+def encode(table: pa.Table, metadata: bytes) -> bytes:
+    """`table` as the bytes of a Parquet file.
+
+    Floats are left uncompressed, since zstd takes time on them and gains next to nothing. Pages carry checksums,
+    which `verify` reads back.
+    """
+    compression = {}
+    for column in pq.ParquetFile(_probe(table.schema)).schema:
+        is_feature = column.path.split(".")[0] in {"cls", "pooled"}
+        compression[column.path] = "none" if is_feature else "zstd"
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table.replace_schema_metadata({METADATA_KEY: metadata}),
+        sink,
+        row_group_size=_GROUP_ROWS,
+        compression=compression,
+        use_dictionary=[path for path, codec in compression.items() if codec == "zstd"],
+        write_page_checksum=True,
+    )
+    return bytes(sink.getvalue())
+
+
+def _probe(schema: pa.Schema) -> pa.BufferReader:
+    """An empty file of this schema: Parquet's own names for nested columns."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), sink)
+    return pa.BufferReader(sink.getvalue())
+
+
+def read_row_numbers(fs: AbstractFileSystem, out: str, part: Part) -> npt.NDArray[np.int64]:
+    """The `row` column of a part, shape (part.rows,)."""
+    if part.dense:
+        return np.arange(part.first, part.last + 1, dtype=np.int64)
+    with fs.open(join(out, part.path), "rb") as file:
+        rows: npt.NDArray[np.int64] = pq.read_table(file, columns=["row"])["row"].to_numpy()
+    return rows

@@ -1,0 +1,201 @@
+"""Commit blocks as they come off the stream: a part each time enough bytes or seconds have gathered.
+
+The driver holds references only. Grouping happens here rather than in a Ray Data write stage, because such a stage
+is scheduled behind everything upstream of it on a busy machine, and knows no clock: a crash would lose all.
+"""
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from pipeline.sinks.attempts import Fence
+from pipeline.sinks.parts import split, write_part
+from pipeline.storage import filesystem
+from schemas.attempt import StageSeconds
+from schemas.errors import PatchstreamError
+from schemas.spec import SinkSpec
+
+_WRITES_IN_FLIGHT = 4
+_TICK_S = 0.2
+# What a signal leaves time for: Kubernetes grants 30 s before it kills.
+_DRAIN_S = 15.0
+
+
+class WriteJob(NamedTuple):
+    """All that a write task needs besides the rows."""
+
+    fence: Fence
+    images_schema: pa.Schema
+    metadata: bytes
+
+
+class Committed(NamedTuple):
+    """What one write made visible."""
+
+    images: int
+    failures: int
+    parts: int
+    seconds: StageSeconds
+
+
+def write_blocks(job: WriteJob, *blocks: pa.Table) -> Committed:
+    """Write the rows of `blocks` as at most one part of images and one of failures."""
+    started = time.perf_counter()
+    predicted = pa.concat_tables(blocks, promote_options="permissive")
+    images, failures = split(predicted, job.images_schema)
+    fs, path = filesystem(job.fence.out, job.fence.storage_options)
+    job.fence.check()
+    written = [
+        write_part(fs, path, "images", images, job.metadata),
+        write_part(fs, path, "failures", failures, job.metadata),
+    ]
+    seconds = StageSeconds(
+        fetch=_total(predicted, "fetch_s"),
+        decode=_total(predicted, "decode_s"),
+        predict=_total(predicted, "predict_s"),
+        write=time.perf_counter() - started,
+    )
+    return Committed(len(images), len(failures), sum(part is not None for part in written), seconds)
+
+
+class Received(NamedTuple):
+    """Progress between commits: rows that came off the stream and are on their way to a part."""
+
+    rows: int
+
+
+def commit_stream(bundles: Iterator[Any], job: WriteJob, sink: SinkSpec) -> Iterator[Received | Committed | None]:
+    """Drive `bundles` (Ray Data's block references) to their end and write them.
+
+    Yields what happened, and None about five times a second when nothing did. If the caller closes the generator
+    early, what was received is still written, for at most 15 seconds.
+    """
+    writes = _Writes(job)
+    feed = _Feed(bundles)
+    try:
+        for bundle in feed:
+            if bundle is not None:
+                writes.add(bundle)
+                yield Received(bundle.num_rows() or 0)
+            if writes.bytes >= sink.part_bytes or writes.waited_s >= sink.commit_s:
+                writes.submit()
+            yield from writes.finished(wait=len(writes.running) > _WRITES_IN_FLIGHT)
+            yield None
+        writes.submit()
+        while writes.running:
+            yield from writes.finished(wait=True)
+    except GeneratorExit:
+        feed.stop()
+        writes.drain(_DRAIN_S)
+        raise
+    finally:
+        feed.stop()
+
+
+class _Feed:
+    """Iterates `bundles` in a thread, so that the caller's clock ticks while the stream is silent."""
+
+    def __init__(self, bundles: Iterator[Any]) -> None:
+        self._bundles = bundles
+        self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=64)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="patchstream-feed", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            for bundle in self._bundles:
+                if not self._put(("bundle", bundle)):
+                    return
+            self._put(("end", None))
+        except BaseException as error:  # noqa: BLE001 - handed over to the caller's thread, which raises it
+            self._put(("error", error))
+
+    def _put(self, item: tuple[str, Any]) -> bool:
+        while not self._stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(item, timeout=_TICK_S)
+                return True
+        return False
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            try:
+                kind, value = self._queue.get(timeout=_TICK_S)
+            except queue.Empty:
+                yield None
+                continue
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+
+class _Writes:
+    """Gathers block references and keeps the write tasks in flight."""
+
+    def __init__(self, job: WriteJob) -> None:
+        self._job = ray.put(job)
+        # No CPU is asked for: a write waits on the disk or the network, and must not queue behind decoding.
+        self._task: Callable[..., Any] = ray.remote(num_cpus=0, max_retries=3)(write_blocks).remote
+        self._blocks: list[Any] = []
+        self._since = 0.0
+        self.bytes = 0
+        self.running: list[Any] = []
+
+    @property
+    def waited_s(self) -> float:
+        return time.monotonic() - self._since if self._blocks else 0.0
+
+    def add(self, bundle: Any) -> None:
+        if not self._blocks:
+            self._since = time.monotonic()
+        self._blocks += bundle.block_refs
+        self.bytes += bundle.size_bytes()
+
+    def submit(self) -> None:
+        if self._blocks:
+            self.running.append(self._task(self._job, *self._blocks))
+            self._blocks, self.bytes = [], 0
+
+    def finished(self, *, wait: bool) -> Iterator[Committed]:
+        if not self.running:
+            return
+        ready, self.running = ray.wait(
+            self.running, num_returns=len(self.running) if not wait else 1, timeout=None if wait else 0
+        )
+        for reference in ready:
+            yield _result(reference)
+
+    def drain(self, limit_s: float) -> None:
+        """Write what is held, for at most `limit_s` seconds."""
+        self.submit()
+        if self.running:
+            ready, _ = ray.wait(self.running, num_returns=len(self.running), timeout=limit_s)
+            for reference in ready:
+                _result(reference)
+
+
+def _result(reference: Any) -> Committed:
+    try:
+        committed: Committed = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, PatchstreamError):
+            raise error.cause from None
+        raise
+    return committed
+
+
+def _total(table: pa.Table, column: str) -> float:
+    return float(pc.sum(table[column]).as_py() or 0.0)

@@ -1,0 +1,93 @@
+"""Re-read everything: does the directory hold what it says, all of it, once?"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
+
+from pipeline.sinks import intervals
+from pipeline.sinks.intervals import Spans
+from pipeline.sinks.ledger import read_ledger
+from pipeline.sinks.parts import Part, part_name
+from pipeline.storage import Options, filesystem, join
+from schemas.run import RunRecord
+from schemas.tables import FAILURES_SCHEMA, METADATA_KEY
+
+
+class Verification(NamedTuple):
+    """Counts, and every problem in words; no problem means every row of the manifest is in exactly one place."""
+
+    manifest_rows: int
+    images: int
+    failures: int
+    pending: int
+    parts: int
+    problems: list[str]
+
+
+def verify(
+    out: str,
+    run: RunRecord,
+    superseded: Spans,
+    images_schema: pa.Schema,
+    storage_options: Options,
+    seen: Callable[[Part], None] = lambda part: None,
+) -> Verification:
+    """Read every part of `out` with page checksums and hold it against its name, the schema and the manifest.
+
+    `seen` is called after each part.
+    """
+    fs, path = filesystem(out, storage_options)
+    ledger = read_ledger(out, storage_options)
+    problems: list[str] = []
+    for part in ledger.parts:
+        schema = images_schema if part.folder == "images" else FAILURES_SCHEMA
+        problems += [f"{part.path}: {problem}" for problem in _check_part(fs, path, part, schema, run)]
+        seen(part)
+    if len(ledger.twice):
+        problems.append(f"{intervals.count(ledger.twice)} rows stand in more than one part: {_show(ledger.twice)}")
+    beyond = intervals.intersect(ledger.done, run.manifest_rows, np.iinfo(np.int64).max)
+    if len(beyond):
+        problems.append(f"{intervals.count(beyond)} rows are not in the manifest: {_show(beyond)}")
+    pending = intervals.complement(intervals.union([ledger.done, superseded]), 0, run.manifest_rows)
+    if len(pending):
+        problems.append(f"{intervals.count(pending)} rows of the manifest are in neither place: {_show(pending)}")
+    return Verification(
+        run.manifest_rows,
+        intervals.count(ledger.images),
+        intervals.count(ledger.failures),
+        intervals.count(pending),
+        len(ledger.parts),
+        problems,
+    )
+
+
+def _check_part(fs: AbstractFileSystem, out: str, part: Part, schema: pa.Schema, run: RunRecord) -> Iterator[str]:
+    try:
+        with fs.open(join(out, part.path), "rb") as file:
+            table = pq.read_table(file, page_checksum_verification=True)
+    except (OSError, pa.ArrowInvalid, pa.ArrowException) as error:
+        yield f"cannot be read ({error}); delete the file and run the same command again"
+        return
+    if not table.schema.equals(schema):
+        yield f"schema differs: {_schema_difference(table.schema, schema)}"
+    rows = table["row"].to_numpy()
+    if len(rows) and (np.any(np.diff(rows) <= 0) or part_name(rows) != part.name):
+        yield "the rows in it are not those that its name stands for"
+    if (table.schema.metadata or {}).get(METADATA_KEY) != run.part_metadata():
+        yield "its metadata is not that of this run"
+
+
+def _schema_difference(found: pa.Schema, wanted: pa.Schema) -> str:
+    mine = {field.name: str(field.type) for field in found}
+    theirs = {field.name: str(field.type) for field in wanted}
+    names = [name for name in {**theirs, **mine} if mine.get(name) != theirs.get(name)]
+    return ", ".join(f"{name} is {mine.get(name, 'missing')}, not {theirs.get(name, 'known')}" for name in names)
+
+
+def _show(spans: Spans, most: int = 5) -> str:
+    shown = [str(start) if stop == start + 1 else f"{start}–{stop - 1}" for start, stop in spans[:most].tolist()]
+    return ", ".join(shown) + (", …" if len(spans) > most else "")
