@@ -1,0 +1,115 @@
+"""The Parquet parts of a run: which there are, that they belong together, and streaming one column of them."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
+from numpy.typing import NDArray
+
+from pipeline.retrieval.arrays import Ints
+from pipeline.storage import is_local, join, redact
+from schemas.errors import OutputError
+from schemas.run import RunRecord, difference
+from schemas.tables import METADATA_KEY
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of `images/`. `bytes_` is its size on the store."""
+
+    path: str
+    name: str
+    bytes_: int
+    rows: int
+
+
+def list_parquet(fs: AbstractFileSystem, folder: str) -> list[tuple[str, int]]:
+    """Path and size of each visible Parquet file directly under `folder`, by name. Hidden names are unfinished."""
+    try:
+        entries = fs.ls(folder, detail=True, refresh=True) if not is_local(fs) else fs.ls(folder, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = [(str(entry["name"]), int(entry["size"] or 0)) for entry in entries if entry["type"] == "file"]
+    return sorted(item for item in found if _is_part(item[0].rpartition("/")[2]))
+
+
+def _is_part(name: str) -> bool:
+    return name.endswith(".parquet") and not name.startswith((".", "_"))
+
+
+def open_parquet(fs: AbstractFileSystem, path: str) -> pq.ParquetFile:
+    """A reader for `path` on any store. Raises OutputError if it is not Parquet."""
+    try:
+        return pq.ParquetFile(path if is_local(fs) else fs.open(path, "rb"))
+    except pa.ArrowInvalid as error:
+        raise OutputError(f"{redact(path)} is not a Parquet file ({error}); run `patchstream verify`") from error
+
+
+def list_parts(fs: AbstractFileSystem, root: str, record: RunRecord) -> tuple[list[Part], pa.Schema]:
+    """The parts of `root/images` and their common schema.
+
+    Raises OutputError if there is none, or if a part was computed by another model than `run.json` names.
+    """
+    parts, schema = [], None
+    for path, size in list_parquet(fs, join(root, "images")):
+        with open_parquet(fs, path) as file:
+            _check_same_model(path, file.schema_arrow, record)
+            schema = _same_schema(schema, file.schema_arrow, path)
+            parts.append(Part(path, path.rpartition("/")[2], size, file.metadata.num_rows))
+    if schema is None:
+        raise OutputError(f"{redact(root)}/images holds no finished part yet: let the run go on, then come back")
+    return parts, schema
+
+
+def _same_schema(schema: pa.Schema | None, other: pa.Schema, path: str) -> pa.Schema:
+    plain = other.remove_metadata()
+    if schema is not None and not schema.equals(plain):
+        raise OutputError(f"{redact(path)} has other columns than the parts before it; run `patchstream verify`")
+    return plain
+
+
+def _check_same_model(path: str, schema: pa.Schema, record: RunRecord) -> None:
+    # A part without our metadata was rewritten by another tool; its place in the directory speaks for it.
+    content = (schema.metadata or {}).get(METADATA_KEY)
+    if content is None:
+        return
+    there = json.loads(content).get("model", {})
+    wanted = record.model.model_dump(mode="json")
+    if there.get("digest") == wanted["digest"] and there.get("preprocessing") == wanted["preprocessing"]:
+        return
+    lines = "\n  ".join(difference(there, wanted, "model."))
+    raise OutputError(
+        f"{redact(path)} was computed by another model than run.json names, and vectors of two models cannot be "
+        f"compared:\n  {lines}\nMove that part to a directory of its own."
+    )
+
+
+def fingerprint(parts: list[Part], *more: str) -> str:
+    """Hex digest that changes when a part is added, removed or replaced."""
+    content = [*more, *(f"{part.name}:{part.bytes_}" for part in parts)]
+    return hashlib.sha256("\n".join(content).encode()).hexdigest()
+
+
+def stream_part(
+    fs: AbstractFileSystem, part: Part, name: str, dim: int, batch_rows: int
+) -> Iterator[tuple[Ints, NDArray[Any]]]:
+    """Row ids (n,) and vectors (n, D) of one part, in file order and as on disk. A null vector reads as NaN."""
+    with open_parquet(fs, part.path) as file:
+        for batch in file.iter_batches(batch_rows, columns=["row", name], use_threads=False):
+            yield batch.column("row").to_numpy(), vectors_of(batch.column(name), dim)
+
+
+def vectors_of(column: pa.FixedSizeListArray, dim: int) -> NDArray[Any]:
+    """(n, D) of a fixed-size-list column; no copy unless it holds nulls."""
+    if not column.null_count:
+        return np.asarray(column.flatten().to_numpy(zero_copy_only=False)).reshape(len(column), dim)
+    valid = column.is_valid().to_numpy(zero_copy_only=False)
+    vectors = np.full((len(column), dim), np.nan, column.type.value_type.to_pandas_dtype())
+    vectors[valid] = column.drop_null().flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
+    return vectors

@@ -1,0 +1,242 @@
+"""`FeatureStore`: what a run wrote, as tables, matrices and SQL. It reads `DIR` as it stands and needs nothing else."""
+
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+from fsspec import AbstractFileSystem
+from fsspec.implementations.dirfs import DirFileSystem
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from pipeline.retrieval.arrays import Floats, Ints, Preparation, Progress, no_progress
+from pipeline.retrieval.matrix import Matrix, map_matrix, prepare_matrix
+from pipeline.retrieval.output import list_folders
+from pipeline.retrieval.parts import Part, fingerprint, list_parquet, list_parts, stream_part
+from pipeline.storage import Options, filesystem, is_local, join, read_json, redact
+from schemas.errors import OutputError, SpecError
+from schemas.run import RunRecord
+from schemas.spec import FEATURE_NAMES
+from schemas.tables import FAILURES_SCHEMA, manifest_schema, user_fields
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class FeatureStore:
+    """A run's directory, opened for reading. Parts that appear after `open` are not seen: open it again.
+
+    `features` maps each feature's name to its dimension. Rows come in the order of the parts' names everywhere, so
+    `matrix(name)[i]` belongs to `rows()[i]` and to `table()[i]`.
+    """
+
+    def __init__(
+        self, fs: AbstractFileSystem, root: str, record: RunRecord, parts: list[Part], schema: pa.Schema
+    ) -> None:
+        self.fs = fs
+        self.root = root
+        self.record = record
+        self.parts = parts
+        self.schema = schema
+        self.features = {name: schema.field(name).type.list_size for name in FEATURE_NAMES if name in schema.names}
+        self.progress: Progress = no_progress
+        self._matrices: dict[str, Matrix] = {}
+
+    @classmethod
+    def open(cls, directory: str, storage_options: Options | None = None) -> "FeatureStore":
+        """Open a run's directory on any store.
+
+        Raises OutputError if it is not a run's, holds no part yet, or holds parts of several models.
+        """
+        fs, root = filesystem(str(directory), storage_options or {})
+        root = root.rstrip("/") or root
+        content = read_json(fs, join(root, "run.json"))
+        if content is None:
+            raise OutputError(_not_a_run(fs, root, directory))
+        try:
+            record = RunRecord.model_validate(content)
+        except ValidationError as error:
+            raise OutputError(f"{redact(root)}/run.json is not a run's record: {error}") from None
+        parts, schema = list_parts(fs, root, record)
+        return cls(fs, root, record, parts, schema)
+
+    def __len__(self) -> int:
+        return sum(part.rows for part in self.parts)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a part is added, removed or replaced."""
+        return fingerprint(self.parts, self.record.model.digest)
+
+    @cached_property
+    def replaced(self) -> Ints:
+        """Ids of rows that hold an older version of an object, which a later row holds anew."""
+        known = pads.field("replaces").is_valid()
+        newer = self.dataset("manifest").to_table(columns=["replaces"], filter=known)
+        rows: Ints = np.unique(newer.column("replaces").to_numpy())
+        return rows
+
+    def check_feature(self, name: str) -> int:
+        """The dimension of feature `name`. Raises OutputError saying which features there are."""
+        if name in self.features:
+            return int(self.features[name])
+        there = ", ".join(f"{key} ({dim})" for key, dim in self.features.items()) or "none"
+        raise OutputError(
+            f"{redact(self.root)} holds no feature `{name}`; it has: {there}. Features are chosen when the run starts "
+            f"(`patchstream embed … --features {name}`)."
+        )
+
+    def load(self, name: str = "cls") -> Matrix:
+        """Matrix, row ids and lengths of a feature, memory-mapped; made on the first call for this set of parts."""
+        if name not in self._matrices:
+            dim = self.check_feature(name)
+            dtype = self.schema.field(name).type.value_type.to_pandas_dtype()
+            self._matrices[name] = matrices.load_matrix(self.fs, self.root, self.parts, name, dim, dtype, self.progress)
+        return self._matrices[name]
+
+    def matrix(self, name: str = "cls", *, normalise: bool = False, centre: bool = False) -> NDArray[Any]:
+        """All vectors of a feature, (N, D), memory-mapped, in the dtype on disk and in the order of `rows()`.
+
+        With an option set, the result is a float32 copy in memory: `centre` takes the mean of the usable vectors
+        away, `normalise` scales each to length 1.
+        """
+        matrix = self.load(name)
+        if not (normalise or centre):
+            return matrix.vectors
+        prepare = self.preparation(name, normalise=normalise, centre=centre)
+        return prepare.apply(matrix.vectors.astype(np.float32, copy=False))
+
+    def preparation(self, name: str = "cls", *, normalise: bool = True, centre: bool = False) -> Preparation:
+        """How vectors of this feature are made comparable."""
+        return Preparation(normalise, self.load(name).mean() if centre else None)
+
+    def iter_features(self, name: str = "cls", batch_rows: int = 8192) -> Iterator[tuple[Ints, Floats]]:
+        """Row ids (n,) and vectors (n, D) float32, streamed from the parts; nothing is cached."""
+        dim = self.check_feature(name)
+        for part in self.parts:
+            for rows, vectors in stream_part(self.fs, part, name, dim, batch_rows):
+                yield rows, vectors.astype(np.float32, copy=False)
+
+    def rows(self, where: str | None = None) -> Ints:
+        """Row ids (N,), or those of the rows for which the SQL condition `where` holds."""
+        rows: Ints = self.table(["row"], where).column("row").to_numpy()
+        return rows
+
+    def table(self, columns: list[str] | None = None, where: str | None = None) -> pa.Table:
+        """Columns of `images/`, all by default, in memory. `where` is a condition in DuckDB's SQL, pushed down.
+
+        Raises SpecError for a column that is not there or a condition that DuckDB refuses.
+        """
+        names = columns if columns is not None else self.schema.names
+        missing = sorted(set(names) - set(self.schema.names))
+        if missing:
+            raise SpecError(f"no column {', '.join(missing)} in images/; there are: {', '.join(self.schema.names)}")
+        schema = pa.schema([self.schema.field(name) for name in names])
+        if where is None:
+            return self.dataset().to_table(columns=names)
+        selected = ", ".join(quote(name) for name in names)
+        return self.sql(f"SELECT {selected} FROM images WHERE ({where}\n)").cast(schema)
+
+    def to_pandas(self, columns: list[str] | None = None, where: str | None = None) -> "pd.DataFrame":
+        """`table` as a pandas frame; a vector becomes a NumPy array in its cell."""
+        frame: pd.DataFrame = self.table(columns, where).to_pandas()
+        return frame
+
+    def dataset(self, kind: str = "images") -> pads.Dataset:
+        """`images`, `manifest` or `failures` as a pyarrow dataset; of right schema and without rows if absent."""
+        if kind == "images":
+            return pads.dataset([part.path for part in self.parts], schema=self.schema, filesystem=self.fs)
+        paths = [path for path, _ in list_parquet(self.fs, join(self.root, kind))]
+        if paths:
+            return pads.dataset(paths, filesystem=self.fs)
+        empty = FAILURES_SCHEMA if kind == "failures" else manifest_schema(user_fields(self.schema))
+        return pads.dataset(empty.empty_table())
+
+    def connect(self) -> duckdb.DuckDBPyConnection:
+        """A DuckDB connection in memory.
+
+        Its views are `images`, `manifest`, `failures`, and `clusters_NAME` and `duplicates_NAME` for what there is.
+        """
+        connection = duckdb.connect()
+        if not is_local(self.fs):
+            connection.register_filesystem(DirFileSystem(path=self.root, fs=self.fs))
+        for kind in ("images", "manifest", "failures"):
+            self._add_view(connection, kind, join(self.root, kind))
+        for kind in ("clusters", "duplicates"):
+            for name in list_folders(self.fs, join(self.root, kind)):
+                self._add_view(connection, f"{kind}_{name}", join(self.root, kind, name))
+        return connection
+
+    def _add_view(self, connection: duckdb.DuckDBPyConnection, view: str, folder: str) -> None:
+        paths = [path for path, _ in list_parquet(self.fs, folder)]
+        if view == "images":
+            paths = [part.path for part in self.parts]
+        if paths:
+            # DuckDB claims s3:// and gs:// for its own drivers; under `dir://` it asks ours, with our credentials.
+            base = "" if is_local(self.fs) else self.root + "/"
+            files = ", ".join(literal(f"dir://{path.removeprefix(base)}" if base else path) for path in paths)
+            connection.execute(f"CREATE VIEW {quote(view)} AS SELECT * FROM read_parquet([{files}])")
+        elif view in {"manifest", "failures"}:
+            connection.register(view, self.dataset(view).to_table())
+
+    def sql(self, query: str) -> pa.Table:
+        """The result of one DuckDB query over the views of `connect`. Raises SpecError if DuckDB refuses it."""
+        with self.connect() as connection:
+            return run_query(connection, query)
+
+    def uris(self, rows: Ints) -> list[str]:
+        """The uri of each row id, in the order given. Raises SpecError naming ids that have no image."""
+        found = self.lookup(rows, ["uri"])
+        missing = [int(row) for row in rows if int(row) not in found]
+        if missing:
+            raise SpecError(f"row {missing[0]}: no such row in images/ (it may have failed; see failures/)")
+        return [found[int(row)]["uri"] for row in rows]
+
+    def lookup(self, rows: Ints, columns: list[str], kind: str = "images") -> dict[int, dict[str, Any]]:
+        """Columns of some rows of `images` or `manifest`, by row id."""
+        wanted = pa.array(np.unique(np.asarray(rows, np.int64)))
+        table = self.dataset(kind).to_table(columns=["row", *columns], filter=pads.field("row").isin(wanted))
+        return {item["row"]: item for item in table.to_pylist()}
+
+
+def run_query(connection: duckdb.DuckDBPyConnection, query: str) -> pa.Table:
+    """One query's result. Raises SpecError with DuckDB's own explanation."""
+    try:
+        relation = connection.sql(query)
+    except duckdb.Error as error:
+        raise SpecError(f"{_first_lines(error)}\nin: {query}") from None
+    if relation is None:
+        return pa.table({})
+    try:
+        return relation.to_arrow_table()
+    except duckdb.Error as error:
+        raise SpecError(f"{_first_lines(error)}\nin: {query}") from None
+
+
+def _first_lines(error: Exception) -> str:
+    return re.sub(r"\n+", "\n", str(error)).strip()
+
+
+def quote(name: str) -> str:
+    """`name` as an SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: str) -> str:
+    """`text` as an SQL string."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _not_a_run(fs: AbstractFileSystem, root: str, directory: str) -> str:
+    if not fs.exists(root):
+        return f"{redact(str(directory))}: no such directory"
+    names = sorted(str(path).rstrip("/").rpartition("/")[2] for path in fs.ls(root, detail=False))[:8]
+    return (
+        f"{redact(str(directory))} is not the directory of a run: it has no run.json "
+        f"(it holds: {', '.join(names) or 'nothing'}). Give the --out of `patchstream embed` or `classify`."
+    )
