@@ -96,7 +96,8 @@ class FeatureStore:
         if name not in self._matrices:
             dim = self.check_feature(name)
             dtype = self.schema.field(name).type.value_type.to_pandas_dtype()
-            self._matrices[name] = matrices.load_matrix(self.fs, self.root, self.parts, name, dim, dtype, self.progress)
+            folder = prepare_matrix(self.fs, self.root, self.parts, name, dim, dtype, self.progress)
+            self._matrices[name] = map_matrix(folder, name, self.replaced)
         return self._matrices[name]
 
     def matrix(self, name: str = "cls", *, normalise: bool = False, centre: bool = False) -> NDArray[Any]:
