@@ -44,6 +44,7 @@ class RunRecord(BaseModel):
     versions: dict[str, str]
     manifest_rows: int
     manifest_parts: list[str]
+    base_parts: int = 0  # the first so many parts are the first freeze; `--update` added the others
 
     def part_metadata(self) -> bytes:
         """JSON for the Parquet metadata of a part, so that a part found alone says what it is."""

@@ -1,0 +1,83 @@
+"""Attach to a Ray cluster, or start one on this machine for as long as the job lasts."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import ray
+
+from schemas.errors import ClusterError
+
+_MIB = 1 << 20
+# Blocks in flight are bounded far below this; more would only take memory from the models.
+_STORE_BYTES = 2048 * _MIB
+_STORE_SHARE = 0.2
+
+
+@contextlib.contextmanager
+def ray_session(address: str | None = None, *, verbose: bool = False, cpus: int | None = None) -> Iterator[None]:
+    """Ray for the duration of the block.
+
+    Attaches to `address` or `RAY_ADDRESS` when given, uses a session that is already open, or else starts a local
+    one and shuts it down at the end. Raises ClusterError when an address does not answer.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    quiet(verbose)
+    try:
+        ray.init(**(_attach(address) if address else _start(cpus)), **_logging(verbose))
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        if not address:
+            raise ClusterError(f"Ray could not be started on this machine: {error}") from error
+        raise ClusterError(
+            f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}); check the address, or unset "
+            "RAY_ADDRESS to run on this machine"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def quiet(verbose: bool) -> None:
+    """Keep Ray's own chatter out of the terminal unless asked for."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if not verbose:
+        for name in ("ray", "ray.data"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _attach(address: str) -> dict[str, Any]:
+    return {"address": address}
+
+
+def _start(cpus: int | None) -> dict[str, Any]:
+    available = psutil.virtual_memory().available
+    store = int(min(_STORE_BYTES, available * _STORE_SHARE))
+    return {
+        "address": "local",
+        "num_cpus": cpus,
+        "object_store_memory": max(store, 100 * _MIB),
+        "include_dashboard": False,
+    }
+
+
+def _logging(verbose: bool) -> dict[str, Any]:
+    return {
+        "log_to_driver": verbose,
+        "logging_level": logging.INFO if verbose else logging.ERROR,
+        "configure_logging": True,
+        "ignore_reinit_error": True,
+    }
+
+
+def resources() -> dict[str, float]:
+    """What the attached cluster has in all: `CPU`, `GPU`, `memory` and `object_store_memory` (bytes)."""
+    total: dict[str, float] = ray.cluster_resources()
+    return total

@@ -1,0 +1,111 @@
+"""How many actors, threads and decoding tasks, and how large a block: pure arithmetic on what the cluster has.
+
+On CPUs, actors and decoding tasks share the cores, and Ray's CPU numbers are bookkeeping, not walls. Actors
+book three quarters of every core they compute on, decoding tasks a quarter of one: both can always run, the kernel
+divides the time, and neither waits for the other.
+"""
+
+from typing import NamedTuple
+
+from schemas.errors import ClusterError
+from schemas.spec import ActorRange
+
+_BLOCK_BYTES = 8 << 20
+_TASK_ROWS = 1024
+_MAX_TASKS = 20_000
+_DECODE_CPUS = 0.25
+_ACTOR_CPUS_A_CORE = 0.75
+_SMALL_MACHINE_CPUS = 4
+_THREADS_ON_LARGER = 4
+
+
+class Cluster(NamedTuple):
+    """What Ray says the machines have: cores, GPUs, and bytes of memory and of object store."""
+
+    cpus: float
+    gpus: float
+    memory_bytes: float
+    object_store_bytes: float
+
+
+class Placement(NamedTuple):
+    """Resources for each stage. `batch_size` is the model's; `block_rows` is what travels between stages at once."""
+
+    actors: ActorRange
+    actor_cpus: float
+    actor_gpus: float
+    actor_memory_bytes: int
+    threads: int
+    decode_cpus: float
+    batch_size: int
+    block_rows: int
+    task_rows: int
+
+    def tasks(self, rows: int) -> int:
+        """Into how many decoding tasks `rows` are cut."""
+        return max(1, -(-rows // self.task_rows))
+
+
+def place(
+    cluster: Cluster,
+    *,
+    rows: int,
+    actors: ActorRange | None,
+    gpus_per_actor: float,
+    batch_size: int | None,
+    pixel_bytes: int,
+    model_bytes: int,
+) -> Placement:
+    """Placement for `rows` images of `pixel_bytes` each with a model of `model_bytes`.
+
+    Raises ClusterError when the GPUs asked for are not there.
+    """
+    cpus = max(1, int(cluster.cpus))
+    if gpus_per_actor:
+        _check_gpus(cluster, actors, gpus_per_actor)
+        threads, actor_cpus, decode_cpus = 0, 1.0, 1.0
+        chosen = actors or ActorRange(min=1, max=max(1, int(cluster.gpus / gpus_per_actor)))
+    else:
+        wanted = actors.max if actors else None
+        threads = _threads(cpus, wanted)
+        decode_cpus = _DECODE_CPUS
+        most = wanted or max(1, cpus // threads)
+        actor_cpus = min(threads * _ACTOR_CPUS_A_CORE, (cpus - _DECODE_CPUS) / most)
+        chosen = actors or ActorRange(min=most, max=most)
+    batch = batch_size or (256 if gpus_per_actor else 8)
+    blocks = max(1, _BLOCK_BYTES // max(1, pixel_bytes * batch)) if pixel_bytes else 4096 // batch
+    if gpus_per_actor:
+        blocks = max(blocks, 2)
+    # Small inputs: blocks small enough that every actor gets several.
+    block_rows = batch * max(1, min(blocks, rows // (batch * chosen.max * 4) or 1))
+    spread = -(-rows // (cpus * 4))
+    task_rows = max(block_rows, min(_TASK_ROWS, spread), -(-rows // _MAX_TASKS))
+    return Placement(
+        actors=chosen,
+        actor_cpus=actor_cpus,
+        actor_gpus=gpus_per_actor,
+        actor_memory_bytes=model_bytes,
+        threads=threads,
+        decode_cpus=decode_cpus,
+        batch_size=batch,
+        block_rows=block_rows,
+        task_rows=-(-task_rows // block_rows) * block_rows,
+    )
+
+
+def _threads(cpus: int, actors: int | None) -> int:
+    """Threads of a CPU actor. One thread needs no barriers, so it loses nothing to a decoder on the same core;
+    on larger machines four share the weights, which would otherwise be copied for every core."""
+    if actors:
+        return max(1, cpus // actors)
+    return 1 if cpus <= _SMALL_MACHINE_CPUS else _THREADS_ON_LARGER
+
+
+def _check_gpus(cluster: Cluster, actors: ActorRange | None, gpus_per_actor: float) -> None:
+    needed = gpus_per_actor * (actors.min if actors else 1)
+    if cluster.gpus < needed:
+        asked = f"--gpus-per-actor {gpus_per_actor:g}" + (f" × --actors {actors.min}" if actors else "")
+        raise ClusterError(
+            f"{asked} needs {needed:g} GPUs, the cluster has {cluster.gpus:g} GPUs and {cluster.cpus:g} CPUs. "
+            "Ask for fewer, add GPU nodes, or leave out --gpus-per-actor to run on CPUs"
+        )

@@ -1,0 +1,58 @@
+"""The Ray actor around a predictor: made once, warm before its first batch, then called block by block."""
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from pipeline.models import ModelInfo
+from pipeline.predictors.batches import Wanted
+from pipeline.predictors.triton_settings import TritonSettings
+
+Predictor = Callable[[pa.Table], pa.Table]
+
+
+class ActorJob(NamedTuple):
+    """Everything an actor needs to build its predictor. `dtype` is resolved, never `auto`."""
+
+    backend: str
+    model: ModelInfo | None
+    wanted: Wanted
+    dtype: str
+    batch_size: int
+    threads: int
+    cuda: bool
+    triton: TritonSettings | None
+
+
+class PredictActor:
+    """Callable class for `Dataset.map_batches`."""
+
+    def __init__(self, job: ActorJob) -> None:
+        if job.threads:
+            os.environ["OMP_NUM_THREADS"] = str(job.threads)
+        self._predict = build_predictor(job)
+
+    def __call__(self, decoded: pa.Table) -> pa.Table:
+        """Predicted table for a decoded one."""
+        return self._predict(decoded)
+
+
+def build_predictor(job: ActorJob) -> Predictor:
+    """The predictor that `job.backend` names, loaded and warm."""
+    if job.backend == "null":
+        from pipeline.predictors.null import NullPredictor
+
+        return NullPredictor(job.wanted)
+    if job.model is None:
+        raise ValueError(f"backend {job.backend} needs a model")
+    if job.backend == "triton":
+        from pipeline.predictors.triton import TritonPredictor
+
+        return TritonPredictor(job.model, job.wanted, job.triton)
+    from pipeline.predictors.torch_predictor import TorchPredictor
+
+    return TorchPredictor(
+        job.model, job.wanted, dtype=job.dtype, batch_size=job.batch_size, threads=job.threads, cuda=job.cuda
+    )

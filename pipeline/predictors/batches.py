@@ -1,0 +1,174 @@
+"""Arrow on the outside, NumPy on the inside: what every predictor shares."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from schemas.spec import FEATURE_NAMES, JobSpec
+from schemas.tables import LABEL, feature_field, predicted_schema, user_fields
+
+Floats = npt.NDArray[np.floating]
+
+
+class Wanted(NamedTuple):
+    """What a predictor has to deliver: features by name and width, and the best `labels` of `label_names`."""
+
+    features: tuple[str, ...]
+    dim: int
+    feature_dtype: str
+    labels: int
+    label_names: tuple[str, ...]
+    multi_label: bool
+
+    @property
+    def fields(self) -> list[pa.Field]:
+        """Output fields, in the order of the file."""
+        kind = pa.float16() if self.feature_dtype == "float16" else pa.float32()
+        features = [feature_field(name, self.dim, kind) for name in FEATURE_NAMES if name in self.features]
+        return features + ([pa.field("labels", pa.list_(LABEL))] if self.labels else [])
+
+
+def wanted_from(spec: JobSpec, dim: int, label_names: tuple[str, ...], multi_label: bool) -> Wanted:
+    """What `spec` asks of a model with `dim`-wide features and these labels (none: `labels` is 0)."""
+    top = min(spec.labels, len(label_names))
+    return Wanted(tuple(spec.features), dim, spec.feature_dtype, top, label_names, multi_label)
+
+
+class Predictions(NamedTuple):
+    """Arrays for n images: features (n, D) float32, scores and indices (n, k) best first, or None."""
+
+    features: Mapping[str, Floats]
+    scores: Floats | None = None
+    indices: npt.NDArray[np.integer] | None = None
+
+
+def good_rows(decoded: pa.Table) -> npt.NDArray[np.intp]:
+    """Positions in the batch of the rows that have pixels."""
+    return np.flatnonzero(pc.is_valid(decoded["pixels"]).to_numpy())
+
+
+def pixels_of(decoded: pa.Table, height: int, width: int) -> npt.NDArray[np.uint8]:
+    """Pixels of the rows that have some, (n, height, width, 3) uint8: a view of the Arrow buffer where it can be.
+
+    All pictures of a run have one size and a failed row holds no bytes, so the values lie end to end.
+    """
+    column = decoded["pixels"]
+    views = [_values(chunk) for chunk in column.chunks]
+    flat = views[0] if len(views) == 1 else np.concatenate(views or [np.empty(0, np.uint8)])
+    return flat.reshape(-1, height, width, 3)
+
+
+def _values(chunk: pa.Array) -> npt.NDArray[np.uint8]:
+    offsets = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+    if chunk.buffers()[2] is None or not len(chunk):
+        return np.empty(0, np.uint8)
+    data = np.frombuffer(chunk.buffers()[2], np.uint8)
+    if not chunk.null_count:
+        return data[offsets[0] : offsets[-1]]
+    valid = pc.is_valid(chunk).to_numpy(zero_copy_only=False)
+    lengths = np.diff(offsets)
+    if not lengths[~valid].any():
+        return data[offsets[0] : offsets[-1]]
+    return np.concatenate(
+        [data[a:b] for a, b, ok in zip(offsets[:-1], offsets[1:], valid, strict=True) if ok] or [np.empty(0, np.uint8)]
+    )
+
+
+def predicted_table(
+    decoded: pa.Table, good: npt.NDArray[np.intp], predictions: Predictions, wanted: Wanted, predict_s: float
+) -> pa.Table:
+    """The predicted table for a decoded one; `predictions` belong to the rows `good`.
+
+    A row whose features or scores are not finite becomes a failure. `predict_s` is shared out over good rows.
+    """
+    rows = decoded.num_rows
+    finite = _finite(predictions, len(good))
+    columns = {name: decoded[name] for name in decoded.column_names if name not in {"pixels", "predict_s"}}
+    if not finite.all():
+        bad = np.zeros(rows, bool)
+        bad[good[~finite]] = True
+        columns |= _mark_failed(decoded, bad, "NotFinite", "the model gave NaN or infinity for this image", False)
+    kept = good[finite]
+    for field in wanted.fields:
+        if field.name == "labels":
+            columns["labels"] = _labels(predictions, finite, kept, rows, wanted)
+        else:
+            columns[field.name] = _feature(predictions.features[field.name][finite], kept, rows, field)
+    seconds = np.zeros(rows, np.float32)
+    seconds[good] = predict_s / max(len(good), 1)
+    columns["predict_s"] = pa.array(seconds)
+    schema = predicted_schema(wanted.fields, user_fields(decoded.schema))
+    return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def failed_table(
+    decoded: pa.Table, good: npt.NDArray[np.intp], wanted: Wanted, error: str, message: str, *, retryable: bool
+) -> pa.Table:
+    """A predicted table in which all rows that had pixels failed in the predict stage."""
+    bad = np.zeros(decoded.num_rows, bool)
+    bad[good] = True
+    columns = {name: decoded[name] for name in decoded.column_names if name != "pixels"}
+    columns |= _mark_failed(decoded, bad, error, message, retryable)
+    schema = predicted_schema(wanted.fields, user_fields(decoded.schema))
+    for field in wanted.fields:
+        columns[field.name] = pa.nulls(decoded.num_rows, field.type)
+    return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def _finite(predictions: Predictions, count: int) -> npt.NDArray[np.bool_]:
+    finite = np.ones(count, bool)
+    for values in predictions.features.values():
+        finite &= np.isfinite(values).all(axis=1)
+    if predictions.scores is not None:
+        finite &= np.isfinite(predictions.scores).all(axis=1)
+    return finite
+
+
+def _mark_failed(
+    decoded: pa.Table, bad: npt.NDArray[np.bool_], error: str, message: str, retryable: bool
+) -> dict[str, pa.ChunkedArray]:
+    mask = pa.array(bad)
+    values = {"stage": "predict", "error": error, "message": message, "retryable": retryable}
+    marked = {name: pc.if_else(mask, value, decoded[name]) for name, value in values.items()}
+    attempts = pc.if_else(mask, pa.scalar(1, pa.int32()), decoded["attempts"])
+    return {**marked, "attempts": attempts}
+
+
+def _feature(values: Floats, kept: npt.NDArray[np.intp], rows: int, field: pa.Field) -> pa.Array:
+    numpy_type = field.type.value_type.to_pandas_dtype()
+    if len(kept) == rows:
+        flat = pa.array(np.ascontiguousarray(values, numpy_type).reshape(-1), field.type.value_type)
+        return pa.FixedSizeListArray.from_arrays(flat, type=field.type)
+    spread = np.zeros((rows, field.type.list_size), numpy_type)
+    spread[kept] = values
+    missing = np.ones(rows, bool)
+    missing[kept] = False
+    flat = pa.array(spread.reshape(-1), field.type.value_type)
+    return pa.FixedSizeListArray.from_arrays(flat, type=field.type, mask=pa.array(missing))
+
+
+def _labels(
+    predictions: Predictions, finite: npt.NDArray[np.bool_], kept: npt.NDArray[np.intp], rows: int, wanted: Wanted
+) -> pa.Array:
+    if predictions.scores is None or predictions.indices is None:
+        raise ValueError("labels are wanted but the model gave no scores")
+    indices = predictions.indices[finite].reshape(-1)
+    names = pa.array(wanted.label_names, pa.string()).take(pa.array(indices, pa.int64()))
+    scores = pa.array(predictions.scores[finite].reshape(-1), pa.float32())
+    values = pa.StructArray.from_arrays([pa.array(indices, pa.int32()), names, scores], fields=list(LABEL))
+    lengths = np.zeros(rows, np.int32)
+    lengths[kept] = wanted.labels
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    missing = np.ones(rows, bool)
+    missing[kept] = False
+    return pa.ListArray.from_arrays(pa.array(offsets), values, mask=pa.array(missing))
+
+
+def top_labels(scores: Floats, k: int) -> tuple[Floats, npt.NDArray[np.intp]]:
+    """The `k` best of each row: scores (n, k) and their indices (n, k), best first, ties by lower index."""
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, order, axis=1), order

@@ -1,0 +1,120 @@
+"""What a person wants to see while a job runs: counts, rates, time left, and which stage holds it up."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+from pipeline.placement import Placement
+from schemas.attempt import StageSeconds
+
+Phase = Literal["model", "listing", "starting", "running", "finishing"]
+
+_WINDOW_S = 15.0
+
+
+class Progress(NamedTuple):
+    """One look at a running job. Rows; images per second; seconds."""
+
+    phase: Phase
+    done: int = 0
+    total: int = 0
+    failures: int = 0
+    committed: int = 0
+    rate_now: float = 0.0
+    rate_mean: float = 0.0
+    left_s: float | None = None
+    bottleneck: str | None = None
+    note: str = ""
+
+
+Listener = Callable[[Progress], None]
+
+
+class Meter:
+    """Counts rows as they arrive and are committed, and turns the counts into rates."""
+
+    def __init__(self, total: int, done: int, failures: int, placement: Placement, decode_slots: int) -> None:
+        self.total = total
+        self.done = done
+        self.failures = failures
+        self.images = 0
+        self.failed = 0
+        self.parts = 0
+        self.seconds = StageSeconds()
+        self._before = done
+        self._placement = placement
+        self._decode_slots = decode_slots
+        self._started = time.monotonic()
+        self._first: tuple[float, int] | None = None
+        self._recent: deque[tuple[float, int]] = deque([(self._started, done)])
+
+    @property
+    def startup_s(self) -> float | None:
+        """Seconds until the first rows arrived."""
+        return self._first[0] - self._started if self._first else None
+
+    @property
+    def wall_s(self) -> float:
+        return time.monotonic() - self._started
+
+    @property
+    def rate_mean(self) -> float:
+        """Images per second since the first rows arrived; with those rows only over the whole time."""
+        now = time.monotonic()
+        if self._first and self.done > self._first[1] and now > self._first[0]:
+            return (self.done - self._first[1]) / (now - self._first[0])
+        return (self.done - self._before) / max(now - self._started, 1e-9)
+
+    def received(self, rows: int) -> None:
+        now = time.monotonic()
+        self.done += rows
+        if self._first is None:
+            self._first = (now, self.done)
+        self._recent.append((now, self.done))
+        while len(self._recent) > 2 and now - self._recent[0][0] > _WINDOW_S:
+            self._recent.popleft()
+
+    def committed(self, images: int, failures: int, parts: int, seconds: StageSeconds) -> None:
+        self.images += images
+        self.failed += failures
+        self.failures += failures
+        self.parts += parts
+        for name in StageSeconds.model_fields:
+            setattr(self.seconds, name, getattr(self.seconds, name) + getattr(seconds, name))
+
+    def look(self) -> Progress:
+        now = time.monotonic()
+        since, count = self._recent[0]
+        rate_now = (self.done - count) / max(now - since, 1e-9)
+        rate = self.rate_mean
+        left = (self.total - self.done) / rate if self.done > self._before and rate > 0 else None
+        return Progress(
+            phase="running" if self._first else "starting",
+            done=self.done,
+            total=self.total,
+            failures=self.failures,
+            committed=self._before + self.images + self.failed,
+            rate_now=rate_now,
+            rate_mean=rate,
+            left_s=left,
+            bottleneck=self.bottleneck(),
+        )
+
+    def bottleneck(self) -> str | None:
+        """The stage that is busiest for what it has: predict by actors, decode and fetch by decoding tasks."""
+        wall = self.wall_s - (self.startup_s or 0.0)
+        rows = self.images + self.failed
+        if not rows or wall <= 0:
+            return None
+        if not self._placement.actor_gpus:
+            # On CPUs everybody draws on the same cores: the larger share of the work is what to look at.
+            shares = {"predict": self.seconds.predict, "decode": self.seconds.decode}
+        else:
+            shares = {
+                "predict": self.seconds.predict / max(self._placement.actors.min, 1),
+                "decode": self.seconds.decode / max(self._decode_slots, 1),
+            }
+        name = max(shares, key=lambda stage: shares[stage])
+        waiting = self.seconds.fetch / max(self._decode_slots, 1) > max(shares.values())
+        return "fetch" if waiting else name

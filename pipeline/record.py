@@ -1,0 +1,168 @@
+"""The run record: made once, compared ever after, so that a directory never mixes two computations."""
+
+import importlib.metadata
+import json
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from typing import Any
+
+from fsspec import AbstractFileSystem
+from pydantic import ValidationError
+
+from pipeline.storage import Options, create_bytes, filesystem, join, put_bytes, read_json, redact
+from schemas.errors import OutputError
+from schemas.run import ModelRecord, RunRecord, difference
+from schemas.spec import RESULT_FIELDS, JobSpec
+
+_RECORDED_VERSIONS = ("patchstream", "torch", "ray", "pyarrow", "pillow", "pillow-heif", "simplejpeg", "numpy")
+# What must agree between two runs on one directory; the rest of the model record follows from these.
+_MODEL_IDENTITY = ("digest", "dtype", "pooled", "preprocessing")
+_FREEZE_WAIT_S = 3600.0
+_BEAT_S = 5.0
+
+
+def read_record(out: str, storage_options: Options) -> RunRecord | None:
+    """The record under `out`, or None where no run was ever started.
+
+    Raises OutputError when the file is there but is not ours.
+    """
+    fs, path = filesystem(out, storage_options)
+    try:
+        content = read_json(fs, join(path, "run.json"))
+        return None if content is None else RunRecord.model_validate(content)
+    except (ValidationError, json.JSONDecodeError) as error:
+        raise OutputError(
+            f"{redact(out)}/run.json is not a run record of this version ({str(error).splitlines()[0]}); "
+            "choose another --out"
+        ) from error
+
+
+def require_record(out: str, storage_options: Options) -> RunRecord:
+    """The record under `out`. Raises OutputError when there is none."""
+    record = read_record(out, storage_options)
+    if record is None:
+        raise OutputError(f"{redact(out)} holds no run: there is no run.json in it. Give the --out of an earlier run")
+    return record
+
+
+def new_record(spec: JobSpec, model: ModelRecord) -> RunRecord:
+    """A record with no manifest yet."""
+    return RunRecord(
+        run_id=uuid.uuid4().hex,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        spec=recorded_spec(spec),
+        model=model,
+        versions=_versions(),
+        manifest_rows=0,
+        manifest_parts=[],
+        base_parts=0,
+    )
+
+
+def recorded_spec(spec: JobSpec) -> dict[str, Any]:
+    """The part of a spec that decides the result, with addresses redacted and without credentials."""
+    values = spec.model_dump(mode="json", include=set(RESULT_FIELDS))
+    values["sources"] = [redact(source) for source in spec.sources]
+    return values
+
+
+def check_same(record: RunRecord, wanted: RunRecord, out: str) -> None:
+    """Raise OutputError with what differs if `wanted` is another computation than the one recorded."""
+    lines = difference(_identity(record), _identity(wanted))
+    if lines:
+        raise OutputError(
+            f"{redact(out)} holds another run, and one directory never mixes two:\n  "
+            + "\n  ".join(lines)
+            + "\nChoose another --out, or give the options of the run that is there"
+        )
+
+
+def check_empty(out: str, storage_options: Options) -> None:
+    """Raise OutputError if `out` has Parquet under images/ or failures/ but no record that explains it."""
+    fs, path = filesystem(out, storage_options)
+    for folder in ("images", "failures"):
+        found = _names(fs, join(path, folder))
+        if found:
+            raise OutputError(
+                f"{redact(out)}/{folder} already holds files ({found[0]}, …) but there is no run.json beside it; "
+                "choose another --out, so that a glob over it does not mix them with this run"
+            )
+
+
+def write_record(out: str, record: RunRecord, storage_options: Options) -> None:
+    """Make `record` the record of `out`; from here on its manifest counts."""
+    fs, path = filesystem(out, storage_options)
+    put_bytes(fs, join(path, "run.json"), record.model_dump_json(indent=1).encode())
+
+
+@contextmanager
+def freezing(out: str, storage_options: Options) -> Iterator[bool]:
+    """Let one of several jobs that start together freeze the inputs; the others wait until it has.
+
+    Yields True to the one that must do it. Raises OutputError when the other does not finish within an hour.
+    """
+    fs, path = filesystem(out, storage_options)
+    lock = join(path, "_freezing")
+    deadline = time.monotonic() + _FREEZE_WAIT_S
+    while not create_bytes(fs, lock, datetime.now(UTC).isoformat().encode()):
+        if read_record(out, storage_options) is not None and not fs.exists(lock):
+            yield False
+            return
+        if _stale(fs, lock):
+            _remove(fs, lock)
+        elif time.monotonic() > deadline:
+            raise OutputError(f"another job has been listing the sources for an hour; if it is dead, delete {lock}")
+        time.sleep(0.5)
+    done = threading.Event()
+    beat = threading.Thread(target=_beat, args=(fs, lock, done), daemon=True)
+    beat.start()
+    try:
+        yield read_record(out, storage_options) is None
+    finally:
+        done.set()
+        beat.join()
+        _remove(fs, lock)
+
+
+def _beat(fs: AbstractFileSystem, lock: str, done: threading.Event) -> None:
+    while not done.wait(_BEAT_S):
+        put_bytes(fs, lock, datetime.now(UTC).isoformat().encode())
+
+
+def _stale(fs: AbstractFileSystem, lock: str) -> bool:
+    """Whether the holder of the lock has been silent for several beats: it was killed."""
+    try:
+        content = fs.cat_file(lock).decode()
+    except FileNotFoundError:
+        return False
+    return bool(content) and (datetime.now(UTC) - datetime.fromisoformat(content)).total_seconds() > 4 * _BEAT_S
+
+
+def _remove(fs: AbstractFileSystem, path: str) -> None:
+    with suppress(FileNotFoundError):
+        fs.rm_file(path)
+
+
+def _identity(record: RunRecord) -> dict[str, Any]:
+    model = record.model.model_dump(mode="json")
+    return {"spec": record.spec, "model": {name: model[name] for name in _MODEL_IDENTITY}}
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _RECORDED_VERSIONS:
+        versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _names(fs: AbstractFileSystem, folder: str) -> list[str]:
+    try:
+        names = [str(name).rpartition("/")[2] for name in fs.ls(folder, detail=False)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(name for name in names if name and not name.startswith("."))
