@@ -1,0 +1,168 @@
+"""What a network is made of, and which tensors that takes.
+
+`Architecture` is read from a checkpoint's config and shapes by the files in `formats/`; the networks in `vit.py` and
+`beit.py` are built from it alone. `tensor_shapes` gives the tensors under our own names, before anything is folded:
+the common tongue into which each format translates its own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Network = Literal["vit", "beit"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
+QkvBias = Literal["all", "query_value", "none"]
+Positions = Literal["none", "patches", "all"]
+Resize = Literal["bicubic", "bicubic_antialias", "bilinear", "bilinear_corners"]
+Pooled = Literal[
+    "pooler",
+    "mean_patch_tokens",
+    "layernormed_mean_patch_tokens",
+    "mean_all_tokens",
+    "cls",
+    "layernormed_cls",
+    "attention_pool",
+    "projected_cls",
+]
+HeadInput = Literal["none", "cls", "pooled", "cls_and_mean", "cls_and_distillation"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A vision transformer, described. Sizes in pixels are (height, width); a grid is counted in patches.
+
+    `positions`: whether learned absolute positions cover only the patches or the prefix tokens (CLS, distillation)
+    too. `position_resize`: how the checkpoint's own library brings them to another grid. `pool_norm`: a LayerNorm
+    behind the pooling (`layernormed_…`); `pool_norm_trained` is false where the reference library makes one up
+    (weight 1, bias 0). `head_input`: what the classifier reads.
+    """
+
+    network: Network
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    patch_size: tuple[int, int]
+    trained_size: tuple[int, int]
+    epsilon: float
+    activation: Activation = "gelu"
+    swiglu: bool = False
+    patch_bias: bool = True
+    qkv_bias: QkvBias = "all"
+    class_token: bool = True
+    distillation_token: bool = False
+    registers: int = 0
+    positions: Positions = "all"
+    position_resize: Resize = "bicubic"
+    relative_positions: Literal["none", "shared", "each"] = "none"
+    pre_norm: bool = False
+    layer_scale: bool = False
+    final_norm: bool = True
+    pooled: Pooled = "mean_patch_tokens"
+    pool_norm_trained: bool = True
+    projection_width: int = 0
+    projection_bias: bool = True
+    head_input: HeadInput = "none"
+    num_labels: int = 0
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens in front of the patches: CLS, distillation, registers."""
+        return int(self.class_token) + int(self.distillation_token) + self.registers
+
+    @property
+    def trained_grid(self) -> tuple[int, int]:
+        """Patches (down, across) that the position table was trained on."""
+        return self.grid(self.trained_size)
+
+    @property
+    def feature_width(self) -> int:
+        """Width of `pooled`."""
+        return self.projection_width or self.width
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Patches (down, across) of an image of `size` pixels."""
+        return size[0] // self.patch_size[0], size[1] // self.patch_size[1]
+
+
+Shape = tuple[int, ...]
+
+
+def relative_table_rows(grid: tuple[int, int]) -> int:
+    """Rows of BEiT's relative position table: every offset between two patches, and three for CLS."""
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+
+
+def tensor_shapes(a: Architecture) -> dict[str, Shape]:
+    """Name → shape of every tensor that the architecture needs, in our names."""
+    d = a.width
+    shapes: dict[str, Shape] = {"patch.weight": (d, 3, *a.patch_size)}
+    if a.patch_bias:
+        shapes["patch.bias"] = (d,)
+    if a.class_token:
+        shapes["cls_token"] = (1, 1, d)
+    if a.distillation_token:
+        shapes["distillation_token"] = (1, 1, d)
+    if a.registers:
+        shapes["registers"] = (1, a.registers, d)
+    if a.positions != "none":
+        covered = (int(a.class_token) + int(a.distillation_token)) if a.positions == "all" else 0
+        shapes["positions"] = (1, covered + a.trained_grid[0] * a.trained_grid[1], d)
+    if a.relative_positions == "shared":
+        shapes["relative_table"] = (relative_table_rows(a.trained_grid), a.heads)
+    if a.pre_norm:
+        shapes |= _affine("pre_norm", (d,))
+    for i in range(a.depth):
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in _block_shapes(a).items()}
+    if a.final_norm:
+        shapes |= _affine("norm", (d,))
+    return shapes | _readout_shapes(a)
+
+
+def _affine(name: str, weight: Shape, bias: bool = True) -> dict[str, Shape]:
+    return {f"{name}.weight": weight} | ({f"{name}.bias": weight[:1]} if bias else {})
+
+
+def _block_shapes(a: Architecture) -> dict[str, Shape]:
+    d = a.width
+    shapes = _affine("norm1", (d,)) | _affine("norm2", (d,)) | _affine("out", (d, d))
+    shapes |= _affine("qkv", (3 * d, d), bias=a.qkv_bias != "none")
+    shapes |= _affine("fc1", ((1 + a.swiglu) * a.mlp_width, d)) | _affine("fc2", (d, a.mlp_width))
+    if a.relative_positions == "each":
+        shapes["relative_table"] = (relative_table_rows(a.trained_grid), a.heads)
+    if a.layer_scale:
+        shapes |= {"scale1": (d,), "scale2": (d,)}
+    return shapes
+
+
+def _readout_shapes(a: Architecture) -> dict[str, Shape]:
+    d = a.width
+    shapes: dict[str, Shape] = {}
+    if a.pooled == "pooler":
+        shapes |= _affine("pooler", (a.feature_width, d))
+    if a.pooled in ("layernormed_mean_patch_tokens", "layernormed_cls", "projected_cls") and a.pool_norm_trained:
+        shapes |= _affine("pool_norm", (d,))
+    if a.pooled == "projected_cls" and a.projection_width:
+        shapes |= _affine("projection", (a.projection_width, d), bias=a.projection_bias)
+    if a.pooled == "attention_pool":
+        shapes |= {"attention_pool.probe": (1, 1, d)}
+        shapes |= _affine("attention_pool.qkv", (3 * d, d)) | _affine("attention_pool.out", (d, d))
+        shapes |= _affine("attention_pool.norm", (d,))
+        shapes |= _affine("attention_pool.fc1", (a.mlp_width, d)) | _affine("attention_pool.fc2", (d, a.mlp_width))
+    if a.head_input != "none":
+        read = {"pooled": a.feature_width, "cls_and_mean": 2 * d}.get(a.head_input, d)
+        shapes |= _affine("head", (a.num_labels, read))
+    if a.head_input == "cls_and_distillation":
+        shapes |= _affine("distillation_head", (a.num_labels, d))
+    return shapes
+
+
+def parameter_count(shapes: Mapping[str, Shape]) -> int:
+    """How many numbers the tensors hold together."""
+    total = 0
+    for shape in shapes.values():
+        count = 1
+        for size in shape:
+            count *= size
+        total += count
+    return total

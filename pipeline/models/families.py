@@ -1,0 +1,23 @@
+"""The table of everything that loads. A new format is one file in `formats/` and one row here."""
+
+from pipeline.models.formats import hf_beit, hf_vit
+from pipeline.models.formats.format import Config, Format, Shapes
+from schemas.errors import CheckpointError
+
+FORMATS: tuple[Format, ...] = (
+    hf_vit.FORMAT,
+    hf_beit.FORMAT,
+)
+
+
+def recognise(config: Config, shapes: Shapes, where: str) -> tuple[Format, str]:
+    """The format of a checkpoint, and why it is taken for it. Raises CheckpointError if none fits."""
+    for candidate in FORMATS:
+        reason = candidate.recognise(config, shapes)
+        if reason:
+            return candidate, reason
+    given = config.get("model_type") or config.get("architecture") or "no model_type in config.json"
+    known = ", ".join(sorted({f"{row.family} ({row.layout})" for row in FORMATS}))
+    raise CheckpointError(
+        f"{where}: this checkpoint is of a family that is not supported ({given}). Supported are: {known}."
+    )

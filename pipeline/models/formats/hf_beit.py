@@ -1,0 +1,95 @@
+"""BEiT in Hugging Face layout: BeitModel, BeitForImageClassification, BeitForMaskedImageModeling.
+
+A pre-training checkpoint (BeitForMaskedImageModeling) keeps its trained final norm outside the body. `BeitModel` loaded
+from it drops that norm: its last hidden state is not normalised, and its pooler output is a LayerNorm without trained
+weights over the mean of the patch tokens. That is what we match unless the final norm is asked for.
+"""
+
+from pipeline.models.architecture import Architecture, Pooled
+from pipeline.models.formats.format import Config, Format, Shapes, Spelling
+from pipeline.models.formats.hugging_face import (
+    DEFAULTS,
+    SPELLING,
+    by_model_type,
+    classes,
+    common,
+    has,
+    prefixed,
+    saved_as,
+)
+
+DEFAULTS_BEIT = {
+    **DEFAULTS,
+    "use_absolute_position_embeddings": False,
+    "use_relative_position_bias": False,
+    "use_shared_relative_position_bias": False,
+    "layer_scale_init_value": 0.1,
+    "use_mean_pooling": True,
+    "beit_final_norm": False,
+}
+
+
+def is_pretraining(config: Config, shapes: Shapes) -> bool:
+    """Whether the checkpoint predicts visual tokens."""
+    return saved_as(config) == "BeitForMaskedImageModeling" or has(shapes, "lm_head.weight")
+
+
+def architecture(config: Config, shapes: Shapes) -> Architecture:
+    """`beit_final_norm` (put into the config by the caller) applies the trained norm of a pre-training checkpoint."""
+    config = {**DEFAULTS_BEIT, **config}
+    mean_pooling = config["use_mean_pooling"]
+    final_norm = not mean_pooling or (is_pretraining(config, shapes) and config["beit_final_norm"])
+    trained = has(shapes, "pooler.layernorm.weight", "beit.pooler.layernorm.weight")
+    pooled: Pooled = "layernormed_mean_patch_tokens" if mean_pooling else "cls"
+    if final_norm and mean_pooling:
+        pooled = "mean_patch_tokens"
+    shared, each = config["use_shared_relative_position_bias"], config["use_relative_position_bias"]
+    labels = classes(config, shapes)
+    return Architecture(
+        network="beit",
+        **common(config),
+        qkv_bias="query_value",
+        positions="all" if config["use_absolute_position_embeddings"] else "none",
+        relative_positions="shared" if shared else "each" if each else "none",
+        layer_scale=config["layer_scale_init_value"] > 0,
+        final_norm=final_norm,
+        pooled=pooled,
+        pool_norm_trained=trained or labels > 0,
+        head_input="pooled" if labels else "none",
+        num_labels=labels,
+    )
+
+
+def spell(a: Architecture, shapes: Shapes) -> Spelling:
+    """The trained norm of a pre-training checkpoint is the top-level `layernorm`, beside the body `beit.`."""
+    body: Spelling = {
+        **SPELLING,
+        "blocks.{i}.scale1": "encoder.layer.{i}.lambda_1",
+        "blocks.{i}.scale2": "encoder.layer.{i}.lambda_2",
+        "relative_table": "encoder.relative_position_bias.relative_position_bias_table",
+        "blocks.{i}.relative_table": (
+            "encoder.layer.{i}.attention.attention.relative_position_bias.relative_position_bias_table"
+        ),
+        "pool_norm": "pooler.layernorm",
+    }
+    spelling = prefixed(body, "beit.", shapes) | {"head": "classifier"}
+    if a.pooled == "mean_patch_tokens":
+        spelling["norm"] = "layernorm"
+    return spelling
+
+
+FORMAT = Format(
+    family="beit",
+    layout="Hugging Face",
+    examples="microsoft/beit-large-patch16-224-pt22k, microsoft/beit-base-patch16-224-pt22k-ft22k",
+    test="tests/models/test_models_parity.py",
+    recognise=by_model_type("beit"),
+    architecture=architecture,
+    spell=spell,
+    ignored=(
+        r"(beit\.)?embeddings\.mask_token",
+        r".*relative_position_index",
+        r"lm_head\.(weight|bias)",
+        r"layernorm\.(weight|bias)",
+    ),
+)

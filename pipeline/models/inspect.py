@@ -1,0 +1,140 @@
+"""What a checkpoint is, before anything heavy is done with it."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.models.architecture import Architecture, parameter_count, tensor_shapes
+from pipeline.models.families import recognise
+from pipeline.models.formats.format import Config
+from pipeline.models.preprocessing import read_preprocessing
+from pipeline.models.remap import Plan, check, plan
+from pipeline.models.resolve import resolve
+from pipeline.models.weights import Weights, find_weights, read_json, read_shapes
+from schemas.errors import CheckpointError
+from schemas.preprocessing import Preprocessing
+
+HASH_CHUNK_BYTES = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A checkpoint, described. Small and picklable: it travels to the actors, which load by it.
+
+    `name` is what the user gave; `revision` the commit of a hub model. `digest` is the SHA-256 over config and
+    weights. `pooled` says which image-level representation `pooled` is, and `pooled_size` its width. `labels` are in
+    the order of the logits, empty without a classifier. `plan` says how the tensors map to ours.
+    """
+
+    name: str
+    revision: str | None
+    folder: str
+    family: str
+    layout: str
+    architecture: str
+    digest: str
+    hidden_size: int
+    pooled_size: int
+    has_cls: bool
+    num_labels: int
+    labels: tuple[str, ...]
+    multi_label: bool
+    pooled: str
+    preprocessing: Preprocessing
+    parameters: int
+    beit_final_norm: bool
+    image_size: tuple[int, int]
+    network: Architecture
+    plan: Plan
+
+
+def inspect_model(
+    model: str,
+    *,
+    revision: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    beit_final_norm: bool = False,
+    storage_options: Mapping[str, Any] = {},
+) -> ModelInfo:
+    """Describe the checkpoint `model`: a folder, an object-store prefix or a hub name.
+
+    Reads config, preprocessor and the headers of the weights; the weights themselves only to hash them. `image_size`
+    is in pixels, one number or (height, width). Raises CheckpointError if it cannot be found or read, is of an
+    unsupported family, or if tensors are missing, unexpected or of another shape.
+    """
+    place = resolve(model, revision, storage_options)
+    config_path = place.folder / "config.json"
+    config: Config = {**read_json(config_path), "beit_final_norm": beit_final_norm}
+    weights = find_weights(place.folder)
+    shapes = read_shapes(weights)
+    row, reason = recognise(config, shapes, place.name)
+    if beit_final_norm and row.family != "beit":
+        raise CheckpointError(f"{place.name}: --beit-final-norm is for BEiT checkpoints; {reason}")
+    network = row.architecture(config, shapes)
+    wanted = plan(network, row.spell(network, shapes))
+    check(wanted, shapes, row.ignored, f"{place.name}: taken for {row.family} in {row.layout} layout, as {reason}")
+    preprocessing = read_preprocessing(place.folder, image_size=image_size)
+    _require_whole_patches(preprocessing.output_size, network, place.name)
+    return ModelInfo(
+        name=place.name,
+        revision=place.revision,
+        folder=str(place.folder),
+        family=row.family,
+        layout=row.layout,
+        architecture=_architecture_name(config, row.family),
+        digest=digest_of(config_path, weights),
+        hidden_size=network.width,
+        pooled_size=network.feature_width,
+        has_cls=network.class_token,
+        num_labels=network.num_labels,
+        labels=_labels(config, network.num_labels, config_path),
+        multi_label=config.get("problem_type") == "multi_label_classification",
+        pooled=network.pooled,
+        preprocessing=preprocessing,
+        parameters=parameter_count(tensor_shapes(network)),
+        beit_final_norm=beit_final_norm,
+        image_size=preprocessing.output_size,
+        network=network,
+        plan=wanted,
+    )
+
+
+def _architecture_name(config: Config, family: str) -> str:
+    names = config.get("architectures") or [config.get("architecture") or family]
+    return str(names[0])
+
+
+def _require_whole_patches(size: tuple[int, int], a: Architecture, name: str) -> None:
+    for side, patch in zip(size, a.patch_size, strict=True):
+        if side % patch:
+            low = side // patch * patch
+            near = f"{low} or {low + patch}" if low else str(patch)
+            raise CheckpointError(
+                f"{name}: an image of {size[0]}×{size[1]} does not divide into patches of {a.patch_size[0]}×"
+                f"{a.patch_size[1]} pixels; --image-size {near} does"
+            )
+
+
+def _labels(config: Config, count: int, path: Path) -> tuple[str, ...]:
+    """Class names in the order of the logits: from `id2label`, `LABEL_i` where the config has none."""
+    names = config.get("id2label")
+    if not names:
+        return tuple(f"LABEL_{i}" for i in range(count))
+    if count and (not isinstance(names, dict) or sorted(map(int, names)) != list(range(count))):
+        raise CheckpointError(f"{path}: id2label names {len(names)} classes, but the classifier has {count}")
+    by_index = {int(index): str(label) for index, label in names.items()}
+    return tuple(by_index[i] for i in range(count))
+
+
+def digest_of(config: Path, weights: Weights) -> str:
+    """SHA-256 over the names and contents of config and weight files: 64 hexadecimal digits."""
+    total = hashlib.sha256()
+    for path in (config, *weights.files):
+        with path.open("rb") as file:
+            one = hashlib.sha256()
+            while chunk := file.read(HASH_CHUNK_BYTES):
+                one.update(chunk)
+        total.update(f"{path.name} {one.hexdigest()}\n".encode())
+    return total.hexdigest()

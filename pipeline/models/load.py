@@ -1,0 +1,50 @@
+"""From a described checkpoint to a network that runs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.models.fold import fold
+from pipeline.models.inspect import ModelInfo, digest_of
+from pipeline.models.network import VisionModel
+from pipeline.models.remap import remap
+from pipeline.models.resolve import resolve
+from pipeline.models.weights import find_weights, read_tensors
+from schemas.errors import CheckpointError
+
+
+def load_model(
+    info: ModelInfo,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    storage_options: Mapping[str, Any] = {},
+) -> VisionModel:
+    """The network of `info` in eval mode, without gradients: the trunk in `dtype`, the readout in float32.
+
+    On a machine where `info.folder` does not exist the checkpoint is found again by name and revision. Raises
+    CheckpointError if it cannot be, or if its digest is another.
+    """
+    weights = find_weights(_folder(info, storage_options))
+    with torch.no_grad():
+        state = fold(remap(read_tensors(weights), info.plan), info.network, info.preprocessing, dtype)
+    with torch.device("meta"):
+        model = VisionModel(info.network, info.image_size).eval().requires_grad_(False)
+    model.load_state_dict(state, assign=True)
+    return model.to(device)
+
+
+def _folder(info: ModelInfo, storage_options: Mapping[str, Any]) -> Path:
+    folder = Path(info.folder)
+    if folder.exists():
+        return folder
+    place = resolve(info.name, info.revision, storage_options)
+    digest = digest_of(place.folder / "config.json", find_weights(place.folder))
+    if digest != info.digest:
+        raise CheckpointError(
+            f"{info.name}: the checkpoint on this machine has digest {digest[:12]}…, but the run was planned with "
+            f"{info.digest[:12]}…. Make the same files visible to every machine, or pin --revision."
+        )
+    return place.folder

@@ -1,0 +1,138 @@
+"""How a checkpoint wants its pixels: `preprocessor_config.json` of Hugging Face image processors, old and new.
+
+Old files say `feature_extractor_type` and give sizes as one number; new ones say `image_processor_type` and give
+{height, width} or {shortest_edge}. What one number means, and what holds where a key is absent, is set by the
+processor's class: the table below.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from pipeline.models.weights import read_json
+from schemas.errors import CheckpointError
+from schemas.preprocessing import Preprocessing
+
+Size = tuple[int, int]
+
+HALF = (0.5, 0.5, 0.5)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+BILINEAR, BICUBIC = 2, 3
+
+
+class Processor(NamedTuple):
+    """Defaults of an image processor class. `square`: a size given as one number is a square, not a shortest edge."""
+
+    size: Any
+    resample: int
+    square: bool = True
+    crop: int | None = None
+    mean: tuple[float, float, float] = HALF
+    std: tuple[float, float, float] = HALF
+
+
+PROCESSORS: Mapping[str, Processor] = {
+    "ViT": Processor(size=224, resample=BILINEAR),
+    "Beit": Processor(size=224, resample=BICUBIC),
+    "DeiT": Processor(size=256, resample=BICUBIC, crop=224),
+    "Bit": Processor({"shortest_edge": 224}, BICUBIC, square=False, crop=224, mean=CLIP_MEAN, std=CLIP_STD),
+    "CLIP": Processor({"shortest_edge": 224}, BICUBIC, square=False, crop=224, mean=CLIP_MEAN, std=CLIP_STD),
+    "Siglip": Processor(size=224, resample=BICUBIC),
+}
+SUFFIXES = ("ImageProcessorFast", "ImageProcessorPil", "ImageProcessor", "FeatureExtractor")
+
+
+def read_preprocessing(folder: str | Path, *, image_size: int | Size | None = None) -> Preprocessing:
+    """Preprocessing of the checkpoint in `folder`; `image_size` (pixels, or height and width) overrides its size.
+
+    With a centre crop, the resize before it grows in proportion. Raises CheckpointError if the file is absent, of an
+    unknown processor, or does not lead to images of one fixed size: nothing is ever assumed.
+    """
+    path = Path(folder) / "preprocessor_config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder}: has no preprocessor_config.json, so how to resize and normalise images is unknown. Copy the "
+            "one of the original checkpoint there; for google's ViT it says "
+            '{"image_processor_type": "ViTImageProcessor", "size": {"height": 224, "width": 224}, "resample": 2, '
+            '"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}'
+        )
+    config = read_json(path)
+    try:
+        return resized(_from_processor(config, path), image_size, path)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        raise CheckpointError(f"{path}: {key}: {problem['msg']} (given: {problem['input']!r})") from error
+
+
+def _from_processor(config: Mapping[str, Any], path: Path) -> Preprocessing:
+    defaults = _defaults(config, path)
+    resize, shortest_edge = None, None
+    if config.get("do_resize", True):
+        resize, shortest_edge = _size(config.get("size", defaults.size), defaults.square, path)
+    crop = None
+    if config.get("do_center_crop", defaults.crop is not None):
+        crop, _ = _size(config.get("crop_size", defaults.crop or 224), True, path)
+        if crop is None:
+            raise CheckpointError(f"{path}: crop_size {config.get('crop_size')!r} is no height and width")
+    rescale = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0
+    normalise = config.get("do_normalize", True)
+    return Preprocessing(
+        resize=resize,
+        shortest_edge=shortest_edge,
+        resample=config.get("resample", defaults.resample),
+        crop=crop,
+        rescale_factor=rescale,
+        mean=_channels(config.get("image_mean", defaults.mean)) if normalise else (0.0, 0.0, 0.0),
+        std=_channels(config.get("image_std", defaults.std)) if normalise else (1.0, 1.0, 1.0),
+    )
+
+
+def _defaults(config: Mapping[str, Any], path: Path) -> Processor:
+    name = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
+    for suffix in SUFFIXES:
+        name = name.removesuffix(suffix)
+    if name not in PROCESSORS:
+        known = ", ".join(f"{each}ImageProcessor" for each in PROCESSORS)
+        raise CheckpointError(
+            f"{path}: image_processor_type is {name or 'absent'!r}; known are {known}. Set the one that is meant"
+        )
+    return PROCESSORS[name]
+
+
+def _channels(value: Any) -> Any:
+    return (value, value, value) if isinstance(value, int | float) else value
+
+
+def _size(value: Any, square: bool, path: Path) -> tuple[Size | None, int | None]:
+    """(height, width) or a shortest edge, whichever `value` gives."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return ((value, value), None) if square else (None, value)
+    if isinstance(value, list) and len(value) == 2:
+        value = {"height": value[0], "width": value[1]}
+    if isinstance(value, dict) and {"height", "width"} <= value.keys():
+        return (value["height"], value["width"]), None
+    if isinstance(value, dict) and set(value) == {"shortest_edge"}:
+        return None, value["shortest_edge"]
+    raise CheckpointError(f"{path}: size {value!r} is neither a number, {{height, width}} nor {{shortest_edge}}")
+
+
+def resized(p: Preprocessing, image_size: int | Size | None, where: Path) -> Preprocessing:
+    """`p` with another output size. Raises CheckpointError if the images would not all come out at one size."""
+    if image_size is None:
+        if p.crop is None and p.resize is None:
+            raise CheckpointError(
+                f"{where}: gives no fixed size (it neither crops nor resizes to height and width); "
+                "say which with --image-size"
+            )
+        return p
+    new = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if p.crop is None:
+        return p.model_copy(update={"resize": new, "shortest_edge": None})
+    old = p.crop
+    grown = tuple(round(side * to / of) for side, to, of in zip(p.resize, new, old, strict=True)) if p.resize else None
+    edge = round(p.shortest_edge * min(new) / min(old)) if p.shortest_edge else None
+    return p.model_copy(update={"crop": new, "resize": grown, "shortest_edge": edge})

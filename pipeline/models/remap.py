@@ -1,0 +1,90 @@
+"""Translating a checkpoint's tensors into our names, and saying exactly what does not fit."""
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from pipeline.models.architecture import Architecture, Shape, tensor_shapes
+from pipeline.models.formats.format import Shapes, Spelling
+from schemas.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LISTED = 12
+
+
+class Piece(NamedTuple):
+    """A tensor of the checkpoint (None: zeros) that makes up one of ours or a part of its first axis."""
+
+    name: str | None
+    shape: Shape
+
+
+Plan = Mapping[str, tuple[Piece, ...]]
+
+
+def plan(a: Architecture, spelling: Spelling) -> Plan:
+    """Our name → the pieces it is put together from, in order along the first axis."""
+    return {name: _pieces(a, spelling, name, shape) for name, shape in tensor_shapes(a).items()}
+
+
+def _pieces(a: Architecture, spelling: Spelling, name: str, shape: Shape) -> tuple[Piece, ...]:
+    block = re.match(r"blocks\.(\d+)\.", name)
+    template = f"blocks.{{i}}.{name[block.end() :]}" if block else name
+    module, _, parameter = template.rpartition(".")
+    theirs = spelling.get(template)
+    if theirs is None:
+        theirs = _with_suffix(spelling[module], parameter)
+    names = (theirs,) if isinstance(theirs, str) else theirs
+    if a.qkv_bias == "query_value" and template == "blocks.{i}.qkv.bias" and len(names) == 3:
+        names = (names[0], None, names[2])
+    part = (shape[0] // len(names), *shape[1:])
+    index = block[1] if block else ""
+    return tuple(Piece(each and each.replace("{i}", index), part) for each in names)
+
+
+def _with_suffix(theirs: str | tuple[str | None, ...], parameter: str) -> str | tuple[str | None, ...]:
+    if isinstance(theirs, str):
+        return f"{theirs}.{parameter}"
+    return tuple(each and f"{each}.{parameter}" for each in theirs)
+
+
+def check(wanted: Plan, found: Shapes, ignored: tuple[str, ...], assumed: str) -> None:
+    """Raise CheckpointError listing tensors that are missing, unexpected or of another shape than `assumed` implies."""
+    expected = {piece.name: piece.shape for pieces in wanted.values() for piece in pieces if piece.name is not None}
+    missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found]
+    pattern = re.compile("|".join(ignored)) if ignored else None
+    surplus = [
+        f"{name} {list(shape)}"
+        for name, shape in found.items()
+        if name not in expected and not (pattern and pattern.fullmatch(name))
+    ]
+    other = [
+        f"{name}: {list(found[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    problems = [("missing", missing), ("unexpected", surplus), ("of another shape", other)]
+    if missing or surplus or other:
+        lines = [f"  {len(names)} {what}: {_some(names)}" for what, names in problems if names]
+        raise CheckpointError("\n".join([f"{assumed}, but its tensors do not fit:", *lines]))
+
+
+def _some(names: list[str]) -> str:
+    more = f", and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+def remap(tensors: Mapping[str, "Tensor"], wanted: Plan) -> dict[str, "Tensor"]:
+    """State dict in the checkpoint's names → the same in ours."""
+    import torch
+
+    def put_together(pieces: tuple[Piece, ...]) -> "Tensor":
+        if len(pieces) == 1 and pieces[0].name is not None:
+            return tensors[pieces[0].name]
+        dtype = next(tensors[piece.name].dtype for piece in pieces if piece.name is not None)
+        parts = [torch.zeros(p.shape, dtype=dtype) if p.name is None else tensors[p.name] for p in pieces]
+        return torch.cat(parts)
+
+    return {name: put_together(pieces) for name, pieces in wanted.items()}

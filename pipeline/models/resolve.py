@@ -1,0 +1,159 @@
+"""From what the user calls a model to a folder on this machine.
+
+    a folder                    used where it lies
+    s3://bucket/models/vit      downloaded once into the cache, under a name that changes when the files do
+    google/vit-base-patch16-224 through huggingface_hub, in its own cache; HF_HUB_OFFLINE is honoured
+
+The cache of object-store checkpoints is `$PATCHSTREAM_CACHE`, by default `~/.cache/patchstream`.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline.models.weights import SAFETENSORS, TORCH
+from pipeline.storage import filesystem, redact, scheme
+from schemas.errors import CheckpointError
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+SMALL_FILES = ("config.json", "preprocessor_config.json")
+
+
+class Place(NamedTuple):
+    """A checkpoint on this machine. `revision` is the commit of a hub model."""
+
+    name: str
+    folder: Path
+    revision: str | None = None
+
+
+def resolve(model: str, revision: str | None, storage_options: Mapping[str, Any]) -> Place:
+    """Find `model` and bring it to this machine if need be.
+
+    Raises CheckpointError for a folder that is not there, a prefix without files, an unknown hub model, or a hub
+    that cannot be reached.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return Place(model, path.absolute())
+    if "://" in model and scheme(model) != "file":
+        return Place(redact(model), _download(model, storage_options))
+    if "://" in model or model.startswith(("/", ".", "~")) or not HUB_NAME.fullmatch(model):
+        raise CheckpointError(f"{model}: no such folder; a model is a folder, an object-store prefix or a hub name")
+    return _from_hub(model, revision)
+
+
+def cache_folder() -> Path:
+    """Where checkpoints from object stores are kept."""
+    return Path(os.environ.get("PATCHSTREAM_CACHE") or "~/.cache/patchstream").expanduser()
+
+
+def _download(url: str, storage_options: Mapping[str, Any]) -> Path:
+    """Copy the files under `url` into the cache, once for all processes of this machine."""
+    fs, prefix = filesystem(url, storage_options)
+    try:
+        listing = fs.find(prefix, maxdepth=1, detail=True)
+    except Exception as error:
+        raise CheckpointError(f"{redact(url)}: cannot be listed: {type(error).__name__}: {error}") from error
+    files = {path: facts for path, facts in listing.items() if _wanted(path.rpartition("/")[2])}
+    if not files:
+        raise CheckpointError(f"{redact(url)}: no checkpoint there; expected config.json and model.safetensors")
+    folder = cache_folder() / "models" / _version(redact(url), files)
+    with _locked(folder):
+        if folder.exists():
+            return folder
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for path in files:
+            try:
+                fs.get_file(path, str(partial / path.rpartition("/")[2]))
+            except Exception as error:
+                raise CheckpointError(f"{redact(url)}: {path} cannot be read: {error}") from error
+        partial.rename(folder)
+    return folder
+
+
+def _wanted(name: str) -> bool:
+    return name.endswith((".json", ".safetensors", ".bin")) and not name.startswith("training_args")
+
+
+def _version(url: str, files: Mapping[str, Mapping[str, Any]]) -> str:
+    """A folder name for these versions of the files: another etag, time or size gives another name."""
+    facts = {
+        path: [str(entry.get(key)) for key in ("size", "ETag", "etag", "mtime", "LastModified", "updated")]
+        for path, entry in files.items()
+    }
+    return hashlib.sha256(json.dumps([url, facts], sort_keys=True).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock beside `folder`, so that the actors of one machine download once."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(folder.name + ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _from_hub(name: str, revision: str | None) -> Place:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is re-exported
+        HfHubHTTPError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_patterns(name, revision)))
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{name}: no such folder here and no such model on the hub. Check the spelling; a private model needs a "
+            "token (hf auth login)."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{name}: the hub has the model, but no revision {revision!r}") from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(_unreachable(name)) from error
+    except (HfHubHTTPError, OfflineModeIsEnabled, HTTPError, OSError) as error:
+        raise CheckpointError(f"{_unreachable(name)} ({type(error).__name__}: {error})") from error
+    commit = folder.name if folder.parent.name == "snapshots" else revision
+    return Place(name, folder, commit)
+
+
+def _unreachable(name: str) -> str:
+    from huggingface_hub import constants
+
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+    return (
+        f"{name}: no such folder here, not in the hub's cache ({constants.HF_HUB_CACHE}), and {why}. Fetch it "
+        f"where there is a network (hf download {name}) and give its folder as --model."
+    )
+
+
+def _patterns(name: str, revision: str | None) -> list[str]:
+    """Files to fetch: safetensors where the model has them, else `.bin`. Offline, whatever the cache holds."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]  # re-exported
+
+    safetensors = [*SMALL_FILES, SAFETENSORS[0], SAFETENSORS[1], "model-*-of-*.safetensors"]
+    torch = [*SMALL_FILES, TORCH[0], TORCH[1], "pytorch_model-*-of-*.bin"]
+    if constants.HF_HUB_OFFLINE:
+        return safetensors + torch
+    try:
+        names = HfApi().list_repo_files(name, revision=revision)
+    except HfHubHTTPError:
+        raise  # the hub answered: unknown model, revision, or no permission
+    except (HTTPError, OSError):
+        return safetensors + torch
+    return safetensors if any(each in names for each in SAFETENSORS) else torch

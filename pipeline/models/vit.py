@@ -1,0 +1,35 @@
+"""Vision Transformer: Dosovitskiy et al., "An Image is Worth 16x16 Words" (arXiv 2010.11929).
+
+The same network carries DeiT, DINO, DINOv2, MAE and the image towers of CLIP and SigLIP: they differ in the tokens in
+front of the patches, in a norm here or there, and in what is read out at the end (`readout.py`).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.architecture import Architecture
+from pipeline.models.layers import Block, PatchEmbedding
+
+
+class ViT(nn.Module):
+    """uint8 pixels (B, H, W, 3) → last hidden state (B, T, D) in float32; T = prefix tokens + patches.
+
+    `prefix` holds the CLS, distillation and register tokens with their positions already added.
+    """
+
+    def __init__(self, a: Architecture, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.patch = PatchEmbedding(a.patch_size, a.width)
+        self.prefix = nn.Parameter(torch.empty(1, a.prefix_tokens, a.width))
+        self.positions = nn.Parameter(torch.empty(1, grid[0] * grid[1], a.width))
+        self.pre_norm = nn.LayerNorm(a.width, a.epsilon) if a.pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(Block(a) for _ in range(a.depth))
+        self.norm = nn.LayerNorm(a.width, a.epsilon) if a.final_norm else nn.Identity()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = self.patch(pixels) + self.positions  # (B, N, D)
+        x = torch.cat([self.prefix.expand(len(pixels), -1, -1), patches], dim=1)  # (B, T, D)
+        x = self.pre_norm(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x.float())  # type: ignore[no-any-return]

@@ -1,0 +1,194 @@
+"""Reading weight files: safetensors (memory-mapped), `.bin`/`.pth` (never unpickled), whole or in shards.
+
+Nothing in a checkpoint is executed. A safetensors header is read by ourselves, so that a truncated file can be named
+with the size it should have; the format is an 8-byte little-endian header length, a JSON header, then the data.
+"""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipeline.models.architecture import Shape
+from schemas.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_JSON_BYTES = 64 * 1024 * 1024
+MAX_HEADER_BYTES = 100_000_000
+FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+TORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+TORCH_SUFFIXES = {".bin", ".pth", ".pt"}
+FOREIGN = ("tf_model.h5", "flax_model.msgpack", "pytorch_model.bin.index.json", "model.ckpt.index")
+
+
+class Weights(NamedTuple):
+    """Where the tensors lie. `index_file` is the JSON that names the shards, if there are any."""
+
+    kind: str
+    files: tuple[Path, ...]
+    index_file: Path | None = None
+
+
+def find_weights(folder: Path) -> Weights:
+    """The weight files of a folder, or of a path that is itself a weight file. safetensors goes before `.bin`.
+
+    Raises CheckpointError if there are none, or if a shard that the index names is not there.
+    """
+    if folder.is_file():
+        return Weights(_kind(folder), (folder,))
+    for whole, index in (SAFETENSORS, TORCH):
+        if (folder / whole).is_file():
+            return Weights(_kind(folder / whole), (folder / whole,))
+        if (folder / index).is_file():
+            return _sharded(folder / index)
+    found = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing"
+    raise CheckpointError(
+        f"{folder}: no weights; expected model.safetensors (or shards with model.safetensors.index.json) or "
+        f"pytorch_model.bin. Found: {found}"
+    )
+
+
+def _kind(path: Path) -> str:
+    if path.suffix == ".safetensors":
+        return "safetensors"
+    if path.suffix in TORCH_SUFFIXES:
+        return "torch"
+    raise CheckpointError(f"{path}: not a weight file that can be read; expected .safetensors, .bin, .pth or .pt")
+
+
+def _sharded(index: Path) -> Weights:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index}: has no weight_map from tensor names to file names")
+    names = sorted(set(weight_map.values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise CheckpointError(f"{index}: shard {outside[0]!r} does not lie beside the index; only plain names are read")
+    absent = [name for name in names if not (index.parent / name).is_file()]
+    if absent:
+        raise CheckpointError(f"{index}: shards are missing beside it: {', '.join(absent)}")
+    files = tuple(index.parent / name for name in names)
+    return Weights(_kind(files[0]), files, index)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError if it is absent, not JSON, no object, or larger than any config is."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: {size} bytes; a config of more than {MAX_JSON_BYTES} bytes is refused")
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_shapes(weights: Weights) -> dict[str, Shape]:
+    """Name → shape of every tensor, without reading the data of safetensors files.
+
+    Raises CheckpointError for a truncated or foreign file, a file that needs unpickling, or tensors that are not
+    floating point.
+    """
+    shapes: dict[str, Shape] = {}
+    for path in weights.files:
+        if weights.kind == "safetensors":
+            shapes |= _safetensors_shapes(path)
+        else:
+            shapes |= {name: tuple(tensor.shape) for name, tensor in _load_torch(path).items()}
+    return shapes
+
+
+def read_tensors(weights: Weights) -> dict[str, "Tensor"]:
+    """Every tensor, memory-mapped where the file allows it. Raises CheckpointError as `read_shapes` does."""
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Tensor] = {}
+    for path in weights.files:
+        if weights.kind == "safetensors":
+            _safetensors_shapes(path)
+            tensors |= load_file(path)
+        else:
+            tensors |= _load_torch(path)
+    return tensors
+
+
+def _safetensors_shapes(path: Path) -> dict[str, Shape]:
+    actual = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if actual < 8 or length > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path}: not a safetensors file (or cut off: it has {actual} bytes)")
+        if actual < 8 + length:
+            raise CheckpointError(f"{path}: truncated; its header alone needs {8 + length} bytes, it has {actual}")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+            shapes = {str(name): tuple(int(side) for side in entry["shape"]) for name, entry in header.items()}
+            dtypes = {str(name): str(entry["dtype"]) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{path}: not a safetensors file; its header cannot be read ({error})") from error
+    expected = 8 + length + end
+    if actual != expected:
+        state = "truncated" if actual < expected else "longer than its header says"
+        raise CheckpointError(f"{path}: {state}; expected {expected} bytes, it has {actual}. Fetch it again.")
+    _require_floats(path, {name: dtype for name, dtype in dtypes.items() if dtype not in FLOAT_DTYPES})
+    return shapes
+
+
+def _require_floats(path: Path, others: dict[str, str]) -> None:
+    others = {name: dtype for name, dtype in others.items() if not name.endswith(("position_ids", "_position_index"))}
+    if others:
+        name, dtype = next(iter(others.items()))
+        raise CheckpointError(
+            f"{path}: {len(others)} tensors are not floating point ({name} is {dtype}); quantised checkpoints are not "
+            "supported, use the float32, float16 or bfloat16 one"
+        )
+
+
+def _load_torch(path: Path) -> dict[str, "Tensor"]:
+    """A state dict saved by torch, with `weights_only`: anything but tensors and plain containers is refused."""
+    import pickle
+
+    import torch
+
+    _refuse_compressed(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: loading it would run code stored in the file (pickle), which is refused. Convert it once where "
+            "you trust it: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: not a state dict that torch can read, or truncated ({path.stat().st_size} bytes): {error}"
+        ) from error
+    for key in ("state_dict", "model", "model_state_dict", "teacher"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    others = {name: str(value.dtype) for name, value in tensors.items() if not value.is_floating_point()}
+    _require_floats(path, others)
+    return tensors
+
+
+def _refuse_compressed(path: Path) -> None:
+    """torch stores tensors uncompressed; an archive that grows when unpacked was not written by it."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    size = os.path.getsize(path)
+    if unpacked > size:
+        raise CheckpointError(
+            f"{path}: an archive of {size} bytes that unpacks to {unpacked}; torch writes no such file"
+        )
