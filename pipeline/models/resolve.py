@@ -109,13 +109,13 @@ def _from_hub(name: str, revision: str | None) -> Place:
         HfHubHTTPError,
         HTTPError,
         LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_patterns(name, revision)))
+        commit, patterns = _on_the_hub(name, revision)
+        folder = Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
     except RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{name}: no such folder here and no such model on the hub. Check the spelling; a private model needs a "
@@ -123,12 +123,25 @@ def _from_hub(name: str, revision: str | None) -> Place:
         ) from error
     except RevisionNotFoundError as error:
         raise CheckpointError(f"{name}: the hub has the model, but no revision {revision!r}") from error
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(_unreachable(name)) from error
-    except (HfHubHTTPError, OfflineModeIsEnabled, HTTPError, OSError) as error:
-        raise CheckpointError(f"{_unreachable(name)} ({type(error).__name__}: {error})") from error
-    commit = folder.name if folder.parent.name == "snapshots" else revision
-    return Place(name, folder, commit)
+    except HfHubHTTPError as error:
+        raise CheckpointError(f"{name}: the hub refuses: {error}") from error
+    except (HTTPError, OSError):
+        try:
+            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        except LocalEntryNotFoundError as error:
+            raise CheckpointError(_unreachable(name)) from error
+    return Place(name, folder, folder.name)
+
+
+def _on_the_hub(name: str, revision: str | None) -> tuple[str | None, list[str]]:
+    """The commit behind `revision`, and the files to fetch: safetensors where the model has them, else `.bin`."""
+    from huggingface_hub import HfApi
+
+    info = HfApi().model_info(name, revision=revision)
+    names = {sibling.rfilename for sibling in info.siblings or []}
+    if any(each in names for each in SAFETENSORS):
+        return info.sha, [*SMALL_FILES, *SAFETENSORS, "model-*-of-*.safetensors"]
+    return info.sha, [*SMALL_FILES, *TORCH, "pytorch_model-*-of-*.bin"]
 
 
 def _unreachable(name: str) -> str:
@@ -139,21 +152,3 @@ def _unreachable(name: str) -> str:
         f"{name}: no such folder here, not in the hub's cache ({constants.HF_HUB_CACHE}), and {why}. Fetch it "
         f"where there is a network (hf download {name}) and give its folder as --model."
     )
-
-
-def _patterns(name: str, revision: str | None) -> list[str]:
-    """Files to fetch: safetensors where the model has them, else `.bin`. Offline, whatever the cache holds."""
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]  # re-exported
-
-    safetensors = [*SMALL_FILES, SAFETENSORS[0], SAFETENSORS[1], "model-*-of-*.safetensors"]
-    torch = [*SMALL_FILES, TORCH[0], TORCH[1], "pytorch_model-*-of-*.bin"]
-    if constants.HF_HUB_OFFLINE:
-        return safetensors + torch
-    try:
-        names = HfApi().list_repo_files(name, revision=revision)
-    except HfHubHTTPError:
-        raise  # the hub answered: unknown model, revision, or no permission
-    except (HTTPError, OSError):
-        return safetensors + torch
-    return safetensors if any(each in names for each in SAFETENSORS) else torch
