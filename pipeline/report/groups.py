@@ -1,0 +1,116 @@
+"""What `kmeans` and `duplicates` left under DIR: rows in groups, the most telling ones first."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.report.run import RunDirectory, batches, list_files, list_folders
+from pipeline.report.scan import ImageScan
+from pipeline.storage import join
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Rows sorted by group and, within a group, best first. Group `i` is `rows[starts[i]:starts[i + 1]]`.
+
+    `ids[i]` is the number that the files give the group. `values` are distances to the cluster's centre, or
+    similarities to the picture that is kept; `keep` marks that picture (all False for clusters).
+    """
+
+    name: str
+    rows: NDArray[np.int64]
+    values: NDArray[np.float32]
+    keep: NDArray[np.bool_]
+    ids: NDArray[np.int64]
+    starts: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Rows in each group."""
+        return np.diff(self.starts)
+
+    def members(self, index: int) -> slice:
+        """Where the rows of group `index` stand."""
+        return slice(int(self.starts[index]), int(self.starts[index + 1]))
+
+
+def load_clusterings(run: RunDirectory) -> list[Grouping]:
+    """Every `clusters/NAME`: by cluster number, rows nearest to the centre first."""
+    found = []
+    for name, table in _read(run, "clusters", ["row", "cluster", "distance"]):
+        distances = _floats(table, "distance")
+        keep = np.zeros(len(table), bool)
+        found.append(_group(name, _integers(table, "row"), _integers(table, "cluster"), distances, distances, keep))
+    return found
+
+
+def load_duplicates(run: RunDirectory) -> list[Grouping]:
+    """Every `duplicates/NAME`: largest group first, in each the picture to keep first, then the most similar."""
+    found = []
+    for name, table in _read(run, "duplicates", ["row", "group", "score", "keep"]):
+        scores, keep = _floats(table, "score"), table.column("keep").to_numpy().astype(bool)
+        ranks = np.where(keep, -np.inf, -scores).astype(np.float32)
+        found.append(_by_size(_group(name, _integers(table, "row"), _integers(table, "group"), scores, ranks, keep)))
+    return found
+
+
+def _read(run: RunDirectory, folder: str, columns: list[str]) -> list[tuple[str, pa.Table]]:
+    found = []
+    for path in list_folders(run.fs, join(run.root, folder)):
+        parts = list(batches(run.fs, list_files(run.fs, path, ".parquet"), columns))
+        if sum(len(part) for part in parts):
+            found.append((path.rpartition("/")[2], pa.Table.from_batches(parts)))
+    return found
+
+
+def _integers(table: pa.Table, name: str) -> NDArray[np.int64]:
+    values: NDArray[np.int64] = table.column(name).to_numpy().astype(np.int64)
+    return values
+
+
+def _floats(table: pa.Table, name: str) -> NDArray[np.float32]:
+    values: NDArray[np.float32] = table.column(name).to_numpy().astype(np.float32)
+    return values
+
+
+def _group(
+    name: str,
+    rows: NDArray[np.int64],
+    groups: NDArray[np.int64],
+    values: NDArray[np.float32],
+    ranks: NDArray[np.float32],
+    keep: NDArray[np.bool_],
+) -> Grouping:
+    order = np.lexsort((rows, ranks, groups))
+    ids, firsts = np.unique(groups[order], return_index=True)
+    starts = np.append(firsts, len(rows)).astype(np.int64)
+    return Grouping(name, rows[order], values[order], keep[order], ids, starts)
+
+
+def _by_size(grouping: Grouping) -> Grouping:
+    order = np.argsort(-grouping.sizes, kind="stable")
+    gather = np.concatenate([np.empty(0, np.int64), *(np.arange(*grouping.starts[i : i + 2]) for i in order)])
+    return Grouping(
+        grouping.name,
+        grouping.rows[gather],
+        grouping.values[gather],
+        grouping.keep[gather],
+        grouping.ids[order],
+        np.concatenate([[0], np.cumsum(grouping.sizes[order])]).astype(np.int64),
+    )
+
+
+def common_labels(scan: ImageScan, rows: NDArray[np.int64], count: int) -> list[tuple[str, float]]:
+    """The most frequent first labels of `rows`, and the share of `rows` that has each."""
+    codes = scan.codes[rows[rows < len(scan.codes)]]
+    codes = codes[codes >= 0]
+    if not len(codes):
+        return []
+    counts = np.bincount(codes)
+    best = np.argsort(-counts, kind="stable")[:count]
+    return [(scan.names[code], float(counts[code] / len(rows))) for code in best if counts[code]]

@@ -1,0 +1,90 @@
+"""Fetch single rows of a table in parts, by row number, reading only the row groups that hold them."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.report.run import RunDirectory, open_part
+
+_EVERY = (-(2**63), 2**63 - 1)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One row group of a part, and the range of row numbers that its statistics give."""
+
+    path: str
+    group: int
+    low: int
+    high: int
+    compressed_bytes: dict[str, int]
+
+
+def pieces(run: RunDirectory, folder: str) -> list[Piece]:
+    """Every row group of `folder`, from the Parquet footers alone."""
+    found = []
+    for path in run.parts(folder):
+        with open_part(run.fs, path) as part:
+            found += [_piece(path, part.metadata.row_group(group), group) for group in range(part.num_row_groups)]
+    return found
+
+
+def _piece(path: str, metadata: pq.RowGroupMetaData, group: int) -> Piece:
+    low, high = _EVERY
+    sizes: dict[str, int] = {}
+    for index in range(metadata.num_columns):
+        column = metadata.column(index)
+        name = column.path_in_schema.partition(".")[0]
+        sizes[name] = sizes.get(name, 0) + column.total_compressed_size
+        if name == "row" and column.statistics is not None and column.statistics.has_min_max:
+            low, high = column.statistics.min, column.statistics.max
+    return Piece(path, group, low, high, sizes)
+
+
+class RowLookup:
+    """Rows of one table, whole or some columns, by number. Safe to use from several threads.
+
+    The last `cached_groups` row groups read stay in memory, since pages and neighbours ask for the same ones.
+    """
+
+    def __init__(self, run: RunDirectory, folder: str, columns: Sequence[str], cached_groups: int = 4) -> None:
+        self._run = run
+        self._columns = list(columns)
+        self._pieces = pieces(run, folder)
+        self._cached_groups = cached_groups
+        self._cache: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, rows: Iterable[int]) -> dict[int, dict[str, Any]]:
+        """The records of those `rows` that exist, by row."""
+        wanted = np.unique(np.fromiter(rows, np.int64))
+        found: dict[int, dict[str, Any]] = {}
+        for piece in self._pieces:
+            inside = wanted[(wanted >= piece.low) & (wanted <= piece.high)]
+            if len(inside):
+                table = self._read(piece)
+                mask = pc.is_in(table.column("row"), value_set=pa.array(inside))
+                found |= {record["row"]: record for record in table.filter(mask).to_pylist()}
+        return found
+
+    def _read(self, piece: Piece) -> pa.Table:
+        key = (piece.path, piece.group)
+        with self._lock:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
+        with open_part(self._run.fs, piece.path) as part:
+            present = [name for name in self._columns if name in part.schema_arrow.names]
+            table = part.read_row_group(piece.group, columns=present)
+        with self._lock:
+            self._cache[key] = table
+            while len(self._cache) > self._cached_groups:
+                self._cache.popitem(last=False)
+        return table

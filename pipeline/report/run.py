@@ -1,0 +1,102 @@
+"""Opening an output directory for reading: its record, its attempts and the parts of its tables."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
+from pydantic import ValidationError
+
+from pipeline.storage import filesystem, join, read_json, redact
+from schemas.attempt import AttemptRecord
+from schemas.errors import OutputError
+from schemas.run import RunRecord
+
+BATCH_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """An output directory. `root` is its path on `fs`; `url` is what the user gave."""
+
+    url: str
+    fs: AbstractFileSystem
+    root: str
+    record: RunRecord
+    attempts: tuple[AttemptRecord, ...]
+    storage_options: Mapping[str, Any]
+
+    def parts(self, folder: str) -> list[str]:
+        """Paths of the visible Parquet parts under `folder`, sorted; the manifest's are those of the record."""
+        if folder == "manifest":
+            names = [name.rpartition("/")[2] for name in self.record.manifest_parts]
+            return [join(self.root, "manifest", name) for name in names]
+        return list_files(self.fs, join(self.root, folder), ".parquet")
+
+    def features(self) -> dict[str, int]:
+        """The feature columns of `images/` and their lengths, `cls` first; empty where there is no part yet."""
+        for path in self.parts("images"):
+            with open_part(self.fs, path) as part:
+                fields = {field.name: field.type for field in part.schema_arrow}
+            return {name: fields[name].list_size for name in ("cls", "pooled") if name in fields}
+        return {}
+
+
+def open_run(out: str, storage_options: Mapping[str, Any]) -> RunDirectory:
+    """Read `run.json` and `attempts/` of `out`. Raises OutputError if `out` is not the output of a run."""
+    fs, root = filesystem(out, storage_options)
+    content = read_json(fs, join(root, "run.json"))
+    if content is None:
+        raise OutputError(
+            f"{redact(out)} is not the output of a run: it has no run.json. Give the --out of embed or classify."
+        )
+    try:
+        record = RunRecord.model_validate(content)
+        attempts = [
+            AttemptRecord.model_validate(json.loads(fs.cat_file(path)))
+            for path in list_files(fs, join(root, "attempts"), ".json")
+        ]
+    except ValidationError as error:
+        raise OutputError(f"{redact(out)} was written by another version of patchstream: {error}") from error
+    attempts.sort(key=lambda attempt: (attempt.started, attempt.attempt, attempt.shard_index))
+    return RunDirectory(out, fs, root, record, tuple(attempts), storage_options)
+
+
+def list_files(fs: AbstractFileSystem, folder: str, suffix: str) -> list[str]:
+    """Sorted paths of the files in `folder` that end in `suffix`; hidden ones are writes under way."""
+    try:
+        entries = fs.ls(folder, detail=False)
+    except FileNotFoundError:
+        return []
+    paths = (str(entry) for entry in entries)
+    return sorted(path for path in paths if path.endswith(suffix) and not path.rpartition("/")[2].startswith("."))
+
+
+def list_folders(fs: AbstractFileSystem, folder: str) -> list[str]:
+    """Sorted paths of the folders in `folder`; none where it does not exist."""
+    try:
+        entries = fs.ls(folder, detail=True)
+    except FileNotFoundError:
+        return []
+    return sorted(str(entry["name"]).rstrip("/") for entry in entries if entry["type"] == "directory")
+
+
+def open_part(fs: AbstractFileSystem, path: str) -> pq.ParquetFile:
+    """The Parquet file at `path`. Raises OutputError if it is gone (compacted meanwhile) or not Parquet."""
+    try:
+        return pq.ParquetFile(fs.open(path, "rb"))
+    except FileNotFoundError as error:
+        raise OutputError(f"{redact(path)} went away while it was read; run the command again.") from error
+    except pa.ArrowInvalid as error:
+        raise OutputError(f"{redact(path)} is not a Parquet file ({error}); `patchstream verify` says more.") from error
+
+
+def batches(fs: AbstractFileSystem, paths: Sequence[str], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Stream those of `columns` that a part has, in batches of at most `BATCH_ROWS` rows."""
+    for path in paths:
+        with open_part(fs, path) as part:
+            present = [name for name in columns if name in part.schema_arrow.names]
+            yield from part.iter_batches(batch_size=BATCH_ROWS, columns=present)

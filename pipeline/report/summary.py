@@ -1,0 +1,91 @@
+"""The head of the page: how much is done, how fast it went, with which model and versions."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.report.run import RunDirectory
+from pipeline.report.scan import ImageScan
+from pipeline.report.text import duration, percent, rate, thousands
+from pipeline.storage import redact
+from schemas.run import ModelRecord
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One figure, its name, and what it means."""
+
+    name: str
+    value: str
+    note: str = ""
+
+
+def tiles(run: RunDirectory, scan: ImageScan, failures: int) -> list[Tile]:
+    """Rows, images, failures, speed and time. Speed is images over wall time, of the attempts that ended."""
+    rows = run.record.manifest_rows
+    ended = [item for item in run.attempts if item.wall_s]
+    wall_s = sum(item.wall_s or 0.0 for item in ended)
+    images = sum(item.images for item in ended)
+    shares = [percent(count / rows) if rows else "" for count in (scan.images, failures)]
+    attempts = f"{len(run.attempts)} attempt{'' if len(run.attempts) == 1 else 's'}"
+    return [
+        Tile("Rows asked for", thousands(rows), _replaced(scan)),
+        Tile("Images", thousands(scan.images), shares[0]),
+        Tile("Failures", thousands(failures), shares[1]),
+        Tile("Images per second", rate(images / wall_s if wall_s else None), "with start-up" if wall_s else ""),
+        Tile("Wall time", duration(wall_s or None), attempts),
+    ]
+
+
+def _replaced(scan: ImageScan) -> str:
+    return f"{thousands(scan.replaced)} replaced by newer versions" if scan.replaced else ""
+
+
+def progress(run: RunDirectory, images: int, failures: int) -> dict[str, Any]:
+    """Images and failures in percent of the manifest, and the sentence that says so."""
+    rows = run.record.manifest_rows
+    pending = max(0, rows - images - failures)
+    text = f"{thousands(images)} images, {thousands(failures)} failures, {thousands(pending)} pending."
+    whole = max(rows, images + failures, 1)
+    if pending:
+        text += " The run is not complete; the same command goes on from here."
+    return {"images": 100 * images / whole, "failures": 100 * failures / whole, "text": text}
+
+
+def facts(run: RunDirectory, features: dict[str, int]) -> list[tuple[str, str]]:
+    """Names and values under the figures."""
+    record = run.record
+    model = record.model
+    columns = ", ".join(f"{name} ({dim})" for name, dim in features.items()) or "none"
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(record.versions.items()))
+    sources = record.spec.get("sources") or ()
+    return [
+        ("Sources", ", ".join(redact(str(source)) for source in sources)),
+        ("Model", _model(model)),
+        ("Weights digest", model.digest),
+        ("Computed in", model.dtype),
+        ("Preprocessing", _preprocessing(model)),
+        ("Features", columns),
+        ("Pooled is", model.pooled),
+        ("Versions", versions),
+        ("Run", f"{record.run_id}, created {record.created[:19].replace('T', ' ')}"),
+    ]
+
+
+def _model(model: ModelRecord) -> str:
+    revision = f" at {model.revision}" if model.revision else ""
+    classes = f", {thousands(model.num_labels)} labels" if model.num_labels else ""
+    kind = " (multi-label)" if model.multi_label else ""
+    return f"{redact(model.name)}{revision}: {model.architecture}, {model.hidden_size} wide{classes}{kind}"
+
+
+def _preprocessing(model: ModelRecord) -> str:
+    wanted = model.preprocessing
+    steps = []
+    if wanted.resize:
+        steps.append(f"resized to {wanted.resize[0]}×{wanted.resize[1]}")
+    if wanted.shortest_edge:
+        steps.append(f"shortest edge to {wanted.shortest_edge}")
+    if wanted.crop:
+        steps.append(f"centre crop {wanted.crop[0]}×{wanted.crop[1]}")
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (wanted.mean, wanted.std))
+    return "; ".join([*steps, f"mean {mean}", f"standard deviation {std}"])

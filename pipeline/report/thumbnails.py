@@ -1,0 +1,168 @@
+"""Small pictures of rows, found again through the manifest.
+
+A plain address is read whole, a tar member by one ranged read, a picture inside a Parquet table from its row group.
+Nothing here ends a page: a picture that cannot be read becomes a placeholder that says why.
+"""
+
+import base64
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.report.lookup import RowLookup
+from pipeline.report.run import RunDirectory
+from pipeline.report.shrink import shrink
+from pipeline.storage import filesystem, redact
+from schemas.errors import SourceError
+
+_MANIFEST_COLUMNS = ("row", "uri", "container", "offset", "length", "size")
+_READERS = 16
+_CACHED_GROUPS = 32
+_TABLE_BATCH_ROWS = 32
+_ADDRESS = re.compile(r"\w+://[^\s'\"<>]+")
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A small picture as WebP bytes, or why there is none."""
+
+    data: bytes | None
+    reason: str = ""
+
+    @property
+    def data_uri(self) -> str | None:
+        """The picture as a `data:` address."""
+        return f"data:image/webp;base64,{base64.b64encode(self.data).decode()}" if self.data else None
+
+
+class Thumbnailer:
+    """Reads and shrinks pictures of one run. Safe to use from several threads."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._options = run.storage_options
+        fetch = run.record.spec.get("fetch") or {}
+        self._max_bytes = int(fetch.get("max_bytes", 256 * 1024 * 1024))
+        self._max_pixels = int(fetch.get("max_pixels", 100_000_000))
+        self._image_column = str(run.record.spec.get("image_column", "image"))
+        self._manifest = RowLookup(run, "manifest", _MANIFEST_COLUMNS, cached_groups=_CACHED_GROUPS)
+        self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="thumbnail")
+
+    def uris(self, rows: Iterable[int]) -> dict[int, str]:
+        """The addresses of `rows`, without the secrets of signed ones."""
+        return {row: redact(record["uri"]) for row, record in self._manifest.get(rows).items()}
+
+    def thumbnails(self, rows: Iterable[int], side: int, timeout_s: float | None = None) -> dict[int, Thumbnail]:
+        """Thumbnails of `rows`, at most `side` pixels a side, several reads at a time.
+
+        Those not there within `timeout_s` become placeholders.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        wanted = list(dict.fromkeys(rows))
+        records = self._manifest.get(wanted)
+        tables: dict[str, list[Record]] = defaultdict(list)
+        jobs: dict[int, Future[bytes]] = {}
+        for row, record in records.items():
+            if record.get("container") and record.get("length") is None:
+                tables[record["container"]].append(record)
+            else:
+                jobs[row] = self._pool.submit(self._from_file, record, side)
+        found = {row: Thumbnail(None, "no such row in the manifest") for row in wanted if row not in records}
+        reads = {self._pool.submit(self._read_table, name, members): members for name, members in tables.items()}
+        _wait(reads, deadline)
+        for read, members in reads.items():
+            reason = _why_not(read)
+            for row in (int(member["row"]) for member in members):
+                if reason:
+                    found[row] = Thumbnail(None, reason)
+                else:
+                    jobs[row] = self._pool.submit(shrink, read.result().get(row), side, self._max_pixels)
+        _wait(jobs.values(), deadline)
+        for row, job in jobs.items():
+            reason = _why_not(job)
+            found[row] = Thumbnail(None, reason) if reason else Thumbnail(job.result())
+        return found
+
+    def close(self) -> None:
+        """Give up what has not begun."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _from_file(self, record: Record, side: int) -> bytes:
+        container = record.get("container")
+        size = record["length"] if container else record.get("size")
+        if size is not None and size > self._max_bytes:
+            raise SourceError(f"{size} bytes exceed the limit of {self._max_bytes}")
+        fs, path = filesystem(container or record["uri"], self._options)
+        if not container:
+            return shrink(fs.cat_file(path), side, self._max_pixels)
+        start = int(record["offset"])
+        return shrink(fs.cat_file(path, start=start, end=start + int(record["length"])), side, self._max_pixels)
+
+    def _read_table(self, container: str, members: list[Record]) -> dict[int, bytes | None]:
+        row_at = {int(member["offset"]): int(member["row"]) for member in members}
+        fs, path = filesystem(container, self._options)
+        with fs.open(path, "rb") as file, pq.ParquetFile(file) as part:
+            column = _image_column(part.schema_arrow, self._image_column)
+            found = _cells(part, column, sorted(row_at))
+            return {row_at[offset]: data for offset, data in found}
+
+
+def _image_column(schema: pa.Schema, preferred: str) -> str:
+    """The column with image bytes: `preferred`, or the only one that can hold any."""
+    holding = [field.name for field in schema if _holds_bytes(field.type)]
+    if preferred in holding:
+        return preferred
+    if len(holding) != 1:
+        raise SourceError(f"no column `{preferred}` with image bytes; there are {', '.join(holding) or 'none'}")
+    return str(holding[0])
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return bool(kind.get_field_index("bytes") >= 0)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _cells(part: pq.ParquetFile, column: str, offsets: list[int]) -> Iterator[tuple[int, bytes | None]]:
+    """The image bytes at `offsets` (row numbers of the file), holding a few rows in memory at a time."""
+    start = 0
+    for group in range(part.num_row_groups):
+        end = start + part.metadata.row_group(group).num_rows
+        inside = [offset for offset in offsets if start <= offset < end]
+        position = start
+        if inside:
+            for batch in part.iter_batches(batch_size=_TABLE_BATCH_ROWS, row_groups=[group], columns=[column]):
+                for offset in inside:
+                    if position <= offset < position + len(batch):
+                        cell = batch.column(0)[offset - position].as_py()
+                        yield offset, cell.get("bytes") if isinstance(cell, dict) else cell
+                position += len(batch)
+                if position > inside[-1]:
+                    break
+        start = end
+
+
+def _wait(jobs: Iterable[Future[Any]], deadline: float | None) -> None:
+    wait(list(jobs), timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+
+
+def _why_not(job: Future[Any]) -> str:
+    """Why `job` has no result; empty if it has one.
+
+    File system drivers and decoders share no base class of errors: whatever they raised is shown as text.
+    """
+    if not job.done():
+        job.cancel()
+        return "not read in time"
+    error = job.exception()
+    if error is None:
+        return ""
+    return _ADDRESS.sub(lambda match: redact(match.group()), f"{type(error).__name__}: {error}")[:300]
