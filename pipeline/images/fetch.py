@@ -1,22 +1,32 @@
 """Rows of a manifest to the bytes of their files, in manifest order, later files read while earlier ones decode."""
 
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.storage import filesystem, redact
+from pipeline.images.parquet import TableRun
+from pipeline.images.plan import ObjectRead, RangeRead, Read, TableRead, plan_reads
+from pipeline.images.readahead import ReadAhead, Room
+from pipeline.images.reader import Extent, Reader
+from pipeline.images.retry import Attempts
+from pipeline.images.verdict import safe_url, too_many_bytes
 from schemas.errors import ImageError
 from schemas.spec import FetchSpec
+
+# Bytes of files that are being read or wait to be decoded. One file alone may be larger than that.
+ROOM_BYTES = 256 << 20
+# Taken for a file whose size nobody told; it asks for more when the answer says so.
+GUESS_BYTES = 1 << 20
+# Reads begun ahead for each thread: enough that a few that time out do not leave the decoder without work.
+AHEAD_PER_THREAD = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """The bytes of one file, or why there are none."""
+    """The bytes of one file, or why there are none; seconds spent on it, all tries together."""
 
     result: bytes | ImageError
     seconds: float
@@ -26,25 +36,106 @@ class Fetched:
 def fetch_rows(
     manifest: pa.Table, *, fetch: FetchSpec, image_column: str, storage_options: Mapping[str, Any]
 ) -> Iterator[Fetched]:
-    """One `Fetched` for each row of `manifest`, in its order."""
-    urls = manifest.column("uri").to_pylist()
-    with ThreadPoolExecutor(fetch.concurrency) as pool:
-        pending: deque[Future[Fetched]] = deque()
-        for url in urls:
-            pending.append(pool.submit(_fetch_one, url, storage_options))
-            if len(pending) > 2 * fetch.concurrency:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+    """One `Fetched` for each row of `manifest`, in its order. Files too large are refused before they are read."""
+    room = Room(ROOM_BYTES)
+    fetcher = _Fetcher(fetch, image_column, storage_options, room)
+    ahead = ReadAhead(
+        fetcher.run,
+        fetcher.hung,
+        room=room,
+        threads=fetch.concurrency,
+        window=AHEAD_PER_THREAD * fetch.concurrency,
+        limit_s=fetch.timeout_s,
+    )
+    for rows in ahead.results(plan_reads(manifest)):
+        yield from rows
 
 
-def _fetch_one(url: str, storage_options: Mapping[str, Any]) -> Fetched:
-    started = time.perf_counter()
-    try:
-        fs, path = filesystem(url, storage_options)
-        data: bytes | ImageError = fs.cat_file(path)
-    except FileNotFoundError:
-        data = ImageError("fetch", "NotFound", f"{redact(url)} does not exist")
-    except OSError as error:
-        data = ImageError("fetch", type(error).__name__, redact(str(error)), retryable=True)
-    return Fetched(data, time.perf_counter() - started, 1)
+class _Fetcher:
+    """Carries out reads. Shared by the threads of one call."""
+
+    def __init__(self, fetch: FetchSpec, image_column: str, storage_options: Mapping[str, Any], room: Room) -> None:
+        self._fetch = fetch
+        self._image_column = image_column
+        self._reader = Reader(storage_options, max_bytes=fetch.max_bytes, concurrency=fetch.concurrency)
+        self._room = room
+        self._runs: dict[int, TableRun] = {}
+
+    def run(self, read: Read, ticket: int) -> list[Fetched]:
+        """What `read` asks for, a `Fetched` for each of its rows. Raises nothing."""
+        started = time.perf_counter()
+        attempts = Attempts(read.url, self._fetch, self._room, ticket)
+        results: list[bytes | ImageError]
+        try:
+            if isinstance(read, ObjectRead):
+                results = [self._object(read, attempts)]
+            elif isinstance(read, RangeRead):
+                results = self._range(read, attempts)
+            else:
+                results = [self._table_row(read, attempts)]
+        except ImageError as error:
+            results = [error] * read.rows
+        seconds = (time.perf_counter() - started) / read.rows
+        return [Fetched(result, seconds, attempts.count) for result in results]
+
+    def hung(self, read: Read) -> list[Fetched]:
+        """The rows of a read that never came back."""
+        if isinstance(read, TableRead):
+            self._run_of(read).give_up()
+        message = (
+            f"{safe_url(read.url)}: no answer within {self._fetch.timeout_s:g} s, and no way to interrupt the read"
+        )
+        error = ImageError("fetch", "TimedOut", message, retryable=True)
+        return [Fetched(error, self._fetch.timeout_s, 1)] * read.rows
+
+    def _object(self, read: ObjectRead, attempts: Attempts) -> bytes:
+        if not read.url:
+            raise ImageError("fetch", "NoAddress", "the row of the table holds no address")
+        if read.size is not None and read.size > self._fetch.max_bytes:
+            raise too_many_bytes(read.url, read.size, self._fetch.max_bytes)
+        return self._whole(read.url, read.size, attempts)
+
+    def _whole(self, url: str, size: int | None, attempts: Attempts) -> bytes:
+        attempts.wait_for_room(GUESS_BYTES if size is None else size)
+        return attempts.run(lambda left_s: self._reader.read(url, None, need=attempts.need, timeout_s=left_s))
+
+    def _range(self, read: RangeRead, attempts: Attempts) -> list[bytes | ImageError]:
+        limit = self._fetch.max_bytes
+        if read.rows == 1 and read.nbytes > limit:
+            raise too_many_bytes(read.url, read.nbytes, limit)
+        extent = Extent(read.start, read.nbytes)
+        attempts.wait_for_room(extent.length)
+        data = attempts.run(lambda left_s: self._reader.read(read.url, extent, need=attempts.need, timeout_s=left_s))
+        return [
+            too_many_bytes(read.url, length, limit) if length > limit else data[offset - read.start :][:length]
+            for offset, length in read.members
+        ]
+
+    def _table_row(self, read: TableRead, attempts: Attempts) -> bytes:
+        run = self._run_of(read)
+        run.wait_turn(read.position)
+        attempts.restart_clock()
+        try:
+            data, path = attempts.run(lambda _: run.take(read.position))
+            if data is not None:
+                attempts.wait_for_room(len(data))
+        finally:
+            run.pass_turn(read.position)
+        if data is not None:
+            if len(data) > self._fetch.max_bytes:
+                raise too_many_bytes(read.url, len(data), self._fetch.max_bytes)
+            return data
+        if path is None or "://" not in path:
+            raise ImageError(
+                "fetch", "NoBytes", f"row {read.run[read.position]} of {safe_url(read.url)} holds no image"
+            )
+        attempts.url = path
+        return self._whole(path, None, attempts)
+
+    def _run_of(self, read: TableRead) -> TableRun:
+        # setdefault is atomic, so that threads which come at the same time share one run
+        run = self._runs.get(id(read.run))
+        if run is None:
+            new = TableRun(read.url, read.run, self._image_column, self._reader)
+            run = self._runs.setdefault(id(read.run), new)
+        return run

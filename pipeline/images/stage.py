@@ -55,7 +55,7 @@ def _decode_row(
             fetched.result, builder.slot(), preprocessing=preprocessing, mode=mode, max_pixels=max_pixels
         )
     except ImageError as error:
-        error.attempts = fetched.attempts
+        error.attempts = max(1, fetched.attempts)
         result = error
     digest = hashlib.sha256(fetched.result).hexdigest()
     builder.add(result, digest, fetched.seconds, time.perf_counter() - started)

@@ -1,0 +1,102 @@
+"""Which reads serve a manifest: one for an object, one for a run of neighbours in a tar or a table."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pyarrow as pa
+
+# A run of tar members is read in one piece up to this size; the gaps between them (headers, sidecars) up to the other.
+RUN_BYTES = 8 << 20
+GAP_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectRead:
+    """A whole file. `size` in bytes where the listing told it."""
+
+    url: str
+    size: int | None
+
+    @property
+    def rows(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True, slots=True)
+class RangeRead:
+    """Members of one container: (offset, length) in bytes, in manifest order, of one stretch of it."""
+
+    url: str
+    members: tuple[tuple[int, int], ...]
+
+    @property
+    def rows(self) -> int:
+        return len(self.members)
+
+    @property
+    def start(self) -> int:
+        return self.members[0][0]
+
+    @property
+    def nbytes(self) -> int:
+        offset, length = self.members[-1]
+        return offset + length - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class TableRead:
+    """One row of a Parquet table: the `position`-th of the ascending row numbers of `run`, read in one pass."""
+
+    url: str
+    run: tuple[int, ...]
+    position: int
+
+    @property
+    def rows(self) -> int:
+        return 1
+
+
+Read = ObjectRead | RangeRead | TableRead
+
+
+class _Row(NamedTuple):
+    uri: str
+    container: str | None
+    offset: int
+    length: int | None
+    size: int | None
+
+
+def plan_reads(manifest: pa.Table) -> Iterator[Read]:
+    """Reads that cover every row of `manifest` once, in its order."""
+    columns = [manifest.column(name).to_pylist() for name in _Row._fields]
+    group: list[_Row] = []
+    for row in map(_Row._make, zip(*columns, strict=True)):
+        if group and not _joins(group, row):
+            yield from _reads(group)
+            group = []
+        group.append(row)
+    if group:
+        yield from _reads(group)
+
+
+def _joins(group: list[_Row], row: _Row) -> bool:
+    last = group[-1]
+    if row.container is None or row.container != last.container or (row.length is None) != (last.length is None):
+        return False
+    if row.length is None or last.length is None:
+        return row.offset > last.offset
+    gap = row.offset - (last.offset + last.length)
+    return 0 <= gap <= GAP_BYTES and row.offset + row.length - group[0].offset <= RUN_BYTES
+
+
+def _reads(group: list[_Row]) -> Iterator[Read]:
+    first = group[0]
+    if first.container is None:
+        yield ObjectRead(first.uri, first.size)
+    elif first.length is None:
+        run = tuple(row.offset for row in group)
+        yield from (TableRead(first.container, run, position) for position in range(len(run)))
+    else:
+        yield RangeRead(first.container, tuple((row.offset, row.length or 0) for row in group))

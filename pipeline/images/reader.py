@@ -1,0 +1,155 @@
+"""Bytes of a file or of a stretch of it, once, from wherever it lies. Retries are the caller's."""
+
+import os
+import stat
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from fsspec import AbstractFileSystem
+from fsspec.asyn import AsyncFileSystem, sync
+
+from pipeline.images.http import get_bytes
+from pipeline.images.verdict import TruncatedBodyError, too_many_bytes
+from pipeline.storage import filesystem, scheme
+from schemas.errors import ImageError
+
+Need = Callable[[int], None]
+
+
+class Extent(NamedTuple):
+    """A stretch of a file, in bytes."""
+
+    start: int
+    length: int
+
+
+class Reader:
+    """Reads by address. Holds the file systems it has opened; used from many threads at once.
+
+    On S3 and Google Cloud Storage the drivers' own retries are off, so that one rule governs every scheme.
+    """
+
+    def __init__(self, storage_options: Mapping[str, Any], *, max_bytes: int, concurrency: int) -> None:
+        self._options = storage_options
+        self._max_bytes = max_bytes
+        self._concurrency = concurrency
+        self._file_systems: dict[str, AbstractFileSystem] = {}
+
+    def read(self, url: str, extent: Extent | None, *, need: Need, timeout_s: float) -> bytes:
+        """The whole of `url`, or exactly `extent` of it.
+
+        `need(nbytes)` is called before memory is spent and may raise to say that there is no room now. Raises
+        ImageError for what the address or its size rules out, else whatever the driver raises.
+        """
+        kind = scheme(url)
+        if kind == "file" and "::" not in url:
+            return _read_local(url, extent, self._max_bytes, need)
+        fs, path = self.locate(url)
+        read = _READ_BY_SCHEME.get(kind) if "::" not in path else None
+        if read is None:
+            return _read_any(fs, path, extent, self._max_bytes, need, timeout_s)
+        data: bytes = sync(fs.loop, read, fs, path, extent, self._max_bytes, need, timeout=max(timeout_s, 0.001))
+        return data
+
+    def locate(self, url: str) -> tuple[AbstractFileSystem, str]:
+        """The file system of `url` and the path on it."""
+        kind = scheme(url)
+        if "::" in url.partition("?")[0] or kind not in _READ_BY_SCHEME:
+            return filesystem(url, self._options)
+        fs = self._file_systems.get(kind)
+        if fs is None:
+            fs, _ = filesystem("https://" if kind == "http" else url, self._options)
+            fs = _single_try_s3(fs, self._concurrency) if kind == "s3" else fs
+            self._file_systems[kind] = fs
+        return fs, url if kind == "http" else str(fs._strip_protocol(url))
+
+
+def _single_try_s3(fs: AbstractFileSystem, concurrency: int) -> AbstractFileSystem:
+    """The same S3 access as `fs`, without the retries of s3fs and of botocore beneath it."""
+    config = dict(fs.storage_options.get("config_kwargs") or {})
+    config["retries"] = {"total_max_attempts": 1, "mode": "standard"}
+    config["max_pool_connections"] = max(concurrency, int(config.get("max_pool_connections", 10)))
+    single = type(fs)(*fs.storage_args, **{**fs.storage_options, "config_kwargs": config})
+    single.retries = 1
+    return single
+
+
+def _read_local(url: str, extent: Extent | None, max_bytes: int, need: Need) -> bytes:
+    path = url if "://" not in url else str(filesystem(url, {})[1])
+    # Without O_NONBLOCK, opening a named pipe that nobody writes to would wait for ever.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError("fetch", "NotAFile", f"{path} is a folder, a pipe or a device, not a file")
+        if extent is not None:
+            need(extent.length)
+            return _exactly(os.pread(file.fileno(), extent.length, extent.start), extent.length)
+        if status.st_size > max_bytes:
+            raise too_many_bytes(path, status.st_size, max_bytes)
+        need(status.st_size)
+        return _exactly(file.readall(), status.st_size)
+
+
+async def _read_http(fs: Any, url: str, extent: Extent | None, max_bytes: int, need: Need) -> bytes:
+    session = await fs.set_session()
+    return await get_bytes(session, url, url, extent, max_bytes=max_bytes, need=need, request=fs.kwargs)
+
+
+async def _read_gcs(fs: Any, path: str, extent: Extent | None, max_bytes: int, need: Need) -> bytes:
+    session = await fs._set_session()
+    request = {"headers": fs._get_headers(None), "params": fs._get_params({})}
+    name = f"gs://{path}"
+    return await get_bytes(session, fs.url(path), name, extent, max_bytes=max_bytes, need=need, request=request)
+
+
+async def _read_s3(fs: Any, path: str, extent: Extent | None, max_bytes: int, need: Need) -> bytes:
+    bucket, key, version = fs.split_path(path)
+    options = {"VersionId": version} if version else {}
+    if extent is not None:
+        options["Range"] = f"bytes={extent.start}-{extent.start + extent.length - 1}"
+    response = await fs._call_s3("get_object", Bucket=bucket, Key=key, **options)
+    body, size = response["Body"], response["ContentLength"]
+    try:
+        if size > (extent.length if extent else max_bytes):
+            raise too_many_bytes(f"s3://{path}", size, max_bytes)
+        need(size)
+        data: bytes = await body.read()
+    finally:
+        body.close()
+    return _exactly(data, extent.length if extent else size)
+
+
+# On these one file system serves every address. Elsewhere (sftp, hdfs, chained addresses) the host is part of the
+# file system, so each address is resolved on its own.
+_READ_BY_SCHEME = {"http": _read_http, "gs": _read_gcs, "s3": _read_s3}
+
+
+def _read_any(
+    fs: AbstractFileSystem, path: str, extent: Extent | None, max_bytes: int, need: Need, timeout_s: float
+) -> bytes:
+    if extent is not None:
+        need(extent.length)
+        return _exactly(_cat(fs, path, timeout_s, extent.start, extent.start + extent.length), extent.length)
+    size = fs.info(path).get("size")
+    if size is not None and size > max_bytes:
+        raise too_many_bytes(path, size, max_bytes)
+    need(max_bytes if size is None else size)
+    if size is not None:
+        return _exactly(_cat(fs, path, timeout_s, None, None), size)
+    data = _cat(fs, path, timeout_s, 0, max_bytes + 1)
+    if len(data) > max_bytes:
+        raise too_many_bytes(path, len(data), max_bytes)
+    return data
+
+
+def _cat(fs: AbstractFileSystem, path: str, timeout_s: float, start: int | None, stop: int | None) -> bytes:
+    if isinstance(fs, AsyncFileSystem):
+        data: bytes = sync(fs.loop, fs._cat_file, path, start=start, end=stop, timeout=max(timeout_s, 0.001))
+        return data
+    return bytes(fs.cat_file(path, start=start, end=stop))
+
+
+def _exactly(data: bytes, length: int) -> bytes:
+    if len(data) < length:
+        raise TruncatedBodyError(f"the file ends after {len(data):,} of {length:,} bytes")
+    return data

@@ -1,0 +1,189 @@
+"""What an exception from a file system means for an image: its name, whether to try again now, and later.
+
+Drivers raise many classes for few causes, and some are installed only with their driver, so they are told apart by
+status code, `errno` and class name. Nothing that reaches a message holds a credential.
+"""
+
+import errno
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipeline.storage import redact
+from schemas.errors import ImageError
+
+
+class HttpStatusError(Exception):
+    """An answer other than the file. `retry_after_s` is what the server asked for, if it did."""
+
+    def __init__(self, status: int, reason: str, retry_after_s: float | None = None) -> None:
+        super().__init__(f"HTTP {status} {reason}".strip())
+        self.status = status
+        self.retry_after_s = retry_after_s
+
+
+class TruncatedBodyError(Exception):
+    """The body ended before the length that its header promised."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`again`: worth another try at once. `retryable`: the `retry` command may succeed. `wait_s`: asked for by the
+    server."""
+
+    error: str
+    again: bool
+    retryable: bool
+    wait_s: float | None = None
+
+
+_NOT_FOUND = Verdict("NotFound", again=False, retryable=False)
+_FORBIDDEN = Verdict("Forbidden", again=False, retryable=False)
+_NO_CREDENTIALS = Verdict("NoCredentials", again=False, retryable=True)
+_BAD_ADDRESS = Verdict("BadAddress", again=False, retryable=False)
+_TIMED_OUT = Verdict("TimedOut", again=True, retryable=True)
+_CONNECTION = Verdict("ConnectionFailed", again=True, retryable=True)
+_TRUNCATED = Verdict("TruncatedBody", again=True, retryable=True)
+_NOT_A_FILE = Verdict("NotAFile", again=False, retryable=False)
+_IO = Verdict("StorageError", again=True, retryable=True)
+
+_TRANSIENT_STATUS = {
+    408: "TimedOut",
+    425: "ServerError",
+    429: "Throttled",
+    500: "ServerError",
+    502: "ServerError",
+    503: "Throttled",
+    504: "ServerError",
+}
+
+# Looked up along the class hierarchy, most derived class first.
+_BY_CLASS_NAME = {
+    "FileNotFoundError": _NOT_FOUND,
+    "PermissionError": _FORBIDDEN,
+    "IsADirectoryError": _NOT_A_FILE,
+    "NotADirectoryError": _NOT_FOUND,
+    "TimeoutError": _TIMED_OUT,
+    "FSTimeoutError": _TIMED_OUT,
+    "ServerTimeoutError": _TIMED_OUT,
+    "ConnectTimeoutError": _TIMED_OUT,
+    "ReadTimeoutError": _TIMED_OUT,
+    "Timeout": _TIMED_OUT,
+    "TruncatedBodyError": _TRUNCATED,
+    "ClientPayloadError": _TRUNCATED,
+    "ContentLengthError": _TRUNCATED,
+    "IncompleteRead": _TRUNCATED,
+    "IncompleteReadError": _TRUNCATED,
+    "ResponseStreamingError": _TRUNCATED,
+    "NoCredentialsError": _NO_CREDENTIALS,
+    "PartialCredentialsError": _NO_CREDENTIALS,
+    "CredentialRetrievalError": _NO_CREDENTIALS,
+    "TokenRetrievalError": _NO_CREDENTIALS,
+    "GoogleAuthError": _NO_CREDENTIALS,
+    "InvalidURL": _BAD_ADDRESS,
+    "NonHttpUrlClientError": _BAD_ADDRESS,
+    "TooManyRedirects": _BAD_ADDRESS,
+    "ParamValidationError": _BAD_ADDRESS,
+    "ClientSSLError": Verdict("ConnectionFailed", again=False, retryable=True),
+    "ClientConnectionError": _CONNECTION,
+    "ServerDisconnectedError": _CONNECTION,
+    "ConnectionError": _CONNECTION,
+    "HTTPClientError": _CONNECTION,
+    "ResponseParserError": Verdict("ServerError", again=True, retryable=True),
+}
+
+_TRANSIENT_ERRNO = frozenset(
+    {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ETIMEDOUT, errno.EREMOTEIO}
+    | {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EMFILE, errno.ENFILE, errno.EPROTO}
+)
+_BY_ERRNO = {errno.ENAMETOOLONG: _BAD_ADDRESS, errno.ELOOP: _NOT_FOUND, errno.ENXIO: _NOT_A_FILE}
+
+
+def judge(error: BaseException) -> Verdict:
+    """The verdict on an exception that an attempt to read raised."""
+    status, wait_s = _status(error)
+    if status is not None:
+        return _judge_status(status, wait_s)
+    if isinstance(error, OSError) and error.errno in _BY_ERRNO:
+        return _BY_ERRNO[error.errno]
+    for kind in type(error).__mro__:
+        if kind.__name__ in _BY_CLASS_NAME:
+            return _BY_CLASS_NAME[kind.__name__]
+    if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO:
+        return _IO
+    return Verdict(type(error).__name__, again=False, retryable=True)
+
+
+def _judge_status(status: int, wait_s: float | None) -> Verdict:
+    if status in {404, 410}:
+        return _NOT_FOUND
+    if status in {401, 403, 407}:
+        return _FORBIDDEN
+    if status in _TRANSIENT_STATUS:
+        return Verdict(_TRANSIENT_STATUS[status], again=True, retryable=True, wait_s=wait_s)
+    return Verdict(f"Http{status}", again=False, retryable=status >= 500)
+
+
+def _status(error: BaseException) -> tuple[int | None, float | None]:
+    """HTTP status and Retry-After behind an exception: ours, botocore's or gcsfs's, possibly wrapped."""
+    for link in _causes(error):
+        if isinstance(link, HttpStatusError):
+            return link.status, link.retry_after_s
+        response = getattr(link, "response", None)
+        if isinstance(response, dict) and "ResponseMetadata" in response:
+            metadata = response["ResponseMetadata"]
+            headers = metadata.get("HTTPHeaders", {})
+            return _whole(metadata.get("HTTPStatusCode")), retry_after_s(headers.get("retry-after"))
+        code = _whole(getattr(link, "status", None) or getattr(link, "code", None))
+        if code is not None and 400 <= code < 600:
+            return code, None
+    return None, None
+
+
+def _whole(value: object) -> int | None:
+    return int(value) if isinstance(value, int) or (isinstance(value, str) and value.isdigit()) else None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = error
+    for _ in range(8):
+        if link is None:
+            return
+        yield link
+        link = link.__cause__
+
+
+def retry_after_s(header: str | None) -> float | None:
+    """Seconds of a Retry-After header. Its form as a date is taken for no wish: clocks differ."""
+    return float(header) if header is not None and re.fullmatch(r"\d{1,6}", header.strip()) else None
+
+
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^\s'\"<>)\]]+")
+
+
+def scrub(text: str, limit: int = 300) -> str:
+    """`text` on one line, cut to `limit` characters, every address in it without credentials."""
+    return _URL.sub(lambda match: safe_url(match.group()), " ".join(text.split()))[:limit]
+
+
+def safe_url(url: str) -> str:
+    """`redact`, also of what is no address at all."""
+    try:
+        return redact(url)
+    except ValueError:
+        return url.partition("?")[0].rpartition("@")[2]
+
+
+def fetch_failure(url: str, error: BaseException, verdict: Verdict, attempts: int) -> ImageError:
+    """The row for an image that could not be read."""
+    cause = scrub(str(error)) or type(error).__name__
+    message = f"{safe_url(url)}: {cause}"
+    if verdict.wait_s:
+        message += f" (the server asks to wait {verdict.wait_s:g} s)"
+    return ImageError("fetch", verdict.error, message, retryable=verdict.retryable, attempts=attempts)
+
+
+def too_many_bytes(url: str, size: int, max_bytes: int) -> ImageError:
+    """The row for a file that is larger than the user allows."""
+    message = f"{safe_url(url)}: at least {size:,} bytes; the limit is {max_bytes:,} (fetch.max_bytes)"
+    return ImageError("fetch", "TooManyBytes", message)
