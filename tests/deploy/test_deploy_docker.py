@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from tests.deploy.dockerfile_rules import RULES, final_stages, lineage, parse
+from support.dockerfile_rules import RULES, final_stages, lineage, parse
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "deploy/docker/Dockerfile"
@@ -94,6 +93,18 @@ def test_python_is_one_that_the_project_supports() -> None:
     assert wanted is not None
     images = set(re.findall(r"FROM python:(3\.\d+)\.\d+-slim", DOCKERFILE.read_text()))
     assert images == {wanted.group(1)}
+
+
+def test_what_the_launcher_needs_is_pinned_and_agrees_with_the_constraints() -> None:
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        name, _, version = line.partition("==")
+        pins[name.lower()] = version
+    lines = (ROOT / "deploy/docker/launcher-requirements.txt").read_text().splitlines()
+    for line in [line for line in lines if line and not line.startswith("#")]:
+        name, separator, version = line.partition("==")
+        assert separator, line
+        assert pins.get(name, version) == version
 
 
 def test_hadolint_agrees() -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.kustomize import Resource, build
 
 from schemas.spec import build_spec
-from tests.deploy.kustomize import Resource, build
 
 ROOT = Path(__file__).parents[2]
 OVERLAYS = sorted(path.parent for path in (ROOT / "deploy/kuberay").glob("overlays/*/*/kustomization.yaml"))

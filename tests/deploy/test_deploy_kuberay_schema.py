@@ -10,9 +10,8 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-
-from tests.deploy.crd import CRDS, FILES, METADATA, problems
-from tests.deploy.kustomize import Resource, build
+from support.crd import CRDS, FILES, METADATA, problems
+from support.kustomize import Resource, build
 
 KUBERAY = Path(__file__).parents[2] / "deploy/kuberay"
 OVERLAYS = sorted(path.parent for path in KUBERAY.glob("overlays/*/*/kustomization.yaml"))
