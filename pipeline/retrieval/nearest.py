@@ -1,0 +1,62 @@
+"""Exact nearest neighbours by a streamed matrix product: every vector is read once, at memory speed."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.retrieval.arrays import Floats, Ints, Preparation
+from pipeline.retrieval.matrix import Matrix
+
+if TYPE_CHECKING:
+    import torch
+
+
+def top_k(
+    matrix: Matrix,
+    queries: Floats,
+    k: int,
+    *,
+    positions: Ints | None = None,
+    prepare: Preparation | None = None,
+    device: str = "cpu",
+) -> tuple[Floats, Ints]:
+    """Scores and positions (Q, k) of the k best for each of `queries` (Q, D), best first; equal scores by position.
+
+    `queries` are prepared already; `prepare` says what to do to the matrix (default: scale to unit length, so that
+    scores are cosines). `positions` (ascending) restricts the search. With fewer than k candidates, k shrinks.
+    """
+    import torch
+
+    prepare = prepare or Preparation()
+    wanted = np.flatnonzero(matrix.usable) if positions is None else positions[matrix.usable[positions]]
+    k = min(k, len(wanted))
+    best_scores = np.empty((len(queries), 0), np.float32)
+    best_at = np.empty((len(queries), 0), np.int64)
+    if k == 0:
+        return best_scores, best_at
+    weights = torch.from_numpy(np.ascontiguousarray(queries.T)).to(device)  # (D, Q)
+    for at, vectors in matrix.chunks(wanted):
+        found = _chunk_top(matrix, at, vectors, weights, k, prepare, device)
+        best_scores, best_at = _merge(best_scores, best_at, found[0], at[found[1]], k)
+    return best_scores, best_at
+
+
+def _chunk_top(
+    matrix: Matrix, at: Ints, vectors: Floats, weights: "torch.Tensor", k: int, prepare: Preparation, device: str
+) -> tuple[Floats, Ints]:
+    import torch
+
+    # Scaling the n×Q scores by the known lengths saves a scaled copy of the n×D vectors.
+    late = prepare.normalise and prepare.mean is None
+    block = torch.from_numpy(vectors if late else prepare.apply(vectors)).to(device)
+    scores = block @ weights if weights.shape[1] > 1 else torch.mv(block, weights[:, 0])[:, None]  # (n, Q)
+    if late:
+        scores /= torch.from_numpy(matrix.norms[at]).to(device)[:, None]
+    values, places = torch.topk(scores.T, min(k, len(at)), dim=1)
+    return values.cpu().numpy(), places.cpu().numpy()
+
+
+def _merge(scores: Floats, at: Ints, more: Floats, more_at: Ints, k: int) -> tuple[Floats, Ints]:
+    scores, at = np.concatenate([scores, more], axis=1), np.concatenate([at, more_at], axis=1)
+    order = np.lexsort((at, -scores), axis=1)[:, :k]
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(at, order, 1)

@@ -1,0 +1,164 @@
+"""Search: the pictures most like some examples and least like others."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypedDict
+
+import numpy as np
+import pyarrow.dataset as pads
+
+from pipeline.retrieval.arrays import Floats, Ints, Preparation, unit
+from pipeline.retrieval.nearest import top_k
+from pipeline.retrieval.store import FeatureStore
+from pipeline.storage import redact
+from schemas.errors import SpecError
+
+# Paths or URLs of pictures to their vectors (n, D) float32, by the model and the preprocessing of the run.
+Embed = Callable[[list[str]], Floats]
+# Prepared queries (Q, D) and k to scores and positions in the matrix (Q, k), as an index finds them.
+Finder = Callable[[Floats, int], tuple[Floats, Ints]]
+
+
+class Hit(TypedDict):
+    """One result. `score` is the cosine to the query, at most 1."""
+
+    row: int
+    uri: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Example:
+    """One `--image`, `--row`, `--uri` or `--vector`, or one `--minus…`."""
+
+    kind: Literal["image", "row", "uri", "vector"]
+    value: str
+    minus: bool = False
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is searched for: `vector` (D,) of length 1, and the rows that were given as examples."""
+
+    vector: Floats
+    rows: Ints
+
+
+def build_query(
+    store: FeatureStore, feature: str, examples: Sequence[Example], embed: Embed | None, prepare: Preparation
+) -> Query:
+    """The mean direction of the examples less that of the `minus` ones.
+
+    Raises SpecError for an example that is not there, has another dimension or no direction, or if all cancel out.
+    """
+    if not any(not example.minus for example in examples):
+        raise SpecError("nothing to search for: give --image, --row, --uri or --vector at least once")
+    images = [example.value for example in examples if example.kind == "image"]
+    if images and embed is None:
+        raise SpecError("--image needs the model of the run, which is not at hand here; search by --row or --vector")
+    embedded = iter(embed(images)) if images and embed is not None else iter(())
+    sums = {False: np.zeros(store.check_feature(feature)), True: np.zeros(store.check_feature(feature))}
+    counts = {False: 0, True: 0}
+    rows: list[int] = []
+    for example in examples:
+        vector = next(embedded) if example.kind == "image" else _vector(store, feature, example, rows)
+        sums[example.minus] += _direction(vector, prepare, example)
+        counts[example.minus] += 1
+    wanted = sums[False] / counts[False] - sums[True] / max(1, counts[True])
+    if np.linalg.norm(wanted) < 1e-6:
+        raise SpecError("the examples cancel each other out: what is wanted is what is not wanted")
+    return Query(unit(wanted[None].astype(np.float32)).reshape(-1), np.array(sorted(set(rows)), np.int64))
+
+
+def _vector(store: FeatureStore, feature: str, example: Example, rows: list[int]) -> Floats:
+    if example.kind == "vector":
+        return _read_vector(example.value, store, feature)
+    row = _row_id(example.value) if example.kind == "row" else _row_of_uri(store, example.value)
+    position = int(store.load(feature).positions_of(np.array([row]))[0])
+    if position < 0:
+        raise SpecError(
+            f"--row {row}: no such row in images/ (it has {len(store)} rows between {store.load(feature).rows.min()} "
+            f"and {store.load(feature).rows.max()}; a failed image has no vector)"
+        )
+    rows.append(row)
+    return store.load(feature).take(np.array([position])).reshape(-1)
+
+
+def _row_id(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise SpecError(f"--row {text}: not a number") from None
+
+
+def _row_of_uri(store: FeatureStore, uri: str) -> int:
+    found = store.dataset().to_table(columns=["row"], filter=pads.field("uri") == uri).column("row").to_numpy()
+    if not len(found):
+        sample = store.dataset().head(1, columns=["uri"]).column("uri")[0].as_py()
+        raise SpecError(f"--uri {redact(uri)}: no image of this address in images/; addresses look like {sample}")
+    # Of several versions of one object the newest has the highest row.
+    return int(found.max())
+
+
+def _read_vector(path: str, store: FeatureStore, feature: str) -> Floats:
+    dim = store.check_feature(feature)
+    if not Path(path).is_file():
+        raise SpecError(f"--vector {path}: no such file")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise SpecError(f"--vector {path}: not a .npy array ({error})") from None
+    if array.ndim not in (1, 2) or array.size != dim or array.dtype.kind not in "fiu":
+        raise SpecError(
+            f"--vector {path}: an array of shape {array.shape} and type {array.dtype}, but `{feature}` of this run has "
+            f"{dim} numbers; vectors of another model cannot be compared with these"
+        )
+    vector: Floats = array.reshape(dim).astype(np.float32)
+    return vector
+
+
+def _direction(vector: Floats, prepare: Preparation, example: Example) -> Floats:
+    direction: Floats = unit(prepare.apply(np.asarray(vector, np.float32)[None])).reshape(-1)
+    if not (np.isfinite(direction).all() and np.any(direction)):
+        raise SpecError(f"--{example.kind} {example.value}: its vector is zero or not finite, so nothing is like it")
+    return direction
+
+
+def search(
+    store: FeatureStore,
+    query: Query,
+    k: int,
+    *,
+    feature: str = "cls",
+    where: str | None = None,
+    prepare: Preparation | None = None,
+    finder: Finder | None = None,
+    keep_examples: bool = False,
+    device: str = "cpu",
+) -> list[Hit]:
+    """The `k` rows nearest to `query`, best first, by cosine; rows given as examples are left out unless kept.
+
+    Exact unless `finder` (an index) is given. `where` is an SQL condition on `images`; with it there may be fewer
+    than k. Raises SpecError if k exceeds the number of rows.
+    """
+    matrix = store.load(feature)
+    usable = int(matrix.usable.sum())
+    if not 1 <= k <= usable:
+        raise SpecError(f"-k {k}: {usable} rows have a usable `{feature}`; ask for between 1 and {usable}")
+    if finder is not None and where is not None:
+        raise SpecError("--filter and --index do not go together: an index cannot tell which rows match; leave one out")
+    excluded = np.empty(0, np.int64) if keep_examples else query.rows
+    wanted = k + len(excluded)
+    if finder is not None:
+        scores, positions = finder(query.vector[None], wanted)
+    else:
+        chosen = None if where is None else np.sort(matrix.positions_of(store.rows(where)))
+        scores, positions = top_k(matrix, query.vector[None], wanted, positions=chosen, prepare=prepare, device=device)
+    found = matrix.rows[positions[0]]
+    keep = np.flatnonzero(~np.isin(found, excluded))[:k]
+    uris = store.uris(found[keep])
+    return [
+        Hit(row=int(found[at]), uri=uri, score=float(np.clip(scores[0, at], -1, 1)))
+        for at, uri in zip(keep, uris, strict=True)
+    ]
