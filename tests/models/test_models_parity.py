@@ -1,0 +1,127 @@
+"""Every family against its reference library: CLS, pooled and logits on real photographs, in float32 and bfloat16."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import (
+    KINDS,
+    Expected,
+    make_checkpoint,
+    preprocessed,
+    reference_outputs,
+    worst_cosine,
+    worst_error,
+)
+from support.testdata import needs_testdata, photos, trained_vit
+
+from pipeline.models import Outputs, inspect_model, load_model
+from schemas.preprocessing import Preprocessing
+
+pytestmark = needs_testdata
+
+FLOAT32_ERROR = 1e-4
+FLOAT32_COSINE = 0.99999
+BFLOAT16_COSINE = 0.999
+
+
+def compare(ours: Outputs, theirs: Expected, dtype: torch.dtype) -> None:
+    pairs = {
+        "cls": (ours.cls, theirs.cls),
+        "pooled": (ours.pooled, theirs.pooled),
+        "logits": (ours.logits, theirs.logits),
+    }
+    for name, (got, expected) in pairs.items():
+        if expected is None:
+            assert got is None, name
+            continue
+        assert got is not None, name
+        assert got.dtype == torch.float32
+        assert got.shape == expected.shape
+        cosine = worst_cosine(got, expected)
+        if dtype == torch.float32:
+            assert worst_error(got, expected) < FLOAT32_ERROR, name
+            assert cosine > FLOAT32_COSINE, name
+        else:
+            assert cosine > BFLOAT16_COSINE, (name, cosine)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_matches_transformers(kind: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / kind, kind)
+    pixels, values = preprocessed(folder, photos(4))
+    expected = reference_outputs(folder, values)
+    info = inspect_model(str(folder))
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_model(info, dtype=dtype)
+        compare(model(pixels), expected, dtype)
+    full = load_model(info).last_hidden_state(pixels)
+    assert worst_error(full.flatten(0, 1), expected.tokens.flatten(0, 1)) < FLOAT32_ERROR
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["vit-classifier", "beit-mim", "beit-classifier"])
+def test_matches_transformers_at_base_size(kind: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / kind, kind, size="base")
+    pixels, values = preprocessed(folder, photos(1))
+    expected = reference_outputs(folder, values)
+    info = inspect_model(str(folder))
+    for dtype in (torch.float32, torch.bfloat16):
+        compare(load_model(info, dtype=dtype)(pixels), expected, dtype)
+
+
+@pytest.mark.parametrize("kind", ["vit", "beit", "beit-mim", "beit-absolute"])
+@pytest.mark.parametrize("size", [(112, 112), (288, 288), (160, 256)], ids=str)
+def test_matches_transformers_at_another_resolution(kind: str, size: tuple[int, int], tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / kind, kind)
+    pixels, values = preprocessed(folder, photos(2), size={"height": size[0], "width": size[1]})
+    expected = reference_outputs(folder, values, interpolate=True)
+    info = inspect_model(str(folder), image_size=size)
+    assert info.image_size == size
+    compare(load_model(info)(pixels), expected, torch.float32)
+
+
+def test_trained_final_norm_of_beit_is_applied_when_asked(tmp_path: Path) -> None:
+    import transformers
+
+    folder = make_checkpoint(tmp_path / "beit", "beit-mim")
+    pixels, values = preprocessed(folder, photos(2))
+    reference = transformers.BeitForMaskedImageModeling.from_pretrained(folder).eval()
+    with torch.no_grad():
+        tokens = reference.layernorm(reference.beit(values).last_hidden_state)
+    info = inspect_model(str(folder), beit_final_norm=True)
+    outputs = load_model(info)(pixels)
+    assert info.pooled == "mean_patch_tokens"
+    assert outputs.cls is not None
+    assert worst_error(outputs.cls, tokens[:, 0]) < FLOAT32_ERROR
+    assert worst_error(outputs.pooled, tokens[:, 1:].mean(dim=1)) < FLOAT32_ERROR
+    plain = load_model(inspect_model(str(folder)))(pixels)
+    assert worst_error(plain.pooled, outputs.pooled) > 0.01
+
+
+def top1(preprocessing: Preprocessing | None = None) -> float:
+    """Share of the 200 photos whose best label is the one in the file name."""
+    info = inspect_model(str(trained_vit()))
+    if preprocessing is not None:
+        from dataclasses import replace
+
+        info = replace(info, preprocessing=preprocessing)
+    files = photos()
+    pixels, _ = preprocessed(trained_vit(), files)
+    synsets = (trained_vit().parents[1] / "labels" / "timm_imagenet_synsets.txt").read_text().split()
+    logits = load_model(info)(pixels).logits
+    assert logits is not None
+    right = [synsets[int(best)] == path.name.split("_")[0] for best, path in zip(logits.argmax(1), files, strict=True)]
+    return sum(right) / len(right)
+
+
+@pytest.mark.slow
+def test_trained_vit_labels_the_photos() -> None:
+    """transformers in float32 gives 0.84 on these photos."""
+    assert top1() >= 0.83
+
+
+@pytest.mark.slow
+def test_wrong_normalisation_shows() -> None:
+    imagenet = Preprocessing(resize=(224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    assert top1(imagenet) < 0.7
