@@ -8,6 +8,7 @@ divides the time, and neither waits for the other.
 from typing import NamedTuple
 
 from schemas.errors import ClusterError
+from schemas.machines import Machines
 from schemas.spec import ActorRange
 
 _BLOCK_BYTES = 8 << 20
@@ -17,15 +18,6 @@ _DECODE_CPUS = 0.25
 _ACTOR_CPUS_A_CORE = 0.75
 _SMALL_MACHINE_CPUS = 4
 _THREADS_ON_LARGER = 4
-
-
-class Cluster(NamedTuple):
-    """What Ray says the machines have: cores, GPUs, and bytes of memory and of object store."""
-
-    cpus: float
-    gpus: float
-    memory_bytes: float
-    object_store_bytes: float
 
 
 class Placement(NamedTuple):
@@ -47,7 +39,7 @@ class Placement(NamedTuple):
 
 
 def place(
-    cluster: Cluster,
+    machines: Machines,
     *,
     rows: int,
     actors: ActorRange | None,
@@ -60,11 +52,11 @@ def place(
 
     Raises ClusterError when the GPUs asked for are not there.
     """
-    cpus = max(1, int(cluster.cpus))
+    cpus = max(1, int(machines.cpus))
     if gpus_per_actor:
-        _check_gpus(cluster, actors, gpus_per_actor)
+        _check_gpus(machines, actors, gpus_per_actor)
         threads, actor_cpus, decode_cpus = 0, 1.0, 1.0
-        chosen = actors or ActorRange(min=1, max=max(1, int(cluster.gpus / gpus_per_actor)))
+        chosen = actors or ActorRange(min=1, max=max(1, int(machines.gpus / gpus_per_actor)))
     else:
         wanted = actors.max if actors else None
         threads = _threads(cpus, wanted)
@@ -101,11 +93,11 @@ def _threads(cpus: int, actors: int | None) -> int:
     return 1 if cpus <= _SMALL_MACHINE_CPUS else _THREADS_ON_LARGER
 
 
-def _check_gpus(cluster: Cluster, actors: ActorRange | None, gpus_per_actor: float) -> None:
+def _check_gpus(machines: Machines, actors: ActorRange | None, gpus_per_actor: float) -> None:
     needed = gpus_per_actor * (actors.min if actors else 1)
-    if cluster.gpus < needed:
+    if machines.gpus < needed:
         asked = f"--gpus-per-actor {gpus_per_actor:g}" + (f" × --actors {actors.min}" if actors else "")
         raise ClusterError(
-            f"{asked} needs {needed:g} GPUs, the cluster has {cluster.gpus:g} GPUs and {cluster.cpus:g} CPUs. "
+            f"{asked} needs {needed:g} GPUs, the cluster has {machines.gpus:g} GPUs and {machines.cpus:g} CPUs. "
             "Ask for fewer, add GPU nodes, or leave out --gpus-per-actor to run on CPUs"
         )

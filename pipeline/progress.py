@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from pipeline.placement import Placement
-from schemas.attempt import StageSeconds
+from schemas.attempt import AttemptRecord, StageSeconds
 
 Phase = Literal["model", "listing", "starting", "running", "finishing"]
 
@@ -100,6 +100,15 @@ class Meter:
             left_s=left,
             bottleneck=self.bottleneck(),
         )
+
+    def report(self, attempt: AttemptRecord) -> None:
+        """Enter what was measured into the attempt's record."""
+        attempt.images, attempt.failures, attempt.parts = self.images, self.failed, self.parts
+        attempt.startup_s, attempt.wall_s = self.startup_s, self.wall_s
+        attempt.images_per_s = self.rate_mean
+        attempt.stage_seconds = self.seconds
+        attempt.actors = self._placement.actors.max
+        attempt.bottleneck = self.bottleneck()
 
     def bottleneck(self) -> str | None:
         """The stage that is busiest for what it has: predict by actors, decode and fetch by decoding tasks."""

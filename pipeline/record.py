@@ -50,13 +50,14 @@ def require_record(out: str, storage_options: Options) -> RunRecord:
     return record
 
 
-def new_record(spec: JobSpec, model: ModelRecord) -> RunRecord:
+def new_record(spec: JobSpec, model: ModelRecord, feature_dims: dict[str, int]) -> RunRecord:
     """A record with no manifest yet."""
     return RunRecord(
         run_id=uuid.uuid4().hex,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         spec=recorded_spec(spec),
         model=model,
+        feature_dims=feature_dims,
         versions=_versions(),
         manifest_rows=0,
         manifest_parts=[],

@@ -41,6 +41,7 @@ class RunRecord(BaseModel):
     created: str
     spec: dict[str, Any]
     model: ModelRecord
+    feature_dims: dict[str, int] = {}
     versions: dict[str, str]
     manifest_rows: int
     manifest_parts: list[str]

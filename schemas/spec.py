@@ -87,6 +87,17 @@ class SinkSpec(Strict):
     compact_bytes: int = Field(default=256 * MIB, ge=1, description="size that compaction aims at")
 
 
+class TritonSpec(Strict):
+    """Where a Triton server is and how to talk to it. Headers may carry a token, so they are never stored."""
+
+    url: str = Field(description="grpc://host:8001, or grpcs:// for TLS")
+    model_name: str | None = Field(default=None, description="default: the name that export-triton gave")
+    headers: dict[str, str] = Field(default_factory=dict, repr=False)
+    deadline_s: float = Field(default=60.0, gt=0, description="for one request")
+    outage_s: float = Field(default=300.0, ge=0, description="how long rows wait for a server that went away")
+    in_flight: int = Field(default=4, ge=1, description="requests in flight for each actor")
+
+
 class JobSpec(Strict):
     """One run. Paths and URLs are strings as fsspec understands them; sizes in bytes, times in seconds."""
 
@@ -110,6 +121,7 @@ class JobSpec(Strict):
     uri_column: str = "uri"
     image_column: str = "image"
     backend: Literal["torch", "triton", "null"] = "torch"
+    triton: TritonSpec | None = None
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     actors: ActorRange | None = Field(default=None, description="default: one a GPU, or what the cores carry")
     gpus_per_actor: float = Field(default=0.0, ge=0)
@@ -129,6 +141,8 @@ class JobSpec(Strict):
     def _asks_for_something(self) -> "JobSpec":
         if not self.features and not self.labels:
             raise ValueError("neither features nor labels are asked for: the output would hold no result")
+        if (self.backend == "triton") != (self.triton is not None):
+            raise ValueError("backend triton needs --triton-url, and only it takes one")
         return self
 
 

@@ -97,6 +97,13 @@ def feature_field(name: str, dim: int, dtype: pa.DataType) -> pa.Field:
     return pa.field(name, pa.list_(pa.field("item", dtype, nullable=False), dim))
 
 
+def output_fields(features: dict[str, int], feature_dtype: str, labels: bool) -> list[pa.Field]:
+    """Feature fields (name → width) in the order of `features`, then `labels` where there are any."""
+    kind = pa.float16() if feature_dtype == "float16" else pa.float32()
+    fields = [feature_field(name, dim, kind) for name, dim in features.items()]
+    return fields + ([pa.field("labels", pa.list_(LABEL))] if labels else [])
+
+
 def predicted_schema(outputs: list[pa.Field], user: list[pa.Field]) -> pa.Schema:
     """What a predictor hands to the sink. `outputs` are the feature and label fields."""
     return pa.schema([*ROW_FIELDS, *outputs, *IMAGE_FACT_FIELDS, *FAILURE_FIELDS, *TIMING_FIELDS, *user])

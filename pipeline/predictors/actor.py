@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
+import ray
 
 from pipeline.models import ModelInfo
 from pipeline.predictors.batches import Wanted
-from pipeline.predictors.triton_settings import TritonSettings
+from schemas.spec import TritonSpec
 
 Predictor = Callable[[pa.Table], pa.Table]
 
@@ -23,13 +24,16 @@ class ActorJob(NamedTuple):
     batch_size: int
     threads: int
     cuda: bool
-    triton: TritonSettings | None
+    triton: TritonSpec | None
 
 
 class PredictActor:
     """Callable class for `Dataset.map_batches`."""
 
-    def __init__(self, job: ActorJob) -> None:
+    def __init__(self, held: list[Any]) -> None:
+        """`held` is a list of one reference to an ActorJob. Within a list the reference travels, not the job, whose
+        label names may be too many for the arguments of an actor that has to be restarted."""
+        job: ActorJob = ray.get(held[0])
         if job.threads:
             os.environ["OMP_NUM_THREADS"] = str(job.threads)
         self._predict = build_predictor(job)
@@ -50,6 +54,8 @@ def build_predictor(job: ActorJob) -> Predictor:
     if job.backend == "triton":
         from pipeline.predictors.triton import TritonPredictor
 
+        if job.triton is None:
+            raise ValueError("backend triton needs the address of a server")
         return TritonPredictor(job.model, job.wanted, job.triton)
     from pipeline.predictors.torch_predictor import TorchPredictor
 

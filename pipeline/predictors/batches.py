@@ -8,8 +8,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from schemas.spec import FEATURE_NAMES, JobSpec
-from schemas.tables import LABEL, feature_field, predicted_schema, user_fields
+from schemas.tables import LABEL, output_fields, predicted_schema, user_fields
 
 Floats = npt.NDArray[np.floating]
 
@@ -18,7 +17,7 @@ class Wanted(NamedTuple):
     """What a predictor has to deliver: features by name and width, and the best `labels` of `label_names`."""
 
     features: tuple[str, ...]
-    dim: int
+    dims: tuple[int, ...]
     feature_dtype: str
     labels: int
     label_names: tuple[str, ...]
@@ -27,15 +26,8 @@ class Wanted(NamedTuple):
     @property
     def fields(self) -> list[pa.Field]:
         """Output fields, in the order of the file."""
-        kind = pa.float16() if self.feature_dtype == "float16" else pa.float32()
-        features = [feature_field(name, self.dim, kind) for name in FEATURE_NAMES if name in self.features]
-        return features + ([pa.field("labels", pa.list_(LABEL))] if self.labels else [])
-
-
-def wanted_from(spec: JobSpec, dim: int, label_names: tuple[str, ...], multi_label: bool) -> Wanted:
-    """What `spec` asks of a model with `dim`-wide features and these labels (none: `labels` is 0)."""
-    top = min(spec.labels, len(label_names))
-    return Wanted(tuple(spec.features), dim, spec.feature_dtype, top, label_names, multi_label)
+        dims = dict(zip(self.features, self.dims, strict=True))
+        return output_fields(dims, self.feature_dtype, self.labels > 0)
 
 
 class Predictions(NamedTuple):

@@ -30,7 +30,8 @@ class NullPredictor:
     def __call__(self, decoded: pa.Table) -> pa.Table:
         """Predicted table for a decoded one; every row succeeds."""
         rows = decoded["row"].to_numpy()
-        features = {name: null_features(rows, self._wanted.dim) for name in self._wanted.features}
+        widths = zip(self._wanted.features, self._wanted.dims, strict=True)
+        features = {name: null_features(rows, dim) for name, dim in widths}
         return predicted_table(decoded, np.arange(len(rows)), Predictions(features), self._wanted, 0.0)
 
 

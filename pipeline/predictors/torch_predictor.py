@@ -11,6 +11,9 @@ import torch
 
 from pipeline.models import ModelInfo, load_model
 from pipeline.predictors.batches import Predictions, Wanted, good_rows, pixels_of, predicted_table
+from schemas.errors import ClusterError
+
+_BFLOAT16_SINCE = (8, 0)
 
 _log = logging.getLogger(__name__)
 
@@ -23,12 +26,14 @@ class TorchPredictor:
     ) -> None:
         if threads:
             torch.set_num_threads(threads)
+        if cuda:
+            _check_gpu(dtype)
         self._device = torch.device("cuda" if cuda else "cpu")
         self._model = load_model(info, dtype=getattr(torch, dtype), device=self._device)
         self._wanted = wanted
         self._batch = batch_size
         self._height, self._width = info.preprocessing.output_size
-        self._copies = torch.cuda.Stream() if cuda else None
+        self._copies = torch.cuda.Stream() if cuda else None  # type: ignore[no-untyped-call]
         self._warm_up()
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
@@ -104,12 +109,11 @@ class TorchPredictor:
             torch.cuda.synchronize()
         names = self._wanted.features
         if not done:
-            empty = np.empty((0, self._wanted.dim), np.float32)
             none = np.empty((0, self._wanted.labels))
-            features = dict.fromkeys(names, empty)
+            features = {name: np.empty((0, dim)) for name, dim in zip(names, self._wanted.dims, strict=True)}
             return Predictions(features, none, none.astype(np.int64)) if self._wanted.labels else Predictions(features)
         columns = [torch.cat(parts).numpy() for parts in zip(*done, strict=True)]
-        features = dict(zip(names, columns, strict=False))
+        features = dict(zip(names, columns[: len(names)], strict=True))
         if not self._wanted.labels:
             return Predictions(features)
         return Predictions(features, columns[-2], columns[-1])
@@ -118,3 +122,15 @@ class TorchPredictor:
         blank = np.zeros((self._batch, self._height, self._width, 3), np.uint8)
         with torch.inference_mode():
             self.predict(blank)
+
+
+def _check_gpu(dtype: str) -> None:
+    if not torch.cuda.is_available():
+        raise ClusterError(
+            "Ray gave this actor a GPU but torch sees none: the worker's torch is a CPU build or its driver is too old"
+        )
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    if dtype == "bfloat16" and capability < _BFLOAT16_SINCE:
+        raise ClusterError(
+            f"{name} (compute capability {capability[0]}.{capability[1]}) has no bfloat16 units; use --dtype float16"
+        )

@@ -1,0 +1,59 @@
+"""The command line: which command lives where, and how errors reach a person.
+
+Modules named here import nothing heavy until one of their commands runs, so that `--help` answers at once.
+"""
+
+import os
+import sys
+import traceback
+from importlib import import_module
+
+import click
+import typer
+
+from schemas.errors import PatchstreamError
+
+_MODULES = ("jobs.embed", "jobs.directory", "jobs.demo.command")
+
+app = typer.Typer(
+    name="patchstream",
+    help="A bucket of images in, an exact Parquet dataset of ViT/BEiT features and labels out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+for _module in _MODULES:
+    for _name, _function in import_module(_module).COMMANDS.items():
+        app.command(_name)(_function)
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run one command; returns the exit code. Errors are one message on standard error."""
+    verbose = "--verbose" in arguments or bool(os.environ.get("PATCHSTREAM_VERBOSE"))
+    try:
+        code = app(arguments, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except PatchstreamError as error:
+        return _fail(error, str(error), error.exit_code, verbose)
+    except click.exceptions.Abort:
+        return _fail(None, "interrupted", 130, False)
+    except KeyboardInterrupt as error:
+        return _fail(error, "interrupted", 130, verbose)
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _fail(error: BaseException | None, message: str, code: int, verbose: bool) -> int:
+    if verbose and error is not None:
+        traceback.print_exception(error)
+    sys.stderr.write(f"error: {message}\n" if code == 2 else f"{message}\n")
+    return code

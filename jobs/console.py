@@ -1,0 +1,130 @@
+"""What a person sees: one progress line on a terminal, plain lines elsewhere, a summary with the next command."""
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from pipeline.flow import Summary
+    from pipeline.progress import Progress
+
+_PLAIN_EVERY_S = 10.0
+_PHASES = {
+    "model": "reading the model",
+    "listing": "listing the sources",
+    "starting": "starting the workers",
+    "running": "",
+    "finishing": "compacting the parts",
+}
+
+
+class Screen:
+    """Shows progress on standard error: a live line on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._console = Console(stderr=True, highlight=False)
+        self._live = Live(console=self._console, refresh_per_second=5, transient=True)
+        self._last = (0.0, "")
+
+    def __enter__(self) -> "Screen":
+        if self._is_live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._is_live:
+            self._live.stop()
+
+    @property
+    def _is_live(self) -> bool:
+        return self._console.is_terminal and not self._quiet
+
+    def show(self, progress: "Progress") -> None:
+        """Take a look at a running job."""
+        if self._quiet:
+            return
+        if self._is_live:
+            self._live.update(_line(progress))
+            return
+        shown, phase = self._last
+        now = time.monotonic()
+        if progress.phase != phase or (progress.phase == "running" and now - shown >= _PLAIN_EVERY_S):
+            self._last = (now, progress.phase)
+            self._console.print(_line(progress), soft_wrap=True)
+
+    def warn(self, message: str) -> None:
+        """A warning that ends nothing."""
+        self._console.print(f"warning: {message}", style="yellow", soft_wrap=True, markup=False)
+
+
+def _line(progress: "Progress") -> Text:
+    if progress.phase != "running":
+        return Text(f"… {_PHASES[progress.phase]}")
+    share = progress.done / progress.total if progress.total else 1.0
+    parts = [
+        f"{progress.done:,}/{progress.total:,} ({share:.0%})",
+        f"{progress.rate_now:,.1f} images/s now, {progress.rate_mean:,.1f} on average",
+        f"{progress.failures:,} failed",
+    ]
+    if progress.bottleneck:
+        parts.append(f"held up by {progress.bottleneck}")
+    if progress.left_s is not None:
+        parts.append(f"{duration(progress.left_s)} left")
+    return Text("  ·  ".join(parts))
+
+
+def duration(seconds: float) -> str:
+    """`4.2 s`, `3 min 05 s`, `2 h 10 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def plain_summary(summary: "Summary", report: str | None) -> dict[str, Any]:
+    """The summary as JSON-ready values."""
+    return {
+        "out": summary.out,
+        "rows": summary.rows,
+        "images": summary.images,
+        "failures": summary.failures,
+        "report": report,
+        "attempt": summary.attempt.model_dump(mode="json"),
+    }
+
+
+def print_summary(summary: "Summary", report: str | None) -> None:
+    """What was done, how fast, and what to type next."""
+    console = Console(highlight=False, file=sys.stdout)
+    attempt = summary.attempt
+    table = Table.grid(padding=(0, 2))
+    table.add_row("images", f"{summary.images:,} of {summary.rows:,}")
+    table.add_row("failures", f"{summary.failures:,}")
+    if attempt.rows_planned and attempt.wall_s is not None:
+        done = attempt.images + attempt.failures
+        table.add_row(
+            "this attempt", f"{done:,} rows in {duration(attempt.wall_s)}, {attempt.images_per_s or 0:,.1f}/s"
+        )
+        work = attempt.stage_seconds
+        stages = ", ".join(f"{name} {duration(value)}" for name, value in work.model_dump().items())
+        table.add_row("work by stage", stages)
+    else:
+        table.add_row("this attempt", "nothing was left to do")
+    table.add_row("dataset", f"{summary.out}/images/*.parquet")
+    if report:
+        table.add_row("report", report)
+    console.print(table)
+    if summary.failures:
+        console.print(f"next: patchstream retry {summary.out}", style="bold", markup=False)
+    else:
+        query = f"select uri, * exclude (uri, row, cls, pooled) from '{summary.out}/images/*.parquet' limit 5"
+        console.print(f'next: duckdb -c "{query}"', style="bold", markup=False, soft_wrap=True)

@@ -1,0 +1,127 @@
+"""`status`, `verify`, `compact`, `retry`: what concerns a run's directory as it stands."""
+
+import json
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+Directory = Annotated[str, typer.Argument(help="The --out of a run.", metavar="DIR")]
+Options = Annotated[str | None, typer.Option("--storage-options", help="JSON for fsspec.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def status(directory: Directory, storage_options: Options = None, as_json: AsJson = False) -> int:
+    """How far a run has come: rows done, failed and pending, parts and attempts."""
+    from pipeline.maintenance import status as look
+
+    found = look(directory, parse_options(storage_options))
+    if as_json:
+        emit(json.dumps(found))
+        return 0
+    rows = [
+        ("model", f"{found['model']} ({found['dtype']})"),
+        ("manifest", f"{found['manifest_rows']:,} rows"),
+        ("images", f"{found['images']:,}"),
+        ("failures", f"{found['failures']:,}" + _causes(found["failures_by_cause"])),
+        ("pending", f"{found['pending']:,}"),
+        ("parts", f"{found['parts']:,}, {found['bytes'] / 2**20:,.1f} MiB"),
+        ("attempts", ", ".join(f"{a['attempt']} {a['status']}" for a in found["attempts"])),
+    ]
+    show_rows(rows)
+    return 0
+
+
+def verify(directory: Directory, storage_options: Options = None, as_json: AsJson = False) -> int:
+    """Read every part back: checksums, schema, and that each row of the manifest is in exactly one place."""
+    from pipeline.maintenance import verify as check
+
+    result = check(directory, parse_options(storage_options))
+    if as_json:
+        emit(json.dumps(result._asdict()))
+    else:
+        show_rows(
+            [
+                ("manifest", f"{result.manifest_rows:,} rows"),
+                ("images", f"{result.images:,}"),
+                ("failures", f"{result.failures:,}"),
+                ("pending", f"{result.pending:,}"),
+                ("parts", f"{result.parts:,} read back"),
+                ("verdict", "every row is accounted for" if not result.problems else "PROBLEMS"),
+            ]
+        )
+        for problem in result.problems:
+            emit(f"  - {problem}")
+    return 1 if result.problems else 0
+
+
+def compact(
+    directory: Directory,
+    target_mib: Annotated[int, typer.Option(help="Size to aim at, in MiB.")] = 256,
+    storage_options: Options = None,
+) -> int:
+    """Merge small parts into large ones; a glob over the directory never sees a row twice meanwhile."""
+    from pipeline.maintenance import compact as merge
+
+    merged = merge(directory, target_mib << 20, parse_options(storage_options))
+    emit(f"merged {merged:,} parts" if merged else "nothing to merge")
+    return 0
+
+
+def retry(
+    directory: Directory,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also failures that are not retryable (403, 404 …).")
+    ] = False,
+    gpus_per_actor: Annotated[float | None, typer.Option(help="As for embed.")] = None,
+    actors: Annotated[str | None, typer.Option(help="As for embed.")] = None,
+    address: Annotated[str | None, typer.Option(help="As for embed.")] = None,
+    storage_options: Options = None,
+    json_output: AsJson = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show tracebacks and Ray's own output.")] = False,
+) -> int:
+    """Run the failed rows of a directory again: those worth it, or all."""
+    from jobs.embed import nested_values
+    from jobs.run import run_job
+    from pipeline.maintenance import reopen_failures
+
+    options = parse_options(storage_options)
+    values = nested_values({"actors": actors})
+    if gpus_per_actor is not None:
+        values["gpus_per_actor"] = gpus_per_actor
+    reopened, spec = reopen_failures(directory, everything, options)
+    emit(f"{reopened:,} failed rows are pending again", to_stderr=True)
+    return run_job(
+        {**spec, **values, "storage_options": options},
+        address=address,
+        report=True,
+        json_output=json_output,
+        verbose=verbose,
+    )
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"status": status, "verify": verify, "compact": compact, "retry": retry}
+
+
+def parse_options(text: str | None) -> dict[str, Any]:
+    """`--storage-options` as a dict."""
+    from jobs.embed import json_object
+
+    return json_object(text) if text else {}
+
+
+def show_rows(rows: list[tuple[str, str]]) -> None:
+    """A small two-column table on standard output."""
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        emit(f"{name:<{width}}  {value}")
+
+
+def emit(text: str, *, to_stderr: bool = False) -> None:
+    """One line for the person."""
+    typer.echo(text, err=to_stderr)
+
+
+def _causes(causes: dict[str, int]) -> str:
+    shown = ", ".join(f"{name} {count:,}" for name, count in list(causes.items())[:6])
+    return f" ({shown})" if shown else ""

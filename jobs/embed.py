@@ -1,0 +1,175 @@
+"""`embed` and `classify`: the main job from the command line."""
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import typer
+
+from schemas.errors import SpecError
+
+_SOURCE_HELP = (
+    "Files, folders, globs or prefixes on local disk, s3://, gs://, http(s):// or any fsspec scheme; CSV, JSONL or "
+    "Parquet tables with a `uri` column; Parquet tables with image bytes; WebDataset .tar shards."
+)
+
+# Options whose value goes into the spec under the same name.
+_SPEC_KEYS = (
+    "model", "out", "revision", "labels", "feature_dtype", "dtype", "decode", "image_size", "beit_final_norm", "limit",
+    "uri_column", "image_column", "backend", "gpus_per_actor", "max_failure_rate", "update",
+)  # fmt: skip
+_FETCH_KEYS = {"timeout_s": "timeout", "max_bytes": "max_bytes", "max_pixels": "max_pixels"}
+_TRITON_KEYS = {"url": "triton_url", "model_name": "triton_model"}
+
+
+def job(
+    context: typer.Context,
+    source: Annotated[list[str] | None, typer.Argument(help=_SOURCE_HELP)] = None,
+    model: Annotated[str | None, typer.Option(help="A folder, an object-store prefix or a hub name.")] = None,
+    out: Annotated[str | None, typer.Option(help="Where the dataset goes: a folder or an object-store prefix.")] = None,
+    features: Annotated[
+        str | None, typer.Option(help="Which features to write: cls, pooled, cls,pooled or none.")
+    ] = None,
+    labels: Annotated[
+        int | None,
+        typer.Option("--labels", "--top-k", help="How many labels an image, best first (embed: 0, classify: 5)."),
+    ] = None,
+    feature_dtype: Annotated[str | None, typer.Option(help="float32 or float16 in the output.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Precision of the model: auto, float32, bfloat16 or float16.")
+    ] = None,
+    batch_size: Annotated[str | None, typer.Option(help="Images in a batch, or auto.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Run the model at another resolution.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    beit_final_norm: Annotated[
+        bool | None, typer.Option("--beit-final-norm", help="BEiT pt22k: apply its trained final norm.")
+    ] = None,
+    decode: Annotated[
+        str | None, typer.Option(help="exact (as the reference processor, bit for bit) or fast (scaled JPEG decoding).")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N images.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Only addresses that match this glob (repeatable).")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="No addresses that match this glob (repeatable).")] = None,
+    uri_column: Annotated[str | None, typer.Option(help="Column of a table that holds the addresses.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of a Parquet table that holds image bytes.")] = None,
+    storage_options: Annotated[
+        str | None, typer.Option(help='JSON for fsspec, flat or by scheme: {"s3": {"anon": true}}.')
+    ] = None,
+    backend: Annotated[str | None, typer.Option(help="torch, triton, or null (measures all but the model).")] = None,
+    triton_url: Annotated[str | None, typer.Option(help="grpc://host:8001 or grpcs://host:8001.")] = None,
+    triton_model: Annotated[str | None, typer.Option(help="Name of the model on the server.")] = None,
+    triton_header: Annotated[list[str] | None, typer.Option(help="NAME: VALUE sent with each request.")] = None,
+    actors: Annotated[str | None, typer.Option(help="Model replicas: N or MIN:MAX.")] = None,
+    gpus_per_actor: Annotated[float | None, typer.Option(help="GPUs for each replica; fractions share one.")] = None,
+    shard: Annotated[str | None, typer.Option(help="I/N: only the I-th of N equal parts of the manifest.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to use (default: RAY_ADDRESS, else local).")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds for fetching one image, all tries together.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Files above this become failures.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(help="Pictures above this become failures.")] = None,
+    max_failure_rate: Annotated[
+        float | None, typer.Option(help="Exit with code 3 if a larger share of the images fails (0 to 1).")
+    ] = None,
+    update: Annotated[
+        bool | None, typer.Option("--update", help="List the sources again; process what is new or changed.")
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="TOML file with the same keys; options win over it.")] = None,
+    report: Annotated[bool, typer.Option(help="Write report.html at the end.")] = True,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show tracebacks and Ray's own output.")] = False,
+) -> int:
+    given = dict(context.params)
+    values = _values(given, context.info_name or "embed")
+    from jobs.run import run_job
+
+    return run_job(values, address=address, report=report, json_output=json_output, verbose=verbose)
+
+
+def _values(given: dict[str, Any], task: str) -> dict[str, Any]:
+    """Keys and values of the spec: the config file's, overlaid with the options that were given."""
+    from schemas.spec import read_config
+
+    values = read_config(given["config"]) if given["config"] else {}
+    values.setdefault("task", task)
+    if task == "classify":
+        values.setdefault("labels", 5)
+    values |= {key: given[key] for key in _SPEC_KEYS if given[key] is not None}
+    for key, option in (("sources", "source"), ("include", "include"), ("exclude", "exclude")):
+        if given[option]:
+            values[key] = given[option]
+    if given["features"] is not None:
+        values["features"] = [name for name in given["features"].split(",") if name not in {"", "none"}]
+    if given["batch_size"] is not None:
+        values["batch_size"] = _whole_number(given["batch_size"])
+    values |= nested_values(given, values)
+    missing = [name for name in ("sources", "model", "out") if not values.get(name)]
+    if missing and not (missing == ["model"] and values.get("backend") == "null"):
+        shown = {"sources": "SOURCE", "model": "--model", "out": "--out"}
+        raise SpecError(
+            f"{' and '.join(shown[name] for name in missing)} not given; "
+            f"usage: patchstream {task} SOURCE... --model MODEL --out DIR"
+        )
+    values.setdefault("model", "null")
+    return values
+
+
+def nested_values(given: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Options that stand one level down in the spec, over those that `base` already has there."""
+    from schemas.spec import ActorRange, Shard
+
+    base = base or {}
+    values: dict[str, Any] = {}
+    if given.get("actors") is not None:
+        values["actors"] = ActorRange.parse(given["actors"]).model_dump()
+    if given.get("shard") is not None:
+        values["shard"] = Shard.parse(given["shard"]).model_dump()
+    if given.get("storage_options") is not None:
+        values["storage_options"] = json_object(given["storage_options"])
+    fetch = {key: given.get(option) for key, option in _FETCH_KEYS.items() if given.get(option) is not None}
+    if fetch:
+        values["fetch"] = {**base.get("fetch", {}), **fetch}
+    triton = {key: given.get(option) for key, option in _TRITON_KEYS.items() if given.get(option) is not None}
+    if given.get("triton_header"):
+        triton["headers"] = dict(_header(text) for text in given["triton_header"])
+    if triton:
+        values["triton"] = {**base.get("triton", {}), **triton}
+    return values
+
+
+def json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        # Neither the text nor the parser's excerpt of it is shown: it may hold a key.
+        raise SpecError(f"--storage-options is not JSON (position {error.pos}: {error.msg})") from None
+    if not isinstance(value, dict):
+        raise SpecError('--storage-options must be a JSON object such as {"anon": true}')
+    return value
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not colon:
+        raise SpecError("--triton-header must look like NAME: VALUE")
+    return name.strip().lower(), value.strip()
+
+
+def _whole_number(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+def _command(summary: str) -> Callable[..., int]:
+    """The same options under another name; `job` tells by the name what is asked."""
+
+    @functools.wraps(job)
+    def command(*args: Any, **kwargs: Any) -> int:
+        return job(*args, **kwargs)
+
+    command.__doc__ = summary
+    return command
+
+
+COMMANDS = {
+    "embed": _command("Write CLS and pooled features of every image to Parquet (and labels, with --labels K)."),
+    "classify": _command("Write the best labels of every image to Parquet (and features, with --features)."),
+}

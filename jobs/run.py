@@ -1,0 +1,58 @@
+"""Run a job for a person: spec, session, progress, report, summary, exit code. `run` is the same for Python."""
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from jobs.console import Screen, plain_summary, print_summary
+from schemas.errors import PatchstreamError, TooManyFailures
+from schemas.spec import JobSpec, build_spec
+
+
+def run(spec: JobSpec, *, address: str | None = None) -> Any:
+    """Run `spec` from Python and return its `pipeline.flow.Summary`. Errors are those of `schemas.errors`."""
+    from cluster.session import ray_session
+    from pipeline.flow import run as run_flow
+
+    return run_flow(spec, partial(ray_session, address))
+
+
+def run_job(values: Mapping[str, Any], *, address: str | None, report: bool, json_output: bool, verbose: bool) -> int:
+    """Run the job that `values` describe and tell the person about it; returns the exit code."""
+    spec = build_spec(dict(values))
+    from cluster.session import ray_session
+    from pipeline.flow import run as run_flow
+
+    with Screen(quiet=json_output) as screen:
+        summary = run_flow(spec, partial(ray_session, address, verbose=verbose), screen.show)
+    page = _report(spec, screen) if report else None
+    if json_output:
+        print(json.dumps(plain_summary(summary, page)))  # noqa: T201 - this is the output
+    else:
+        print_summary(summary, page)
+    _check_rate(spec, summary.rows, summary.failures)
+    return 0
+
+
+def _report(spec: JobSpec, screen: Screen) -> str | None:
+    """Write report.html. A picture of the result is not the result: if it fails, the run has still succeeded."""
+    from pipeline.report import write_report
+
+    try:
+        return write_report(spec.out, storage_options=spec.storage_options)
+    except (PatchstreamError, OSError) as error:
+        screen.warn(f"report.html was not written: {error}")
+        return None
+
+
+def _check_rate(spec: JobSpec, rows: int, failures: int) -> None:
+    rate = failures / rows if rows else 0.0
+    if rate > spec.max_failure_rate or (rows and failures == rows):
+        allowed = (
+            f"more than --max-failure-rate {spec.max_failure_rate:g}" if failures < rows else "that is all of them"
+        )
+        raise TooManyFailures(
+            f"{failures:,} of {rows:,} images failed ({rate:.1%}), {allowed}. "
+            f"See why: duckdb -c \"select stage, error, count(*) from '{spec.out}/failures/*.parquet' group by all\""
+        )

@@ -1,0 +1,272 @@
+"""The whole job, in order:
+
+    model ─▶ manifest ─▶ pending rows ─▶ fetch + decode ─▶ predict ─▶ commit ─▶ finish
+    (read)   (frozen)    (the ledger)    (CPU tasks)       (actors)   (parts)   (compact)
+
+Only this file composes the stages. The output is the ledger: whatever ends a run early, the same call finds out from
+the visible parts what is left, and does that.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from pipeline.images.stage import fetch_and_decode
+from pipeline.opening import Opened, Question, ask, open_directory
+from pipeline.placement import Placement, place
+from pipeline.predictors.actor import ActorJob, PredictActor
+from pipeline.predictors.null import no_pixels
+from pipeline.progress import Listener, Meter, Progress
+from pipeline.signals import interruptible
+from pipeline.sinks import attempts, intervals
+from pipeline.sinks.attempts import Fence
+from pipeline.sinks.compaction import compact, drop_repeats, recover, remove_rows
+from pipeline.sinks.intervals import Spans
+from pipeline.sinks.ledger import pending, read_ledger, shard_rows
+from pipeline.sinks.ray_writer import Committed, Received, WriteJob, commit_stream, unwrap
+from pipeline.sources.manifest import ManifestPart, read_rows
+from pipeline.storage import redact
+from schemas.attempt import AttemptRecord
+from schemas.errors import Interrupted, OutputError
+from schemas.machines import Machines
+from schemas.preprocessing import Preprocessing
+from schemas.spec import FetchSpec, JobSpec
+
+Connect = Callable[[], AbstractContextManager[Machines]]
+
+# Ray repeats lost tasks by itself. A further pass is for rows that a pass left behind all the same.
+_MAX_PASSES = 3
+_STREAM_BYTES = 512 << 20
+# Ray Data cuts a block only when it exceeds its target by half, so a batch a little above the target stays whole.
+_TARGET_SHARE = 0.8
+
+
+class Summary(NamedTuple):
+    """How a run ended. Row counts are of this job's shard of the manifest."""
+
+    out: str
+    rows: int
+    images: int
+    failures: int
+    attempt: AttemptRecord
+
+
+def run(spec: JobSpec, connect: Connect, listen: Listener = lambda progress: None) -> Summary:
+    """Do what `spec` asks, or what is left of it.
+
+    `connect` gives the Ray cluster and is entered only if rows are pending. Raises PatchstreamError (see
+    `schemas.errors`): what was committed before that stays, and the same call goes on from there.
+    """
+    listen(Progress("model"))
+    question = ask(spec)
+    listen(Progress("listing"))
+    opened = open_directory(question)
+    fence, attempt = attempts.claim(spec.out, spec.shard, spec.storage_options, spec.task)
+    try:
+        recover(spec.out, spec.storage_options)
+        first, stop = shard_rows(opened.record.manifest_rows, spec.shard.index, spec.shard.count)
+        rest = pending(read_ledger(spec.out, spec.storage_options), first, stop, opened.superseded)
+        attempt.rows_planned = intervals.count(rest)
+        if attempt.rows_planned:
+            with connect() as machines, interruptible():
+                _work(question, opened, machines, fence, attempt, rest, listen)
+        listen(Progress("finishing"))
+        _finish(spec, opened, first, stop)
+        attempt.status = "done"
+    except (KeyboardInterrupt, Interrupted) as stopped:
+        attempt.status = "interrupted"
+        raise _resumable(stopped, spec) from None
+    except BaseException as error:
+        attempt.status, attempt.message = "failed", redact(str(error))[:2000]
+        raise
+    finally:
+        attempts.finish(spec.out, attempt, spec.storage_options)
+    ledger = read_ledger(spec.out, spec.storage_options)
+    images = intervals.count(intervals.intersect(ledger.images, first, stop))
+    failures = intervals.count(intervals.intersect(ledger.failures, first, stop))
+    return Summary(spec.out, stop - first, images, failures, attempt)
+
+
+def _work(
+    question: Question,
+    opened: Opened,
+    machines: Machines,
+    fence: Fence,
+    attempt: AttemptRecord,
+    rest: Spans,
+    listen: Listener,
+) -> None:
+    """Predict and commit `rest`, in as many passes as it takes."""
+    spec = question.spec
+    first, stop = shard_rows(opened.record.manifest_rows, spec.shard.index, spec.shard.count)
+    placement = _place(question, machines, intervals.count(rest))
+    meter = Meter(stop - first, stop - first - intervals.count(rest), 0, placement, int(machines.cpus))
+    job = WriteJob(fence, opened.schema, opened.record.part_metadata())
+    try:
+        for _ in range(_MAX_PASSES):
+            dataset = build(question, opened.parts, placement, rest)
+            for event in commit_stream(_bundles(dataset), job, spec.sink):
+                if isinstance(event, Received):
+                    meter.received(event.rows)
+                elif isinstance(event, Committed):
+                    meter.committed(event.images, event.failures, event.parts, event.seconds)
+                listen(meter.look())
+            rest = pending(read_ledger(spec.out, spec.storage_options), first, stop, opened.superseded)
+            if not len(rest):
+                return
+    except ray.exceptions.RayError as error:
+        raise unwrap(error) from error
+    finally:
+        meter.report(attempt)
+    raise OutputError(
+        f"{intervals.count(rest)} rows came to no end in {_MAX_PASSES} passes (the first is row {rest[0, 0]}): "
+        "workers keep dying on them, most likely for want of memory. Run the same command with a smaller "
+        "--batch-size or fewer --actors; what was committed stays"
+    )
+
+
+def build(question: Question, parts: list[ManifestPart], placement: Placement, rest: Spans) -> ray.data.Dataset:
+    """The Ray Data pipeline over the pending rows: one block of row ranges for each decoding task.
+
+    Decoding and predicting book different resources (only actors book memory), because Ray Data would otherwise
+    fuse them and decode serially inside the actors.
+    """
+    spec = question.spec
+    _configure(question, placement)
+    decode = DecodeJob(
+        out=spec.out,
+        parts=parts,
+        preprocessing=question.preprocessing,
+        fetch=spec.fetch,
+        decode=spec.decode,
+        image_column=spec.image_column,
+        storage_options=spec.storage_options,
+        block_rows=placement.block_rows,
+        null=question.info is None,
+    )
+    actor = ActorJob(
+        backend=spec.backend,
+        model=question.info,
+        wanted=question.wanted,
+        dtype=question.dtype,
+        batch_size=placement.batch_size,
+        threads=placement.threads,
+        cuda=spec.gpus_per_actor > 0 and spec.backend == "torch",
+        triton=spec.triton,
+    )
+    return (
+        ray.data.from_arrow(cut(rest, placement.task_rows))
+        .map_batches(
+            decode_rows,
+            fn_kwargs={"job": decode},
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=placement.decode_cpus,
+        )
+        .map_batches(
+            PredictActor,
+            fn_constructor_args=([ray.put(actor)],),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=placement.actor_cpus,
+            num_gpus=placement.actor_gpus,
+            memory=placement.actor_memory_bytes,
+            concurrency=(placement.actors.min, placement.actors.max),
+        )
+    )
+
+
+def _bundles(dataset: ray.data.Dataset) -> Iterator[Any]:
+    """Block references as they come. A generator, so that the execution starts in the thread that consumes it."""
+    yield from dataset.iter_internal_ref_bundles()
+
+
+class DecodeJob(NamedTuple):
+    """All that a decoding task needs besides the ranges of rows."""
+
+    out: str
+    parts: list[ManifestPart]
+    preprocessing: Preprocessing
+    fetch: FetchSpec
+    decode: Any
+    image_column: str
+    storage_options: dict[str, Any]
+    block_rows: int
+    null: bool
+
+
+def decode_rows(ranges: pa.Table, job: DecodeJob) -> Iterator[pa.Table]:
+    """Decoded tables for `ranges`, a table of `start` and `stop` rows."""
+    spans = np.stack([ranges["start"].to_numpy(), ranges["stop"].to_numpy()], axis=1)
+    manifest = pa.concat_tables(read_rows(job.out, job.parts, spans, job.storage_options))
+    if job.null:
+        yield from no_pixels(manifest, job.block_rows)
+        return
+    yield from fetch_and_decode(
+        manifest,
+        preprocessing=job.preprocessing,
+        fetch=job.fetch,
+        decode=job.decode,
+        image_column=job.image_column,
+        storage_options=job.storage_options,
+        batch_rows=job.block_rows,
+    )
+
+
+def cut(rest: Spans, task_rows: int) -> list[pa.Table]:
+    """Ranges of pending rows as one small table for each decoding task, `task_rows` rows in each but the last."""
+    before = np.concatenate([[0], np.cumsum(rest[:, 1] - rest[:, 0])])
+    tables = []
+    for low in range(0, int(before[-1]), task_rows):
+        high = min(low + task_rows, int(before[-1]))
+        index = np.arange(np.searchsorted(before, low, "right") - 1, np.searchsorted(before, high, "left"))
+        starts = np.maximum(rest[index, 0], rest[index, 0] + low - before[index])
+        stops = np.minimum(rest[index, 1], rest[index, 0] + high - before[index])
+        tables.append(pa.table({"start": starts, "stop": stops}))
+    return tables
+
+
+def _place(question: Question, machines: Machines, rows: int) -> Placement:
+    spec = question.spec
+    return place(
+        machines,
+        rows=rows,
+        actors=spec.actors,
+        gpus_per_actor=spec.gpus_per_actor,
+        batch_size=None if spec.batch_size == "auto" else spec.batch_size,
+        pixel_bytes=question.pixel_bytes,
+        model_bytes=question.model_bytes,
+    )
+
+
+def _configure(question: Question, placement: Placement) -> None:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.enable_auto_log_stats = False
+    block_bytes = placement.block_rows * question.pixel_bytes
+    context.target_max_block_size = max(1 << 16, int(block_bytes * _TARGET_SHARE))
+    limits = context.execution_options.resource_limits
+    context.execution_options.resource_limits = limits.copy(object_store_memory=_STREAM_BYTES)
+
+
+def _finish(spec: JobSpec, opened: Opened, first: int, stop: int) -> None:
+    """Tidy up once nothing is pending: no row twice, no replaced version, no needlessly small part."""
+    ledger = read_ledger(spec.out, spec.storage_options)
+    if len(ledger.twice):
+        drop_repeats(spec.out, ledger.twice, spec.storage_options)
+    mine = intervals.intersect(opened.superseded, first, stop)
+    for folder in ("images", "failures") if len(mine) else ():
+        remove_rows(spec.out, folder, mine, spec.storage_options)
+    compact(spec.out, spec.sink.compact_bytes, spec.storage_options, first, stop)
+
+
+def _resumable(stopped: BaseException, spec: JobSpec) -> Interrupted:
+    number = stopped.exit_code - 128 if isinstance(stopped, Interrupted) else 2
+    return Interrupted(
+        f"interrupted; what was committed stays in {redact(spec.out)}, the same command goes on from there", number
+    )

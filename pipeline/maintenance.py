@@ -1,0 +1,112 @@
+"""What can be done with a run's directory after, or between, its attempts."""
+
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.opening import reopen
+from pipeline.record import require_record
+from pipeline.sinks import attempts, compaction, intervals
+from pipeline.sinks.ledger import Ledger, pending, read_ledger
+from pipeline.sinks.verify import Verification
+from pipeline.sinks.verify import verify as verify_parts
+from pipeline.storage import Options, filesystem, join, redact
+from schemas.errors import OutputError
+from schemas.spec import Shard
+
+_WHOLE = Shard(index=0, count=1)
+
+
+def status(out: str, storage_options: Options) -> dict[str, Any]:
+    """Counts of a run as JSON-ready values. Raises OutputError when `out` holds no run."""
+    record = require_record(out, storage_options)
+    opened = reopen(out, record, storage_options)
+    ledger = read_ledger(out, storage_options)
+    left = pending(ledger, 0, record.manifest_rows, opened.superseded)
+    return {
+        "out": redact(out),
+        "run_id": record.run_id,
+        "model": record.model.name,
+        "dtype": record.model.dtype,
+        "manifest_rows": record.manifest_rows,
+        "images": intervals.count(ledger.images),
+        "failures": intervals.count(ledger.failures),
+        "failures_by_cause": _causes(out, ledger, storage_options),
+        "pending": intervals.count(left),
+        "parts": len(ledger.parts),
+        "bytes": sum(part.size for part in ledger.parts),
+        "attempts": [attempt.model_dump(mode="json") for attempt in attempts.read_attempts(out, storage_options)],
+    }
+
+
+def verify(out: str, storage_options: Options) -> Verification:
+    """Re-read every part and hold the directory against its manifest."""
+    record = require_record(out, storage_options)
+    opened = reopen(out, record, storage_options)
+    return verify_parts(out, record, opened.superseded, opened.schema, storage_options)
+
+
+def compact(out: str, target_bytes: int, storage_options: Options) -> int:
+    """Merge small parts; returns how many went into larger ones. Raises OutputError while a run is writing there."""
+    require_record(out, storage_options)
+    _, attempt = attempts.claim(out, _WHOLE, storage_options, "compact")
+    try:
+        merged = compaction.compact(out, target_bytes, storage_options)
+        attempt.status = "done"
+    finally:
+        attempt.status = "done" if attempt.status == "done" else "failed"
+        attempts.finish(out, attempt, storage_options)
+    return merged
+
+
+def reopen_failures(out: str, everything: bool, storage_options: Options) -> tuple[int, dict[str, Any]]:
+    """Make failed rows pending again (the retryable ones, or all), by taking them out of `failures/`.
+
+    Returns how many, and the values of the spec that runs them. Should that run be cut short, they simply stay
+    pending. Raises OutputError when no row qualifies.
+    """
+    record = require_record(out, storage_options)
+    ledger = read_ledger(out, storage_options)
+    rows = [_failed_rows(out, part, everything, storage_options) for part in _failures(ledger)]
+    again = intervals.union(intervals.from_rows(found) for found in rows)
+    left = pending(ledger, 0, record.manifest_rows, reopen(out, record, storage_options).superseded)
+    if not len(again) and not len(left):
+        count = intervals.count(ledger.failures)
+        raise OutputError(
+            f"{redact(out)}: none of its {count:,} failures is worth another try as it stands (a 404 or a broken "
+            "file stays one); use --all to try them regardless"
+            if count
+            else f"{redact(out)} has no failures, there is nothing to retry"
+        )
+    if len(again):
+        _, attempt = attempts.claim(out, _WHOLE, storage_options, "retry")
+        compaction.remove_rows(out, "failures", again, storage_options)
+        attempt.status = "done"
+        attempts.finish(out, attempt, storage_options)
+    model = {"model": record.model.name, "revision": record.model.revision, "dtype": record.model.dtype}
+    backend = {"backend": "null"} if record.model.family == "null" else {}
+    return intervals.count(again), {**record.spec, **model, **backend, "out": out}
+
+
+def _failures(ledger: Ledger) -> list[Any]:
+    return [part for part in ledger.parts if part.folder == "failures"]
+
+
+def _failed_rows(out: str, part: Any, everything: bool, storage_options: Options) -> Any:
+    fs, path = filesystem(out, storage_options)
+    with fs.open(join(path, part.path), "rb") as file:
+        table = pq.read_table(file, columns=["row", "retryable"])
+    return table["row"].to_numpy() if everything else table.filter(table["retryable"])["row"].to_numpy()
+
+
+def _causes(out: str, ledger: Ledger, storage_options: Options) -> dict[str, int]:
+    """Failures by error name, the most frequent first."""
+    fs, path = filesystem(out, storage_options)
+    counts: dict[str, int] = {}
+    for part in _failures(ledger):
+        with fs.open(join(path, part.path), "rb") as file:
+            found = pc.value_counts(pq.read_table(file, columns=["error"])["error"])
+        for entry in found.to_pylist():
+            counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))

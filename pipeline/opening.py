@@ -1,0 +1,181 @@
+"""What is asked, and the directory it goes to: the model is read, the inputs are frozen, the two are compared."""
+
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from pipeline.models import ModelInfo, choose_dtype, inspect_model
+from pipeline.predictors.batches import Wanted
+from pipeline.predictors.null import NULL_DIM
+from pipeline.record import check_empty, check_same, freezing, new_record, read_record, write_record
+from pipeline.sinks import intervals
+from pipeline.sinks.intervals import Spans
+from pipeline.sources.manifest import ManifestPart, part_named, read_schema, read_sources, write_manifest
+from pipeline.sources.update import new_and_changed, superseded_rows
+from pipeline.storage import Options
+from schemas.errors import OutputError, SpecError
+from schemas.preprocessing import Preprocessing
+from schemas.run import ModelRecord, RunRecord
+from schemas.spec import JobSpec
+from schemas.tables import images_schema, output_fields, user_fields
+
+
+class Question(NamedTuple):
+    """A spec with its model looked up: what is to be computed, in which precision. `info` is None without a model."""
+
+    spec: JobSpec
+    info: ModelInfo | None
+    wanted: Wanted
+    dtype: str
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.info.preprocessing if self.info else Preprocessing(resize=(1, 1))
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of one decoded picture; 0 where none is decoded."""
+        height, width = self.preprocessing.output_size
+        return height * width * 3 if self.info else 0
+
+    @property
+    def model_bytes(self) -> int:
+        """Memory an actor books: the weights in float32 while they load, and as much again to compute in."""
+        return 8 * self.info.parameters if self.info else 1 << 20
+
+
+class Opened(NamedTuple):
+    """A run's directory, ready to be filled."""
+
+    record: RunRecord
+    parts: list[ManifestPart]
+    schema: pa.Schema
+    user: list[pa.Field]
+    superseded: Spans
+
+
+def ask(spec: JobSpec) -> Question:
+    """Look up the model of `spec` and check that it can give what is asked.
+
+    Raises CheckpointError for a model that cannot be had, SpecError for labels or features it does not have.
+    """
+    if spec.backend == "null":
+        wanted = Wanted(spec.features, (NULL_DIM,) * len(spec.features), spec.feature_dtype, 0, (), False)
+        return Question(spec, None, wanted, "float32")
+    info = inspect_model(
+        spec.model,
+        revision=spec.revision,
+        image_size=spec.image_size,
+        beit_final_norm=spec.beit_final_norm,
+        storage_options=spec.storage_options,
+    )
+    if spec.labels and not info.num_labels:
+        raise SpecError(
+            f"labels are asked for, but {spec.model} ({info.architecture}) has no classifier. "
+            "Leave out --labels, or use a fine-tuned checkpoint of the same model"
+        )
+    if "cls" in spec.features and not info.has_cls:
+        raise SpecError(f"{spec.model} ({info.architecture}) has no CLS token; ask for --features pooled")
+    dims = tuple(info.pooled_size if name == "pooled" else info.hidden_size for name in spec.features)
+    top = min(spec.labels, info.num_labels)
+    wanted = Wanted(spec.features, dims, spec.feature_dtype, top, info.labels, info.multi_label)
+    return Question(spec, info, wanted, _dtype(spec))
+
+
+def _dtype(spec: JobSpec) -> str:
+    """The precision of the run. Where GPUs do the work it is settled without looking for one here: the machine that
+    starts a job often has none. An actor on a GPU that is too old for bfloat16 says so when it starts."""
+    if spec.gpus_per_actor:
+        return "bfloat16" if spec.dtype == "auto" else spec.dtype
+    if spec.backend == "triton":
+        return "float32" if spec.dtype == "auto" else spec.dtype
+    return str(choose_dtype(spec.dtype, cuda=False)).removeprefix("torch.")
+
+
+def open_directory(question: Question) -> Opened:
+    """Create the run under `spec.out`, or open the one that is there; with `--update`, take up what is new.
+
+    Raises OutputError when the directory holds another computation, SourceError when nothing matches.
+    """
+    spec = question.spec
+    dims = dict(zip(question.wanted.features, question.wanted.dims, strict=True))
+    wanted = new_record(spec, _model_record(question), dims)
+    found = read_record(spec.out, spec.storage_options)
+    if found is None:
+        check_empty(spec.out, spec.storage_options)
+        with freezing(spec.out, spec.storage_options) as mine:
+            if mine:
+                parts = write_manifest(read_sources(spec), spec.out, spec.storage_options)
+                write_record(spec.out, _with_parts(wanted, parts, base=len(parts)), spec.storage_options)
+        found = read_record(spec.out, spec.storage_options)
+    if found is None:
+        raise OutputError(f"{spec.out}/run.json vanished while the run was being set up; run the command again")
+    check_same(found, wanted, spec.out)
+    if spec.update:
+        found = _update(question, found)
+    return reopen(spec.out, found, spec.storage_options)
+
+
+def reopen(out: str, record: RunRecord, storage_options: Options) -> Opened:
+    """Gather what a recorded run consists of."""
+    parts = [part_named(name) for name in record.manifest_parts]
+    user = user_fields(read_schema(out, parts[0], storage_options))
+    has_labels = record.spec["labels"] > 0 and record.model.num_labels > 0
+    outputs = output_fields(record.feature_dims, record.spec["feature_dtype"], has_labels)
+    rows = superseded_rows(out, parts[record.base_parts :], storage_options)
+    return Opened(record, parts, images_schema(outputs, user), user, intervals.from_rows(rows))
+
+
+def _update(question: Question, record: RunRecord) -> RunRecord:
+    spec = question.spec
+    known = [part_named(name) for name in record.manifest_parts]
+    with freezing(spec.out, spec.storage_options):
+        fresh = new_and_changed(read_sources(spec), spec.out, known, spec.storage_options)
+        added = write_manifest(fresh, spec.out, spec.storage_options, first_row=record.manifest_rows)
+        if not added:
+            return record
+        _check_columns(spec, known[0], added[0])
+        updated = _with_parts(record, [*known, *added], base=record.base_parts)
+        write_record(spec.out, updated, spec.storage_options)
+    return updated
+
+
+def _check_columns(spec: JobSpec, known: ManifestPart, added: ManifestPart) -> None:
+    old = read_schema(spec.out, known, spec.storage_options)
+    new = read_schema(spec.out, added, spec.storage_options)
+    if old != new:
+        raise OutputError(
+            f"the sources now carry other columns ({', '.join(new.names)}) than when {spec.out} was started "
+            f"({', '.join(old.names)}); start a new --out"
+        )
+
+
+def _with_parts(record: RunRecord, parts: list[ManifestPart], base: int) -> RunRecord:
+    changes = {
+        "manifest_rows": parts[-1].stop if parts else 0,
+        "manifest_parts": [part.name for part in parts],
+        "base_parts": base,
+    }
+    return record.model_copy(update=changes)
+
+
+def _model_record(question: Question) -> ModelRecord:
+    info = question.info
+    if info is None:
+        return ModelRecord(
+            name="null", family="null", architecture="null", digest="null", dtype="float32", hidden_size=NULL_DIM,
+            num_labels=0, pooled="null", preprocessing=question.preprocessing,
+        )  # fmt: skip
+    return ModelRecord(
+        name=info.name,
+        revision=info.revision,
+        family=info.family,
+        architecture=info.architecture,
+        digest=info.digest,
+        dtype=question.dtype,
+        hidden_size=info.hidden_size,
+        num_labels=info.num_labels,
+        pooled=info.pooled,
+        multi_label=info.multi_label,
+        preprocessing=info.preprocessing,
+    )

@@ -1,0 +1,13 @@
+"""What a cluster has, as its session tells it to the job."""
+
+from typing import NamedTuple
+
+
+class Machines(NamedTuple):
+    """Totals over all nodes: cores, GPUs, and bytes of memory and of Ray's object store."""
+
+    cpus: float
+    gpus: float
+    memory_bytes: float
+    object_store_bytes: float
+    nodes: int = 1
