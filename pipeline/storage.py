@@ -5,21 +5,21 @@
 s3fs, gcsfs and aiohttp read themselves.
 """
 
+import contextlib
 import errno
 import json
 import os
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
 
-from schemas.errors import OutputError, PatchstreamError, SourceError
+from schemas.errors import OutputError, SourceError, SpecError
 
 Options = Mapping[str, Any]
 
@@ -33,12 +33,23 @@ def scheme(url: str) -> str:
 
 
 def options_for(url: str, storage_options: Options) -> dict[str, Any]:
-    """The part of `storage_options` that concerns the scheme of `url`."""
+    """The part of `storage_options` that concerns the scheme of `url`.
+
+    Raises SpecError where schemes and plain options stand side by side: it would be a guess whom the latter concern.
+    """
     name = scheme(url)
-    if storage_options and all(isinstance(value, dict) for value in storage_options.values()):
-        by_scheme = {_ALIASES.get(key, key): value for key, value in storage_options.items()}
-        return dict(by_scheme.get(name, {}))
-    return {} if name == "file" else dict(storage_options)
+    known = set(fsspec.available_protocols())
+    # A flat option may hold a dict too (`client_kwargs`), so the keys tell the two forms apart, not the values.
+    by_scheme = {key: value for key, value in storage_options.items() if key in known and isinstance(value, dict)}
+    if not by_scheme:
+        return {} if name == "file" else dict(storage_options)
+    if len(by_scheme) < len(storage_options):
+        loose = ", ".join(sorted(set(storage_options) - set(by_scheme)))
+        raise SpecError(
+            f"storage options are keyed by scheme ({', '.join(sorted(by_scheme))}), but these are not: {loose}; "
+            "put each under the scheme it is for"
+        )
+    return dict({_ALIASES.get(key, key): value for key, value in by_scheme.items()}.get(name, {}))
 
 
 def filesystem(url: str, storage_options: Options) -> tuple[AbstractFileSystem, str]:
@@ -62,22 +73,29 @@ def is_local(fs: AbstractFileSystem) -> bool:
     return isinstance(fs, LocalFileSystem)
 
 
-_SECRET_KEY = re.compile(r"sig|token|key|secret|credential|password|expires|policy", re.IGNORECASE)
+# `user:password@` after the scheme; also in the middle of a chained URL or of a message.
+_USER = re.compile(r"(?<=://)[^/?#\s]*@")
+_PARAMETER = re.compile(r"(?<=[?&;#])([^=?&;#\s]+=)[^&;#\s'\"<>]+")
+# Names that sign a request on S3 (v2, v4), Google Cloud Storage (v2, v4), Azure (SAS) and CloudFront, and common ones.
+_SECRET_NAME = re.compile(
+    r"signature|token|secret|credential|passw|accesskeyid|accessid|accountkey|apikey|key-pair-id"
+    r"|(?:^|[-_.])(?:sig|key|pwd|auth|jwt|policy|expires)=",
+    re.IGNORECASE,
+)
 
 
-def redact(url: str) -> str:
-    """`url` without user, password and the values of signed query parameters. Safe to print and to store."""
-    if "://" not in url:
-        return url
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    query = "&".join(_redact_parameter(item) for item in parts.query.split("&")) if parts.query else ""
-    return urlunsplit((parts.scheme, host, parts.path, query, parts.fragment))
+def redact(text: str) -> str:
+    """`text` without user, password and the values of signed query parameters in the URLs it holds.
+
+    `text` is a URL or a message with URLs in it; what is no URL stays as it is. Safe to print and to store.
+    """
+    if "://" not in text:
+        return text
+    return _PARAMETER.sub(_redact_parameter, _USER.sub("", text))
 
 
-def _redact_parameter(item: str) -> str:
-    name, equals, _ = item.partition("=")
-    return f"{name}{equals}…" if equals and _SECRET_KEY.search(name) else item
+def _redact_parameter(match: re.Match[str]) -> str:
+    return f"{match[1]}…" if _SECRET_NAME.search(match[1]) else match[0]
 
 
 def join(base: str, *names: str) -> str:
@@ -86,7 +104,7 @@ def join(base: str, *names: str) -> str:
 
 
 def put_bytes(fs: AbstractFileSystem, path: str, data: bytes) -> None:
-    """Write a file that appears whole or not at all.
+    """Write a file that appears whole or not at all, over whatever stood there.
 
     An object store makes a single put visible when it is complete; on a disk the data goes to a hidden name first
     and is renamed. Raises OutputError naming the path when the place is full, gone or denied.
@@ -95,43 +113,88 @@ def put_bytes(fs: AbstractFileSystem, path: str, data: bytes) -> None:
         if not is_local(fs):
             fs.pipe_file(path, data)
             return
-        folder, _, name = path.rpartition("/")
-        fs.makedirs(folder, exist_ok=True)
-        temporary = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            fs.mv(temporary, path)
-        finally:
-            if fs.exists(temporary):
-                fs.rm_file(temporary)
-    except PatchstreamError:
-        raise
+        with _written_beside(path, data) as temporary:
+            os.replace(temporary, path)
     except Exception as error:
         raise write_error(path, error) from error
 
 
 def create_bytes(fs: AbstractFileSystem, path: str, data: bytes) -> bool:
-    """Write a file only if it does not exist yet. False if somebody else was first.
+    """Write a file, whole, only if it does not exist yet. False if somebody else was first.
 
-    Atomic on a disk (`O_EXCL`), S3 (`If-None-Match`) and Google Cloud Storage (`ifGenerationMatch`).
+    Atomic on a disk (a hard link is refused where the name is taken), S3 (`If-None-Match`) and Google Cloud Storage
+    (`ifGenerationMatch`). A put whose answer got lost is sent again by the client and then finds its own object:
+    False means "it is there now", so read it before taking it for another's. Raises OutputError as `put_bytes` does.
     """
     try:
         if is_local(fs):
-            fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-            with open(path, "xb") as file:
-                file.write(data)
+            return _create_local(path, data)
+        return _create_remote(fs, path, data)
+    except Exception as error:
+        raise write_error(path, error) from error
+
+
+@contextlib.contextmanager
+def _written_beside(path: str, data: bytes) -> Iterator[str]:
+    """The data in a hidden file of the same folder, safe on the disk, gone at the end."""
+    folder, _, name = path.rpartition("/")
+    os.makedirs(folder or "/", exist_ok=True)
+    temporary = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+# FAT, some network file systems and buckets mounted as folders.
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP}
+
+
+def _create_local(path: str, data: bytes) -> bool:
+    with _written_beside(path, data) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+        else:
             return True
+    try:
+        # Exclusive here as well, but a reader may see the file before its data.
+        with open(path, "xb") as file:
+            file.write(data)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _create_remote(fs: AbstractFileSystem, path: str, data: bytes, attempts: int = 5) -> bool:
+    try:
         fs.pipe_file(path, data, mode="create")
     except FileExistsError:
         return False
-    except Exception as error:
-        if "PreconditionFailed" in repr(error) or "412" in repr(error):
+    except OSError as error:
+        code = _store_code(error)
+        if code in {"PreconditionFailed", "412"}:
             return False
-        raise write_error(path, error) from error
+        # S3: another conditional write was under way; whether it succeeded shows in the next attempt.
+        if code == "ConditionalRequestConflict" and attempts > 1:
+            return _create_remote(fs, path, data, attempts - 1)
+        raise
     return True
+
+
+def _store_code(error: BaseException) -> str:
+    """The error code that an S3 endpoint answered with; empty where there is none."""
+    response = getattr(error.__cause__, "response", None)
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
 
 def read_json(fs: AbstractFileSystem, path: str) -> Any:
@@ -145,23 +208,35 @@ def read_json(fs: AbstractFileSystem, path: str) -> Any:
 _CAUSES = {
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "the quota is used up; free some space",
+    errno.EFBIG: "the file is larger than the limit for files here; raise it, or lower the size of a part",
     errno.EROFS: "the file system is read-only; choose another --out",
-    errno.EACCES: "writing there is denied; check the permissions",
-    errno.EPERM: "writing there is denied; check the permissions",
+    errno.EACCES: "writing there is denied; check the permissions and the credentials",
+    errno.EPERM: "writing there is denied; check the permissions and the credentials",
     errno.ENOENT: "the folder or bucket does not exist (any more)",
     errno.ENOTDIR: "a file stands where a folder is needed; choose another --out",
+    errno.EEXIST: "a file stands where a folder is needed; choose another --out",
+    errno.EISDIR: "a folder stands where the file should go; choose another --out",
+    errno.EBUSY: "the store kept asking to slow down; go on later or with fewer actors",
 }
 
 
 def write_error(path: str, error: Exception) -> OutputError:
     """An OutputError that names the path, the cause, and what stays."""
-    code = getattr(error, "errno", None)
-    if isinstance(error, PermissionError):
-        code = errno.EACCES
-    elif isinstance(error, FileNotFoundError):
-        code = errno.ENOENT
-    cause = _CAUSES.get(code, "") if isinstance(code, int) else ""
-    detail = f"{cause} ({error})" if cause else f"{type(error).__name__}: {error}"
+    cause = _CAUSES.get(_error_number(error), "")
+    message = redact(str(error)) or type(error).__name__
+    detail = f"{cause} ({message})" if cause else f"{type(error).__name__}: {message}"
     return OutputError(
         f"cannot write {redact(path)}: {detail}. What was committed stays; the same command goes on from there."
     )
+
+
+def _error_number(error: Exception) -> int:
+    """The `errno` of an error, also of those that the drivers of object stores raise without one."""
+    number = getattr(error, "errno", None)
+    if isinstance(number, int):
+        return number
+    # gcsfs: a plain OSError for 403, and its own HttpError with the status in `code` for 401.
+    denied = str(error).startswith("Forbidden") or getattr(error, "code", None) in {401, "401"}
+    if denied or isinstance(error, PermissionError):
+        return errno.EACCES
+    return errno.ENOENT if isinstance(error, FileNotFoundError) else 0

@@ -1,0 +1,161 @@
+"""Fixtures for all tests: real servers, a clean environment, server logs in the report of a failure.
+
+Nothing heavy is imported here: a fast test pays for no torch, ray or moto.
+"""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.faults import Rule
+from support.flaky_proxy import FlakyProxy, Store
+from support.flaky_proxy import flaky_proxy as run_flaky_proxy
+from support.gcs import GcsServer
+from support.gcs import gcs_server as run_gcs_server
+from support.http_server import HttpServer
+from support.http_server import http_server as run_http_server
+from support.processes import RUNNING
+from support.s3 import S3Server
+from support.s3 import s3_server as run_s3_server
+
+# Whatever of the user's could change what a test does: accounts, endpoints, proxies, hub and Ray addresses.
+_LEAKS = (
+    *("AWS_", "S3_", "BOTO_", "GOOGLE_", "GCLOUD_", "CLOUDSDK_", "GCSFS_", "STORAGE_EMULATOR_", "AZURE_", "FSSPEC_"),
+    *("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "RAY_ADDRESS", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
+)
+_LOG_TAIL = 4000
+_LOG_STARTS = pytest.StashKey[dict[Path, int]]()
+
+
+def _clean_environment(home: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(_LEAKS)}
+    return {
+        **kept,
+        "HOME": str(home),
+        "HF_HOME": str(home / "huggingface"),
+        "HF_HUB_OFFLINE": "1",
+        # gcsfs reads it when it is imported; see support/gcs.py.
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        "NO_GCE_CHECK": "true",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """No credentials, endpoints or proxies of the user in this process, and an empty home.
+
+    Before any test is imported: huggingface_hub and gcsfs read their variables when they are imported.
+    """
+    home = tempfile.TemporaryDirectory(prefix="patchstream-home-")
+    before = dict(os.environ)
+    _replace_environment(_clean_environment(Path(home.name)))
+    config.add_cleanup(home.cleanup)
+    config.add_cleanup(lambda: _replace_environment(before))
+
+
+def _replace_environment(wanted: Mapping[str, str]) -> None:
+    for name in set(os.environ) - set(wanted):
+        del os.environ[name]
+    os.environ.update(wanted)
+
+
+@pytest.fixture
+def isolated_env(tmp_path: Path) -> Callable[[Mapping[str, str]], dict[str, str]]:
+    """The whole environment for a subprocess: clean, with a home of its own, and what the caller adds."""
+
+    def environment(extra: Mapping[str, str]) -> dict[str, str]:
+        home = tmp_path / "home"
+        home.mkdir(exist_ok=True)
+        return {**_clean_environment(home), **extra}
+
+    return environment
+
+
+@pytest.fixture
+def set_env(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Mapping[str, str]], None]]:
+    """Set variables of this process for one test. File systems made under other ones are forgotten."""
+
+    def apply(variables: Mapping[str, str]) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        _forget_file_systems()
+
+    yield apply
+    monkeypatch.undo()
+    _forget_file_systems()
+
+
+def _forget_file_systems() -> None:
+    """fsspec hands out the same instance for the same options, also where the environment has changed since."""
+    fsspec: Any = sys.modules.get("fsspec")
+    if fsspec is None:
+        return
+    for protocol in fsspec.registry:
+        fsspec.registry[protocol].clear_instance_cache()
+    fsspec.config.conf.clear()
+    fsspec.config.set_conf_env(fsspec.config.conf)
+
+
+@pytest.fixture(scope="session")
+def log_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the servers' logs go."""
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="session")
+def s3_server(log_dir: Path) -> Iterator[S3Server]:
+    """One S3 endpoint for all tests: make a bucket of your own."""
+    with run_s3_server(log_dir=log_dir) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def gcs_server(log_dir: Path) -> Iterator[GcsServer]:
+    """One Google Cloud Storage endpoint for all tests: make a bucket of your own."""
+    with run_gcs_server(log_dir=log_dir) as server:
+        yield server
+
+
+@pytest.fixture
+def http_server(log_dir: Path) -> Iterator[Callable[..., HttpServer]]:
+    """`http_server(folder, rules, seed=…)` starts a web server, which lives until the test ends."""
+    with contextlib.ExitStack() as stack:
+
+        def start(folder: Path, rules: Iterable[Rule] = (), seed: int = 0) -> HttpServer:
+            return stack.enter_context(run_http_server(folder, rules, seed=seed, log_dir=log_dir))
+
+        yield start
+
+
+@pytest.fixture
+def flaky_proxy(log_dir: Path) -> Iterator[Callable[..., FlakyProxy[Any]]]:
+    """`flaky_proxy(server, rules, seed=…)` puts a proxy before a store, which lives until the test ends."""
+    with contextlib.ExitStack() as stack:
+
+        def start(behind: Store, rules: Iterable[Rule] = (), seed: int = 0) -> FlakyProxy[Store]:
+            return stack.enter_context(run_flaky_proxy(behind, rules, seed=seed, log_dir=log_dir))
+
+        yield start
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    item.stash[_LOG_STARTS] = {process.log_path: process.log_path.stat().st_size for process in RUNNING}
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        starts = item.stash.get(_LOG_STARTS, {})
+        for process in RUNNING:
+            text = process.log(starts.get(process.log_path, 0))
+            if text:
+                report.sections.append((f"log of {process.name}", text[-_LOG_TAIL:]))
+    return report

@@ -1,0 +1,112 @@
+"""Addresses in `pipeline/storage.py`: whom the options are for, and what may be shown of a signed URL."""
+
+from pathlib import Path
+
+import pytest
+from support.gcs import GcsServer
+from support.s3 import S3Server
+
+from pipeline.storage import filesystem, is_local, options_for, redact, scheme
+from schemas.errors import SourceError, SpecError
+
+
+def test_redact_signed_urls() -> None:
+    s3 = (
+        "https://b.s3.amazonaws.com/a%20b.jpg?versionId=3&X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AK%2F20260101"
+        "&X-Amz-Date=20260101T000000Z&X-Amz-Expires=60&X-Amz-Security-Token=tok&X-Amz-Signature=c0ffee"
+    )
+    assert redact(s3) == (
+        "https://b.s3.amazonaws.com/a%20b.jpg?versionId=3&X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=…"
+        "&X-Amz-Date=20260101T000000Z&X-Amz-Expires=…&X-Amz-Security-Token=…&X-Amz-Signature=…"
+    )
+    assert redact("https://b/k?AWSAccessKeyId=AK&Expires=1&Signature=a%2Bb") == (
+        "https://b/k?AWSAccessKeyId=…&Expires=…&Signature=…"
+    )
+    assert redact("https://storage.googleapis.com/b/k?GoogleAccessId=me@x&X-Goog-Credential=c&X-Goog-Signature=s") == (
+        "https://storage.googleapis.com/b/k?GoogleAccessId=…&X-Goog-Credential=…&X-Goog-Signature=…"
+    )
+    assert redact("https://a.blob.core.windows.net/c/k?sv=2024&sp=r&sig=abc%3D") == (
+        "https://a.blob.core.windows.net/c/k?sv=2024&sp=r&sig=…"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://user:password@host:8080/a.jpg", "https://host:8080/a.jpg"),
+        ("https://user:p@ss@host/a@2x.jpg", "https://host/a@2x.jpg"),
+        ("simplecache::https://u:p@host/a.zip?token=x", "simplecache::https://host/a.zip?token=…"),
+        (
+            "GET https://u:p@host/a?key=1 failed, http://x/?api_key=2",
+            "GET https://host/a?key=… failed, http://x/?api_key=…",
+        ),
+        ("https://host/#access_token=x", "https://host/#access_token=…"),
+    ],
+)
+def test_redact_users_and_keys(text: str, expected: str) -> None:
+    assert redact(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/data/a?token=x",
+        "s3://bucket/a b/é#1.jpg",
+        "https://host/a.jpg?design=1&keyword=cat&page=2&empty=&flag",
+        "memory://a",
+        "file:///a",
+        "http://[broken",
+        "https://host/?",
+    ],
+)
+def test_redact_leaves_the_rest_as_it_is(text: str) -> None:
+    assert redact(text) == text
+
+
+def test_schemes_and_their_aliases() -> None:
+    urls = ("/a", "file:///a", "s3a://b/k", "gcs://b/k", "https://h/k", "memory://k")
+    assert [scheme(url) for url in urls] == ["file", "file", "s3", "gs", "http", "memory"]
+
+
+def test_flat_options_are_for_every_remote_scheme() -> None:
+    options = {"anon": True, "client_kwargs": {"endpoint_url": "http://x"}}
+    assert options_for("s3://b/k", options) == options
+    assert options_for("gs://b/k", options) == options
+    assert options_for("/a", options) == {}
+    only_a_dict = {"client_kwargs": {"endpoint_url": "http://x"}}
+    assert options_for("s3://b/k", only_a_dict) == only_a_dict
+
+
+def test_options_by_scheme() -> None:
+    options = {"s3a": {"anon": True}, "gs": {"token": "anon"}, "https": {"timeout": 1}}
+    assert options_for("s3://b/k", options) == {"anon": True}
+    assert options_for("gcs://b/k", options) == {"token": "anon"}
+    assert options_for("http://h/k", options) == {"timeout": 1}
+    assert options_for("memory://k", options) == {}
+    assert options_for("/a", options) == {}
+    assert options_for("s3://b/k", {}) == {}
+
+
+def test_options_of_both_kinds_are_refused() -> None:
+    with pytest.raises(SpecError, match=r"keyed by scheme \(s3\), but these are not: anon"):
+        options_for("s3://b/k", {"s3": {"key": "k"}, "anon": True})
+
+
+def test_listings_are_never_cached(s3_server: S3Server, gcs_server: GcsServer) -> None:
+    for name, server in (("s3", s3_server), ("gs", gcs_server)):
+        bucket = server.make_bucket()
+        fs, path = filesystem(f"{name}://{bucket}/in", server.storage_options)
+        server.put(bucket, "in/a", b"1")
+        assert len(fs.ls(path)) == 1
+        server.put(bucket, "in/b", b"2")
+        assert len(fs.ls(path)) == 2
+
+
+def test_unknown_schemes() -> None:
+    with pytest.raises(SourceError, match=r"nope://x/y: no file system for this address"):
+        filesystem("nope://x/y", {})
+
+
+def test_which_file_systems_are_local(tmp_path: Path) -> None:
+    assert is_local(filesystem(str(tmp_path), {})[0])
+    assert not is_local(filesystem("memory://x", {})[0])
