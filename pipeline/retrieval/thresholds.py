@@ -1,0 +1,48 @@
+"""A help to choose the threshold of `duplicates`: how many pairs there are around it, and what they look like."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.retrieval.arrays import Preparation
+from pipeline.retrieval.duplicates import check_threshold
+from pipeline.retrieval.pairs import near_pairs
+from pipeline.retrieval.store import FeatureStore
+
+STEP = 0.01
+_STEPS = 5
+
+
+@dataclass
+class Band:
+    """Pairs with a cosine in [low, high). `examples` are (row, row, cosine), a random few of them."""
+
+    low: float
+    high: float
+    pairs: int
+    examples: list[tuple[int, int, float]]
+
+
+def pairs_around(
+    store: FeatureStore, threshold: float, *, feature: str = "cls", examples: int = 4, seed: int = 0
+) -> list[Band]:
+    """Ten bands of 0.01 around `threshold`, highest first. Raises SpecError for a threshold outside (0, 1]."""
+    check_threshold(threshold)
+    matrix = store.load(feature)
+    lows = [threshold + STEP * step for step in range(-_STEPS, _STEPS)]
+    edges = np.array([*lows, lows[-1] + STEP], np.float32)
+    bands = [Band(low, low + STEP, 0, []) for low in lows]
+    rng = np.random.default_rng(seed)
+    for found in near_pairs(matrix, np.flatnonzero(matrix.usable), float(edges[0]), Preparation(), store.progress):
+        band_of = np.searchsorted(edges, found.score, side="right") - 1
+        for number, band in enumerate(bands):
+            inside = np.flatnonzero(band_of == number)
+            for at in inside:
+                band.pairs += 1
+                # Reservoir sampling: each pair of the band is shown with the same chance.
+                slot = len(band.examples) if len(band.examples) < examples else int(rng.integers(0, band.pairs))
+                if slot >= examples:
+                    continue
+                pair = (int(matrix.rows[found.first[at]]), int(matrix.rows[found.second[at]]), float(found.score[at]))
+                band.examples[slot : slot + 1] = [pair]
+    return [band for band in reversed(bands) if band.low < 1]
