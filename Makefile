@@ -1,0 +1,58 @@
+# What one can do here. Everything runs in .venv, which `make` builds from constraints.txt when it is missing or old.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TESTS ?= tests
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+export RAY_USAGE_STATS_ENABLED := 0
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast lint types format kills clean
+
+help:  ## list the tasks
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+# pip, and not another installer: it takes the plain torch build that fits the machine. torchvision comes without its
+# dependencies, because only the tests want it (timm, their reference, imports it).
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(STAMP)-dev: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps torchvision
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	@touch $@
+
+install: $(STAMP)  ## make the virtual environment with pinned dependencies
+
+demo: $(STAMP)  ## run the whole job on drawn pictures with the small model that ships here
+	@$(BIN)/patchstream demo
+
+test: $(STAMP)-dev lint types  ## everything: lint, types, import rules, all tests (under 15 minutes on 2 cores)
+	@$(BIN)/python -m pytest $(TESTS)
+
+test-fast: $(STAMP)-dev  ## the tests that take seconds
+	@$(BIN)/python -m pytest -m "not slow" $(TESTS)
+
+lint: $(STAMP)-dev  ## ruff: rules and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(STAMP)-dev  ## mypy, strict, on the packages
+	@$(BIN)/mypy
+
+format: $(STAMP)-dev  ## let ruff put the code in order
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+kills: $(STAMP)-dev  ## long campaign: kill drivers, actors and workers at random moments, KILLS times
+	@PATCHSTREAM_KILLS=$${KILLS:-200} $(BIN)/python -m pytest --timeout 36000 tests/flow/test_flow_kills.py
+
+clean:  ## remove what is built, not what is downloaded
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache demo-output
