@@ -10,6 +10,7 @@ import psutil
 import ray
 
 from schemas.errors import ClusterError
+from schemas.machines import Machines
 
 _MIB = 1 << 20
 # Blocks in flight are bounded far below this; more would only take memory from the models.
@@ -18,14 +19,14 @@ _STORE_SHARE = 0.2
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None = None, *, verbose: bool = False, cpus: int | None = None) -> Iterator[None]:
+def ray_session(address: str | None = None, *, verbose: bool = False, cpus: int | None = None) -> Iterator[Machines]:
     """Ray for the duration of the block.
 
     Attaches to `address` or `RAY_ADDRESS` when given, uses a session that is already open, or else starts a local
     one and shuts it down at the end. Raises ClusterError when an address does not answer.
     """
     if ray.is_initialized():
-        yield
+        yield machines()
         return
     address = address or os.environ.get("RAY_ADDRESS")
     quiet(verbose)
@@ -39,7 +40,7 @@ def ray_session(address: str | None = None, *, verbose: bool = False, cpus: int 
             "RAY_ADDRESS to run on this machine"
         ) from error
     try:
-        yield
+        yield machines()
     finally:
         ray.shutdown()
 
@@ -49,6 +50,8 @@ def quiet(verbose: bool) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not verbose:
+        # Ray Data's own actors make Ray's core warn at the level of errors, on the terminal, past every Python logger.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         for name in ("ray", "ray.data"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
@@ -77,7 +80,13 @@ def _logging(verbose: bool) -> dict[str, Any]:
     }
 
 
-def resources() -> dict[str, float]:
-    """What the attached cluster has in all: `CPU`, `GPU`, `memory` and `object_store_memory` (bytes)."""
+def machines() -> Machines:
+    """What the attached cluster has in all."""
     total: dict[str, float] = ray.cluster_resources()
-    return total
+    return Machines(
+        cpus=total.get("CPU", 0.0),
+        gpus=total.get("GPU", 0.0),
+        memory_bytes=total.get("memory", 0.0),
+        object_store_bytes=total.get("object_store_memory", 0.0),
+        nodes=sum(node["Alive"] for node in ray.nodes()),
+    )

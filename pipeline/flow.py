@@ -169,7 +169,7 @@ def build(question: Question, parts: list[ManifestPart], placement: Placement, r
         )
         .map_batches(
             PredictActor,
-            fn_constructor_args=([ray.put(actor)],),
+            fn_constructor_args=(actor,),
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=placement.actor_cpus,

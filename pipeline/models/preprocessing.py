@@ -40,7 +40,7 @@ PROCESSORS: Mapping[str, Processor] = {
     "DeiT": Processor(size=256, resample=BICUBIC, crop=224),
     "Bit": Processor({"shortest_edge": 224}, BICUBIC, square=False, crop=224, mean=CLIP_MEAN, std=CLIP_STD),
     "CLIP": Processor({"shortest_edge": 224}, BICUBIC, square=False, crop=224, mean=CLIP_MEAN, std=CLIP_STD),
-    "Siglip": Processor(size=224, resample=BICUBIC),
+    "Siglip": Processor({"height": 224, "width": 224}, BICUBIC, square=False),
 }
 SUFFIXES = ("ImageProcessorFast", "ImageProcessorPil", "ImageProcessor", "FeatureExtractor")
 
@@ -80,6 +80,9 @@ def _from_processor(config: Mapping[str, Any], path: Path) -> Preprocessing:
             raise CheckpointError(f"{path}: crop_size {config.get('crop_size')!r} is no height and width")
     rescale = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0
     normalise = config.get("do_normalize", True)
+    std = _channels(config.get("image_std", defaults.std)) if normalise else (1.0, 1.0, 1.0)
+    if 0 in std:
+        raise CheckpointError(f"{path}: image_std {list(std)} divides by zero")
     return Preprocessing(
         resize=resize,
         shortest_edge=shortest_edge,
@@ -87,7 +90,7 @@ def _from_processor(config: Mapping[str, Any], path: Path) -> Preprocessing:
         crop=crop,
         rescale_factor=rescale,
         mean=_channels(config.get("image_mean", defaults.mean)) if normalise else (0.0, 0.0, 0.0),
-        std=_channels(config.get("image_std", defaults.std)) if normalise else (1.0, 1.0, 1.0),
+        std=std,
     )
 
 

@@ -2,10 +2,9 @@
 
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
-import ray
 
 from pipeline.models import ModelInfo
 from pipeline.predictors.batches import Wanted
@@ -30,10 +29,7 @@ class ActorJob(NamedTuple):
 class PredictActor:
     """Callable class for `Dataset.map_batches`."""
 
-    def __init__(self, held: list[Any]) -> None:
-        """`held` is a list of one reference to an ActorJob. Within a list the reference travels, not the job, whose
-        label names may be too many for the arguments of an actor that has to be restarted."""
-        job: ActorJob = ray.get(held[0])
+    def __init__(self, job: ActorJob) -> None:
         if job.threads:
             os.environ["OMP_NUM_THREADS"] = str(job.threads)
         self._predict = build_predictor(job)

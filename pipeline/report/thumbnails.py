@@ -5,7 +5,6 @@ Nothing here ends a page: a picture that cannot be read becomes a placeholder th
 """
 
 import base64
-import re
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 from pipeline.report.lookup import RowLookup
 from pipeline.report.run import RunDirectory
 from pipeline.report.shrink import shrink
+from pipeline.report.text import redact_all
 from pipeline.storage import filesystem, redact
 from schemas.errors import SourceError
 
@@ -26,7 +26,6 @@ _MANIFEST_COLUMNS = ("row", "uri", "container", "offset", "length", "size")
 _READERS = 16
 _CACHED_GROUPS = 32
 _TABLE_BATCH_ROWS = 32
-_ADDRESS = re.compile(r"\w+://[^\s'\"<>]+")
 
 Record = Mapping[str, Any]
 
@@ -165,4 +164,4 @@ def _why_not(job: Future[Any]) -> str:
     error = job.exception()
     if error is None:
         return ""
-    return _ADDRESS.sub(lambda match: redact(match.group()), f"{type(error).__name__}: {error}")[:300]
+    return redact_all(f"{type(error).__name__}: {error}")[:300]

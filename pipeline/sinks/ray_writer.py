@@ -19,7 +19,7 @@ from pipeline.sinks.attempts import Fence
 from pipeline.sinks.parts import split, write_part
 from pipeline.storage import filesystem
 from schemas.attempt import StageSeconds
-from schemas.errors import PatchstreamError
+from schemas.errors import Interrupted, PatchstreamError
 from schemas.spec import SinkSpec
 
 _WRITES_IN_FLIGHT = 4
@@ -91,7 +91,7 @@ def commit_stream(bundles: Iterator[Any], job: WriteJob, sink: SinkSpec) -> Iter
         writes.submit()
         while writes.running:
             yield from writes.finished(wait=True)
-    except GeneratorExit:
+    except (GeneratorExit, KeyboardInterrupt, Interrupted):
         feed.stop()
         writes.drain(_DRAIN_S)
         raise
@@ -190,11 +190,19 @@ class _Writes:
 def _result(reference: Any) -> Committed:
     try:
         committed: Committed = ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, PatchstreamError):
-            raise error.cause from None
-        raise
+    except ray.exceptions.RayError as error:
+        raise unwrap(error) from error
     return committed
+
+
+def unwrap(error: BaseException) -> BaseException:
+    """The PatchstreamError that a worker raised, if one lies at the bottom of what Ray made of it; else `error`."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, PatchstreamError):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return error
 
 
 def _total(table: pa.Table, column: str) -> float:

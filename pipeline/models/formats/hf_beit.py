@@ -17,6 +17,7 @@ from pipeline.models.formats.hugging_face import (
     prefixed,
     saved_as,
 )
+from schemas.errors import CheckpointError
 
 DEFAULTS_BEIT = {
     **DEFAULTS,
@@ -38,7 +39,11 @@ def architecture(config: Config, shapes: Shapes) -> Architecture:
     """`beit_final_norm` (put into the config by the caller) applies the trained norm of a pre-training checkpoint."""
     config = {**DEFAULTS_BEIT, **config}
     mean_pooling = config["use_mean_pooling"]
-    final_norm = not mean_pooling or (is_pretraining(config, shapes) and config["beit_final_norm"])
+    if config["beit_final_norm"] and not (mean_pooling and is_pretraining(config, shapes)):
+        raise CheckpointError(
+            "--beit-final-norm: this BEiT checkpoint has no trained final norm that is left out; drop the option"
+        )
+    final_norm = not mean_pooling or config["beit_final_norm"]
     trained = has(shapes, "pooler.layernorm.weight", "beit.pooler.layernorm.weight")
     pooled: Pooled = "layernormed_mean_patch_tokens" if mean_pooling else "cls"
     if final_norm and mean_pooling:
