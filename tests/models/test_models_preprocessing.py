@@ -1,0 +1,123 @@
+"""preprocessor_config.json, old and new: each way of saying size, crop, rescale and normalise."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers
+from PIL import Image
+from support import checkpoints  # noqa: F401  (declares what transformers' image processors need)
+
+from pipeline.models import read_preprocessing
+from schemas.errors import CheckpointError
+from schemas.preprocessing import Preprocessing
+
+VIT = {"image_processor_type": "ViTImageProcessor"}
+QUARTER = (0.25, 0.25, 0.25)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def write(folder: Path, **values: Any) -> Path:
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (VIT, Preprocessing(resize=(224, 224))),
+        ({"feature_extractor_type": "ViTFeatureExtractor", "size": 384}, Preprocessing(resize=(384, 384))),
+        ({**VIT, "size": {"height": 96, "width": 160}}, Preprocessing(resize=(96, 160))),
+        ({**VIT, "do_normalize": False}, Preprocessing(resize=(224, 224), mean=(0, 0, 0), std=(1, 1, 1))),
+        ({**VIT, "do_rescale": False}, Preprocessing(resize=(224, 224), rescale_factor=1)),
+        ({**VIT, "rescale_factor": 0.5}, Preprocessing(resize=(224, 224), rescale_factor=0.5)),
+        (
+            {**VIT, "image_mean": 0.25, "image_std": [1, 2, 3]},
+            Preprocessing(resize=(224, 224), mean=QUARTER, std=(1, 2, 3)),
+        ),
+        ({**VIT, "do_resize": False, "do_center_crop": True, "crop_size": 64}, Preprocessing(crop=(64, 64))),
+        (
+            {"image_processor_type": "BeitImageProcessor", "size": 256, "crop_size": 224, "do_center_crop": True},
+            Preprocessing(resize=(256, 256), crop=(224, 224), resample=3),
+        ),
+        (
+            {"feature_extractor_type": "BeitFeatureExtractor", "size": 224, "do_center_crop": False, "resample": 2},
+            Preprocessing(resize=(224, 224), resample=2),
+        ),
+        (
+            {"feature_extractor_type": "DeiTFeatureExtractor", "size": 256, "crop_size": 224},
+            Preprocessing(resize=(256, 256), crop=(224, 224), resample=3),
+        ),
+        (
+            {"image_processor_type": "CLIPImageProcessorFast", "size": 336, "crop_size": {"height": 336, "width": 336}},
+            Preprocessing(shortest_edge=336, crop=(336, 336), resample=3, mean=CLIP_MEAN, std=CLIP_STD),
+        ),
+        (
+            {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 256}, "resample": 3},
+            Preprocessing(shortest_edge=256, crop=(224, 224), resample=3, mean=CLIP_MEAN, std=CLIP_STD),
+        ),
+    ],
+)
+def test_read(tmp_path: Path, values: dict[str, Any], expected: Preprocessing) -> None:
+    assert read_preprocessing(write(tmp_path, **values)) == expected
+
+
+@pytest.mark.parametrize("name", ["ViT", "Beit", "DeiT", "CLIP", "Bit", "Siglip"])
+@pytest.mark.parametrize("values", [{}, {"size": 256}, {"size": {"shortest_edge": 200}, "crop_size": 96}])
+def test_silent_keys_mean_what_the_library_means(tmp_path: Path, name: str, values: dict[str, Any]) -> None:
+    """An image comes out at the size and with the values that transformers gives for the same file."""
+    folder = write(tmp_path, image_processor_type=f"{name}ImageProcessor", **values)
+    ours = None
+    with contextlib.suppress(CheckpointError):
+        ours = read_preprocessing(folder)
+    processor = getattr(transformers, f"{name}ImageProcessorPil").from_pretrained(folder)
+    image = Image.fromarray(np.full((300, 400, 3), 200, dtype=np.uint8))
+    theirs = processor(image, return_tensors="np")["pixel_values"][0]
+    if ours is None:
+        assert theirs.shape[1] != theirs.shape[2]
+        return
+    assert theirs.shape[1:] == ours.output_size
+    expected = (200 * ours.rescale_factor - np.array(ours.mean)) / np.array(ours.std)
+    np.testing.assert_allclose(theirs[:, 48, 48], expected, atol=1e-6)
+    assert ours.resample == int(processor.resample)
+
+
+def test_another_image_size(tmp_path: Path) -> None:
+    write(tmp_path, **VIT)
+    assert read_preprocessing(tmp_path, image_size=384).resize == (384, 384)
+    assert read_preprocessing(tmp_path, image_size=(96, 160)).resize == (96, 160)
+    write(tmp_path, image_processor_type="DeiTImageProcessor")
+    bigger = read_preprocessing(tmp_path, image_size=448)
+    assert (bigger.resize, bigger.crop) == ((512, 512), (448, 448))
+    write(tmp_path, image_processor_type="CLIPImageProcessor", size={"shortest_edge": 256}, crop_size=224)
+    bigger = read_preprocessing(tmp_path, image_size=448)
+    assert (bigger.shortest_edge, bigger.crop) == (512, (448, 448))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"image_processor_type": "OwlImageProcessor"}, "image_processor_type is 'Owl'"),
+        ({}, "image_processor_type is 'absent'"),
+        ({**VIT, "size": {"longest_edge": 512}}, "size {'longest_edge': 512} is neither"),
+        ({**VIT, "size": {"shortest_edge": 256}}, "gives no fixed size"),
+        ({**VIT, "do_resize": False}, "--image-size"),
+        ({**VIT, "resample": 9}, "resample"),
+        ({**VIT, "image_mean": [0.5, 0.5]}, "mean"),
+        ({**VIT, "rescale_factor": -1}, "rescale_factor"),
+        ({**VIT, "image_std": [0.5, 0.0, 0.5]}, "image_std"),
+    ],
+)
+def test_refused(tmp_path: Path, values: dict[str, Any], said: str) -> None:
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json") as caught:
+        read_preprocessing(write(tmp_path, **values))
+    assert said in str(caught.value)
+
+
+def test_never_assumed(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no preprocessor_config.json.*ViTImageProcessor"):
+        read_preprocessing(tmp_path)
