@@ -5,18 +5,19 @@ whole; simplejpeg decodes the JPEGs of which it gives exactly Pillow's pixels, s
 resizes in place.
 """
 
+import contextlib
 import io
 from dataclasses import dataclass
 from typing import Literal
 
-import pyarrow as pa
-import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.images.failures import decode_failure, not_an_image
+from pipeline.images.failures import decode_failure, not_an_image, too_many_pixels
 from pipeline.images.formats import FORMATS
+from pipeline.images.jpeg import decode_jpeg, scale_denominator
+from pipeline.images.limits import DECODE_LIMIT_S, DecodeTimeoutError, quiet_stderr, time_limit
 from pipeline.images.modes import to_rgb
-from pipeline.images.transform import Pixels, resize_and_crop
+from pipeline.images.transform import Pixels, resize_and_crop, resized_size
 from schemas.errors import ImageError
 from schemas.preprocessing import Preprocessing
 
@@ -44,16 +45,25 @@ class ImageFacts:
     format: str
 
 
-def decode_into(
-    data: bytes, out: Pixels, *, preprocessing: Preprocessing, mode: DecodeMode, max_pixels: int
-) -> ImageFacts:
-    """Decode `data` into `out`, uint8 of shape (height, width, 3) as `preprocessing` asks.
+@dataclass(frozen=True, slots=True)
+class DecodeSpec:
+    """How a picture is decoded: into what, exactly or fast, and up to which size."""
 
-    Raises ImageError, and nothing else, whatever the bytes are.
+    preprocessing: Preprocessing
+    mode: DecodeMode
+    max_pixels: int
+    limit_s: float = DECODE_LIMIT_S
+
+
+def decode_into(data: bytes, out: Pixels, spec: DecodeSpec) -> ImageFacts:
+    """Decode `data` into `out`, uint8 of shape (height, width, 3) as `spec.preprocessing` asks.
+
+    Raises ImageError, and nothing else, whatever the bytes are. Call `formats.prepare_process` before.
     """
     try:
-        image = _open(data, max_pixels)
-        return _decode_opened(image, data, out, preprocessing, mode)
+        with time_limit(spec.limit_s):
+            image = _open(data, spec.max_pixels)
+            return _decode_opened(image, data, out, spec)
     except ImageError:
         raise
     except Exception as error:  # Pillow's plugins raise whatever a hostile header makes them raise
@@ -61,53 +71,57 @@ def decode_into(
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
+    # Half, because Pillow refuses from twice its limit on; it looks inside icons, where we cannot.
+    Image.MAX_IMAGE_PIXELS = max_pixels // 2
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise not_an_image(data) from error
     width, height = image.size
     if width * height > max_pixels:
-        raise ImageError(
-            "decode",
-            "TooManyPixels",
-            f"{image.format} of {width} × {height} pixels; the limit is {max_pixels:,} (fetch.max_pixels)",
-        )
+        raise too_many_pixels(f"{image.format} of {width} × {height} pixels; the limit is {max_pixels:,}")
     if width < 1 or height < 1:
         raise ImageError("decode", "EmptyImage", f"{image.format} of {width} × {height} pixels holds no picture")
     return image
 
 
-def _decode_opened(
-    image: Image.Image, data: bytes, out: Pixels, preprocessing: Preprocessing, mode: DecodeMode
-) -> ImageFacts:
+def _decode_opened(image: Image.Image, data: bytes, out: Pixels, spec: DecodeSpec) -> ImageFacts:
     name = image.format or "unknown"
-    is_jpeg = name in _JPEG_FORMATS and image.mode in {"RGB", "L"}
-    if is_jpeg:
-        size = image.size
-        picture = _jpeg_pixels(image, data)
-    else:
-        image.load()  # a TIFF is turned upright here, so its size and its orientation are read afterwards
-        size = image.size
+    picture, denominator, orientation = None, 1, 1
+    if name in _JPEG_FORMATS and image.mode in {"RGB", "L"}:
+        orientation = _orientation(image)
+        if spec.mode == "fast":
+            denominator = _jpeg_scale(image.size, orientation, spec.preprocessing)
+        picture = decode_jpeg(data, image.size, denominator)
+    if picture is None:
+        denominator = 1
+        with quiet_stderr() if name == "TIFF" else contextlib.nullcontext():
+            image.load()
         picture = to_rgb(image)
-    orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+        orientation = _orientation(image)  # after loading: a PNG may end with it, a TIFF is upright by now
+    width, height = _upright(image.size, orientation)
     if orientation in _TURNS:
         picture = picture.transpose(_TURNS[orientation])
-    resize_and_crop(picture, preprocessing, out)
-    width, height = reversed(size) if orientation in _SIDEWAYS else size
+    target = resized_size(width, height, spec.preprocessing)
+    resize_and_crop(picture, (width / denominator, height / denominator), target, spec.preprocessing, out)
     return ImageFacts(width, height, name)
 
 
-def _jpeg_pixels(image: Image.Image, data: bytes) -> Image.Image:
-    """Mode RGB, identical to Pillow's. Where simplejpeg has the least doubt, Pillow is asked."""
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8. A broken EXIF block says nothing about the pixels: upright then."""
     try:
-        pixels = simplejpeg.decode_jpeg(data, "RGBX")
-    except ValueError as error:
-        if "premature end" in str(error):
-            raise ImageError("decode", "Truncated", f"the picture ends early: {error}") from error
-        image.load()
-        return to_rgb(image)
-    if (pixels.shape[1], pixels.shape[0]) != image.size:
-        image.load()
-        return to_rgb(image)
-    # Pillow keeps RGB in four bytes a pixel, so this memory becomes an image without a copy.
-    return Image.fromarrow(pa.array(pixels.reshape(-1)), "RGB", image.size)
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except DecodeTimeoutError:
+        raise
+    except Exception:  # noqa: BLE001  hostile bytes, parsed by Python code that checks little
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _jpeg_scale(size: tuple[int, int], orientation: int, preprocessing: Preprocessing) -> int:
+    target = resized_size(*_upright(size, orientation), preprocessing)
+    return scale_denominator(size, _upright(target, orientation))
+
+
+def _upright(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    return (size[1], size[0]) if orientation in _SIDEWAYS else size

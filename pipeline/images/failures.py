@@ -1,5 +1,8 @@
 """Why an image could not be decoded, in words that a row of `failures/` can carry."""
 
+from PIL import Image
+
+from pipeline.images.limits import DecodeTimeoutError
 from schemas.errors import ImageError
 
 _KINDS = (
@@ -59,17 +62,34 @@ def _likely_kind(data: bytes) -> str:
         return "not an image but probably JSON"
     if data[4:8] == b"ftyp":
         return f"an ISO media file of brand {data[8:12]!r}, which no image decoder here reads (a video?)"
+    if data[257:262] == b"ustar":
+        return "not an image but a tar archive"
     if not any(data[:256]):
         return "not an image but zeros"
     return "no known image format"
 
 
+def truncated(detail: str) -> ImageError:
+    """The picture is cut short; what there is of it is not used."""
+    return ImageError("decode", "Truncated", f"the picture ends early: {detail}")
+
+
+def too_many_pixels(detail: str) -> ImageError:
+    """The header promises more than `fetch.max_pixels`."""
+    return ImageError("decode", "TooManyPixels", f"{detail} (fetch.max_pixels)")
+
+
 def decode_failure(error: Exception, data: bytes) -> ImageError:
     """The row for an exception that a decoder raised on `data`."""
     text = " ".join(str(error).split())[:300]
+    if isinstance(error, Image.DecompressionBombError):
+        return too_many_pixels(text)
+    if isinstance(error, DecodeTimeoutError):
+        message = f"decoding {len(data):,} bytes took longer than the time limit and was interrupted"
+        return ImageError("decode", "DecodeTimedOut", message)
     if isinstance(error, MemoryError):
         message = f"out of memory while decoding {len(data):,} bytes {text}".rstrip()
         return ImageError("decode", "OutOfMemory", message, retryable=True)
     if isinstance(error, EOFError) or any(word in text.lower() for word in _TRUNCATED_WORDS):
-        return ImageError("decode", "Truncated", f"the picture ends early: {text or 'end of file'}")
+        return truncated(text or "end of file")
     return ImageError("decode", "Corrupt", f"cannot be decoded: {type(error).__name__}: {text}")

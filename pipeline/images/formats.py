@@ -60,11 +60,9 @@ def _register_once() -> None:
 def prepare_process() -> None:
     """Register HEIC, and make Pillow strict and silent. Cheap to call again.
 
-    Pillow's own pixel limit is switched off because `max_pixels` is checked on every header instead, and its
-    warnings because a worker's log is no place for what belongs into a row.
+    Its warnings are silenced because a worker's log is no place for what belongs into a row.
     """
     _register_once()
-    Image.MAX_IMAGE_PIXELS = None
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif)\b")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)

@@ -8,9 +8,12 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.images.batch import MAX_PIXEL_BYTES, BatchBuilder
-from pipeline.images.decode import DecodeMode, ImageFacts, decode_into
+from pipeline.images.decode import DecodeMode, DecodeSpec, ImageFacts, decode_into
 from pipeline.images.fetch import Fetched, fetch_rows
 from pipeline.images.formats import prepare_process
+from pipeline.images.guard import CrashGuard
+from pipeline.images.isolated import decode_isolated
+from pipeline.images.transform import Pixels
 from schemas.errors import ImageError
 from schemas.preprocessing import Preprocessing
 from schemas.spec import FetchSpec
@@ -25,37 +28,46 @@ def fetch_and_decode(
     image_column: str,
     storage_options: Mapping[str, Any],
     batch_rows: int,
+    guard: CrashGuard | None = None,
 ) -> Iterator[pa.Table]:
     """Tables of `decoded_schema` with at most `batch_rows` rows, every manifest row once and in order.
 
-    Later files are fetched while earlier ones are decoded in the calling thread.
+    Later files are fetched while earlier ones are decoded in the calling thread. With a `guard`, an image that
+    kills the process costs its worker once and becomes a failure row afterwards.
     """
     prepare_process()
     height, width = preprocessing.output_size
     batch_rows = max(1, min(batch_rows, MAX_PIXEL_BYTES // (height * width * 3)))
+    spec = DecodeSpec(preprocessing, decode, fetch.max_pixels)
     fetched = fetch_rows(manifest, fetch=fetch, image_column=image_column, storage_options=storage_options)
     for start in range(0, manifest.num_rows, batch_rows):
         rows = manifest.slice(start, batch_rows)
         builder = BatchBuilder(rows.num_rows, height, width)
-        for _ in range(rows.num_rows):
-            _decode_row(next(fetched), builder, preprocessing, decode, fetch.max_pixels)
+        for row in rows.column("row").to_pylist():
+            _decode_row(row, next(fetched), builder, spec, guard)
         yield builder.table(rows)
 
 
-def _decode_row(
-    fetched: Fetched, builder: BatchBuilder, preprocessing: Preprocessing, mode: DecodeMode, max_pixels: int
-) -> None:
+def _decode_row(row: int, fetched: Fetched, builder: BatchBuilder, spec: DecodeSpec, guard: CrashGuard | None) -> None:
     if isinstance(fetched.result, ImageError):
         builder.add(fetched.result, None, fetched.seconds, 0.0)
         return
     started = time.perf_counter()
     result: ImageFacts | ImageError
     try:
-        result = decode_into(
-            fetched.result, builder.slot(), preprocessing=preprocessing, mode=mode, max_pixels=max_pixels
-        )
+        result = _decode(row, fetched.result, builder.slot(), spec, guard)
     except ImageError as error:
-        error.attempts = max(1, fetched.attempts)
+        error.attempts = max(error.attempts, fetched.attempts)
         result = error
     digest = hashlib.sha256(fetched.result).hexdigest()
     builder.add(result, digest, fetched.seconds, time.perf_counter() - started)
+
+
+def _decode(row: int, data: bytes, out: Pixels, spec: DecodeSpec, guard: CrashGuard | None) -> ImageFacts:
+    if guard is None:
+        return decode_into(data, out, spec)
+    strikes = guard.strikes(row)
+    with guard.noted(row):
+        if strikes == 0:
+            return decode_into(data, out, spec)
+        return decode_isolated(data, out, spec, strikes)

@@ -32,29 +32,39 @@ def resized_size(width: int, height: int, preprocessing: Preprocessing) -> tuple
     return int(edge * width / height), edge
 
 
-def resize_and_crop(image: Image.Image, preprocessing: Preprocessing, out: Pixels) -> None:
-    """Write `image` (mode RGB, upright) into `out`, uint8 of shape (height, width, 3), contiguous."""
-    size = resized_size(*image.size, preprocessing)
+def resize_and_crop(
+    image: Image.Image, extent: tuple[float, float], size: tuple[int, int], preprocessing: Preprocessing, out: Pixels
+) -> None:
+    """Write `image` (mode RGB, upright) into `out`, uint8 of shape (height, width, 3).
+
+    The picture takes up `extent` (width, height) of `image`: all of it, or a fraction of a pixel less when it was
+    decoded at a smaller scale. `size` is its width and height after the resize.
+    """
     resample = Image.Resampling(preprocessing.resample)
-    if preprocessing.crop is None:
-        out[:] = np.asarray(image.resize(size, resample) if size != image.size else image)
-        return
-    if size[0] * size[1] > MAX_INTERMEDIATE_PIXELS:
-        image, size = _resize_window(image, size, preprocessing.crop, resample)
-    elif size != image.size:
-        image = image.resize(size, resample)
-    _centre_crop(np.asarray(image), out)
+    if preprocessing.crop is not None and size[0] * size[1] > MAX_INTERMEDIATE_PIXELS:
+        image = _resize_window(image, extent, size, preprocessing.crop, resample)
+    elif size != image.size or extent != image.size:
+        image = image.resize(size, resample, box=(0, 0, *extent))
+    pixels = np.asarray(image)
+    if pixels.shape == out.shape:
+        out[:] = pixels
+    else:
+        _centre_crop(pixels, out)
 
 
 def _resize_window(
-    image: Image.Image, size: tuple[int, int], crop: tuple[int, int], resample: Image.Resampling
-) -> tuple[Image.Image, tuple[int, int]]:
+    image: Image.Image,
+    extent: tuple[float, float],
+    size: tuple[int, int],
+    crop: tuple[int, int],
+    resample: Image.Resampling,
+) -> Image.Image:
     """Resize only what a centre crop of (height, width) `crop` keeps of the picture scaled to `size`."""
     kept = min(size[0], crop[1]), min(size[1], crop[0])
     left, top = (size[0] - kept[0]) // 2, (size[1] - kept[1]) // 2
-    scale_x, scale_y = image.width / size[0], image.height / size[1]
+    scale_x, scale_y = extent[0] / size[0], extent[1] / size[1]
     box = (left * scale_x, top * scale_y, (left + kept[0]) * scale_x, (top + kept[1]) * scale_y)
-    return image.resize(kept, resample, box=box), kept
+    return image.resize(kept, resample, box=box)
 
 
 def _centre_crop(source: Pixels, out: Pixels) -> None:

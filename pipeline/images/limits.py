@@ -1,0 +1,58 @@
+"""What a single decode may do to its process: how long it takes, and what it writes to the log."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn
+
+DECODE_LIMIT_S = 60.0
+
+
+class DecodeTimeoutError(Exception):
+    """Decoding was interrupted."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Interrupt what runs in the block after `seconds`, if it lets itself be interrupted.
+
+    Only the main thread can be interrupted, and only between calls into C. Elsewhere, and inside one long call,
+    this does nothing; `guard.CrashGuard` watches over those.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, _interrupt)
+    # Repeated, because a decoder may swallow the first exception.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
+    raise DecodeTimeoutError
+
+
+@contextlib.contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Drop what C code writes to file descriptor 2 in the block: libtiff comments on every damaged tag."""
+    with _STDERR:
+        sys.stderr.flush()
+        saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, 2)
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            os.close(nowhere)
+
+
+_STDERR = threading.Lock()
