@@ -3,7 +3,6 @@
 import base64
 import functools
 import hashlib
-import re
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -45,14 +44,6 @@ def rate(value: float | None) -> str:
     return thousands(round(value)) if value >= 100 else f"{value:.1f}"
 
 
-_ADDRESS = re.compile(r"\w+://[^\s'\"<>]+")
-
-
-def redact_all(text: str) -> str:
-    """`text` with every address in it redacted."""
-    return _ADDRESS.sub(lambda match: redact(match.group()), text)
-
-
 @functools.cache
 def environment() -> Environment:
     """Templates of this package, with autoescape on whatever the name and an error for a name that is not given."""
@@ -63,7 +54,6 @@ def environment() -> Environment:
         "duration": duration,
         "rate": rate,
         "redact": redact,
-        "redact_all": redact_all,
     }
     return env
 

@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 from pipeline.report.lookup import RowLookup
 from pipeline.report.run import RunDirectory
 from pipeline.report.shrink import shrink
-from pipeline.report.text import redact_all
 from pipeline.storage import filesystem, redact
 from schemas.errors import SourceError
 
@@ -164,4 +163,4 @@ def _why_not(job: Future[Any]) -> str:
     error = job.exception()
     if error is None:
         return ""
-    return redact_all(f"{type(error).__name__}: {error}")[:300]
+    return redact(f"{type(error).__name__}: {error}")[:300]

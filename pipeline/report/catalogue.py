@@ -1,0 +1,90 @@
+"""Which rows match a label and a text, in which order; answers are kept, so that turning a page costs nothing."""
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipeline.report.run import RunDirectory, batches
+from pipeline.report.scan import ImageScan
+
+Order = Literal["row", "best", "worst"]
+ORDERS: dict[Order, str] = {"row": "row number", "best": "highest score first", "worst": "lowest score first"}
+_KEPT_ANSWERS = 16
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Rows whose first label is `label` and whose address or first label contains `text`, whatever the case."""
+
+    label: str = ""
+    text: str = ""
+    order: Order = "row"
+
+
+class Catalogue:
+    """The rows of `images/` to choose from. Safe to use from several threads.
+
+    Addresses are streamed from the parts for each new text instead of being held in memory.
+    """
+
+    def __init__(self, run: RunDirectory, scan: ImageScan) -> None:
+        self._run = run
+        self._scan = scan
+        self._code_of = {name: code for code, name in enumerate(scan.names)}
+        self._answers: OrderedDict[Filter, NDArray[np.int64]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def rows(self, wanted: Filter) -> NDArray[np.int64]:
+        """Every row that matches, in order."""
+        with self._lock:
+            if wanted in self._answers:
+                self._answers.move_to_end(wanted)
+                return self._answers[wanted]
+        found = self._sort(self._match(wanted), wanted.order)
+        with self._lock:
+            self._answers[wanted] = found
+            while len(self._answers) > _KEPT_ANSWERS:
+                self._answers.popitem(last=False)
+        return found
+
+    def _match(self, wanted: Filter) -> NDArray[np.int64]:
+        codes = self._scan.codes
+        if wanted.label:
+            code = self._code_of.get(wanted.label)
+            rows = np.flatnonzero(codes == code) if code is not None else np.empty(0, np.int64)
+        else:
+            rows = self._scan.rows
+        if not wanted.text or not len(rows):
+            return rows
+        matching = np.zeros(len(codes), bool)
+        folded = wanted.text.casefold()
+        named = [code for name, code in self._code_of.items() if folded in name.casefold()]
+        matching[np.isin(codes, named)] = True
+        for batch in batches(self._run.fs, self._run.parts("images"), ["row", "uri"]):
+            hit = pc.fill_null(pc.match_substring(batch.column("uri"), wanted.text, ignore_case=True), False)
+            matching[batch.column("row").filter(hit).to_numpy()] = True
+        return rows[matching[rows]]
+
+    def _sort(self, rows: NDArray[np.int64], order: Order) -> NDArray[np.int64]:
+        if order == "row":
+            return rows
+        scores = np.nan_to_num(self._scan.scores[rows], nan=-np.inf if order == "best" else np.inf)
+        return rows[np.argsort(-scores if order == "best" else scores, kind="stable")]
+
+
+def failures_between(run: RunDirectory, start: int, stop: int) -> tuple[list[dict[str, object]], int]:
+    """Failures number `start` to `stop` in the order of the parts, and how many there are."""
+    found: list[pa.RecordBatch] = []
+    position = 0
+    for batch in batches(run.fs, run.parts("failures"), ["row", "uri", "stage", "error", "message", "retryable"]):
+        low, high = max(start - position, 0), min(stop - position, len(batch))
+        if low < high:
+            found.append(batch.slice(low, high - low))
+        position += len(batch)
+    return [record for batch in found for record in batch.to_pylist()], position
