@@ -19,7 +19,6 @@ FORMATS = (
     "HEIF",
     "AVIF",
     "JPEG2000",
-    "MPO",
     "PPM",
     "ICO",
     "ICNS",
