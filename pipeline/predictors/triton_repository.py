@@ -1,0 +1,130 @@
+"""A Triton model repository from a checkpoint: our own module behind the Python back end, and the same as ONNX.
+
+    REPO/NAME/config.pbtxt                the Python back end
+    REPO/NAME/1/model.py                  torch_triton_model.py
+    REPO/NAME/1/checkpoint/               config and weights, as they were found
+    REPO/NAME/1/package/                  the modules that read and run them: the server needs no install of ours
+    REPO/NAME-onnx/config.pbtxt           ONNX Runtime; TensorRT builds its plan from the same file
+    REPO/NAME-onnx/1/model.onnx
+
+Format of config.pbtxt: `model_config.proto` of Triton's common repository, in protobuf's text format.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import schemas
+from pipeline import models, storage
+from pipeline.models import ModelInfo
+from pipeline.predictors.triton_protocol import INPUT_NAME, default_model_name, identity
+from schemas.errors import OutputError
+
+ONNX_SUFFIX = "-onnx"
+QUEUE_DELAY_US = 2000
+_SKIPPED = shutil.ignore_patterns("__pycache__", "*.pyc")
+
+
+class Serving(NamedTuple):
+    """How the server runs a model. `dtype` is float32, bfloat16 or float16; `gpu` places the instances."""
+
+    dtype: str = "float32"
+    max_batch_size: int = 64
+    instances: int = 1
+    gpu: bool = False
+
+
+def export_triton(
+    info: ModelInfo, out: str, serving: Serving, *, name: str | None = None, onnx: bool = True
+) -> list[str]:
+    """Write the repository to `out`, a folder or an object-store prefix; returns the names of the models in it.
+
+    Raises OutputError if a model of that name is there already, and CheckpointError if the exported ONNX does not
+    give what the network gives.
+    """
+    name = name or default_model_name(info)
+    fs, root = storage.filesystem(out, {})
+    names = [name, f"{name}{ONNX_SUFFIX}"] if onnx else [name]
+    for one in names:
+        if fs.exists(storage.join(root, one)):
+            raise OutputError(f"{out}: a model {one} is there already; remove it, or choose another --name")
+    with tempfile.TemporaryDirectory(prefix="patchstream-triton-") as folder:
+        write_python_model(info, Path(folder) / name, serving)
+        if onnx:
+            write_onnx_model(info, Path(folder) / f"{name}{ONNX_SUFFIX}", serving)
+        fs.makedirs(root, exist_ok=True)
+        for one in names:
+            fs.put(str(Path(folder) / one), storage.join(root, one), recursive=True)
+    return names
+
+
+def write_python_model(info: ModelInfo, folder: Path, serving: Serving) -> None:
+    """The model that runs our own module."""
+    version = folder / "1"
+    version.mkdir(parents=True)
+    shutil.copy(Path(__file__).with_name("torch_triton_model.py"), version / "model.py")
+    shutil.copytree(info.folder, version / "checkpoint", ignore=shutil.ignore_patterns(".*"))
+    package = version / "package"
+    shutil.copytree(Path(schemas.__file__).parent, package / "schemas", ignore=_SKIPPED)
+    shutil.copytree(Path(models.__file__).parent, package / "pipeline/models", ignore=_SKIPPED)
+    shutil.copy(Path(storage.__file__), package / "pipeline/storage.py")
+    (package / "pipeline/__init__.py").touch()
+    (folder / "config.pbtxt").write_text(config_text(info, folder.name, serving, backend="python"))
+
+
+def write_onnx_model(info: ModelInfo, folder: Path, serving: Serving) -> None:
+    """The same network as ONNX, compared with the original before it counts as written."""
+    from pipeline.predictors.torch_onnx import export_onnx
+
+    (folder / "1").mkdir(parents=True)
+    export_onnx(info, folder / "1/model.onnx")
+    text = config_text(info, folder.name, serving._replace(dtype="float32"), backend="onnxruntime")
+    (folder / "config.pbtxt").write_text(text)
+
+
+def config_text(info: ModelInfo, name: str, serving: Serving, *, backend: str) -> str:
+    """config.pbtxt. What identifies the computation stands in `parameters`, where a client reads it back."""
+    height, width = info.image_size
+    dims = f"[{height}, {width}, 3]"
+    outputs = ",\n".join(
+        f"  {{ name: {json.dumps(output)}, data_type: TYPE_FP32, dims: [{size}] }}"
+        for output, size in output_sizes(info).items()
+    )
+    # The Python back end takes its input from host memory and moves it to the device itself, in one piece.
+    extra = {"FORCE_CPU_ONLY_INPUT_TENSORS": "yes"} if backend == "python" else {}
+    parameters = "\n".join(
+        f"parameters {{ key: {json.dumps(key)}, value {{ string_value: {json.dumps(value)} }} }}"
+        for key, value in {**identity(info), "dtype": serving.dtype, **extra}.items()
+    )
+    warm_ups = "\n".join(
+        f'model_warmup {{ name: "batch_{size}", batch_size: {size}, inputs {{ key: "{INPUT_NAME}", '
+        f"value {{ data_type: TYPE_UINT8, dims: {dims}, zero_data: true }} }} }}"
+        for size in sorted({1, serving.max_batch_size})
+    )
+    return f"""name: {json.dumps(name)}
+backend: "{backend}"
+max_batch_size: {serving.max_batch_size}
+input [
+  {{ name: "{INPUT_NAME}", data_type: TYPE_UINT8, dims: {dims} }}
+]
+output [
+{outputs}
+]
+dynamic_batching {{
+  preferred_batch_size: [{serving.max_batch_size}]
+  max_queue_delay_microseconds: {QUEUE_DELAY_US}
+}}
+instance_group [ {{ count: {serving.instances}, kind: {"KIND_GPU" if serving.gpu else "KIND_CPU"} }} ]
+version_policy {{ latest {{ num_versions: 1 }} }}
+{parameters}
+{warm_ups}
+"""
+
+
+def output_sizes(info: ModelInfo) -> dict[str, int]:
+    """Outputs of a served model and their widths: what the checkpoint has of cls, pooled and logits."""
+    sizes = {"cls": info.hidden_size} if info.has_cls else {}
+    sizes["pooled"] = info.pooled_size
+    return {**sizes, "logits": info.num_labels} if info.num_labels else sizes
