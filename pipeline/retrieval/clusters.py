@@ -1,0 +1,134 @@
+"""What `kmeans` leaves behind: the cluster of every row, sizes, medoids, and what distinguishes each cluster."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.retrieval.arrays import Floats, Ints, Preparation
+from pipeline.retrieval.kmeans import Clustering, assign
+from pipeline.retrieval.matrix import Matrix
+from pipeline.retrieval.output import place, remove_folder, staged, write_json
+from pipeline.retrieval.store import FeatureStore, quote
+from pipeline.storage import join
+from schemas.errors import SpecError
+
+_SCHEMA = pa.schema([("row", pa.int64()), ("cluster", pa.int32()), ("distance", pa.float32())])
+_TOP_LABELS = 5
+_NAMED_ROWS = 20
+
+
+@dataclass
+class Members:
+    """Per cluster: how many rows, and the row nearest to the centre, with its distance."""
+
+    sizes: Ints
+    medoids: Ints
+    nearest: Floats
+
+    def count(self, rows: Ints, numbers: Ints, distances: Floats) -> None:
+        """Take in some rows, their clusters and distances."""
+        self.sizes += np.bincount(numbers, minlength=len(self.sizes))
+        for number in np.unique(numbers):
+            inside = np.flatnonzero(numbers == number)
+            best = inside[distances[inside].argmin()]
+            if distances[best] < self.nearest[number]:
+                self.nearest[number], self.medoids[number] = distances[best], rows[best]
+
+
+def new_members(k: int) -> Members:
+    """k clusters without rows."""
+    return Members(np.zeros(k, np.int64), np.full(k, -1, np.int64), np.full(k, np.inf, np.float32))
+
+
+def clusters_table(rows: Ints, vectors: Floats, found: Clustering, members: Members) -> pa.Table:
+    """Rows with their cluster and distance: Euclidean, or 1 − cosine for spherical k-means."""
+    numbers, squares = assign(vectors, found.centres)
+    distances = (squares / 2 if found.spherical else np.sqrt(squares)).astype(np.float32)
+    members.count(rows, numbers, distances)
+    return pa.table({"row": rows, "cluster": numbers.astype(np.int32), "distance": distances}, schema=_SCHEMA)
+
+
+def write_clusters(
+    store: FeatureStore, matrix: Matrix, prepare: Preparation, found: Clustering, name: str, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Write `clusters/NAME/clusters.parquet` (row, cluster, distance), and beside the folder `NAME.json`, returned.
+
+    `settings` goes into the JSON as it is. The centres go to `NAME.centres.npy`, (k, D) float32.
+    """
+    folder = place(store.root, "clusters", name)
+    remove_folder(store.fs, folder)
+    members = new_members(len(found.centres))
+    done, total = 0, int(matrix.usable.sum())
+    with staged(store.fs, join(folder, "clusters.parquet")) as local, pq.ParquetWriter(local, _SCHEMA) as writer:
+        for at, vectors in matrix.chunks(release=True):
+            writer.write_table(clusters_table(matrix.rows[at], prepare.apply(vectors), found, members))
+            done += len(at)
+            store.progress("writing clusters", done, total)
+    return finish(store, matrix.left_out, found, members, name, settings)
+
+
+def finish(
+    store: FeatureStore, left_out: Ints, found: Clustering, members: Members, name: str, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Write what goes beside the Parquet files of a clustering, and give back the content of the JSON."""
+    folder = place(store.root, "clusters", name)
+    with staged(store.fs, f"{folder}.centres.npy") as local:
+        np.save(local, found.centres)
+    summary = {
+        **settings,
+        "k": len(found.centres),
+        "kind": "spherical" if found.spherical else "euclidean",
+        "inertia": found.inertia,
+        "passes": found.rounds,
+        "rows": int(members.sizes.sum()),
+        "left_out": {"count": len(left_out), "rows": left_out[:_NAMED_ROWS].tolist()},
+        "run_id": store.record.run_id,
+        "clusters": _describe(store, members, name, settings.get("label_column")),
+    }
+    write_json(store.fs, f"{folder}.json", summary)
+    return summary
+
+
+def _describe(store: FeatureStore, members: Members, name: str, label_column: str | None) -> list[dict[str, Any]]:
+    medoids = members.medoids[members.medoids >= 0]
+    uris = dict(zip(medoids.tolist(), store.uris(medoids), strict=True))
+    labels = top_labels(store, name, label_column)
+    return [
+        {
+            "cluster": number,
+            "size": int(size),
+            "medoid": None if medoid < 0 else {"row": int(medoid), "uri": uris[int(medoid)]},
+            "labels": labels.get(number, []),
+        }
+        for number, (size, medoid) in enumerate(zip(members.sizes, members.medoids, strict=True))
+    ]
+
+
+def top_labels(store: FeatureStore, name: str, label_column: str | None = None) -> dict[int, list[dict[str, Any]]]:
+    """The labels that distinguish each cluster of `clusters/NAME`, best first.
+
+    `share` is how much of the cluster has the label, `base` how much of all rows. They are ordered by
+    share · ln(share / base): what makes up much of a cluster and is rare elsewhere comes first. The label is the first
+    of `labels`, or the content of `label_column`. Raises SpecError if that column is not there.
+    """
+    if label_column is not None and label_column not in store.schema.names:
+        raise SpecError(f"--label-column {label_column}: images/ has the columns {', '.join(store.schema.names)}")
+    if label_column is None and "labels" not in store.schema.names:
+        return {}
+    label = f"CAST({quote(label_column)} AS VARCHAR)" if label_column else "labels[1].label"
+    found = store.sql(
+        f"WITH named AS (SELECT cluster, {label} AS label FROM images JOIN {quote(f'clusters_{name}')} USING (row)), "
+        "counts AS (SELECT cluster, label, count(*) AS n FROM named WHERE label IS NOT NULL GROUP BY ALL), "
+        "shares AS (SELECT cluster, label, n / sum(n) OVER (PARTITION BY cluster) AS share, "
+        "sum(n) OVER (PARTITION BY label) / sum(n) OVER () AS base FROM counts) "
+        "SELECT cluster, label, share, base FROM shares WHERE share > base "
+        "QUALIFY row_number() OVER (PARTITION BY cluster ORDER BY share * ln(share / base) DESC, label) "
+        f"<= {_TOP_LABELS} ORDER BY cluster, share * ln(share / base) DESC, label"
+    )
+    labels: dict[int, list[dict[str, Any]]] = {}
+    for item in found.to_pylist():
+        labels.setdefault(item.pop("cluster"), []).append(item)
+    return labels

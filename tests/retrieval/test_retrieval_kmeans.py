@@ -1,0 +1,146 @@
+"""k-means: as good as scikit-learn's, streamed as in memory, and what it writes."""
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from sklearn.cluster import KMeans
+
+from pipeline.retrieval import kmeans
+from pipeline.retrieval.arrays import Preparation, unit
+from pipeline.retrieval.clusters import write_clusters
+from pipeline.retrieval.kmeans import ArraySource, MatrixSource, assign, fit, lloyd, totals
+from pipeline.retrieval.plots import line_charts
+from pipeline.retrieval.store import FeatureStore
+from pipeline.retrieval.sweep import Trial, best_k, elbow, parse_sweep, sweep
+from schemas.errors import SpecError
+from tests.support.runs import RunContent, clustered, write_run
+
+
+def source_of(folder: Path, content: RunContent, prepare: Preparation) -> MatrixSource:
+    matrix = FeatureStore.open(str(write_run(folder, content))).load("cls")
+    return MatrixSource(matrix, np.flatnonzero(matrix.usable), prepare)
+
+
+@pytest.mark.parametrize(("k", "spread"), [(24, 0.4), (24, 1.5), (5, 0.8)])
+@pytest.mark.parametrize("spherical", [False, True])
+def test_inertia_within_one_percent_of_the_best_of_ten(k: int, spread: float, spherical: bool) -> None:
+    vectors = clustered(2500, 32, 24, seed=k, spread=spread)
+    vectors = unit(vectors) if spherical else vectors
+    found = fit(ArraySource(vectors), k, spherical=spherical)
+    reference = KMeans(k, n_init=10, random_state=0).fit(vectors)
+    if spherical:
+        # scikit-learn's centres, put on the sphere: the best it can offer for this measure.
+        reference_inertia = float(assign(vectors, unit(reference.cluster_centers_))[1].sum())
+    else:
+        reference_inertia = reference.inertia_
+    assert found.inertia <= 1.01 * reference_inertia
+    assert found.inertia == pytest.approx(float(assign(vectors, found.centres)[1].sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("mini_batch", [False, True])
+def test_sampled_start_and_mini_batches_reach_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mini_batch: bool
+) -> None:
+    vectors = clustered(12_000, 24, 30, seed=1, spread=0.8)
+    source = source_of(tmp_path, RunContent({"cls": vectors}), Preparation(normalise=False))
+    monkeypatch.setattr(kmeans, "_SAMPLE_ROWS", 4_000)
+    found = fit(source, 30, spherical=False, mini_batch=mini_batch)
+    reference = KMeans(30, n_init=5, random_state=0).fit(vectors)
+    assert found.inertia <= 1.01 * reference.inertia_
+
+
+def test_result_does_not_depend_on_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = clustered(5000, 16, 9, seed=3, spread=1.0)
+    source = source_of(tmp_path, RunContent({"cls": vectors}), Preparation(normalise=False))
+    whole = lloyd(source, vectors[:9], spherical=False)
+    monkeypatch.setattr("pipeline.retrieval.matrix.CHUNK_BYTES", 4 * 16 * 77)
+    pieces = lloyd(source, vectors[:9], spherical=False)
+    assert pieces.rounds == whole.rounds
+    np.testing.assert_allclose(pieces.centres, whole.centres, atol=1e-5)
+
+
+def test_totals_of_a_chunk() -> None:
+    vectors = np.array([[0, 1], [0, 3], [10, 0], [14, 0]], np.float32)
+    found = totals(vectors, np.array([[0, 0], [99, 99], [11, 0]], np.float32))
+    np.testing.assert_array_equal(found.counts, [2, 0, 2])
+    np.testing.assert_array_equal(found.sums, [[0, 4], [0, 0], [24, 0]])
+    assert found.inertia == 1 + 9 + 1 + 9
+    assert found.reach == 9
+
+
+def test_empty_clusters_are_filled() -> None:
+    vectors = np.concatenate([np.zeros((50, 4)), np.ones((50, 4)), 9 * np.ones((50, 4))]).astype(np.float32)
+    vectors += np.random.default_rng(0).normal(0, 0.01, vectors.shape).astype(np.float32)
+    found = lloyd(ArraySource(vectors), 5 * np.float32([[1] * 4, [99] * 4, [98] * 4]), spherical=False)
+    assert (np.bincount(assign(vectors, found.centres)[0], minlength=3) > 0).all()
+
+
+def test_fewer_different_vectors_than_clusters_ends() -> None:
+    vectors = np.repeat(np.eye(3, dtype=np.float32), 10, axis=0)
+    found = fit(ArraySource(vectors), 8, spherical=False, restarts=2)
+    assert found.inertia == pytest.approx(0, abs=1e-6)
+    assert found.rounds < 10
+
+
+@pytest.mark.parametrize("k", [0, 11])
+def test_k_out_of_range(k: int) -> None:
+    with pytest.raises(SpecError, match=rf"-k {k}: there are 10 usable vectors"):
+        fit(ArraySource(np.eye(10, dtype=np.float32)), k, spherical=False)
+
+
+def test_files(tmp_path: Path) -> None:
+    vectors = np.repeat(np.eye(3, 8, dtype=np.float32), 20, axis=0)
+    vectors += np.random.default_rng(0).normal(0, 0.01, vectors.shape).astype(np.float32)
+    vectors[7] = np.nan
+    labels = [[(0, ["cat", "dog", "it's <b>"][row // 20] if row % 5 else "animal", 0.9)] for row in range(60)]
+    store = FeatureStore.open(str(write_run(tmp_path, RunContent({"cls": vectors}, labels=labels))))
+    prepare = store.preparation("cls")
+    matrix = store.load("cls")
+    found = fit(MatrixSource(matrix, np.flatnonzero(matrix.usable), prepare), 3, spherical=True)
+    summary = write_clusters(store, matrix, prepare, found, "shapes", {"feature": "cls"})
+    table = pq.read_table(tmp_path / "clusters" / "shapes")
+    assert table.schema.names == ["row", "cluster", "distance"]
+    assert table.column("row").to_pylist() == [row for row in range(60) if row != 7]
+    assert max(table.column("distance").to_pylist()) < 0.01
+    assert summary == json.loads((tmp_path / "clusters" / "shapes.json").read_text())
+    assert summary["left_out"] == {"count": 1, "rows": [7]}
+    by_medoid = sorted(summary["clusters"], key=lambda item: item["medoid"]["row"])
+    assert [item["size"] for item in by_medoid] == [19, 20, 20]
+    assert [item["labels"][0]["label"] for item in by_medoid] == ["cat", "dog", "it's <b>"]
+    assert by_medoid[1]["labels"][0] == {"label": "dog", "share": 0.8, "base": pytest.approx(16 / 59)}
+    assert all(entry["label"] != "animal" for item in by_medoid[1:] for entry in item["labels"][:1])
+    assert np.load(tmp_path / "clusters" / "shapes.centres.npy").shape == (3, 8)
+
+
+def test_sweep_finds_the_number_of_clusters() -> None:
+    source = ArraySource(clustered(1500, 24, 12, seed=5, spread=0.3))
+    trials = sweep(source, [4, 8, 10, 11, 12, 13, 14, 18, 24, 30], spherical=False)
+    assert best_k(trials) in (11, 12, 13)
+    assert elbow(trials) in range(9, 16)
+    with pytest.raises(SpecError, match="1500 usable vectors"):
+        sweep(source, [2, 1500], spherical=False)
+
+
+def test_sweep_values() -> None:
+    assert parse_sweep("2:5") == [2, 3, 4, 5]
+    assert parse_sweep("8:64:28") == [8, 36, 64]
+    values = parse_sweep("8:64")
+    assert (values[0], values[-1], len(values)) == (8, 64, 12)
+    for bad in ("8", "1:5", "9:4", "a:b", "2:9:0", "2:9:1:1"):
+        with pytest.raises(SpecError, match="--sweep"):
+            parse_sweep(bad)
+
+
+def test_elbow_of_a_bend() -> None:
+    assert elbow([Trial(k, max(100 - 10 * k, 22 - 2 * k), 0.0) for k in range(2, 11)]) in (9, 10)
+    assert elbow([Trial(2, 1.0, 0.0), Trial(3, 2.0, 0.0)]) == 2
+
+
+def test_chart_is_well_formed() -> None:
+    svg = line_charts([("inertia <k>", [2, 4, 8], [3.0, 2.0, 1.5], 4), ("flat", [2, 4], [1.0, 1.0], 2)], "k")
+    root = ElementTree.fromstring(svg)
+    assert len(root.findall(".//{http://www.w3.org/2000/svg}circle")) == 5
