@@ -1,0 +1,266 @@
+"""Approximate search: a faiss index under `DIR/index/NAME/`, with a record of what it was built from.
+
+    vectors.faiss    the index; the id of a vector is the id of its row
+    index.json       kind, feature, preparation, the run, the parts, recall; written last
+
+The kind is chosen by size: exact (`flat`) where that takes milliseconds, inverted lists (`ivf-flat`) while the
+vectors fit in memory, product-quantised lists (`ivf-pq`) beyond. `hnsw` is there for the asking.
+"""
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import faiss
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.retrieval.arrays import Floats, Ints, Preparation
+from pipeline.retrieval.matrix import Matrix
+from pipeline.retrieval.output import check_name, list_folders, remove_folder, staged, write_json
+from pipeline.retrieval.store import FeatureStore
+from pipeline.storage import is_local, join, read_json, redact
+from schemas.errors import OutputError, SpecError
+
+Kind = Literal["flat", "ivf-flat", "ivf-pq", "hnsw"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+_FLAT_ROWS = 20_000
+_FLAT_BYTES = 8 * 1024**3
+_SAMPLE_PER_LIST = 40
+_TRAINING_ROUNDS = 10
+_PQ_BITS = 8
+_HNSW_LINKS = 32
+_SEED = 29
+
+
+class IndexRecord(BaseModel):
+    """`index.json`. `mean` is the vector taken away before indexing, or None; `search` holds faiss's parameter."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Kind
+    feature: str
+    dim: int
+    rows: int
+    left_out: int
+    normalise: bool
+    mean: list[float] | None
+    lists: int | None
+    search: dict[str, int]
+    rescore: int
+    run_id: str
+    model_digest: str
+    parts: dict[str, int]
+    recall_at_10: float | None = None
+
+
+class Index(NamedTuple):
+    """An index in memory and its record."""
+
+    faiss: Any
+    record: IndexRecord
+
+    @property
+    def prepare(self) -> Preparation:
+        """How its vectors were prepared; queries are prepared alike."""
+        mean = None if self.record.mean is None else np.array(self.record.mean, np.float32)
+        return Preparation(self.record.normalise, mean)
+
+
+def kind_for(rows: int, dim: int) -> Kind:
+    """The kind for so many vectors."""
+    if rows <= _FLAT_ROWS:
+        return "flat"
+    return "ivf-flat" if 4 * rows * dim <= _FLAT_BYTES else "ivf-pq"
+
+
+def new_index(kind: Kind, dim: int, rows: int) -> tuple[Any, int | None]:
+    """An empty, untrained index for inner products, and its number of lists."""
+    if kind == "flat":
+        return faiss.IndexIDMap2(faiss.IndexFlatIP(dim)), None
+    if kind == "hnsw":
+        return faiss.IndexIDMap2(faiss.IndexHNSWFlat(dim, _HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)), None
+    # About 2√N lists balance the time to find the lists with the time to look through them.
+    lists = int(np.clip(2 * np.sqrt(rows), 1, max(1, rows // _SAMPLE_PER_LIST)))
+    coarse = faiss.IndexFlatIP(dim)
+    if kind == "ivf-flat":
+        index = faiss.IndexIVFFlat(coarse, dim, lists, faiss.METRIC_INNER_PRODUCT)
+    else:
+        if rows < 2**_PQ_BITS:
+            raise SpecError(f"--kind ivf-pq: needs at least {2**_PQ_BITS} vectors to learn its codes; there are {rows}")
+        index = faiss.IndexIVFPQ(coarse, dim, lists, _sub_vectors(dim), _PQ_BITS, faiss.METRIC_INNER_PRODUCT)
+    coarse.this.disown()
+    index.own_fields = True
+    index.cp.spherical = True
+    index.cp.niter = _TRAINING_ROUNDS
+    index.cp.seed = _SEED
+    index.cp.max_points_per_centroid = _SAMPLE_PER_LIST
+    return index, lists
+
+
+def _sub_vectors(dim: int) -> int:
+    """Codes a vector: about one byte for eight numbers; it has to divide the dimension."""
+    return max(count for count in range(1, max(2, dim // 8 + 1)) if dim % count == 0)
+
+
+def train(index: Any, matrix: Matrix, prepare: Preparation, lists: int | None) -> None:
+    """Find the lists' centres, and the codes, from a sample."""
+    if index.is_trained:
+        return
+    usable = np.flatnonzero(matrix.usable)
+    rows = min(len(usable), max(_SAMPLE_PER_LIST * (lists or 1), 40 * 2**_PQ_BITS))
+    sample = np.sort(np.random.default_rng(_SEED).choice(usable, rows, replace=False))
+    index.train(prepare.apply(matrix.take(sample)))
+
+
+def build(
+    store: FeatureStore, *, feature: str, kind: Kind | None, normalise: bool = True, centre: bool = False
+) -> Index:
+    """An index of all usable vectors, its search parameter set so that recall@10 is about 0.97 or better.
+
+    Raises OutputError if there is no such feature, SpecError for an unknown kind or too few vectors.
+    """
+    matrix = store.load(feature)
+    rows = int(matrix.usable.sum())
+    if rows == 0:
+        raise OutputError(f"`{feature}` has no usable vector: all {len(matrix)} are zero or not finite")
+    chosen = check_kind(kind) if kind else kind_for(rows, matrix.dim)
+    prepare = store.preparation(feature, normalise=normalise, centre=centre)
+    index, lists = new_index(chosen, matrix.dim, rows)
+    store.progress("training", 0, 1)
+    train(index, matrix, prepare, lists)
+    add(store, index, matrix, prepare, np.flatnonzero(matrix.usable))
+    return Index(index, describe(store, matrix, chosen, prepare, lists))
+
+
+def describe(store: FeatureStore, matrix: Matrix, kind: Kind, prepare: Preparation, lists: int | None) -> IndexRecord:
+    """The record of an index of all usable vectors."""
+    return IndexRecord(
+        kind=kind,
+        feature=matrix.name,
+        dim=matrix.dim,
+        rows=int(matrix.usable.sum()),
+        left_out=len(matrix.left_out),
+        normalise=prepare.normalise,
+        mean=None if prepare.mean is None else prepare.mean.tolist(),
+        lists=lists,
+        search={} if kind == "flat" else {"efSearch": 64} if kind == "hnsw" else {"nprobe": 8},
+        # Quantised scores are rough: five times as many candidates are scored again with the vectors themselves.
+        rescore=20 if kind == "ivf-pq" else 1,
+        run_id=store.record.run_id,
+        model_digest=store.record.model.digest,
+        parts={part.name: part.bytes_ for part in store.parts},
+    )
+
+
+def check_kind(kind: str) -> Kind:
+    """Raises SpecError unless `kind` is one of ours."""
+    for known in KINDS:
+        if kind == known:
+            return known
+    raise SpecError(f"--kind {kind}: choose one of {', '.join(KINDS)}, or leave it out")
+
+
+def add(store: FeatureStore, index: Any, matrix: Matrix, prepare: Preparation, positions: Ints) -> None:
+    """Put vectors into a trained index."""
+    done = 0
+    for at, vectors in matrix.chunks(positions, release=True):
+        index.add_with_ids(prepare.apply(vectors), matrix.rows[at])
+        done += len(at)
+        store.progress("indexing", done, len(positions))
+
+
+def find(index: Index, matrix: Matrix, queries: Floats, k: int) -> tuple[Floats, Ints]:
+    """Scores and positions (Q, k) by the index, best first. `queries` (Q, D) are prepared. Slots not filled are -1."""
+    _set_parameters(index)
+    wide = min(k * index.record.rescore, index.record.rows)
+    scores, rows = index.faiss.search(np.ascontiguousarray(queries, np.float32), wide)
+    positions = np.where(rows >= 0, matrix.positions_of(rows.ravel()).reshape(rows.shape), -1)
+    if index.record.rescore > 1:
+        scores, positions = _rescore(matrix, queries, positions, index.prepare)
+    return scores[:, :k], positions[:, :k]
+
+
+def _rescore(matrix: Matrix, queries: Floats, positions: Ints, prepare: Preparation) -> tuple[Floats, Ints]:
+    scores = np.full(positions.shape, -np.inf, np.float32)
+    for number, row in enumerate(positions):
+        found = row >= 0
+        scores[number, found] = prepare.apply(matrix.take(row[found])) @ queries[number]
+    order = np.argsort(-scores, axis=1, kind="stable")
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(positions, order, 1)
+
+
+def _set_parameters(index: Index) -> None:
+    target = index.faiss
+    if index.record.kind == "hnsw":
+        target = faiss.downcast_index(target.index).hnsw
+    for key, value in index.record.search.items():
+        setattr(target, key, value)
+
+
+def save(store: FeatureStore, index: Index, name: str) -> None:
+    """Write an index to `DIR/index/NAME/`."""
+    folder = join(store.root, "index", check_name(name))
+    remove_folder(store.fs, folder)
+    with staged(store.fs, join(folder, "vectors.faiss")) as local:
+        faiss.write_index(index.faiss, str(local))
+    write_json(store.fs, join(folder, "index.json"), index.record.model_dump(mode="json"))
+
+
+def load(store: FeatureStore, name: str, *, allow_stale: bool = False) -> Index:
+    """The index NAME. Raises OutputError if there is none, or if it was built from other parts or another model."""
+    folder = join(store.root, "index", check_name(name))
+    content = read_json(store.fs, join(folder, "index.json"))
+    if content is None:
+        there = ", ".join(list_folders(store.fs, join(store.root, "index"))) or "none"
+        raise OutputError(
+            f"no index `{name}` under {redact(store.root)}/index (there: {there}); run `patchstream index`"
+        )
+    record = IndexRecord.model_validate(content)
+    if record.model_digest != store.record.model.digest:
+        raise OutputError(f"index `{name}` was built from another model's vectors; build it anew")
+    changes = stale(store, record)
+    if changes and not allow_stale:
+        raise OutputError(f"index `{name}` is stale: {changes}. Run `patchstream index DIR --name {name} --update`")
+    path = join(folder, "vectors.faiss")
+    if is_local(store.fs):
+        return Index(faiss.read_index(path), record)
+    return Index(faiss.deserialize_index(np.frombuffer(store.fs.cat_file(path), np.uint8)), record)
+
+
+def stale(store: FeatureStore, record: IndexRecord) -> str:
+    """What changed in the run since the index was built; empty if nothing did."""
+    now = {part.name: part.bytes_ for part in store.parts}
+    added = sum(1 for name, size in now.items() if record.parts.get(name) != size)
+    gone = sum(1 for name, size in record.parts.items() if now.get(name) != size)
+    return f"{added} parts were added and {gone} removed since" if added or gone else ""
+
+
+def update(store: FeatureStore, name: str) -> tuple[Index, int]:
+    """The index NAME brought up to date with the parts, and how many vectors were added. It is not saved.
+
+    New rows are added to the trained index. Where rows are gone, or the new ones outnumber the old, it is built anew.
+    """
+    old = load(store, name, allow_stale=True)
+    matrix = store.load(old.record.feature)
+    usable = np.flatnonzero(matrix.usable)
+    known = stored_rows(old)
+    fresh = usable[~np.isin(matrix.rows[usable], known)]
+    gone = len(known) - (len(usable) - len(fresh))
+    if gone or len(fresh) > len(known):
+        record = old.record
+        centre = record.mean is not None
+        index = build(store, feature=record.feature, kind=record.kind, normalise=record.normalise, centre=centre)
+        return index, len(usable)
+    add(store, old.faiss, matrix, old.prepare, fresh)
+    record = describe(store, matrix, old.record.kind, old.prepare, old.record.lists)
+    return Index(old.faiss, record.model_copy(update={"search": old.record.search})), len(fresh)
+
+
+def stored_rows(index: Index) -> Ints:
+    """Ids of the rows in an index."""
+    if index.record.lists is None:
+        return np.asarray(faiss.vector_to_array(index.faiss.id_map), np.int64)
+    lists = index.faiss.invlists
+    sizes = [lists.list_size(number) for number in range(lists.nlist)]
+    ids = [faiss.rev_swig_ptr(lists.get_ids(number), size).copy() for number, size in enumerate(sizes) if size]
+    return np.concatenate(ids) if ids else np.empty(0, np.int64)

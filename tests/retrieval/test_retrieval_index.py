@@ -1,0 +1,128 @@
+"""The index: recall, what it records, when it is stale, and how it is brought up to date."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.retrieval import index as indexes
+from pipeline.retrieval.arrays import Preparation
+from pipeline.retrieval.index import Kind
+from pipeline.retrieval.nearest import top_k
+from pipeline.retrieval.recall import evaluate, tune
+from pipeline.retrieval.search import Example, build_query, search
+from pipeline.retrieval.store import FeatureStore
+from schemas.errors import OutputError, SpecError
+from tests.support.runs import RunContent, clustered, write_run
+
+VECTORS = clustered(8000, 32, 60, seed=4, spread=1.0)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    vectors = VECTORS.copy()
+    vectors[11] = np.nan
+    return FeatureStore.open(str(write_run(tmp_path_factory.mktemp("run"), RunContent({"cls": vectors}, parts=4))))
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf-flat", "ivf-pq", "hnsw"])
+@pytest.mark.parametrize("centre", [False, True])
+def test_recall_of_each_kind_and_back_from_disk(store: FeatureStore, kind: Kind, centre: bool) -> None:
+    matrix = store.load("cls")
+    name = f"{kind}-{centre}"
+    built = tune(indexes.build(store, feature="cls", kind=kind, centre=centre), matrix)
+    indexes.save(store, built, name)
+    loaded = indexes.load(store, name)
+    assert loaded.record == built.record
+    assert loaded.record.rows == 7999
+    assert (loaded.record.mean is not None) == centre
+    found = evaluate(loaded, matrix, queries=100)
+    assert found["recall_at_10"] >= 0.95
+    np.testing.assert_array_equal(np.sort(indexes.stored_rows(loaded)), np.delete(np.arange(8000), 11))
+    queries = loaded.prepare.apply(VECTORS[:5])
+    scores, positions = indexes.find(loaded, matrix, queries, 1)
+    np.testing.assert_array_equal(positions[:, 0], np.arange(5))
+    np.testing.assert_allclose(scores[:, 0], 1, atol=1e-4)
+
+
+def test_without_normalisation_scores_are_inner_products(store: FeatureStore) -> None:
+    built = indexes.build(store, feature="cls", kind="flat", normalise=False)
+    exact = top_k(store.load("cls"), VECTORS[:3], 4, prepare=Preparation(normalise=False))
+    found = indexes.find(built, store.load("cls"), VECTORS[:3], 4)
+    np.testing.assert_array_equal(found[1], exact[1])
+    np.testing.assert_allclose(found[0], exact[0], rtol=1e-5)
+
+
+def test_search_through_an_index_gives_what_exact_search_gives(store: FeatureStore) -> None:
+    built = tune(indexes.build(store, feature="cls", kind="ivf-flat"), store.load("cls"))
+    query = build_query(store, "cls", [Example("row", "77")], None, built.prepare)
+    by_index = search(store, query, 5, finder=lambda queries, k: indexes.find(built, store.load("cls"), queries, k))
+    exact = search(store, query, 5)
+    assert [hit["row"] for hit in by_index][:3] == [hit["row"] for hit in exact][:3]
+    assert [hit["score"] for hit in by_index][:3] == pytest.approx([hit["score"] for hit in exact][:3], abs=1e-5)
+    with pytest.raises(SpecError, match="--filter and --index"):
+        search(store, query, 5, where="row > 3", finder=lambda queries, k: (queries, np.array([[1]])))
+
+
+def test_kind_follows_size() -> None:
+    assert indexes.kind_for(5000, 1024) == "flat"
+    assert indexes.kind_for(1_000_000, 384) == "ivf-flat"
+    assert indexes.kind_for(50_000_000, 1024) == "ivf-pq"
+    with pytest.raises(SpecError, match="--kind lsh: choose one of flat, ivf-flat, ivf-pq, hnsw"):
+        indexes.check_kind("lsh")
+
+
+def test_stale_is_refused_and_update_adds(tmp_path: Path) -> None:
+    whole = write_run(tmp_path / "whole", RunContent({"cls": VECTORS[:2000]}, parts=4))
+    kept = sorted((whole / "images").glob("*.parquet"))
+    late = kept[-1].read_bytes()
+    kept[-1].unlink()
+    store = FeatureStore.open(str(whole))
+    indexes.save(store, indexes.build(store, feature="cls", kind="ivf-flat"), "main")
+    assert indexes.load(store, "main").record.rows == 1500
+
+    kept[-1].write_bytes(late)
+    grown = FeatureStore.open(str(whole))
+    with pytest.raises(OutputError, match=r"index `main` is stale: 1 parts were added and 0 removed.*--update"):
+        indexes.load(grown, "main")
+    updated, added = indexes.update(grown, "main")
+    assert added == 500
+    indexes.save(grown, updated, "main")
+    np.testing.assert_array_equal(np.sort(indexes.stored_rows(indexes.load(grown, "main"))), np.arange(2000))
+
+    kept[0].unlink()
+    shrunk = FeatureStore.open(str(whole))
+    rebuilt, _ = indexes.update(shrunk, "main")
+    np.testing.assert_array_equal(np.sort(indexes.stored_rows(rebuilt)), np.arange(500, 2000))
+
+
+def test_update_after_compaction_adds_nothing(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", RunContent({"cls": VECTORS[:1000]}, parts=4))
+    store = FeatureStore.open(str(run))
+    indexes.save(store, indexes.build(store, feature="cls", kind="flat"), "main")
+    for part in (run / "images").glob("*.parquet"):
+        part.unlink()
+    write_run(run, RunContent({"cls": VECTORS[:1000]}, parts=1))
+    assert indexes.update(FeatureStore.open(str(run)), "main")[1] == 0
+
+
+def test_index_of_another_model_or_name(tmp_path: Path) -> None:
+    run = write_run(tmp_path, RunContent({"cls": VECTORS[:100]}))
+    store = FeatureStore.open(str(run))
+    indexes.save(store, indexes.build(store, feature="cls", kind=None), "main")
+    with pytest.raises(OutputError, match=r"no index `other` .*\(there: main\)"):
+        indexes.load(store, "other")
+    path = run / "index" / "main" / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_digest": "f" * 64}))
+    with pytest.raises(OutputError, match="another model"):
+        indexes.load(store, "main")
+
+
+def test_nothing_to_index_and_too_few_for_codes(tmp_path: Path) -> None:
+    store = FeatureStore.open(str(write_run(tmp_path / "zeros", RunContent({"cls": np.zeros((4, 8), np.float32)}))))
+    with pytest.raises(OutputError, match="no usable vector: all 4"):
+        indexes.build(store, feature="cls", kind=None)
+    store = FeatureStore.open(str(write_run(tmp_path / "few", RunContent({"cls": VECTORS[:100]}))))
+    with pytest.raises(SpecError, match="ivf-pq: needs at least 256 vectors"):
+        indexes.build(store, feature="cls", kind="ivf-pq")
