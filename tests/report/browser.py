@@ -3,15 +3,15 @@
 import base64
 import json
 import shutil
-import socket
-import subprocess
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from support.ports import LOOPBACK, free_port
+from support.processes import running
 
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 _FLAGS = [
@@ -101,13 +101,10 @@ def chromium(folder: Path) -> Iterator[Browser]:
     """A browser with an empty profile under `folder`; it and its driver end with the block."""
     found = binaries()
     assert found, "no Chromium here"
-    port = _free_port()
-    driver = subprocess.Popen(
-        [found[1], f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    base = f"http://127.0.0.1:{port}"
-    try:
-        _wait_until_ready(base)
+    port = free_port()
+    base = f"http://{LOOPBACK}:{port}"
+    command = [found[1], f"--port={port}"]
+    with running(command, name="chromedriver", log_dir=folder, ready=lambda process: _is_ready(base)):
         options = {"binary": found[0], "args": [*_FLAGS, f"--user-data-dir={folder / 'profile'}"]}
         wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
         session = _call("POST", f"{base}/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
@@ -116,27 +113,13 @@ def chromium(folder: Path) -> Iterator[Browser]:
             yield browser
         finally:
             browser.call("DELETE", "")
-    finally:
-        driver.terminate()
-        driver.wait(timeout=20)
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-def _wait_until_ready(base: str) -> None:
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            if _call("GET", f"{base}/status")["ready"]:
-                return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(0.1)
+def _is_ready(base: str) -> bool:
+    try:
+        return bool(_call("GET", f"{base}/status")["ready"])
+    except OSError:
+        return False
 
 
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

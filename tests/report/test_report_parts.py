@@ -1,0 +1,148 @@
+"""The pieces of the page: bins, times, projection, lookup of rows."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from report.album import Album, big_run
+from sklearn.decomposition import PCA
+
+from pipeline.report import projection
+from pipeline.report.charts import bars, counter_bars, score_bars, side_bars, stage_times
+from pipeline.report.groups import load_clusterings
+from pipeline.report.lookup import RowLookup, pieces
+from pipeline.report.projection import project, sample_features
+from pipeline.report.run import open_run
+from pipeline.report.scan import scan_images
+from pipeline.report.text import duration, percent, rate, thousands
+from schemas.attempt import AttemptRecord, StageSeconds
+
+
+def test_report_sides_in_two_bins_an_octave() -> None:
+    sides = np.zeros(65_536, np.int64)
+    sides[[100, 127, 128, 200, 300, 400, 500, 600, 1000, 65_535]] = 1
+    shown = {bar.label: bar.count for bar in side_bars(sides)}
+    assert shown["96–127 px"] == 2
+    assert shown["128–191 px"] == 1
+    assert shown["192–255 px"] == 1
+    assert sum(shown.values()) == 10
+    assert "64–95 px" not in shown
+
+
+def test_report_few_sides_as_they_are() -> None:
+    sides = np.zeros(65_536, np.int64)
+    sides[[64, 640]] = [3, 9]
+    assert [(bar.label, bar.count, round(bar.share, 2), bar.width) for bar in side_bars(sides)] == [
+        ("64 px", 3, 0.25, pytest.approx(100 / 3)),
+        ("640 px", 9, 0.75, 100.0),
+    ]
+
+
+def test_report_scores_in_ten_bins() -> None:
+    shown = score_bars(np.array([0.0, 0.05, 0.95, 1.0, np.nan], np.float32))
+    assert [bar.count for bar in shown] == [2, 0, 0, 0, 0, 0, 0, 0, 0, 2]
+    assert score_bars(np.full(3, np.nan, np.float32)) == []
+
+
+def test_report_rest_in_one_bar() -> None:
+    shown = counter_bars({"a": 5, "b": 7, "c": 1, "d": 2, "never": 0}, 2)
+    assert [(bar.label, bar.count) for bar in shown] == [("b", 7), ("a", 5), ("2 more", 3)]
+    assert bars([]) == []
+
+
+def test_report_stage_times_fill_the_whole() -> None:
+    def attempt(**seconds: float) -> AttemptRecord:
+        work = StageSeconds(**seconds)
+        return AttemptRecord(attempt=1, shard_index=0, shard_count=1, started="x", host="h", pid=1, stage_seconds=work)
+
+    times = stage_times([attempt(fetch=1, predict=2), attempt(fetch=1)])
+    assert [(time.name, time.seconds, time.start, time.width) for time in times if time.seconds] == [
+        ("fetch", 2.0, 0.0, 50.0),
+        ("predict", 2.0, 50.0, 50.0),
+    ]
+    assert stage_times([attempt()]) == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "–"), (0.04, "0.0 s"), (9.96, "10.0 s"), (59.6, "60 s"), (200, "3 min 20 s"), (7505, "2 h 05 min")],
+)
+def test_report_durations(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_report_numbers() -> None:
+    assert thousands(1234567) == "1\u202f234\u202f567"
+    assert [percent(share) for share in (0, 0.00001, 0.5, 0.99999, 1)] == ["0.0%", "<0.1%", "50.0%", "99.9%", "100%"]
+    assert [rate(value) for value in (None, 2.345, 1234.5)] == ["–", "2.3", "1\u202f234"]
+
+
+def test_report_projection_is_the_principal_components() -> None:
+    rng = np.random.default_rng(0)
+    features = (rng.standard_normal((200, 3)) @ rng.standard_normal((3, 12)) + 3).astype(np.float32)
+    found = project(np.arange(200), features, 0)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    expected = PCA(2).fit_transform(unit.astype(np.float64))
+    for axis in range(2):
+        assert abs(np.corrcoef(found.points[:, axis], expected[:, axis])[0, 1]) > 0.999999
+    assert found.points.min() == 0
+    assert found.points.max() == 1
+    assert found.method.startswith("PCA, ")
+
+
+def test_report_projection_of_equal_points_is_finite() -> None:
+    found = project(np.arange(5), np.ones((5, 4), np.float32), 0)
+    assert np.isfinite(found.points).all()
+    assert len(project(np.arange(2), np.ones((2, 4), np.float32), 0).rows) == 0
+
+
+def test_report_features_go_with_their_rows(tmp_path: Path) -> None:
+    album = Album(tmp_path)
+    run = open_run(str(album.write()), {})
+    rows, features = sample_features(run, "cls", scan_images(run).rows, 20, 1)
+    place = {row: index for index, row in enumerate(album.rows)}
+    assert len(rows) == 20
+    assert np.all(np.diff(rows) > 0)
+    np.testing.assert_array_equal(features, album.features[[place[row] for row in rows.tolist()]])
+
+
+def test_report_reads_features_within_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = open_run(str(big_run(tmp_path, 20_000, 8)), {})
+    monkeypatch.setattr(projection, "_BUDGET_BYTES", 1)
+    read: list[tuple[str, int]] = []
+    original = projection._features_of
+    monkeypatch.setattr(
+        projection,
+        "_features_of",
+        lambda run, piece, *rest: read.append((piece.path, piece.group)) or original(run, piece, *rest),
+    )
+    rows, features = sample_features(run, "cls", np.arange(20_000), 500, 0)
+    assert len(pieces(run, "images")) > 16
+    assert len(set(read)) == 8
+    assert features.shape == (500, 8)
+    assert len(np.unique(rows // 1024)) > 3
+
+
+def test_report_lookup_reads_only_what_holds_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    album = Album(tmp_path)
+    run = open_run(str(album.write()), {})
+    lookup = RowLookup(run, "images", ["row", "uri", "width"])
+    opened: list[str] = []
+    original = lookup._read
+    monkeypatch.setattr(lookup, "_read", lambda piece: opened.append(piece.path) or original(piece))
+    found = lookup.get([album.rows[0], album.rows[1], 5, 999])
+    assert {row: record["width"] for row, record in found.items()} == {0: 64, 1: 65}
+    assert len(opened) == 1
+    assert lookup.get([]) == {}
+
+
+def test_report_groups_hold_nearest_first(tmp_path: Path) -> None:
+    from report.album import add_clusters
+
+    album = Album(tmp_path, count=9, failed={})
+    run = album.write()
+    add_clusters(run, list(range(8, -1, -1)), [row % 2 for row in range(8, -1, -1)])
+    (grouping,) = load_clusterings(open_run(str(run), {}))
+    assert grouping.ids.tolist() == [0, 1]
+    assert grouping.rows[grouping.members(1)].tolist() == [1, 3, 5, 7]
+    assert grouping.sizes.tolist() == [5, 4]

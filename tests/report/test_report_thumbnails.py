@@ -1,0 +1,144 @@
+"""Thumbnails: found again wherever a picture came from, and shown as a person expects."""
+
+import io
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from report.album import encoded, tar_of
+from support.http_server import HttpServer
+from support.runs import RunContent, jpeg, write_run
+
+from pipeline.report.run import open_run
+from pipeline.report.shrink import shrink
+from pipeline.report.thumbnails import Thumbnail, Thumbnailer
+
+RED, BLUE = (210, 20, 20), (20, 20, 210)
+
+
+def thumbnailer(folder: Path, uris: Sequence[str], **changes: Any) -> Thumbnailer:
+    content = RunContent({"cls": np.ones((len(uris), 4), np.float32)}, uris=uris, parts=1, **changes)
+    return Thumbnailer(open_run(str(write_run(folder / "run", content)), {}))
+
+
+def colour_of(thumbnail: Thumbnail) -> tuple[int, int, int]:
+    assert thumbnail.data, thumbnail.reason
+    pixels = np.asarray(Image.open(io.BytesIO(thumbnail.data)).convert("RGB"))
+    red, green, blue = pixels.reshape(-1, 3).mean(axis=0).round().astype(int).tolist()
+    return red, green, blue
+
+
+def is_near(colour: tuple[int, int, int], wanted: tuple[int, int, int]) -> bool:
+    return max(abs(a - b) for a, b in zip(colour, wanted, strict=True)) < 14
+
+
+def test_report_thumbnail_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "#odd name%20?.jpg").write_bytes(jpeg(RED, (640, 320)))
+    found = thumbnailer(tmp_path, [str(tmp_path / "#odd name%20?.jpg")]).thumbnails([0], 96)
+    assert is_near(colour_of(found[0]), RED)
+    assert Image.open(io.BytesIO(found[0].data or b"")).size == (96, 48)
+
+
+def test_report_thumbnails_of_tar_members(tmp_path: Path) -> None:
+    spans = tar_of(tmp_path / "shard.tar", {"a.jpg": jpeg(RED), "b.jpg": jpeg(BLUE), "c.jpg": b"no picture"})
+    container = str(tmp_path / "shard.tar")
+    source = thumbnailer(
+        tmp_path, [f"{container}#{name}" for name in "abc"], containers=[(container, *span) for span in spans]
+    )
+    found = source.thumbnails([2, 1, 0], 64)
+    assert is_near(colour_of(found[0]), RED)
+    assert is_near(colour_of(found[1]), BLUE)
+    assert found[2].data is None
+    assert "UnidentifiedImageError" in found[2].reason
+
+
+@pytest.mark.parametrize(("column", "nested"), [("image", True), ("photo", False)])
+def test_report_thumbnails_of_a_table(tmp_path: Path, column: str, nested: bool) -> None:
+    data = [jpeg(RED if row % 2 else BLUE) for row in range(100)]
+    data[41] = b"no picture"
+    cells = [{"bytes": item, "path": None} for item in data] if nested else data
+    path = tmp_path / "table.parquet"
+    pq.write_table(pa.table({"label": list(range(100)), column: cells}), path, row_group_size=30)
+    rows = [99, 0, 41, 35, 60]
+    source = thumbnailer(
+        tmp_path, [f"{path}#{row}" for row in range(100)], containers=[(str(path), row, None) for row in range(100)]
+    )
+    found = source.thumbnails(rows, 64)
+    assert [is_near(colour_of(found[row]), RED if row % 2 else BLUE) for row in (99, 0, 35, 60)] == [True] * 4
+    assert found[41].data is None
+
+
+def test_report_thumbnails_over_http(tmp_path: Path, http_server: Callable[..., HttpServer]) -> None:
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "there.jpg").write_bytes(jpeg(BLUE))
+    server = http_server(tmp_path / "web")
+    addresses = [server.url_of("there.jpg"), f"{server.url_of('gone.jpg')}?X-Amz-Signature=s3cr3t"]
+    found = thumbnailer(tmp_path, addresses).thumbnails([0, 1], 64, timeout_s=30)
+    assert is_near(colour_of(found[0]), BLUE)
+    assert "FileNotFoundError" in found[1].reason
+    assert "s3cr3t" not in found[1].reason
+
+
+def test_report_thumbnail_that_does_not_come_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg(RED))
+    source = thumbnailer(tmp_path, [str(tmp_path / "a.jpg")])
+    monkeypatch.setattr(source, "_from_file", lambda record, side: time.sleep(3))
+    started = time.monotonic()
+    assert source.thumbnails([0], 64, timeout_s=0.2)[0].reason == "not read in time"
+    assert time.monotonic() - started < 2
+
+
+def test_report_thumbnail_of_a_row_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg(RED))
+    found = thumbnailer(tmp_path, [str(tmp_path / "a.jpg")]).thumbnails([0, 7], 64)
+    assert found[0].data
+    assert "no such row" in found[7].reason
+
+
+def test_report_thumbnail_of_too_many_pixels() -> None:
+    with pytest.raises(Exception, match="100×50 pixels exceed the limit of 4999"):
+        shrink(encoded(Image.new("RGB", (100, 50)), "PNG"), 64, 4999)
+
+
+def test_report_thumbnail_of_no_bytes() -> None:
+    with pytest.raises(Exception, match="empty"):
+        shrink(b"", 64, 10_000)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_report_thumbnail_applies_the_orientation(orientation: int) -> None:
+    upright = Image.new("RGB", (80, 40), "white")
+    upright.paste("red", (0, 0, 20, 20))  # top left
+    turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
+    stored = upright if orientation == 1 else upright.transpose(Image.Transpose(turns[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    small = Image.open(io.BytesIO(shrink(encoded(stored, "JPEG", exif=exif, quality=95), 64, 10_000))).convert("RGB")
+    assert small.size == (64, 32)
+    red, green, _ = small.getpixel((5, 5))
+    assert red > 200
+    assert green < 80
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "wanted"),
+    [
+        (Image.new("CMYK", (40, 40), (0, 255, 255, 0)), "JPEG", (250, 5, 5)),
+        (Image.new("RGBA", (40, 40), (0, 0, 0, 0)), "PNG", (255, 255, 255)),
+        (Image.new("LA", (40, 40), (0, 128)), "PNG", (127, 127, 127)),
+        (Image.new("P", (40, 40), 0), "GIF", (0, 0, 0)),
+        (Image.new("1", (40, 40), 1), "PNG", (255, 255, 255)),
+        (Image.fromarray(np.full((40, 40), 32_768, np.uint16)), "PNG", (128, 128, 128)),
+        (Image.fromarray(np.full((40, 40), 0.5, np.float32)), "TIFF", (128, 128, 128)),
+    ],
+    ids=["cmyk", "transparent", "gray-alpha", "palette", "bilevel", "sixteen-bit", "float"],
+)
+def test_report_thumbnail_modes(image: Image.Image, kind: str, wanted: tuple[int, int, int]) -> None:
+    found = Thumbnail(shrink(encoded(image, kind), 32, 10_000))
+    assert is_near(colour_of(found), wanted)
