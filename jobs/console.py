@@ -1,7 +1,11 @@
 """What a person sees: one progress line on a terminal, plain lines elsewhere, a summary with the next command."""
 
+import contextlib
+import os
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -61,6 +65,35 @@ class Screen:
     def warn(self, message: str) -> None:
         """A warning that ends nothing."""
         self._console.print(f"warning: {message}", style="yellow", soft_wrap=True, markup=False)
+
+
+@contextlib.contextmanager
+def native_messages_aside(verbose: bool) -> Iterator[None]:
+    """Send what C++ code (Ray's core) writes to file descriptor 2 into a file, while Python keeps the terminal.
+
+    Ray's core warns there about Ray Data's own actors, past every Python logger. Does nothing when `verbose`, or
+    when standard error is not the process's own.
+    """
+    try:
+        own = sys.stderr.fileno() == 2
+    except (OSError, ValueError):
+        own = False
+    if verbose or not own:
+        yield
+        return
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    before = sys.stderr
+    with tempfile.TemporaryFile(prefix="patchstream-stderr-") as aside:
+        os.dup2(aside.fileno(), 2)
+        sys.stderr = os.fdopen(os.dup(terminal), "w", buffering=1, errors="backslashreplace")
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, 2)
+            sys.stderr = before
+            os.close(terminal)
 
 
 def _line(progress: "Progress") -> Text:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from jobs.console import Screen, plain_summary, print_summary
+from jobs.console import Screen, native_messages_aside, plain_summary, print_summary
 from schemas.errors import PatchstreamError, TooManyFailures
 from schemas.spec import JobSpec, build_spec
 
@@ -24,7 +24,7 @@ def run_job(values: Mapping[str, Any], *, address: str | None, report: bool, jso
     from cluster.session import ray_session
     from pipeline.flow import run as run_flow
 
-    with Screen(quiet=json_output) as screen:
+    with native_messages_aside(verbose), Screen(quiet=json_output) as screen:
         summary = run_flow(spec, partial(ray_session, address, verbose=verbose), screen.show)
     page = _report(spec, screen) if report else None
     if json_output:

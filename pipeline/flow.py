@@ -7,14 +7,17 @@ Only this file composes the stages. The output is the ledger: whatever ends a ru
 the visible parts what is left, and does that.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import ray
 
+from pipeline.images.guard import CrashGuard
 from pipeline.images.stage import fetch_and_decode
 from pipeline.opening import Opened, Question, ask, open_directory
 from pipeline.placement import Placement, place
@@ -108,7 +111,7 @@ def _work(
     job = WriteJob(fence, opened.schema, opened.record.part_metadata())
     try:
         for _ in range(_MAX_PASSES):
-            dataset = build(question, opened.parts, placement, rest)
+            dataset = build(question, opened, placement, rest)
             for event in commit_stream(_bundles(dataset), job, spec.sink):
                 if isinstance(event, Received):
                     meter.received(event.rows)
@@ -129,7 +132,7 @@ def _work(
     )
 
 
-def build(question: Question, parts: list[ManifestPart], placement: Placement, rest: Spans) -> ray.data.Dataset:
+def build(question: Question, opened: Opened, placement: Placement, rest: Spans) -> ray.data.Dataset:
     """The Ray Data pipeline over the pending rows: one block of row ranges for each decoding task.
 
     Decoding and predicting book different resources (only actors book memory), because Ray Data would otherwise
@@ -139,13 +142,14 @@ def build(question: Question, parts: list[ManifestPart], placement: Placement, r
     _configure(question, placement)
     decode = DecodeJob(
         out=spec.out,
-        parts=parts,
+        parts=opened.parts,
         preprocessing=question.preprocessing,
         fetch=spec.fetch,
         decode=spec.decode,
         image_column=spec.image_column,
         storage_options=spec.storage_options,
         block_rows=placement.block_rows,
+        notes=f"patchstream-{opened.record.run_id}",
         null=question.info is None,
     )
     actor = ActorJob(
@@ -166,6 +170,7 @@ def build(question: Question, parts: list[ManifestPart], placement: Placement, r
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=placement.decode_cpus,
+            ray_remote_args_fn=_decode_retries,
         )
         .map_batches(
             PredictActor,
@@ -178,6 +183,11 @@ def build(question: Question, parts: list[ManifestPart], placement: Placement, r
             concurrency=(placement.actors.min, placement.actors.max),
         )
     )
+
+
+def _decode_retries() -> dict[str, Any]:
+    # A picture that kills its decoder costs one retry of the task; after that the guard keeps it away from the others.
+    return {"max_retries": 50}
 
 
 def _bundles(dataset: ray.data.Dataset) -> Iterator[Any]:
@@ -196,6 +206,7 @@ class DecodeJob(NamedTuple):
     image_column: str
     storage_options: dict[str, Any]
     block_rows: int
+    notes: str
     null: bool
 
 
@@ -206,15 +217,17 @@ def decode_rows(ranges: pa.Table, job: DecodeJob) -> Iterator[pa.Table]:
     if job.null:
         yield from no_pixels(manifest, job.block_rows)
         return
-    yield from fetch_and_decode(
-        manifest,
-        preprocessing=job.preprocessing,
-        fetch=job.fetch,
-        decode=job.decode,
-        image_column=job.image_column,
-        storage_options=job.storage_options,
-        batch_rows=job.block_rows,
-    )
+    with closing(CrashGuard(Path(tempfile.gettempdir()) / job.notes)) as guard:
+        yield from fetch_and_decode(
+            manifest,
+            preprocessing=job.preprocessing,
+            fetch=job.fetch,
+            decode=job.decode,
+            image_column=job.image_column,
+            storage_options=job.storage_options,
+            batch_rows=job.block_rows,
+            guard=guard,
+        )
 
 
 def cut(rest: Spans, task_rows: int) -> list[pa.Table]:
