@@ -31,7 +31,7 @@ class Beit(nn.Module):
         self.prefix = nn.Parameter(torch.empty(1, a.prefix_tokens, a.width))
         self.positions = nn.Parameter(torch.empty(1, grid[0] * grid[1], a.width))
         self.relative_bias = nn.ParameterList(torch.empty(bias_shape) for _ in range(tables))
-        self.blocks = nn.ModuleList(Block(a) for _ in range(a.depth))
+        self.blocks: nn.ModuleList = nn.ModuleList(Block(a) for _ in range(a.depth))
         self.norm = nn.LayerNorm(a.width, a.epsilon) if a.final_norm else nn.Identity()
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -48,6 +48,14 @@ class PatchEmbedding(nn.Module):
         return F.linear(patches.to(self.weight.dtype).sub_(128), self.weight)
 
 
+def attend(qkv: Tensor, heads: int, bias: Tensor | None) -> Tensor:
+    """Multi-head attention from fused queries, keys and values (B, T, 3·D) → (B, T, D)."""
+    b, t, width = qkv.shape
+    q, k, v = qkv.view(b, t, 3, heads, width // 3 // heads).permute(2, 0, 3, 1, 4)  # (B, heads, T, d) each
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return mixed.transpose(1, 2).reshape(b, t, width // 3)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: `x + attention(norm(x))`, then `x + mlp(norm(x))`; LayerScale is in the weights."""
 
@@ -55,6 +63,7 @@ class Block(nn.Module):
         super().__init__()
         self.heads = a.heads
         self.swiglu = a.swiglu
+        self.activation_name = a.activation
         self.activation = ACTIVATIONS[a.activation]
         self.norm1 = nn.LayerNorm(a.width, a.epsilon)
         self.qkv = nn.Linear(a.width, 3 * a.width, bias=a.qkv_bias != "none")
@@ -65,14 +74,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`bias` (1, heads, T, T) is added to the scaled attention scores."""
-        x = x + self.out(self.attend(self.norm1(x), bias))
+        x = x + self.out(attend(self.qkv(self.norm1(x)), self.heads, bias))
         return x + self.mlp(self.norm2(x))
-
-    def attend(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        b, t, d = x.shape
-        q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, T, d)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return mixed.transpose(1, 2).reshape(b, t, d)
 
     def mlp(self, x: Tensor) -> Tensor:
         hidden = self.fc1(x)

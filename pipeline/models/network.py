@@ -9,7 +9,7 @@ from pipeline.models.outputs import Outputs
 from pipeline.models.readout import Readout
 from pipeline.models.vit import ViT
 
-TRUNKS = {"vit": ViT, "beit": Beit}
+TRUNKS: dict[str, type[ViT] | type[Beit]] = {"vit": ViT, "beit": Beit}
 
 
 class VisionModel(nn.Module):
@@ -22,7 +22,7 @@ class VisionModel(nn.Module):
         super().__init__()
         self.architecture = a
         self.image_size = image_size
-        self.trunk = TRUNKS[a.network](a, a.grid(image_size))
+        self.trunk: ViT | Beit = TRUNKS[a.network](a, a.grid(image_size))
         self.readout = Readout(a)
 
     @torch.inference_mode()

@@ -23,7 +23,7 @@ class ViT(nn.Module):
         self.prefix = nn.Parameter(torch.empty(1, a.prefix_tokens, a.width))
         self.positions = nn.Parameter(torch.empty(1, grid[0] * grid[1], a.width))
         self.pre_norm = nn.LayerNorm(a.width, a.epsilon) if a.pre_norm else nn.Identity()
-        self.blocks = nn.ModuleList(Block(a) for _ in range(a.depth))
+        self.blocks: nn.ModuleList = nn.ModuleList(Block(a) for _ in range(a.depth))
         self.norm = nn.LayerNorm(a.width, a.epsilon) if a.final_norm else nn.Identity()
 
     def forward(self, pixels: Tensor) -> Tensor:

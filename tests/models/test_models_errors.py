@@ -130,7 +130,7 @@ def test_pickled_code_is_refused_and_never_runs(folder: Path, tmp_path: Path, zi
     if zipped:
         torch.save(content, folder / "pytorch_model.bin")
     else:
-        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(content))
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(content, protocol=2))
     message = refusal(folder)
     assert "run code" in message
     assert "save_file" in message
