@@ -10,7 +10,7 @@ from fsspec.asyn import AsyncFileSystem, sync
 
 from pipeline.images.http import get_bytes
 from pipeline.images.verdict import TruncatedBodyError, too_many_bytes
-from pipeline.storage import filesystem, scheme
+from pipeline.storage import filesystem, is_local, scheme
 from schemas.errors import ImageError
 
 Need = Callable[[int], None]
@@ -41,10 +41,12 @@ class Reader:
         `need(nbytes)` is called before memory is spent and may raise to say that there is no room now. Raises
         ImageError for what the address or its size rules out, else whatever the driver raises.
         """
-        kind = scheme(url)
-        if kind == "file" and "::" not in url:
+        if "://" not in url:
             return _read_local(url, extent, self._max_bytes, need)
+        kind = scheme(url)
         fs, path = self.locate(url)
+        if kind == "file" and is_local(fs):
+            return _read_local(path, extent, self._max_bytes, need)
         read = _READ_BY_SCHEME.get(kind) if "::" not in path else None
         if read is None:
             return _read_any(fs, path, extent, self._max_bytes, need, timeout_s)
@@ -74,8 +76,7 @@ def _single_try_s3(fs: AbstractFileSystem, concurrency: int) -> AbstractFileSyst
     return single
 
 
-def _read_local(url: str, extent: Extent | None, max_bytes: int, need: Need) -> bytes:
-    path = url if "://" not in url else str(filesystem(url, {})[1])
+def _read_local(path: str, extent: Extent | None, max_bytes: int, need: Need) -> bytes:
     # Without O_NONBLOCK, opening a named pipe that nobody writes to would wait for ever.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
         status = os.fstat(file.fileno())

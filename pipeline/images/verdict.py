@@ -6,7 +6,6 @@ status code, `errno` and class name. Nothing that reaches a message holds a cred
 
 import errno
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.storage import redact
@@ -101,7 +100,7 @@ _BY_ERRNO = {errno.ENAMETOOLONG: _BAD_ADDRESS, errno.ELOOP: _NOT_FOUND, errno.EN
 
 def judge(error: BaseException) -> Verdict:
     """The verdict on an exception that an attempt to read raised."""
-    status, wait_s = _status(error)
+    status, wait_s = _answered(error)
     if status is not None:
         return _judge_status(status, wait_s)
     if isinstance(error, OSError) and error.errno in _BY_ERRNO:
@@ -109,6 +108,9 @@ def judge(error: BaseException) -> Verdict:
     for kind in type(error).__mro__:
         if kind.__name__ in _BY_CLASS_NAME:
             return _BY_CLASS_NAME[kind.__name__]
+    status = _whole(getattr(error, "status", None) or getattr(error, "code", None))
+    if status is not None and 400 <= status < 600:
+        return _judge_status(status, None)
     if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO:
         return _IO
     return Verdict(type(error).__name__, again=False, retryable=True)
@@ -124,9 +126,9 @@ def _judge_status(status: int, wait_s: float | None) -> Verdict:
     return Verdict(f"Http{status}", again=False, retryable=status >= 500)
 
 
-def _status(error: BaseException) -> tuple[int | None, float | None]:
-    """HTTP status and Retry-After behind an exception: ours, botocore's or gcsfs's, possibly wrapped."""
-    for link in _causes(error):
+def _answered(error: BaseException) -> tuple[int | None, float | None]:
+    """HTTP status and Retry-After behind an exception of ours or of botocore, which s3fs wraps into an OSError."""
+    for link in (error, error.__cause__):
         if isinstance(link, HttpStatusError):
             return link.status, link.retry_after_s
         response = getattr(link, "response", None)
@@ -134,23 +136,11 @@ def _status(error: BaseException) -> tuple[int | None, float | None]:
             metadata = response["ResponseMetadata"]
             headers = metadata.get("HTTPHeaders", {})
             return _whole(metadata.get("HTTPStatusCode")), retry_after_s(headers.get("retry-after"))
-        code = _whole(getattr(link, "status", None) or getattr(link, "code", None))
-        if code is not None and 400 <= code < 600:
-            return code, None
     return None, None
 
 
 def _whole(value: object) -> int | None:
     return int(value) if isinstance(value, int) or (isinstance(value, str) and value.isdigit()) else None
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    link: BaseException | None = error
-    for _ in range(8):
-        if link is None:
-            return
-        yield link
-        link = link.__cause__
 
 
 def retry_after_s(header: str | None) -> float | None:

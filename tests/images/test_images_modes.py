@@ -136,8 +136,8 @@ def test_adobe_cmyk_jpeg_is_not_inverted():
 
 
 def test_lab_is_converted_to_srgb():
-    """L*a*b* 53, 80, 67 is sRGB's red; Pillow keeps a and b with an offset of 128."""
-    red = Image.new("LAB", SIZE, (round(53.24 / 100 * 255), 80 + 128, 67 + 128))
+    """L*a*b* 54.3, 81, 70 (of a D50 white) is sRGB's red; Pillow keeps a and b with an offset of 128."""
+    red = Image.new("LAB", SIZE, (round(54.29 / 100 * 255), 81 + 128, 70 + 128))
     out = decoded(saved(red, "TIFF")).astype(int)
     assert np.abs(out - [255, 0, 0]).max() <= 5
 

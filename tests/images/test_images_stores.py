@@ -1,0 +1,125 @@
+"""Images from real S3 and Google Cloud Storage endpoints, healthy and failing, with the requests counted."""
+
+import io
+
+import pytest
+from PIL import Image
+from support.faults import Rule
+from support.manifests import decode_all, manifest_of
+
+from schemas.spec import FetchSpec
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr("pipeline.images.retry.BASE_S", 0.005)
+
+
+@pytest.fixture(params=["s3", "gs"])
+def store(request):
+    return request.getfixturevalue({"s3": "s3_server", "gs": "gcs_server"}[request.param])
+
+
+def png(shade):
+    file = io.BytesIO()
+    Image.new("RGB", (64, 48), (shade, shade, shade)).save(file, "PNG")
+    return file.getvalue()
+
+
+def fetch(**options):
+    return FetchSpec(**{"timeout_s": 15.0, "attempts": 4, **options})
+
+
+@pytest.fixture
+def filled(store):
+    """Ten pictures in a bucket of their own: their URLs."""
+    bucket = store.make_bucket()
+    return [store.put(bucket, f"some folder/{n:02d} ä+%.png", png(n)) for n in range(10)]
+
+
+def test_objects_are_read_in_order(store, filled):
+    table = decode_all(manifest_of(filled), storage_options=store.storage_options)
+    assert table["error"].to_pylist() == [None] * 10
+    assert [pixels[0] for pixels in table["pixels"].to_pylist()] == list(range(10))
+
+
+def test_one_request_for_an_object_of_known_or_unknown_size(store, filled, flaky_proxy):
+    proxy = flaky_proxy(store)
+    for size in (None, len(png(0))):
+        proxy.control.forget()
+        table = decode_all(manifest_of(filled, size=[size] * 10), storage_options=proxy.server.storage_options)
+        assert table["error"].null_count == 10
+        assert proxy.control.requests() == 10
+
+
+def test_a_missing_object_and_a_missing_bucket(store, filled):
+    missing = [filled[0].replace("00 ", "none "), f"{filled[0].partition('://')[0]}://no-such-bucket/a.png"]
+    table = decode_all(manifest_of(missing), storage_options=store.storage_options)
+    assert table["error"].to_pylist() == ["NotFound", "NotFound"]
+    assert table["attempts"].to_pylist() == [1, 1]
+    assert table["retryable"].to_pylist() == [False, False]
+
+
+@pytest.mark.parametrize(("status", "error"), [(503, "Throttled"), (429, "Throttled"), (500, "ServerError")])
+def test_our_rule_for_retries_is_the_only_one(store, filled, flaky_proxy, status, error):
+    """Neither s3fs, botocore nor gcsfs tries again behind our back."""
+    proxy = flaky_proxy(store, [Rule("status", status=status)])
+    (row,) = decode_all(
+        manifest_of(filled[:1]), storage_options=proxy.server.storage_options, fetch=fetch(attempts=3)
+    ).to_pylist()
+    assert (row["stage"], row["error"], row["retryable"], row["attempts"]) == ("fetch", error, True, 3)
+    assert proxy.control.requests() == 3
+
+
+@pytest.mark.parametrize("rule", [Rule("status", first=2), Rule("reset", first=2), Rule("truncate", first=2)])
+def test_what_passes_is_tried_until_it_does(store, filled, flaky_proxy, rule):
+    proxy = flaky_proxy(store, [rule])
+    table = decode_all(manifest_of(filled[:1]), storage_options=proxy.server.storage_options, fetch=fetch())
+    assert table["error"].to_pylist() == [None]
+    assert proxy.control.requests() == 3
+
+
+def test_a_denied_object_is_asked_for_once(store, filled, flaky_proxy):
+    proxy = flaky_proxy(store, [Rule("status", status=403)])
+    (row,) = decode_all(manifest_of(filled[:1]), storage_options=proxy.server.storage_options).to_pylist()
+    assert (row["error"], row["retryable"], row["attempts"]) == ("Forbidden", False, 1)
+    assert proxy.control.requests() == 1
+
+
+def test_a_stalled_object_times_out(store, filled, flaky_proxy):
+    proxy = flaky_proxy(store, [Rule("stall", after_bytes=20)])
+    (row,) = decode_all(
+        manifest_of(filled[:1]), storage_options=proxy.server.storage_options, fetch=fetch(timeout_s=1.5)
+    ).to_pylist()
+    assert (row["error"], row["retryable"]) == ("TimedOut", True)
+    assert row["fetch_s"] < 4
+
+
+def test_an_object_above_the_byte_limit_is_not_read(store):
+    bucket = store.make_bucket()
+    url = store.put(bucket, "big.png", bytes(2 << 20))
+    for size in (None, 2 << 20):
+        (row,) = decode_all(
+            manifest_of([url], size=[size]), storage_options=store.storage_options, fetch=fetch(max_bytes=1 << 20)
+        ).to_pylist()
+        assert (row["stage"], row["error"], row["retryable"]) == ("fetch", "TooManyBytes", False)
+
+
+def test_a_quarter_of_all_requests_failing_loses_no_row(store, filled, flaky_proxy):
+    rules = [
+        Rule("status", rate=0.1),
+        Rule("reset", rate=0.1, after_bytes=20),
+        Rule("truncate", rate=0.1, after_bytes=9),
+    ]
+    proxy = flaky_proxy(store, rules, seed=5)
+    table = decode_all(
+        manifest_of(filled * 8), storage_options=proxy.server.storage_options, fetch=fetch(attempts=12), batch_rows=64
+    )
+    assert table["error"].null_count == 80
+    assert [pixels[0] for pixels in table["pixels"].to_pylist()] == list(range(10)) * 8
+    assert proxy.control.faults() > 10
+
+
+def test_credentials_come_from_the_environment_too(store, filled, set_env):
+    set_env(store.env)
+    assert decode_all(manifest_of(filled[:2]))["error"].to_pylist() == [None, None]
