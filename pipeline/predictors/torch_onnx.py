@@ -44,7 +44,8 @@ def export_onnx(info: ModelInfo, path: Path) -> None:
     """
     names = [name for name in ("cls", "pooled", "logits") if _has(info, name)]
     example = torch.zeros(1, *info.image_size, 3, dtype=torch.uint8)
-    traced = _Traced(load_model(info), names).eval()
+    # The packed layout that a CPU computes in is made of operators that ONNX does not have.
+    traced = _Traced(load_model(info, packed=False), names).eval()
     with torch.no_grad(), warnings.catch_warnings():
         # The exporter that needs no further package; it warns that another one is the default, and about constants
         # of the shape, which are meant: only the batch is dynamic.

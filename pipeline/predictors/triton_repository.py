@@ -11,18 +11,22 @@ Format of config.pbtxt: `model_config.proto` of Triton's common repository, in p
 """
 
 import json
+import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import schemas
 from pipeline import models, storage
 from pipeline.models import ModelInfo
 from pipeline.predictors.triton_protocol import INPUT_NAME, default_model_name, identity
-from schemas.errors import OutputError
+from schemas.errors import OutputError, SpecError
 
 ONNX_SUFFIX = "-onnx"
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+DTYPES = ("float32", "bfloat16", "float16")
 QUEUE_DELAY_US = 2000
 _SKIPPED = shutil.ignore_patterns("__pycache__", "*.pyc")
 
@@ -36,16 +40,33 @@ class Serving(NamedTuple):
     gpu: bool = False
 
 
+def check_serving(serving: Serving) -> Serving:
+    """`serving` itself. Raises SpecError for a precision that does not exist, or not on that device."""
+    if serving.dtype not in DTYPES:
+        raise SpecError(f"--dtype {serving.dtype}: a server runs {', '.join(DTYPES)}; choose one")
+    if serving.dtype == "float16" and not serving.gpu:
+        raise SpecError("--dtype float16 runs on GPUs only; add --gpu, or use float32 or bfloat16")
+    return serving
+
+
 def export_triton(
-    info: ModelInfo, out: str, serving: Serving, *, name: str | None = None, onnx: bool = True
+    info: ModelInfo,
+    out: str,
+    serving: Serving,
+    *,
+    name: str | None = None,
+    onnx: bool = True,
+    storage_options: Mapping[str, Any] = {},
 ) -> list[str]:
     """Write the repository to `out`, a folder or an object-store prefix; returns the names of the models in it.
 
-    Raises OutputError if a model of that name is there already, and CheckpointError if the exported ONNX does not
-    give what the network gives.
+    Raises SpecError for a name that is no folder's, OutputError if a model of that name is there already, and
+    CheckpointError if the exported ONNX does not give what the network gives.
     """
     name = name or default_model_name(info)
-    fs, root = storage.filesystem(out, {})
+    if not NAME.fullmatch(name):
+        raise SpecError(f"--name {name}: a model's name is letters, digits, `_`, `-` and `.`")
+    fs, root = storage.filesystem(out, storage_options)
     names = [name, f"{name}{ONNX_SUFFIX}"] if onnx else [name]
     for one in names:
         if fs.exists(storage.join(root, one)):
