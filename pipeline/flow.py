@@ -136,7 +136,8 @@ def build(question: Question, opened: Opened, placement: Placement, rest: Spans)
     """The Ray Data pipeline over the pending rows: one block of row ranges for each decoding task.
 
     Decoding and predicting book different resources (only actors book memory), because Ray Data would otherwise
-    fuse them and decode serially inside the actors.
+    fuse them and decode serially inside the actors. Ray Data repeats a task whose worker died for ever; the crash
+    guard sees to it that a picture which kills its decoder costs one repetition.
     """
     spec = question.spec
     _configure(question, placement)
@@ -170,7 +171,6 @@ def build(question: Question, opened: Opened, placement: Placement, rest: Spans)
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=placement.decode_cpus,
-            ray_remote_args_fn=_decode_retries,
         )
         .map_batches(
             PredictActor,
@@ -183,11 +183,6 @@ def build(question: Question, opened: Opened, placement: Placement, rest: Spans)
             concurrency=(placement.actors.min, placement.actors.max),
         )
     )
-
-
-def _decode_retries() -> dict[str, Any]:
-    # A picture that kills its decoder costs one retry of the task; after that the guard keeps it away from the others.
-    return {"max_retries": 50}
 
 
 def _bundles(dataset: ray.data.Dataset) -> Iterator[Any]:

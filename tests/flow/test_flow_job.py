@@ -1,0 +1,157 @@
+"""The main job in one process with a real Ray: what stands in the output is what the stages give by themselves."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.commands import rows_in, table
+from support.testdata import TESTDATA, needs_testdata, photos, trained_vit
+
+from pipeline import maintenance
+from pipeline.flow import Connect, run
+from pipeline.predictors.null import null_features
+from schemas.errors import OutputError
+from schemas.spec import JobSpec, build_spec
+
+pytestmark = pytest.mark.slow
+
+
+def spec_for(out: Path, **values: object) -> JobSpec:
+    return build_spec({"out": str(out), "sink": {"commit_s": 1.0}, **values})
+
+
+def test_through_ray_or_called_directly_is_the_same(
+    tmp_path: Path, connect: Connect, pictures: Path, checkpoint: Path
+) -> None:
+    from pipeline.images.stage import fetch_and_decode
+    from pipeline.models import inspect_model
+    from pipeline.predictors.batches import Wanted
+    from pipeline.predictors.torch_predictor import TorchPredictor
+    from pipeline.sources.manifest import ManifestPart, read_rows
+
+    spec = spec_for(tmp_path / "o", sources=[str(pictures)], model=str(checkpoint), labels=3)
+    summary = run(spec, connect)
+    assert summary.images + summary.failures == summary.rows == len([p for p in pictures.rglob("*") if p.is_file()])
+    assert summary.failures > 0
+
+    info = inspect_model(str(checkpoint))
+    wanted = Wanted(("cls", "pooled"), (info.hidden_size, info.pooled_size), "float32", 3, info.labels, False)
+    (manifest_file,) = (tmp_path / "o" / "manifest").glob("*.parquet")
+    part = ManifestPart(manifest_file.name, 0, summary.rows)
+    manifest = pa.concat_tables(read_rows(spec.out, [part], np.array([[0, summary.rows]]), {}))
+    decoded = fetch_and_decode(
+        manifest, preprocessing=info.preprocessing, fetch=spec.fetch, decode="exact", image_column="image",
+        storage_options={}, batch_rows=16,
+    )  # fmt: skip
+    predict = TorchPredictor(info, wanted, dtype="float32", batch_size=16)
+    direct = pa.concat_tables(predict(batch) for batch in decoded).sort_by("row")
+    good = direct.filter(pa.compute.is_null(direct["error"]))
+    written = table(tmp_path / "o")
+    for name in ("row", "uri", "sha256", "width", "height", "format"):
+        assert good[name].to_pylist() == written[name].to_pylist()
+    for name in ("cls", "pooled"):
+        ours, theirs = np.array(written[name].to_pylist()), np.array(good[name].to_pylist())
+        assert np.abs(ours - theirs).max() <= 1e-4 * max(1.0, float(np.abs(theirs).max()))
+    best = [[label["index"] for label in labels] for labels in written["labels"].to_pylist()]
+    assert best == [[label["index"] for label in labels] for labels in good["labels"].to_pylist()]
+
+
+def test_a_run_is_not_repeated_and_not_mixed(
+    tmp_path: Path, connect: Connect, pictures: Path, checkpoint: Path
+) -> None:
+    values = {"sources": [str(pictures)], "model": str(checkpoint), "limit": 8, "features": ["cls"]}
+    first = run(spec_for(tmp_path / "o", **values), connect)
+    assert first.rows == 8
+
+    def never() -> None:
+        raise AssertionError("Ray was started although nothing is pending")
+
+    again = run(spec_for(tmp_path / "o", **values), never)  # type: ignore[arg-type]
+    assert again.attempt.rows_planned == 0
+    with pytest.raises(OutputError) as refused:
+        run(spec_for(tmp_path / "o", **{**values, "features": ["pooled"], "limit": 9}), connect)
+    message = str(refused.value)
+    assert 'spec.features: there ["cls"] → now ["pooled"]' in message
+    assert "spec.limit: there 8 → now 9" in message
+    (part,) = (tmp_path / "o" / "images").glob("*.parquet")
+    metadata = json.loads(pq.read_schema(part).metadata[b"patchstream"])
+    assert metadata["model"]["name"] == str(checkpoint)
+    assert len(metadata["model"]["digest"]) == 64
+    assert metadata["model"]["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
+    assert metadata["versions"]["torch"]
+
+
+def test_many_rows_without_a_model(tmp_path: Path, connect: Connect) -> None:
+    count = 30_000
+    listed = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"uri": [f"s3://nowhere/{i}.jpg" for i in range(count)], "n": range(count)}), listed)
+    spec = spec_for(tmp_path / "o", sources=[str(listed)], model="null", backend="null")
+    summary = run(spec, connect)
+    assert (summary.images, summary.failures) == (count, 0)
+    written = table(tmp_path / "o")
+    rows = written["row"].to_numpy()
+    assert rows.tolist() == list(range(count))
+    assert written["n"].to_pylist() == rows.tolist()
+    width = written["cls"].type.list_size
+    flat = written["cls"].combine_chunks().flatten().to_numpy().reshape(-1, width)
+    np.testing.assert_allclose(flat, null_features(rows, width), atol=1e-6)
+    assert maintenance.verify(spec.out, {}).problems == []
+
+
+def test_shards_fill_one_directory(tmp_path: Path, connect: Connect, pictures: Path, checkpoint: Path) -> None:
+    values = {"sources": [str(pictures)], "model": str(checkpoint), "limit": 30}
+    for index in (2, 0, 1):
+        shard = {"index": index, "count": 3}
+        assert run(spec_for(tmp_path / "o", shard=shard, **values), connect).rows == 10
+    rows = rows_in(tmp_path / "o") + rows_in(tmp_path / "o", "failures")
+    assert sorted(rows) == list(range(30))
+    assert maintenance.verify(str(tmp_path / "o"), {}).problems == []
+
+
+def test_mended_files_are_tried_again(tmp_path: Path, connect: Connect, pictures: Path, checkpoint: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    good = next(path for path in sorted(pictures.rglob("*.jpg")) if path.stat().st_size > 2000)
+    (folder / "a.jpg").write_bytes(good.read_bytes())
+    (folder / "b.jpg").write_bytes(good.read_bytes()[:500])
+    (folder / "c.txt").write_text("no picture")
+    spec = spec_for(tmp_path / "o", sources=[str(folder)], model=str(checkpoint))
+    assert run(spec, connect).failures == 2
+    with pytest.raises(OutputError, match="none of its 2 failures is worth another try"):
+        maintenance.reopen_failures(spec.out, False, {})
+    (folder / "b.jpg").write_bytes(good.read_bytes())
+    count, values = maintenance.reopen_failures(spec.out, True, {})
+    assert count == 2
+    assert maintenance.status(spec.out, {})["pending"] == 2
+    summary = run(build_spec(values), connect)
+    assert (summary.images, summary.failures, summary.attempt.rows_planned) == (2, 1, 2)
+
+
+@needs_testdata
+def test_trained_vit_labels_real_photographs(tmp_path: Path, connect: Connect) -> None:
+    spec = spec_for(tmp_path / "o", sources=[str(TESTDATA / "photos")], model=str(trained_vit()), labels=5)
+    summary = run(spec, connect)
+    assert (summary.images, summary.failures) == (len(photos()), 0)
+    synsets = (TESTDATA / "labels" / "timm_imagenet_synsets.txt").read_text().split()
+    written = table(tmp_path / "o")
+    hits = [
+        synsets[labels[0]["index"]] == Path(uri).name.split("_")[0]
+        for uri, labels in zip(written["uri"].to_pylist(), written["labels"].to_pylist(), strict=True)
+    ]
+    assert np.mean(hits) >= 0.83
+
+
+@needs_testdata
+def test_every_odd_file_ends_in_one_place(tmp_path: Path, connect: Connect) -> None:
+    folder = TESTDATA / "odd-images"
+    files = sorted(str(path.resolve()) for path in folder.rglob("*") if path.is_file())
+    spec = spec_for(tmp_path / "o", sources=[str(folder)], model=str(trained_vit()), features=["cls"])
+    summary = run(spec, connect)
+    assert summary.images + summary.failures == summary.rows == len(files)
+    uris = table(tmp_path / "o")["uri"].to_pylist() + table(tmp_path / "o", "failures")["uri"].to_pylist()
+    assert Counter(str(Path(uri).resolve()) for uri in uris) == Counter(files)
+    assert maintenance.verify(spec.out, {}).problems == []

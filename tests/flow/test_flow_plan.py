@@ -1,0 +1,116 @@
+"""How a job is cut and placed: no Ray, but the plan that Ray would carry out."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.placement import place
+from schemas.errors import ClusterError
+from schemas.machines import Machines
+from schemas.spec import ActorRange, build_spec
+
+# Ray's own deprecations, about Ray's own code.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+GIB = 1 << 30
+LAPTOP = Machines(cpus=2, gpus=0, memory_bytes=16 * GIB, object_store_bytes=2 * GIB)
+GPU_BOX = Machines(cpus=64, gpus=4, memory_bytes=256 * GIB, object_store_bytes=64 * GIB)
+PIXELS = 224 * 224 * 3
+
+
+def placed(machines: Machines = LAPTOP, **options: object) -> object:
+    values = {
+        "rows": 100_000, "actors": None, "gpus_per_actor": 0.0, "batch_size": None, "pixel_bytes": PIXELS,
+        "model_bytes": 8 * 86_000_000,
+    }  # fmt: skip
+    return place(machines, **{**values, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 255, 1000, 4097])
+def test_tasks_cover_every_pending_row_once(rows: int) -> None:
+    from pipeline.flow import cut
+
+    rng = np.random.default_rng(rows)
+    edges = np.unique(rng.integers(0, 10 * rows, 2 * min(rows, 40)))
+    spans = edges[: len(edges) // 2 * 2].reshape(-1, 2)
+    want = [row for start, stop in spans.tolist() for row in range(start, stop)]
+    tables = cut(spans, 64)
+    got = [[row for span in task.to_pylist() for row in range(span["start"], span["stop"])] for task in tables]
+    assert [row for task in got for row in task] == want
+    assert all(len(task) == 64 for task in got[:-1])
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 4, 8, 16, 96])
+def test_actors_and_a_decoder_always_fit_on_cpus(cpus: int) -> None:
+    machines = LAPTOP._replace(cpus=cpus)
+    for actors in (None, ActorRange(min=1, max=1), ActorRange(min=2, max=3)):
+        placement = placed(machines, actors=actors)
+        booked = placement.actor_cpus * placement.actors.max + placement.decode_cpus
+        assert booked <= cpus + 1e-9
+
+
+def test_two_cores_carry_two_actors_of_one_thread() -> None:
+    placement = placed()
+    assert (placement.actors.max, placement.threads) == (2, 1)
+
+
+def test_gpus_decide_the_number_of_actors() -> None:
+    placement = placed(GPU_BOX, gpus_per_actor=1.0)
+    assert (placement.actors.min, placement.actors.max, placement.actor_gpus) == (1, 4, 1.0)
+    assert placed(GPU_BOX, gpus_per_actor=0.5).actors.max == 8
+
+
+def test_gpus_that_are_not_there() -> None:
+    with pytest.raises(ClusterError, match=r"needs 8 GPUs, the cluster has 4 GPUs and 64 CPUs"):
+        placed(GPU_BOX, gpus_per_actor=2.0, actors=ActorRange(min=4, max=4))
+    with pytest.raises(ClusterError, match="leave out --gpus-per-actor"):
+        placed(LAPTOP, gpus_per_actor=1.0)
+
+
+def test_small_jobs_are_spread_and_large_ones_are_bounded() -> None:
+    assert placed(rows=64).tasks(64) >= 4
+    assert placed(rows=10**9).tasks(10**9) <= 20_000
+    assert placed(rows=10**6).block_rows * PIXELS <= 9 * (1 << 20)
+
+
+def test_decoding_is_not_fused_into_the_actor(tmp_path: Path) -> None:
+    """Ray Data fuses stages with equal resources; ours must stay two operators."""
+    import ray
+
+    from cluster.session import ray_session
+    from pipeline.flow import build
+    from pipeline.opening import Question, ask, open_directory
+
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(b"x")
+    spec = build_spec(
+        {"sources": [str(tmp_path / "in")], "model": "null", "out": str(tmp_path / "o"), "backend": "null"}
+    )
+    question: Question = ask(spec)
+    opened = open_directory(question)
+    with ray_session(cpus=2) as machines:
+        placement = placed(machines, rows=1)
+        dataset = build(question, opened, placement, np.array([[0, 1]]))
+        rows = dataset.take_all()
+        plan = dataset.stats()
+        assert len(rows) == 1
+        assert "MapBatches(decode_rows)" in plan
+        assert "MapBatches(PredictActor)" in plan
+        assert "decode_rows)->" not in plan
+        blocks = ray.data.from_arrow([pa.table({"x": [1]}), pa.table({"x": [2]})])
+        fused = blocks.map_batches(_same, num_cpus=1).map_batches(_Same, num_cpus=1, concurrency=1)
+        fused.take_all()
+        assert ")->MapBatches(_Same)" in fused.stats(), (
+            "Ray no longer fuses these: the check above has lost its meaning"
+        )
+
+
+def _same(batch: object) -> object:
+    return batch
+
+
+class _Same:
+    def __call__(self, batch: object) -> object:
+        return batch

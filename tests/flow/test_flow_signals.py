@@ -1,0 +1,37 @@
+"""Told to stop: what is held is written, the directory resumes, and it does not take long."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from support.commands import attempt_records, patchstream, rows_in, start
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_and_resumed(tmp_path: Path, pictures: Path, checkpoint: Path, number: int, code: int) -> None:
+    config = tmp_path / "job.toml"
+    # Nothing is committed by the clock or by size here: what is on disk in the end was written because of the signal.
+    config.write_text("batch_size = 4\n[sink]\ncommit_s = 60\n")
+    out, log = tmp_path / "out", tmp_path / "log"
+    job = ("embed", *[str(pictures)] * 6, "--model", checkpoint, "--config", config, "--no-report", "--out", out)
+    driver = start(*job, log=log)
+    deadline = time.monotonic() + 120
+    while "images/s" not in log.read_text():
+        assert driver.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    driver.send_signal(number)
+    assert driver.wait(timeout=30) == code
+    assert "interrupted; what was committed stays" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    (record,) = attempt_records(out)
+    assert record["status"] == "interrupted"
+    kept = len(rows_in(out)) + len(rows_in(out, "failures"))
+    assert 0 < kept < record["rows_planned"]
+    again = patchstream(*job)
+    assert again.returncode == 0, again.stderr
+    assert attempt_records(out)[-1]["rows_planned"] == record["rows_planned"] - kept
+    assert patchstream("verify", out).returncode == 0

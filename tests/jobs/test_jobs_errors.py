@@ -1,0 +1,133 @@
+"""Wrong use: exit code 2, one message with what was given, the rule and the fix, no traceback."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.cli import run_command
+from jobs.demo import draw
+
+MODEL = Path(draw.__file__).parent / "model"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    draw.write_pictures(tmp_path / "in", 3, seed=1)
+    return tmp_path / "in"
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Standard error of a command that must end with code 2."""
+    capsys.readouterr()
+    code = run_command([str(argument) for argument in arguments])
+    shown = capsys.readouterr().err
+    assert code == 2, shown
+    assert "Traceback" not in shown
+    return shown
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ((), "--model and --out not given"),
+        (("--model", MODEL), "--out not given"),
+        (("--model", MODEL, "--out", "OUT", "--actors", "3:1"), "expected N or MIN:MAX"),
+        (("--model", MODEL, "--out", "OUT", "--shard", "4/4"), "expected I/N with 0 <= I < N"),
+        (("--model", MODEL, "--out", "OUT", "--dtype", "int3"), "dtype: "),
+        (("--model", MODEL, "--out", "OUT", "--features", "cls,clz"), "clz"),
+        (("--model", MODEL, "--out", "OUT", "--features", "none"), "neither features nor labels"),
+        (("--model", MODEL, "--out", "OUT", "--storage-options", "{secret"), "not JSON (position 1"),
+        (("--model", MODEL, "--out", "OUT", "--backend", "triton"), "needs --triton-url"),
+        (("--model", "/no/such/model", "--out", "OUT"), "/no/such/model"),
+        (("--model", "nobody/nothing", "--out", "OUT"), "nobody/nothing"),
+    ],
+)
+def test_options(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, extra: tuple[object, ...], message: str
+) -> None:
+    arguments = [tmp_path / "out" if argument == "OUT" else argument for argument in extra]
+    shown = refused(capsys, "embed", folder, *arguments)
+    assert message in shown
+    assert "secret" not in shown
+    assert not (tmp_path / "out" / "images").exists()
+
+
+def test_an_unknown_key_names_the_nearest(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "job.toml"
+    config.write_text('modle = "x"\n[fetch]\nconcurency = 3\n')
+    shown = refused(capsys, "embed", folder, "--model", MODEL, "--out", tmp_path / "o", "--config", config)
+    assert "unknown key `modle` in the spec; did you mean `model`?" in shown
+    assert "unknown key `fetch.concurency` in the spec; did you mean `concurrency`?" in shown
+
+
+def test_nothing_matches(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+    rest = ("--model", MODEL, "--out", tmp_path / "o")
+    assert "no image matches" in refused(capsys, "embed", f"{folder}/*.tiff", *rest)
+    assert "no such file, folder or prefix" in refused(capsys, "embed", folder / "missing", *rest)
+    assert "with the given --include/--exclude" in refused(capsys, "embed", folder, "--include", "*.xyz", *rest)
+    (tmp_path / "t.csv").write_text("address\na.jpg\n")
+    assert "has no column `uri`; it has address" in refused(capsys, "embed", tmp_path / "t.csv", *rest)
+
+
+def test_an_output_of_something_else(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "o" / "images").mkdir(parents=True)
+    (tmp_path / "o" / "images" / "theirs.parquet").write_bytes(b"x")
+    shown = refused(capsys, "embed", folder, "--model", MODEL, "--out", tmp_path / "o")
+    assert "already holds files (theirs.parquet" in shown
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "run.json").write_text(json.dumps({"hello": 1}))
+    assert "not a run record" in refused(capsys, "embed", folder, "--model", MODEL, "--out", tmp_path / "p")
+    for command in ("status", "verify", "compact", "retry"):
+        assert "holds no run" in refused(capsys, command, tmp_path)
+
+
+def test_labels_of_a_model_without_any(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+    from support.checkpoints import make_checkpoint
+
+    plain = make_checkpoint(tmp_path / "vit", "vit")
+    shown = refused(capsys, "classify", folder, "--model", plain, "--out", tmp_path / "o")
+    assert "has no classifier" in shown
+    assert "Leave out --labels" in shown
+
+
+@pytest.mark.slow
+def test_gpus_that_nobody_has(folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jobs", "embed", folder, "--model", MODEL, "--out", tmp_path / "o"]
+    done = subprocess.run(
+        [*map(str, command), "--gpus-per-actor", "2"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2
+    assert "needs 2 GPUs, the cluster has 0 GPUs" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_cluster_that_does_not_answer(folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jobs", "embed", folder, "--model", MODEL, "--out", tmp_path / "o"]
+    done = subprocess.run(
+        [*map(str, command), "--address", "127.0.0.1:1"], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "no Ray cluster answers at 127.0.0.1:1" in done.stderr
+
+
+def test_help_answers_at_once_and_imports_nothing_heavy() -> None:
+    code = "import sys; from jobs.__main__ import main; main(['--help']); "
+    code += "print(sorted({'torch', 'ray', 'pandas', 'pyarrow', 'numpy', 'fsspec'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "embed" in done.stdout
+
+
+def test_another_projects_packages_are_noticed(tmp_path: Path) -> None:
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "__init__.py").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs", "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert "finds the package `pipeline` at" in done.stderr
