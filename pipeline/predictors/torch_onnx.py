@@ -2,7 +2,7 @@
 
 import warnings
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,8 +32,9 @@ class _Traced(nn.Module):
         del model.trunk.prefix
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        self.model.trunk.prefix = self.prefix.expand(pixels.shape[0], -1, -1)
-        outputs = self.model.readout(self.model.trunk(pixels))
+        trunk: Any = self.model.trunk
+        trunk.prefix = self.prefix.expand(pixels.shape[0], -1, -1)
+        outputs = self.model.readout(trunk(pixels))
         return tuple(getattr(outputs, name) for name in self.names)
 
 
