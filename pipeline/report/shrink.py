@@ -34,7 +34,7 @@ def shrink(data: bytes | None, side: int, max_pixels: int) -> bytes:
             ImageOps.exif_transpose(image, in_place=True)
             small = _displayable(image)
             small.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=2.0)
-    return _webp(_on_white(small))
+            return _webp(_on_white(small))
 
 
 @functools.cache

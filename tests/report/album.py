@@ -111,7 +111,7 @@ def add_duplicates(run: Path, groups: Sequence[Sequence[int]], name: str = "near
     folder = run / "duplicates" / name
     folder.mkdir(parents=True)
     records = [
-        {"row": row, "group": group, "keep": place == 1, "score": 1.0 if place == 1 else 0.99 - place / 100}
+        {"row": row, "group": group, "keep": place == 1, "score": 0.5 if place == 1 else 0.99 - place / 100}
         for group, rows in enumerate(groups)
         for place, row in enumerate(rows)
     ]

@@ -15,6 +15,7 @@ from report.album import encoded, tar_of
 from support.http_server import HttpServer
 from support.runs import RunContent, jpeg, write_run
 
+from pipeline.report import thumbnails
 from pipeline.report.run import open_run
 from pipeline.report.shrink import shrink
 from pipeline.report.thumbnails import Thumbnail, Thumbnailer
@@ -56,6 +57,16 @@ def test_report_thumbnails_of_tar_members(tmp_path: Path) -> None:
     assert is_near(colour_of(found[1]), BLUE)
     assert found[2].data is None
     assert "UnidentifiedImageError" in found[2].reason
+
+
+def test_report_thumbnail_of_a_tar_member_reads_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = tar_of(tmp_path / "shard.tar", {"a.jpg": jpeg(RED), "b.jpg": jpeg(BLUE)})
+    container = str(tmp_path / "shard.tar")
+    source = thumbnailer(tmp_path, ["a", "b"], containers=[(container, *first), (container, *second)])
+    read: list[bytes] = []
+    monkeypatch.setattr(thumbnails, "shrink", lambda data, *rest: read.append(data) or b"made")
+    source.thumbnails([0], 64)
+    assert read == [jpeg(RED)]
 
 
 @pytest.mark.parametrize(("column", "nested"), [("image", True), ("photo", False)])
