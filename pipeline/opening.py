@@ -7,7 +7,7 @@ import pyarrow as pa
 from pipeline.models import ModelInfo, choose_dtype, inspect_model
 from pipeline.predictors.batches import Wanted
 from pipeline.predictors.null import NULL_DIM
-from pipeline.record import check_empty, check_same, freezing, new_record, read_record, write_record
+from pipeline.record import check_empty, check_same, freezing, new_record, read_record, require_record, write_record
 from pipeline.sinks import intervals
 from pipeline.sinks.intervals import Spans
 from pipeline.sources.manifest import ManifestPart, part_named, read_schema, read_sources, write_manifest
@@ -112,7 +112,7 @@ def open_directory(question: Question) -> Opened:
         raise OutputError(f"{spec.out}/run.json vanished while the run was being set up; run the command again")
     check_same(found, wanted, spec.out)
     if spec.update:
-        found = _update(question, found)
+        found = _update(question)
     return reopen(spec.out, found, spec.storage_options)
 
 
@@ -126,28 +126,20 @@ def reopen(out: str, record: RunRecord, storage_options: Options) -> Opened:
     return Opened(record, parts, images_schema(outputs, user), user, intervals.from_rows(rows))
 
 
-def _update(question: Question, record: RunRecord) -> RunRecord:
+def _update(question: Question) -> RunRecord:
     spec = question.spec
-    known = [part_named(name) for name in record.manifest_parts]
-    with freezing(spec.out, spec.storage_options):
+    with freezing(spec.out, spec.storage_options, again=True):
+        # Read anew: another shard of the same job may just have added what there was to add.
+        record = require_record(spec.out, spec.storage_options)
+        known = [part_named(name) for name in record.manifest_parts]
         fresh = new_and_changed(read_sources(spec), spec.out, known, spec.storage_options)
-        added = write_manifest(fresh, spec.out, spec.storage_options, first_row=record.manifest_rows)
+        schema = read_schema(spec.out, known[0], spec.storage_options)
+        added = write_manifest(fresh, spec.out, spec.storage_options, first_row=record.manifest_rows, schema=schema)
         if not added:
             return record
-        _check_columns(spec, known[0], added[0])
         updated = _with_parts(record, [*known, *added], base=record.base_parts)
         write_record(spec.out, updated, spec.storage_options)
     return updated
-
-
-def _check_columns(spec: JobSpec, known: ManifestPart, added: ManifestPart) -> None:
-    old = read_schema(spec.out, known, spec.storage_options)
-    new = read_schema(spec.out, added, spec.storage_options)
-    if old != new:
-        raise OutputError(
-            f"the sources now carry other columns ({', '.join(new.names)}) than when {spec.out} was started "
-            f"({', '.join(old.names)}); start a new --out"
-        )
 
 
 def _with_parts(record: RunRecord, parts: list[ManifestPart], base: int) -> RunRecord:

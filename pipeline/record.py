@@ -102,16 +102,17 @@ def write_record(out: str, record: RunRecord, storage_options: Options) -> None:
 
 
 @contextmanager
-def freezing(out: str, storage_options: Options) -> Iterator[bool]:
+def freezing(out: str, storage_options: Options, *, again: bool = False) -> Iterator[bool]:
     """Let one of several jobs that start together freeze the inputs; the others wait until it has.
 
-    Yields True to the one that must do it. Raises OutputError when the other does not finish within an hour.
+    Yields True to the one that must do it. With `again` there is a record already, and each job has its turn to add
+    to it. Raises OutputError when the other does not finish within an hour.
     """
     fs, path = filesystem(out, storage_options)
     lock = join(path, "_freezing")
     deadline = time.monotonic() + _FREEZE_WAIT_S
     while not create_bytes(fs, lock, datetime.now(UTC).isoformat().encode()):
-        if read_record(out, storage_options) is not None and not fs.exists(lock):
+        if not again and read_record(out, storage_options) is not None and not fs.exists(lock):
             yield False
             return
         if _stale(fs, lock):

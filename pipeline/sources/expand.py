@@ -1,122 +1,162 @@
 """One source string to the manifest rows behind it, whatever it turns out to be."""
 
 import logging
+import os
 import tarfile
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 
-from pipeline.sources.listing import Entry, list_source, wanted
-from pipeline.sources.tables import content_table, parquet_kind, read_image_table, read_uri_table
-from pipeline.sources.tar import SIDECARS, list_tar
-from pipeline.storage import Options, redact, scheme
+from pipeline.sources.columns import content_table
+from pipeline.sources.listing import list_source, named_by, wanted
+from pipeline.sources.stores import Entry
+from pipeline.sources.tables import BATCH_ROWS, parquet_kind, read_image_table, read_uri_table, suffix
+from pipeline.sources.tar import COMPRESSED, SIDECARS, TarImage, list_tar
+from pipeline.sources.text import TEXT_SUFFIXES
+from pipeline.storage import filesystem, is_local, redact, scheme
 from schemas.errors import SourceError
 from schemas.spec import JobSpec
 
 _log = logging.getLogger(__name__)
 
-_TEXT_TABLES = frozenset({"csv", "tsv", "jsonl", "ndjson"})
-_BATCH_ROWS = 16_384
+Tables = Iterable[pa.Table]
+
+# Shards and image tables that are listed side by side: on an object store each is mostly waiting.
+_AHEAD = 8
 
 
 def expand(source: str, spec: JobSpec) -> Iterator[pa.Table]:
-    """Manifest rows (without `row`) of one source, in batches.
+    """Manifest rows (without `row`) of one source, in batches and in the order of the listing.
 
     A text table is one only where it is named as such (`labels.csv`, `tables/*.csv`), because a stray CSV beside
     images is no list of images. Tar shards and Parquet tables are opened wherever they turn up.
     Raises SourceError when the source cannot be read.
     """
-    if suffix(source) in _TEXT_TABLES:
-        for entry in list_source(source, spec.storage_options):
-            yield from read_uri_table(entry.uri, spec.uri_column, spec.storage_options)
+    if source.lower().partition("?")[0].endswith(COMPRESSED):
+        raise SourceError(
+            f"{redact(source)} is a compressed tar, whose members cannot be read by range; unpack it "
+            "(`gunzip`, `zstd -d` …) and give the .tar"
+        )
+    entries = list_source(source, spec.storage_options)
+    if suffix(source) in TEXT_SUFFIXES:
+        for entry in entries:
+            tables = read_uri_table(entry.uri, spec.uri_column, spec.storage_options)
+            yield from _chosen(tables, entry, spec)
         return
-    named = suffix(source) == "parquet"
+    items = _batches(_without_output(entries, spec), spec, named=suffix(source) == "parquet")
+    yield from in_order(items, _AHEAD if spec.limit is None else 0)
+
+
+def _batches(entries: Iterator[Entry], spec: JobSpec, named: bool) -> Iterator[pa.Table | Callable[[], Tables]]:
+    """Batches of plain objects, and a call for each object that may hold rows itself."""
     plain: list[Entry] = []
-    for entry in _skip_output(list_source(source, spec.storage_options), spec.out):
-        if not wanted(entry.uri, spec.include, spec.exclude):
-            continue
-        tables = _container(entry, spec, named)
-        if tables is None:
+    for entry in entries:
+        kind = suffix(entry.uri)
+        holds_rows = kind in {"tar", "parquet"} and not named_by(entry.uri, spec.exclude)
+        if named and kind != "parquet":
+            continue  # beside the parts of a table's folder lie `_SUCCESS` and the like
+        if not holds_rows and wanted(entry.uri, spec.include, spec.exclude):
             plain.append(entry)
-        if plain and (tables is not None or len(plain) == _BATCH_ROWS):
+        if plain and (holds_rows or len(plain) == BATCH_ROWS):
             yield _plain_table(plain)
             plain = []
-        if tables is not None:
-            yield from tables
+        if holds_rows:
+            yield partial(_tar_rows if kind == "tar" else partial(_parquet_rows, named=named), entry, spec)
     if plain:
         yield _plain_table(plain)
 
 
-def suffix(source: str) -> str:
-    """Lower-case suffix of the last path segment, without the dot and without a query string."""
-    path = urlsplit(source).path if scheme(source) == "http" else source
-    return path.rpartition("/")[2].rpartition(".")[2].lower()
+def in_order(items: Iterable[pa.Table | Callable[[], Tables]], ahead: int) -> Iterator[pa.Table]:
+    """Tables as they are, and those of calls, of which up to `ahead` run in advance; all in the order of `items`."""
+    waiting: deque[Future[Tables]] = deque()
+    with ThreadPoolExecutor(max(1, ahead), thread_name_prefix="patchstream-list") as pool:
+        try:
+            for item in items:
+                if isinstance(item, pa.Table) and not waiting:
+                    yield item
+                    continue
+                waiting.append(pool.submit(partial(list, [item]) if isinstance(item, pa.Table) else item))
+                while len(waiting) > ahead:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
-def _container(entry: Entry, spec: JobSpec, named: bool) -> Iterator[pa.Table] | None:
-    kind = suffix(entry.uri)
-    if kind == "tar":
-        return _tar_tables(entry, spec.storage_options)
-    if kind != "parquet":
-        return None
+def _tar_rows(entry: Entry, spec: JobSpec) -> Tables:
+    """All rows of a shard, in one table."""
+    images: list[TarImage] = []
+    broken: list[pa.Table] = []
     try:
-        found = parquet_kind(entry.uri, spec.uri_column, spec.image_column, spec.storage_options)
-    except SourceError:
-        if named:
-            raise
-        return None
-    if found is None:
-        if named:
-            raise SourceError(
-                f"{redact(entry.uri)} has neither a column `{spec.uri_column}` with addresses nor one column with "
-                "image bytes; name it with --uri-column or --image-column"
-            )
-        return None
-    what, column = found
-    read = read_uri_table if what == "uri" else read_image_table
-    return read(entry.uri, column, spec.storage_options)
-
-
-def _tar_tables(entry: Entry, storage_options: Options) -> Iterator[pa.Table]:
-    samples: list[dict[str, Any]] = []
-    try:
-        for sample in list_tar(entry.uri, storage_options):
-            samples.append(sample)
-            if len(samples) == _BATCH_ROWS:
-                yield _tar_table(entry, samples)
-                samples = []
+        for image in list_tar(entry.uri, spec.storage_options):
+            images.append(image)
     except tarfile.ReadError as error:
         # The shard itself becomes a row, so that what could not be listed shows up among the failures.
-        _log.warning("%s: %s", redact(entry.uri), error)
-        yield _plain_table([entry])
-    if samples:
-        yield _tar_table(entry, samples)
+        _log.warning("%s", redact(str(error)))
+        broken = [_plain_table([entry])]
+    tables = [_tar_table(entry, images)] if images else []
+    return [*_chosen(tables, entry, spec), *broken]
 
 
-def _tar_table(entry: Entry, samples: list[dict[str, Any]]) -> pa.Table:
-    fixed: dict[str, list[Any]] = {
-        "container": [entry.uri] * len(samples),
-        "offset": [sample["offset"] for sample in samples],
-        "length": [sample["length"] for sample in samples],
-        "size": [sample["length"] for sample in samples],
-        "etag": [entry.etag] * len(samples),
+def _parquet_rows(entry: Entry, spec: JobSpec, *, named: bool) -> Tables:
+    """The rows of a table. One of addresses may be long, and is read as its turn comes."""
+    kind = parquet_kind(entry.uri, spec.uri_column, spec.image_column, spec.storage_options)
+    if kind is None and named:
+        raise SourceError(f"{redact(entry.uri)} is not a Parquet file")
+    if kind is not None and kind.images is not None:
+        return list(_chosen(read_image_table(entry, kind, spec.storage_options), entry, spec))
+    # What an earlier run wrote names images too, but is asked for only where it is named.
+    if kind is not None and kind.uris is not None and (named or not kind.ours):
+        return _chosen(read_uri_table(entry.uri, kind.uris, spec.storage_options), entry, spec)
+    if named:
+        raise SourceError(
+            f"{redact(entry.uri)} has neither a column `{spec.uri_column}` with addresses nor one column with "
+            "image bytes; name it with --uri-column or --image-column"
+        )
+    return [_plain_table([entry])] if wanted(entry.uri, spec.include, spec.exclude) else []
+
+
+def _chosen(tables: Tables, container: Entry, spec: JobSpec) -> Iterator[pa.Table]:
+    """The rows that pass --include and --exclude; an --include that names the container takes all that is in it."""
+    include = () if spec.include and named_by(container.uri, spec.include) else spec.include
+    for table in tables:
+        if not include and not spec.exclude:
+            yield table
+            continue
+        keep = [wanted(uri, include, spec.exclude) for uri in table["uri"].to_pylist()]
+        yield table.filter(pa.array(keep, pa.bool_()))
+
+
+def _tar_table(entry: Entry, images: list[TarImage]) -> pa.Table:
+    fixed: dict[str, Sequence[Any]] = {
+        "container": [entry.uri] * len(images),
+        "offset": [image.offset for image in images],
+        "length": [image.length for image in images],
+        "size": [image.length for image in images],
+        "etag": [entry.etag] * len(images),
     }
-    present = [name for name in SIDECARS if any(name in sample for sample in samples)]
-    sidecars = {name: pa.array([sample.get(name) for sample in samples], pa.string()) for name in present}
-    uris = pa.array([f"{entry.uri}#{sample['name']}" for sample in samples], pa.string())
-    user = pa.table(sidecars) if present else pa.table({"_": pa.nulls(len(samples))}).select([])
-    return content_table(uris, fixed, user)
+    present = [name for name in SIDECARS if any(name in image.sidecars for image in images)]
+    sidecars = {name: pa.array([image.sidecars.get(name) for image in images], pa.string()) for name in present}
+    return content_table([f"{entry.uri}#{image.name}" for image in images], fixed, pa.table(sidecars))
 
 
 def _plain_table(entries: list[Entry]) -> pa.Table:
-    fixed: dict[str, list[Any]] = {"size": [entry.size for entry in entries], "etag": [entry.etag for entry in entries]}
-    uris = pa.array([entry.uri for entry in entries], pa.string())
-    return content_table(uris, fixed, pa.table({"_": pa.nulls(len(entries))}).select([]))
+    fixed: dict[str, Sequence[Any]] = {
+        "size": [entry.size for entry in entries],
+        "etag": [entry.etag for entry in entries],
+    }
+    return content_table([entry.uri for entry in entries], fixed)
 
 
-def _skip_output(entries: Iterator[Entry], out: str) -> Iterator[Entry]:
-    """What an earlier run wrote below the source is no input."""
+def _without_output(entries: Iterator[Entry], spec: JobSpec) -> Iterator[Entry]:
+    """What an earlier attempt wrote below the source is no input."""
+    fs, path = filesystem(spec.out, spec.storage_options)
+    out = os.path.abspath(path) if is_local(fs) else f"{scheme(spec.out)}://{path}"
     inside = out.rstrip("/") + "/"
     return (entry for entry in entries if not entry.uri.startswith(inside))

@@ -1,5 +1,6 @@
 """The manifest: one row per image, frozen when a run starts, read back in slices by the workers."""
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -8,15 +9,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
+from pipeline.sources.columns import concatenated, conformed, unified
 from pipeline.sources.expand import expand
 from pipeline.storage import Options, filesystem, join, put_bytes, redact
-from schemas.errors import SourceError
+from schemas.errors import OutputError, SourceError
 from schemas.spec import JobSpec
 from schemas.tables import MANIFEST_FIELDS, manifest_schema, user_fields
 
 PART_ROWS = 1 << 20
+# A part is put together in memory, so that columns of long texts make it shorter.
+PART_BYTES = 192 << 20
 # A worker reads whole row groups; this many rows is about a megabyte of addresses.
 GROUP_ROWS = 1 << 14
+
+
+_PART_NAME = re.compile(r"manifest-\d+-\d+\.parquet")
 
 
 class ManifestPart(NamedTuple):
@@ -54,23 +61,68 @@ def read_sources(spec: JobSpec) -> Iterator[pa.Table]:
 
 
 def write_manifest(
-    tables: Iterable[pa.Table], out: str, storage_options: Options, *, first_row: int = 0
+    tables: Iterable[pa.Table],
+    out: str,
+    storage_options: Options,
+    *,
+    first_row: int = 0,
+    schema: pa.Schema | None = None,
 ) -> list[ManifestPart]:
     """Number the rows from `first_row` and write them as `manifest/*.parquet` under `out`.
 
-    The parts count only once the run record names them, so a freeze that was cut short is simply written again.
+    All parts have the same columns: those of `schema` where one is given, else whatever the sources carry together.
+    The parts count only once the run record names them; what a freeze that was cut short left behind is removed first.
+    Raises SourceError where the sources disagree on a column, OutputError where they carry one that `schema` lacks.
     """
     fs, path = filesystem(out, storage_options)
+    _remove_leftovers(fs, path, first_row)
     parts: list[ManifestPart] = []
     schemas: list[pa.Schema] = []
-    for rows in _chunks(tables, PART_ROWS):
+    for rows in _chunks(tables):
         table = _number(rows, parts[-1].stop if parts else first_row)
-        part = _write(fs, path, table)
-        parts.append(part)
+        if schema is not None:
+            table = _fitted(table, schema, out)
+        parts.append(_write(fs, path, table))
         schemas.append(table.schema)
-    if schemas and any(schema != schemas[0] for schema in schemas):
-        _rewrite(fs, path, parts, pa.unify_schemas(schemas, promote_options="permissive"))
+    whole = schema or (_typed(unified(schemas)) if schemas else None)
+    for part, written in zip(parts, schemas, strict=True):
+        if not written.equals(whole):
+            with fs.open(join(path, "manifest", part.name), "rb") as file:
+                table = pq.read_table(file)
+            _write(fs, path, conformed(table, whole))
     return parts
+
+
+def _remove_leftovers(fs: AbstractFileSystem, path: str, first_row: int) -> None:
+    """Delete parts that no record names: all that begin at `first_row` or behind it."""
+    try:
+        found = fs.ls(join(path, "manifest"), detail=False, refresh=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for name in (str(place).rpartition("/")[2] for place in found):
+        if _PART_NAME.fullmatch(name) and part_named(name).first >= first_row:
+            fs.rm_file(join(path, "manifest", name))
+
+
+def _fitted(table: pa.Table, schema: pa.Schema, out: str) -> pa.Table:
+    unknown = [name for name in table.column_names if name not in schema.names]
+    if unknown:
+        raise OutputError(
+            f"the sources now carry columns ({', '.join(unknown)}) that they did not when {redact(out)} was started; "
+            "start a new --out"
+        )
+    try:
+        return conformed(table, schema)
+    except pa.ArrowException as error:
+        raise OutputError(
+            f"a column of the sources does not hold what it did when {redact(out)} was started ({error}); "
+            "start a new --out"
+        ) from error
+
+
+def _typed(schema: pa.Schema) -> pa.Schema:
+    """Columns that are null throughout become text."""
+    return pa.schema([field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in schema])
 
 
 def part_named(name: str) -> ManifestPart:
@@ -115,19 +167,21 @@ def _cut(table: pa.Table, first: int, spans: np.ndarray) -> pa.Table:
     return table.take(pa.array(indices))
 
 
-def _chunks(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """Concatenate and cut so that each chunk but the last has exactly `rows` rows."""
+def _chunks(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Concatenate and cut by rows and by bytes."""
     held: list[pa.Table] = []
-    count = 0
+    rows = size = 0
     for table in tables:
         held.append(table)
-        count += table.num_rows
-        while count >= rows:
-            joined = pa.concat_tables(held, promote_options="permissive")
-            yield joined.slice(0, rows)
-            held, count = [joined.slice(rows)], count - rows
-    if count:
-        yield pa.concat_tables(held, promote_options="permissive")
+        rows += table.num_rows
+        size += table.nbytes
+        if rows >= PART_ROWS or size >= PART_BYTES:
+            joined = concatenated(held)
+            yield joined.slice(0, PART_ROWS)
+            rest = joined.slice(PART_ROWS)
+            held, rows, size = ([rest] if len(rest) else []), len(rest), rest.nbytes
+    if rows:
+        yield concatenated(held)
 
 
 def _number(table: pa.Table, first: int) -> pa.Table:
@@ -143,15 +197,3 @@ def _write(fs: AbstractFileSystem, out: str, table: pa.Table) -> ManifestPart:
     pq.write_table(table, sink, row_group_size=GROUP_ROWS, compression="zstd", write_page_checksum=True)
     put_bytes(fs, join(out, "manifest", part.name), sink.getvalue().to_pybytes())
     return part
-
-
-def _rewrite(fs: AbstractFileSystem, out: str, parts: list[ManifestPart], schema: pa.Schema) -> None:
-    """Give every part the same columns: sources may differ in what rides along."""
-    for part in parts:
-        with fs.open(join(out, "manifest", part.name), "rb") as file:
-            table = pq.read_table(file)
-        columns = [
-            table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
-            for field in schema
-        ]
-        _write(fs, out, pa.table(columns, schema=schema))

@@ -1,99 +1,121 @@
-"""Tables as sources: CSV, JSONL and Parquet with a `uri` column, and Parquet with the image bytes themselves.
+"""Tables as sources: CSV, TSV, JSONL and Parquet with a `uri` column, and Parquet with the image bytes themselves.
 
 Each reader yields Arrow tables with the manifest's columns (without `row`) and the user's own columns behind them.
 """
 
 import os
 import posixpath
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit, urlunsplit
 
 import pyarrow as pa
-import pyarrow.csv as pa_csv
-import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
-from pipeline.storage import Options, filesystem, redact, scheme
+from pipeline.sources.columns import content_table
+from pipeline.sources.reading import open_object
+from pipeline.sources.stores import Entry
+from pipeline.sources.text import TEXT_SUFFIXES, read_text
+from pipeline.storage import Options, redact, scheme
 from schemas.errors import SourceError
-from schemas.tables import MANIFEST_FIELDS, user_column_name
+from schemas.tables import METADATA_KEY
 
-CONTENT_FIELDS = MANIFEST_FIELDS[1:]  # `row` is given out when the manifest is frozen
-_BATCH_ROWS = 16_384
+BATCH_ROWS = 16_384
+
+
+class ParquetKind(NamedTuple):
+    """What a Parquet file is to us: `uris` and `images` name the columns that hold them; `ours` if we wrote it."""
+
+    uris: str | None
+    images: str | None
+    ours: bool
+
+
+def suffix(source: str) -> str:
+    """Lower-case suffix of the last path segment, without the dot, a query string or a `.gz` behind a text table's."""
+    path = urlsplit(source).path if scheme(source) == "http" else source.partition("::")[0]
+    name = path.rpartition("/")[2].lower()
+    stem, _, last = name.rpartition(".")
+    inner = stem.rpartition(".")[2]
+    return inner if last == "gz" and inner in TEXT_SUFFIXES else last
 
 
 def read_uri_table(source: str, uri_column: str, storage_options: Options) -> Iterator[pa.Table]:
-    """Rows of a CSV, JSONL or Parquet table that names images in `uri_column`.
+    """Rows of a CSV, TSV, JSONL or Parquet table that names images in `uri_column`.
 
-    A relative name is taken from the table's own folder. Raises SourceError when the column is missing or the
-    file is not such a table.
+    A relative name is taken from the table's own folder. A row without an address is kept: it becomes a failure.
+    Raises SourceError when the column is missing or the file is not such a table.
     """
-    for batch in _read_batches(source, storage_options):
-        if uri_column not in batch.column_names:
+    kind = suffix(source)
+    batches = (
+        _read_parquet(source, storage_options)
+        if kind == "parquet"
+        else read_text(source, kind, uri_column, storage_options)
+    )
+    for table in batches:
+        if table.column_names.count(uri_column) != 1:
+            what = "more than one column" if uri_column in table.column_names else "no column"
             raise SourceError(
-                f"{redact(source)} has no column `{uri_column}`; it has {', '.join(batch.column_names)}. "
+                f"{redact(source)} has {what} `{uri_column}`; it has {', '.join(table.column_names)}. "
                 "Name the column that holds the image addresses with --uri-column"
             )
-        uris = _absolute(source, batch[uri_column])
-        yield content_table(uris, {}, batch.drop_columns([uri_column]))
+        uris = _absolute(source, _addresses(source, table[uri_column]))
+        yield content_table(uris, {}, table.drop_columns([uri_column]))
 
 
-def read_image_table(source: str, column: str, storage_options: Options) -> Iterator[pa.Table]:
-    """Rows of a Parquet table that holds image bytes in `column`: binary, or Hugging Face's `{bytes, path}`.
+def read_image_table(entry: Entry, kind: ParquetKind, storage_options: Options) -> Iterator[pa.Table]:
+    """Rows of a Parquet table that holds image bytes: binary, or Hugging Face's `{bytes, path}`.
 
-    Only the other columns and the `path` are read here; the bytes are fetched when their row's turn comes.
+    Only the other columns and the `path` are read here; the bytes are fetched when their row's turn comes. A row is
+    named by its address where the table has one, else by its `path`, else by its number.
     """
-    fs, path = filesystem(source, storage_options)
-    with fs.open(path, "rb") as file, pq.ParquetFile(file) as parquet:
+    source, column = entry.uri, str(kind.images)
+    with _parquet(source, storage_options) as parquet:
         nested = pa.types.is_struct(parquet.schema_arrow.field(column).type)
         others = [name for name in parquet.schema_arrow.names if name != column]
+        columns = [*others, *([f"{column}.path"] if nested else [])]
         first = 0
-        for batch in parquet.iter_batches(_BATCH_ROWS, columns=[*others, *([f"{column}.path"] if nested else [])]):
-            table = pa.table(batch) if batch.num_columns else pa.table({"_": pa.nulls(batch.num_rows)})
+        for batch in parquet.iter_batches(BATCH_ROWS, columns=columns):
             rows = range(first, first + batch.num_rows)
-            names = batch.column(column).field("path").to_pylist() if nested else [None] * batch.num_rows
-            uris = [f"{source}#{name or row}" for name, row in zip(names, rows, strict=True)]
-            fixed: dict[str, list[Any]] = {"container": [source] * len(uris), "offset": list(rows)}
-            yield content_table(pa.array(uris, pa.string()), fixed, table.select(others))
+            paths = batch.column(column).field("path").to_pylist() if nested else [None] * batch.num_rows
+            names = [f"{source}#{path or row}" for path, row in zip(paths, rows, strict=True)]
+            user = pa.table(batch).select(others) if others else None
+            if user is not None and kind.uris is not None:
+                given = _absolute(source, _addresses(source, user[kind.uris]))
+                names = [address or name for address, name in zip(given, names, strict=True)]
+                user = user.drop_columns([kind.uris])
+            fixed: dict[str, Sequence[Any]] = {
+                "container": [source] * len(rows),
+                "offset": list(rows),
+                "etag": [_version(entry)] * len(rows),
+            }
+            yield content_table(names, fixed, user)
             first += batch.num_rows
 
 
-def parquet_kind(source: str, uri_column: str, image_column: str, storage_options: Options) -> tuple[str, str] | None:
-    """`("uri", column)`, `("image", column)`, or None for a Parquet file that is neither.
+def _version(entry: Entry) -> str | None:
+    """Changes when the table does: its rows have no size or ETag of their own."""
+    return entry.etag if entry.size is None else f"{entry.etag or ''}-{entry.size:x}"
 
-    Raises SourceError when the file is not Parquet.
+
+def parquet_kind(source: str, uri_column: str, image_column: str, storage_options: Options) -> ParquetKind | None:
+    """What the Parquet file `source` is to us; None when it is no Parquet file.
+
+    Bytes in the column `image_column` go before addresses; bytes elsewhere count where there are no addresses and no
+    other column holds any. Raises SourceError when the file cannot be reached.
     """
-    fs, path = filesystem(source, storage_options)
-    try:
-        with fs.open(path, "rb") as file:
+    with open_object(source, storage_options) as file:
+        try:
             schema = pq.read_schema(file)
-    except pa.ArrowInvalid as error:
-        raise SourceError(f"{redact(source)} is not a Parquet file ({error})") from error
-    if uri_column in schema.names:
-        return "uri", uri_column
+        except (pa.ArrowException, OSError):
+            return None
+    uris = uri_column if uri_column in schema.names else None
     candidates = [field.name for field in schema if _holds_images(field.type)]
-    if image_column in candidates:
-        return "image", image_column
-    return ("image", candidates[0]) if len(candidates) == 1 else None
-
-
-def content_table(uris: pa.Array, fixed: dict[str, list[Any]], user: pa.Table) -> pa.Table:
-    """A manifest table without `row`: `uris`, the fixed columns that are known, nulls for the others, `user`."""
-    columns: list[pa.Array] = []
-    for field in CONTENT_FIELDS:
-        if field.name == "uri":
-            columns.append(uris)
-        elif field.name in fixed:
-            columns.append(pa.array(fixed[field.name], field.type))
-        else:
-            columns.append(pa.nulls(len(uris), field.type))
-    names = [field.name for field in CONTENT_FIELDS]
-    mine = [user_column_name(name) for name in user.column_names]
-    clash = {name for name in mine if mine.count(name) > 1}
-    if clash:
-        raise SourceError(f"two columns of the table would both be called `{sorted(clash)[0]}`; rename one of them")
-    fields = [*CONTENT_FIELDS, *(pa.field(name, user.schema.field(i).type) for i, name in enumerate(mine))]
-    table = pa.Table.from_arrays([*columns, *user.columns], names=[*names, *mine])
-    return table.cast(pa.schema(fields))
+    images = image_column if image_column in candidates else None
+    if uris is None and images is None and len(candidates) == 1:
+        images = candidates[0]
+    return ParquetKind(uris, images, METADATA_KEY in (schema.metadata or {}))
 
 
 def _holds_images(kind: pa.DataType) -> bool:
@@ -103,35 +125,51 @@ def _holds_images(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _read_batches(source: str, storage_options: Options) -> Iterator[pa.Table]:
-    fs, path = filesystem(source, storage_options)
-    suffix = path.lower().rpartition(".")[2]
-    try:
-        with fs.open(path, "rb") as file:
-            if suffix == "parquet":
-                for batch in pq.ParquetFile(file).iter_batches(_BATCH_ROWS):
-                    yield pa.table(batch)
-            elif suffix in {"csv", "tsv"}:
-                options = pa_csv.ParseOptions(delimiter="\t" if suffix == "tsv" else ",", newlines_in_values=True)
-                for batch in pa_csv.open_csv(file, parse_options=options):
-                    yield pa.table(batch)
-            else:
-                for batch in pa_json.open_json(file):
-                    yield pa.table(batch)
-    except pa.ArrowInvalid as error:
-        raise SourceError(f"{redact(source)} cannot be read as {suffix.upper()}: {error}") from error
+@contextmanager
+def _parquet(source: str, storage_options: Options) -> Iterator[pq.ParquetFile]:
+    """The table, its column chunks fetched ahead in few reads. Raises SourceError for what is damaged or no Parquet."""
+    with open_object(source, storage_options) as file:
+        try:
+            with pq.ParquetFile(file, pre_buffer=True) as parquet:
+                yield parquet
+        except (pa.ArrowException, OSError) as error:
+            raise SourceError(f"{redact(source)} cannot be read as Parquet: {redact(str(error))}") from error
 
 
-def _absolute(source: str, column: pa.ChunkedArray) -> pa.Array:
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+def _read_parquet(source: str, storage_options: Options) -> Iterator[pa.Table]:
+    with _parquet(source, storage_options) as parquet:
+        yield parquet.schema_arrow.empty_table()
+        for batch in parquet.iter_batches(BATCH_ROWS):
+            yield pa.table(batch)
+
+
+def _addresses(source: str, column: pa.ChunkedArray) -> list[str | None]:
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
         raise SourceError(f"{redact(source)}: the address column holds {column.type}, text is needed")
-    folder = source.rpartition("/")[0]
-    local = scheme(source) == "file"
+    values: list[str | None] = column.to_pylist()
+    return values
 
-    def resolve(uri: str | None) -> str:
-        if not uri or "://" in uri or uri.startswith("/"):
-            return uri or ""
-        joined = posixpath.normpath(posixpath.join(folder, uri)) if local else f"{folder}/{uri}"
-        return os.path.abspath(joined) if local else joined
 
-    return pa.array([resolve(uri) for uri in column.to_pylist()], pa.string())
+def _absolute(source: str, uris: list[str | None]) -> list[str]:
+    """Addresses as the workers need them: a relative one begins at the table's folder."""
+    if scheme(source) == "file":
+        folder = os.path.dirname(os.path.abspath(source.removeprefix("file://")))
+        return [_absolute_path(folder, uri) for uri in uris]
+    if scheme(source) == "http":
+        source = urlunsplit(urlsplit(source)._replace(query="", fragment=""))
+    place, _, path = source.rpartition("/")[0].partition("://")
+    root, _, folder = path.partition("/")
+    return [_absolute_url(f"{place}://{root}", folder, uri) for uri in uris]
+
+
+def _absolute_path(folder: str, uri: str | None) -> str:
+    if not uri or "://" in uri:
+        return uri or ""
+    return os.path.normpath(os.path.join(folder, uri))
+
+
+def _absolute_url(root: str, folder: str, uri: str | None) -> str:
+    if not uri or "://" in uri or uri.startswith("/"):
+        return uri or ""
+    return f"{root}/{posixpath.normpath(posixpath.join(folder, uri))}"

@@ -1,60 +1,63 @@
 """WebDataset shards: list the images of a tar by their byte range, so that each can be read alone.
 
 A sample is the run of members that share a name up to the first dot (https://github.com/webdataset/webdataset).
-Its `.json`, `.cls` and `.txt` members ride along as the text columns `json`, `user_cls` and `txt`.
+Its `.json`, `.cls` and `.txt` members ride along as the text columns `json`, `cls` and `txt`.
 """
 
 import tarfile
 from collections.abc import Iterator
-from typing import Any
+from typing import BinaryIO, NamedTuple
 
-from pipeline.storage import Options, filesystem, redact
+from pipeline.sources.reading import open_object
+from pipeline.storage import Options, redact
 
 SIDECARS = ("json", "cls", "txt")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _IMAGE_SUFFIXES = frozenset(
-    {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "heic", "heif", "avif", "img"}
-    | {"ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "ico", "tga"}
+    {"jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "mpo", "ico", "tga"}
+    | {"heic", "heif", "hif", "avif", "avifs", "jp2", "j2k", "jpf", "jpx", "ppm", "pgm", "pbm", "pnm", "pcx", "dds"}
+    | {"img", "image"}
 )
 _MAX_SIDECAR_BYTES = 1 << 20
-# Headers lie between the images; reading ahead in blocks of this size beats one request for each header.
-_READ_AHEAD_BYTES = 1 << 20
 
 
-class TarSample(dict[str, Any]):
-    """`name`, `offset`, `length` of one image, and the text of its sample's sidecars by suffix."""
+class TarImage(NamedTuple):
+    """One image: its name, where its bytes lie, and the text of its sample's sidecars by suffix."""
+
+    name: str
+    offset: int
+    length: int
+    sidecars: dict[str, str]
 
 
-def list_tar(uri: str, storage_options: Options) -> Iterator[TarSample]:
+def list_tar(uri: str, storage_options: Options) -> Iterator[TarImage]:
     """The images in the shard at `uri`, in the order of the tar.
 
-    Raises tarfile.ReadError when the file is no uncompressed tar or ends in the middle of a header; what was
-    yielded before that is good.
+    Raises tarfile.ReadError when the file is no uncompressed tar, or breaks off or is damaged at a header; what was
+    yielded before that is good. Raises SourceError when it cannot be read at all.
     """
-    fs, path = filesystem(uri, storage_options)
-    with (
-        fs.open(path, "rb", block_size=_READ_AHEAD_BYTES, cache_type="readahead") as file,
-        _open(file, uri) as shard,
-    ):
-        group: list[TarSample] = []
+    with open_object(uri, storage_options) as file, _open(file, uri) as shard:
+        sample: list[tarfile.TarInfo] = []
         sidecars: dict[str, str] = {}
         key = None
-        for member in shard:
-            if not member.isfile() or member.name.rpartition("/")[2].startswith("."):
-                continue
-            stem, suffix = _split(member.name)
-            if stem != key:
-                yield from _finish(group, sidecars)
-                group, sidecars, key = [], {}, stem
-            last = suffix.rpartition(".")[2]
-            if last in SIDECARS and member.size <= _MAX_SIDECAR_BYTES:
-                content = shard.extractfile(member)
-                sidecars[last] = content.read().decode("utf-8", "replace").strip() if content else ""
-            elif last in _IMAGE_SUFFIXES or not suffix:
-                group.append(TarSample(name=member.name, offset=member.offset_data, length=member.size))
-        yield from _finish(group, sidecars)
+        try:
+            for member in _members(shard, file):
+                stem, suffix = _split(member.name)
+                if stem != key:
+                    yield from _images(sample, sidecars)
+                    sample, sidecars, key = [], {}, stem
+                last = suffix.rpartition(".")[2]
+                if last in SIDECARS and member.size <= _MAX_SIDECAR_BYTES:
+                    sidecars[last] = _text(shard, member)
+                elif last in _IMAGE_SUFFIXES or not suffix:
+                    sample.append(member)
+        except tarfile.ReadError as error:
+            yield from _images(sample, sidecars)
+            raise tarfile.ReadError(f"{redact(uri)} breaks off or is damaged ({error})") from error
+        yield from _images(sample, sidecars)
 
 
-def _open(file: Any, uri: str) -> tarfile.TarFile:
+def _open(file: BinaryIO, uri: str) -> tarfile.TarFile:
     try:
         return tarfile.open(fileobj=file, mode="r:")
     except tarfile.ReadError as error:
@@ -64,13 +67,29 @@ def _open(file: Any, uri: str) -> tarfile.TarFile:
         ) from error
 
 
+def _members(shard: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """The regular files of the shard, hidden ones left out. Forgets what it has given: shards may hold millions."""
+    while (member := shard.next()) is not None:
+        shard.members.clear()  # type: ignore[attr-defined]
+        if member.isfile() and not member.name.rpartition("/")[2].startswith("."):
+            yield member
+    # tarfile takes a damaged header for the end, in silence; the true end is a block of zeros or of the file.
+    file.seek(shard.offset)
+    if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise tarfile.ReadError(f"no valid header at byte {shard.offset:,}")
+
+
+def _text(shard: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    content = shard.extractfile(member)
+    return content.read().decode("utf-8", "replace").strip() if content else ""
+
+
 def _split(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     return f"{folder}{slash}{stem}", suffix.lower()
 
 
-def _finish(group: list[TarSample], sidecars: dict[str, str]) -> Iterator[TarSample]:
-    for sample in group:
-        sample.update(sidecars)
-        yield sample
+def _images(sample: list[tarfile.TarInfo], sidecars: dict[str, str]) -> Iterator[TarImage]:
+    for member in sample:
+        yield TarImage(member.name, member.offset_data, member.size, sidecars)

@@ -1,17 +1,34 @@
 """`--update`: of what the sources list now, the rows that are new or changed since the manifest was frozen."""
 
+import tempfile
 from collections.abc import Iterable, Iterator
 
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.sources.manifest import ManifestPart
-from pipeline.storage import Options, filesystem, join
+from pipeline.storage import Options, filesystem, join, redact
 
-_BATCH_ROWS = 65_536
+_BATCH_ROWS = 131_072
+
+# Two rows are the same object if they share an address, the n-th of that address there with the n-th here: a table
+# may name an image twice, and sources may overlap. An object without ETag and size (a plain URL) counts as unchanged.
+_COMPARE = """
+    with live as (
+        select row, key, etag, size, row_number() over (partition by key order by row) as copy
+        from known anti join (select replaces as row from known where replaces is not null) using (row)
+    ), seen as (
+        select place, key, etag, size, row_number() over (partition by key order by place) as copy from listed
+    )
+    select place, live.row as replaces
+    from seen left join live using (key, copy)
+    where live.row is null
+       or (seen.etag is not null and seen.etag is distinct from live.etag)
+       or (seen.size is not null and seen.size is distinct from live.size)
+    order by place
+"""
 
 
 def new_and_changed(
@@ -19,26 +36,17 @@ def new_and_changed(
 ) -> Iterator[pa.Table]:
     """Rows of `tables` whose address is unknown, or known with another etag or size.
 
-    A changed row carries the row it replaces in `replaces`. An object without etag and size (a plain URL) counts
-    as unchanged. The comparison runs in DuckDB, which spills to disk when the manifest outgrows memory.
+    A changed row carries the row it replaces in `replaces`. What is listed waits on the local disk until all of it
+    is there, and DuckDB compares it there: neither side need fit into memory.
     """
-    with duckdb.connect() as database:
-        _load_known(database, out, parts, storage_options)
-        for table in tables:
-            database.register("listed", table.append_column("place", pa.array(np.arange(len(table)))))
-            found = database.sql(
-                """
-                select place, known.row as old, known.uri is not null as is_known,
-                       (listed.etag is distinct from known.etag and listed.etag is not null)
-                       or (listed.size is distinct from known.size and listed.size is not null) as changed
-                from listed left join known using (uri) order by place
-                """
-            ).to_arrow_table()
-            database.unregister("listed")
-            keep = pc.or_(pc.invert(found["is_known"]), pc.fill_null(found["changed"], False))
-            replaces = pc.if_else(found["is_known"], found["old"], pa.scalar(None, pa.int64()))
-            marked = table.set_column(table.column_names.index("replaces"), "replaces", replaces)
-            yield marked.filter(keep)
+    with tempfile.TemporaryDirectory(prefix="patchstream-update-") as folder:
+        with duckdb.connect(f"{folder}/compare.duckdb") as database:
+            database.execute("create table known (row bigint, key varchar, etag varchar, size bigint, replaces bigint)")
+            database.execute("create table listed (place bigint, key varchar, etag varchar, size bigint)")
+            _load_known(database, out, parts, storage_options)
+            files = _set_aside(tables, database, folder)
+            found = database.execute(_COMPARE).to_arrow_table()
+        yield from _picked(files, found["place"].to_numpy(), found["replaces"].combine_chunks())
 
 
 def superseded_rows(out: str, parts: list[ManifestPart], storage_options: Options) -> np.ndarray:
@@ -55,16 +63,50 @@ def superseded_rows(out: str, parts: list[ManifestPart], storage_options: Option
 def _load_known(
     database: duckdb.DuckDBPyConnection, out: str, parts: list[ManifestPart], storage_options: Options
 ) -> None:
-    """The newest row of every address in the manifest, as the table `known`."""
     fs, path = filesystem(out, storage_options)
-    database.sql("create table every (row bigint, uri varchar, etag varchar, size bigint)")
+    columns = ["row", "uri", "etag", "size", "replaces"]
     for part in parts:
         with fs.open(join(path, "manifest", part.name), "rb") as file, pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(_BATCH_ROWS, columns=["row", "uri", "etag", "size"]):
-                database.register("batch", pa.table(batch))
-                database.sql("insert into every select row, uri, etag, size from batch")
-                database.unregister("batch")
-    database.sql(
-        "create table known as select max(row) as row, uri, arg_max(etag, row) as etag, "
-        "arg_max(size, row) as size from every group by uri"
-    )
+            for batch in parquet.iter_batches(_BATCH_ROWS, columns=columns):
+                row, uri, etag, size, replaces = batch.columns
+                _insert(database, "known", [row, _keys(uri), etag, size, replaces])
+
+
+def _set_aside(tables: Iterable[pa.Table], database: duckdb.DuckDBPyConnection, folder: str) -> list[tuple[str, int]]:
+    """Write `tables` as Arrow files and their keys into the database; returns (file, rows), in order."""
+    files: list[tuple[str, int]] = []
+    place = 0
+    for table in tables:
+        name = f"{folder}/{len(files):08d}.arrow"
+        with pa.OSFile(name, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        files.append((name, len(table)))
+        columns = [table[column].combine_chunks() for column in ("uri", "etag", "size")]
+        places = pa.array(np.arange(place, place + len(table)))
+        _insert(database, "listed", [places, _keys(columns[0]), *columns[1:]])
+        place += len(table)
+    return files
+
+
+def _insert(database: duckdb.DuckDBPyConnection, table: str, columns: list[pa.Array]) -> None:
+    names = [str(place) for place in range(len(columns))]
+    database.register("batch", pa.table(columns, names=names))
+    database.execute(f"insert into {table} select * from batch")
+    database.unregister("batch")
+
+
+def _keys(uris: pa.Array) -> pa.Array:
+    """Addresses without their signatures: a URL that was signed anew is still the same object."""
+    return pa.array([redact(uri) if "?" in uri or "@" in uri else uri for uri in uris.to_pylist()], pa.string())
+
+
+def _picked(files: list[tuple[str, int]], places: np.ndarray, replaces: pa.Array) -> Iterator[pa.Table]:
+    first = 0
+    for name, rows in files:
+        low, high = np.searchsorted(places, [first, first + rows])
+        if high > low:
+            with pa.OSFile(name, "rb") as source:
+                table = pa.ipc.open_file(source).read_all().take(pa.array(places[low:high] - first))
+            marks = replaces.slice(low, high - low)
+            yield table.set_column(table.column_names.index("replaces"), "replaces", marks)
+        first += rows

@@ -1,0 +1,90 @@
+"""Manifest tables without `row`, and the user's columns in types that every Parquet reader knows."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from schemas.errors import SourceError
+from schemas.tables import MANIFEST_FIELDS, user_column_name
+
+CONTENT_FIELDS = MANIFEST_FIELDS[1:]  # `row` is given out when the manifest is frozen
+
+
+def content_table(uris: Sequence[str], fixed: Mapping[str, Sequence[Any]], user: pa.Table | None = None) -> pa.Table:
+    """`uris`, the fixed columns that are known, nulls for the others, `user`.
+
+    Raises SourceError when two columns of the user's would go by one name.
+    """
+    columns: list[pa.Array | pa.ChunkedArray] = []
+    for field in CONTENT_FIELDS:
+        if field.name == "uri":
+            columns.append(text_array(uris))
+        elif field.name in fixed:
+            columns.append(pa.array(fixed[field.name], field.type))
+        else:
+            columns.append(pa.nulls(len(uris), field.type))
+    names = user.column_names if user is not None else []
+    mine = [user_column_name(name) for name in names]
+    clash = sorted({name for name in mine if mine.count(name) > 1})
+    if clash:
+        raise SourceError(f"two columns of the table would both be called `{clash[0]}`; rename one of them")
+    theirs = [_plain(user.column(place)) for place in range(len(names))] if user is not None else []
+    fields = [*CONTENT_FIELDS, *(pa.field(name, column.type) for name, column in zip(mine, theirs, strict=True))]
+    return pa.table([*columns, *theirs], schema=pa.schema(fields))
+
+
+def text_array(values: Sequence[str]) -> pa.Array:
+    """Strings for Arrow, which holds UTF-8 only: a byte of a name that is none is shown as `\\udcXX`."""
+    try:
+        return pa.array(values, pa.string())
+    except UnicodeEncodeError:
+        return pa.array([value.encode("utf-8", "backslashreplace").decode() for value in values], pa.string())
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Without dictionaries, extensions and structs that have no fields, which differ from batch to batch."""
+    if isinstance(column.type, pa.BaseExtensionType):
+        return _plain(pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type))
+    if pa.types.is_dictionary(column.type):
+        return column.cast(column.type.value_type)
+    if _has_empty_struct(column.type):
+        texts = [None if value is None else json.dumps(value, default=str) for value in column.to_pylist()]
+        return pa.chunked_array([pa.array(texts, pa.string())])
+    return column
+
+
+def _has_empty_struct(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind) and not kind.num_fields:
+        return True
+    return any(_has_empty_struct(kind.field(place).type) for place in range(kind.num_fields))
+
+
+def concatenated(tables: Sequence[pa.Table]) -> pa.Table:
+    """The tables one after the other, with nulls where one lacks a column. Raises SourceError as `unified` does."""
+    schema = unified([table.schema for table in tables])
+    return pa.concat_tables([conformed(table, schema) for table in tables])
+
+
+def unified(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    """A schema that all fit into. Raises SourceError for a column that is text here and a number there."""
+    try:
+        return pa.unify_schemas(list(schemas), promote_options="permissive")
+    except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
+        raise SourceError(
+            f"the sources do not agree on what a column holds ({error}). Give it one type in all of them, or another "
+            "name in one"
+        ) from error
+
+
+def conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """`table` with exactly the columns of `schema`, nulls where it lacks one."""
+    if table.schema.equals(schema):
+        return table
+    present = set(table.column_names)
+    columns = [
+        table[field.name].cast(field.type) if field.name in present else pa.nulls(len(table), field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema)

@@ -1,0 +1,129 @@
+"""The objects of a store, page by page: local disks, S3, Google Cloud Storage, web servers' index pages, any other."""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from fsspec import AbstractFileSystem
+
+from pipeline.sources.reading import patiently
+
+_PAGE = 1000
+
+# Whether a folder may hold something that is wanted; spares the walk through what cannot.
+Enter = Callable[[str], bool]
+
+
+class Entry(NamedTuple):
+    """One object. `etag` changes when the content does; None where the store has no such thing."""
+
+    uri: str
+    size: int | None
+    etag: str | None
+
+
+def local_entry(path: str) -> Entry:
+    """The file at `path` (absolute). A link that leads nowhere is an entry too: it fails when it is read."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return Entry(path, None, None)
+    return Entry(path, status.st_size, f"{status.st_mtime_ns:x}-{status.st_size:x}")
+
+
+def walk_local(folder: str, enter: Enter = lambda path: True) -> Iterator[Entry]:
+    """Every file below `folder` (absolute), by name, a folder's files before its subfolders'.
+
+    Links are followed, except one that leads back to a folder it lies in.
+    """
+    stack: list[tuple[str, frozenset[str]]] = [(folder, frozenset())]
+    while stack:
+        place, above = stack.pop()
+        real = os.path.realpath(place)
+        if real in above:
+            continue
+        files, folders = _scan(place)
+        for name in files:
+            yield local_entry(os.path.join(place, name))
+        below = (os.path.join(place, name) for name in reversed(folders))
+        stack += [(path, above | {real}) for path in below if enter(path)]
+
+
+def _scan(folder: str) -> tuple[list[str], list[str]]:
+    """Names of files and of folders. An unreadable folder is an error: its files would be missing unnoticed."""
+    files: list[str] = []
+    folders: list[str] = []
+    with os.scandir(folder) as found:
+        for item in found:
+            (folders if item.is_dir() else files).append(item.name)
+    return sorted(files), sorted(folders)
+
+
+def list_s3(fs: AbstractFileSystem, bucket: str, prefix: str) -> Iterator[Entry]:
+    """Objects whose key begins with `prefix`, by key. A folder marker (`key/`) is no object."""
+    token: dict[str, str] = {}
+    while True:
+        page = fs.call_s3(
+            "list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=_PAGE, **token, **getattr(fs, "req_kw", {})
+        )
+        for item in page.get("Contents", []):
+            if not item["Key"].endswith("/"):
+                yield Entry(f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"].strip('"'))
+        if not page.get("IsTruncated"):
+            return
+        token = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+def list_gcs(fs: AbstractFileSystem, bucket: str, prefix: str) -> Iterator[Entry]:
+    """As `list_s3`."""
+    token: dict[str, str] = {}
+    while True:
+        page: dict[str, Any] = fs.call("GET", "b/{}/o", bucket, prefix=prefix, maxResults=_PAGE, json_out=True, **token)
+        for item in page.get("items", []):
+            if not item["name"].endswith("/"):
+                etag = item.get("md5Hash") or item.get("crc32c") or item.get("etag")  # composite objects have no MD5
+                yield Entry(f"gs://{bucket}/{item['name']}", int(item["size"]), etag)
+        if not page.get("nextPageToken"):
+            return
+        token = {"pageToken": page["nextPageToken"]}
+
+
+def crawl(fs: AbstractFileSystem, url: str, enter: Enter = lambda path: True) -> Iterator[Entry]:
+    """Every file that the index page at `url`, and those of the folders below it, link to.
+
+    Links out of the folder, and those that only sort the page anew (`?C=M;O=A`), do not count.
+    """
+    stack, seen = [url], {url}
+    while stack:
+        page = stack.pop()
+        links = sorted(_links(fs, page))
+        folders = [link for link in links if link.endswith("/") and link not in seen and enter(link)]
+        yield from (Entry(link, None, None) for link in links if not link.endswith("/"))
+        seen.update(folders)
+        stack += reversed(folders)
+
+
+def _links(fs: AbstractFileSystem, page: str) -> list[str]:
+    found: list[str] = patiently(page, lambda: fs.ls(page, detail=False))
+    return [
+        link for link in found if link.startswith(page) and not urlsplit(link).query and not urlsplit(link).fragment
+    ]
+
+
+def walk_any(fs: AbstractFileSystem, base: str, rest: str) -> Iterator[Entry]:
+    """Files below `base` on any other file system. `rest` is what follows `::` in a chained address."""
+    if fs.isfile(base):
+        yield _any_entry(fs, fs.info(base), rest)
+        return
+    if not fs.exists(base):
+        raise FileNotFoundError(base)
+    for _, _, files in fs.walk(base, detail=True, on_error="raise"):
+        for _, info in sorted(files.items()):
+            yield _any_entry(fs, info, rest)
+
+
+def _any_entry(fs: AbstractFileSystem, info: dict[str, Any], rest: str) -> Entry:
+    keys = ("ETag", "etag", "md5", "checksum", "CRC", "mtime", "modified", "created")
+    etag = next((str(info[key]) for key in keys if info.get(key)), None)
+    return Entry(str(fs.unstrip_protocol(info["name"])) + rest, info.get("size"), etag)
