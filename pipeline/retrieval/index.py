@@ -81,7 +81,8 @@ def new_index(kind: Kind, dim: int, rows: int) -> tuple[Any, int | None]:
         return faiss.IndexIDMap2(faiss.IndexHNSWFlat(dim, _HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)), None
     # About 2√N lists balance the time to find the lists with the time to look through them.
     lists = int(np.clip(2 * np.sqrt(rows), 1, max(1, rows // _SAMPLE_PER_LIST)))
-    coarse = faiss.IndexFlatIP(dim)
+    coarse: Any = faiss.IndexFlatIP(dim)
+    index: Any
     if kind == "ivf-flat":
         index = faiss.IndexIVFFlat(coarse, dim, lists, faiss.METRIC_INNER_PRODUCT)
     else:
@@ -192,7 +193,8 @@ def _rescore(matrix: Matrix, queries: Floats, positions: Ints, prepare: Preparat
 def _set_parameters(index: Index) -> None:
     target = index.faiss
     if index.record.kind == "hnsw":
-        target = faiss.downcast_index(target.index).hnsw
+        inner: Any = faiss.downcast_index(target.index)
+        target = inner.hnsw
     for key, value in index.record.search.items():
         setattr(target, key, value)
 

@@ -19,11 +19,13 @@ def top_k(
     positions: Ints | None = None,
     prepare: Preparation | None = None,
     device: str = "cpu",
+    release: bool = False,
 ) -> tuple[Floats, Ints]:
     """Scores and positions (Q, k) of the k best for each of `queries` (Q, D), best first; equal scores by position.
 
     `queries` are prepared already; `prepare` says what to do to the matrix (default: scale to unit length, so that
     scores are cosines). `positions` (ascending) restricts the search. With fewer than k candidates, k shrinks.
+    With `release` the matrix does not stay in memory, which is slower.
     """
     import torch
 
@@ -35,7 +37,7 @@ def top_k(
     if k == 0:
         return best_scores, best_at
     weights = torch.from_numpy(np.ascontiguousarray(queries.T)).to(device)  # (D, Q)
-    for at, vectors in matrix.chunks(wanted):
+    for at, vectors in matrix.chunks(wanted, release=release):
         found = _chunk_top(matrix, at, vectors, weights, k, prepare, device)
         best_scores, best_at = _merge(best_scores, best_at, found[0], at[found[1]], k)
     return best_scores, best_at

@@ -68,7 +68,7 @@ def tune(index: Index, matrix: Matrix, *, target: float = TARGET, seed: int = 1)
 def _truth(index: Index, matrix: Matrix, queries: int, seed: int) -> tuple[Ints, Ints]:
     usable = np.flatnonzero(matrix.usable)
     chosen = np.sort(np.random.default_rng(seed).choice(usable, min(queries, len(usable)), replace=False))
-    _, positions = top_k(matrix, index.prepare.apply(matrix.take(chosen)), K + 1, prepare=index.prepare)
+    _, positions = top_k(matrix, index.prepare.apply(matrix.take(chosen)), K + 1, prepare=index.prepare, release=True)
     return chosen, positions
 
 

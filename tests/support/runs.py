@@ -79,6 +79,11 @@ def write_run(directory: Path, content: RunContent) -> Path:
     return directory
 
 
+def manifest_name(content: RunContent) -> str:
+    """File name of the one part of the manifest."""
+    return f"manifest-{0:012d}-{content.manifest_rows:012d}.parquet"
+
+
 def run_record(content: RunContent) -> RunRecord:
     """The record that goes with `content`."""
     first = next(iter(content.features.values()))
@@ -99,6 +104,7 @@ def run_record(content: RunContent) -> RunRecord:
         "features": list(content.features),
         "labels": 5 if content.labels else 0,
         "image_column": content.image_column,
+        "feature_dtype": str(first.dtype),
     }
     run_id = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
     return RunRecord(
@@ -108,7 +114,9 @@ def run_record(content: RunContent) -> RunRecord:
         model=model,
         versions={"patchstream": "0.1.0"},
         manifest_rows=content.manifest_rows,
-        manifest_parts=["manifest-00000.parquet"],
+        manifest_parts=[manifest_name(content)],
+        base_parts=1,
+        feature_dims={name: vectors.shape[1] for name, vectors in content.features.items()},
     )
 
 
@@ -133,7 +141,7 @@ def _write_manifest(directory: Path, content: RunContent, uris: list[str]) -> No
         **user,
     }
     table = pa.table([columns[name] for name in schema.names], schema=schema)
-    pq.write_table(table, directory / "manifest" / "manifest-00000.parquet")
+    pq.write_table(table, directory / "manifest" / manifest_name(content))
 
 
 def _images_table(content: RunContent, uris: list[str], rows: np.ndarray) -> pa.Table:

@@ -1,0 +1,126 @@
+"""Label every row of a run with a trained head, at the speed of memory: no image is read.
+
+The result is a directory like any run's, with the same rows, the new labels, and no features.
+"""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.retrieval.arrays import Floats, Ints, Mask, lengths
+from pipeline.retrieval.head import HeadRecord, load_head
+from pipeline.retrieval.logistic import Linear
+from pipeline.retrieval.matrix import Matrix
+from pipeline.retrieval.output import staged
+from pipeline.retrieval.parts import Part, list_parquet, open_parquet
+from pipeline.retrieval.store import FeatureStore
+from pipeline.storage import Options, filesystem, join, put_bytes, read_json, redact
+from schemas.errors import OutputError, SpecError
+from schemas.run import RunRecord, difference
+from schemas.tables import LABEL, METADATA_KEY
+
+_NAMED_ROWS = 20
+
+
+def apply_head(
+    store: FeatureStore, name: str, out: str, *, top_k: int = 1, storage_options: Options | None = None
+) -> dict[str, Any]:
+    """Write the labels of probe NAME for every row of `store` to the directory `out`, and return a summary.
+
+    Rows whose vector is zero or not finite get no labels. Parts that are there already are kept, so an interrupted
+    command goes on where it was. Raises OutputError if `out` holds anything else.
+    """
+    linear, head, digest = load_head(store, name)
+    if not 1 <= top_k <= len(head.labels):
+        raise SpecError(f"--top-k {top_k}: the head has {len(head.labels)} labels; choose between 1 and that")
+    fs, root = filesystem(out, storage_options or {})
+    root = root.rstrip("/")
+    record = _new_record(store, head, digest, top_k)
+    _open_out(store, fs, root, record)
+    matrix = store.load(head.feature)
+    done = {path.rpartition("/")[2] for path, _ in list_parquet(fs, join(root, "images"))}
+    start = 0
+    for number, part in enumerate(store.parts):
+        if part.name not in done:
+            table = _labelled_part(store, part, matrix, start, linear, head.labels, top_k)
+            with staged(fs, join(root, "images", part.name)) as local:
+                metadata = {METADATA_KEY: record.part_metadata()}
+                pq.write_table(table.replace_schema_metadata(metadata), local, compression="zstd")
+        start += part.rows
+        store.progress("labelling", number + 1, len(store.parts))
+    unlabelled = matrix.left_out
+    return {
+        "out": out,
+        "rows": len(store),
+        "labels": len(head.labels),
+        "unlabelled": {"count": len(unlabelled), "rows": unlabelled[:_NAMED_ROWS].tolist()},
+    }
+
+
+def _new_record(store: FeatureStore, head: HeadRecord, digest: str, top_k: int) -> RunRecord:
+    kept = store.record
+    provenance = {"name": head.name, "digest": digest, "feature": head.feature, "run_id": head.run_id}
+    spec = {**kept.spec, "features": [], "labels": top_k, "head": provenance}
+    model = kept.model.model_copy(update={"num_labels": len(head.labels), "multi_label": False})
+    changes = {"run_id": f"{kept.run_id}-{digest[:8]}-{top_k}", "spec": spec, "model": model, "feature_dims": {}}
+    return kept.model_copy(update=changes)
+
+
+def _open_out(store: FeatureStore, fs: Any, root: str, record: RunRecord) -> None:
+    """Make `out`, or check that it is this very result's. The manifest and the failures come along as they are."""
+    there = read_json(fs, join(root, "run.json"))
+    wanted = record.model_dump(mode="json")
+    if there is not None and there != wanted:
+        lines = "\n  ".join(difference(there, wanted))
+        raise OutputError(f"{redact(root)} holds another result:\n  {lines}\nChoose another --out.")
+    if there is None and fs.exists(root) and fs.ls(root, detail=False):
+        raise OutputError(f"{redact(root)} is not empty and no run's directory; choose another --out")
+    if there is not None:
+        return
+    for kind in ("manifest", "failures"):
+        for path, _ in list_parquet(store.fs, join(store.root, kind)):
+            with staged(fs, join(root, kind, path.rpartition("/")[2])) as local:
+                store.fs.get_file(path, str(local))
+    put_bytes(fs, join(root, "run.json"), record.model_dump_json(indent=1).encode())
+
+
+def _labelled_part(
+    store: FeatureStore, part: Part, matrix: Matrix, start: int, linear: Linear, names: list[str], top_k: int
+) -> pa.Table:
+    features = set(store.features) | {"labels"}
+    columns = [name for name in store.schema.names if name not in features]
+    with open_parquet(store.fs, part.path) as file:
+        table = file.read(columns=columns)
+    labels = pa.chunked_array(
+        [
+            _labels(linear, matrix.vectors[at : min(at + matrix.chunk_rows, start + part.rows)], names, top_k)
+            for at in range(start, start + part.rows, matrix.chunk_rows)
+        ],
+        pa.list_(LABEL),
+    )
+    matrix.release(start, start + part.rows)
+    return table.add_column(2, pa.field("labels", pa.list_(LABEL)), labels)
+
+
+def _labels(linear: Linear, block: Any, names: list[str], top_k: int) -> pa.Array:
+    vectors: Floats = block.astype(np.float32, copy=False)
+    norms = lengths(vectors)
+    good: Mask = np.isfinite(norms) & (norms > 0)
+    probabilities = linear.probabilities(np.where(good[:, None], vectors, 0) if not good.all() else vectors)
+    best: Ints = np.argpartition(-probabilities, top_k - 1, axis=1)[:, :top_k]
+    chosen = np.take_along_axis(probabilities, best, 1)
+    order = np.argsort(-chosen, axis=1, kind="stable")
+    best, chosen = np.take_along_axis(best, order, 1)[good], np.take_along_axis(chosen, order, 1)[good]
+    items = pa.StructArray.from_arrays(
+        [
+            pa.array(best.ravel().astype(np.int32)),
+            pa.array(names).take(pa.array(best.ravel())),
+            pa.array(chosen.ravel().astype(np.float32)),
+        ],
+        fields=list(LABEL),
+    )
+    offsets = np.concatenate([[0], np.cumsum(good * top_k)]).astype(np.int32)
+    missing = pa.array(~good) if not good.all() else None
+    return pa.ListArray.from_arrays(pa.array(offsets), items, type=pa.list_(LABEL), mask=missing)

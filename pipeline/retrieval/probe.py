@@ -1,0 +1,173 @@
+"""The linear probe: what can be told from the features by a linear classifier, and that classifier, to keep.
+
+labelled rows ─ split ─┬─ test (20%): every number that is reported
+                       └─ rest ─ split ─┬─ validation (20%): chooses C and the k of k-NN
+                                        └─ training
+the head that is saved gets the temperature that suits the validation rows, and is trained on all but the test rows
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.retrieval.arrays import Floats, Preparation, Progress
+from pipeline.retrieval.labels import Labelled, shots, split
+from pipeline.retrieval.logistic import Linear, TrainingSet, fit_logistic
+from pipeline.retrieval.matrix import Matrix
+from pipeline.retrieval.nearest import top_k
+from pipeline.retrieval.scores import Scores, score
+from schemas.errors import SpecError
+
+STRENGTHS = tuple(float(value) for value in 10.0 ** np.arange(-5, 2.1, 1))
+NEIGHBOURS = (1, 5, 10, 20)
+TEST_SHARE = 0.2
+_CHOOSING_ROWS = 50_000
+_KNN_ROWS = 2_000
+_TEMPERATURE = 0.07
+_QUERY_ROWS = 256
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What a probe found. `few_shot` maps shots to (mean, standard deviation) of the accuracy over the seeds."""
+
+    head: Linear
+    strength: float
+    validation: dict[float, float]
+    test: Scores
+    knn: Scores
+    knn_k: int
+    few_shot: dict[int, tuple[float, float]]
+    training_rows: int
+
+
+def run_probe(
+    matrix: Matrix, labelled: Labelled, *, few: tuple[int, ...] = (), seeds: int = 5, seed: int = 0, progress: Progress
+) -> ProbeResult:
+    """Train and judge. `few` are numbers of examples a class, each tried with `seeds` random choices of them.
+
+    Few-shot classifiers use the C that was chosen with all labels. Raises SpecError if a class has too few examples.
+    """
+    rng = np.random.default_rng(seed)
+    rest, test = split(labelled, TEST_SHARE, rng)
+    training, validation = _halve(rest, rng)
+    strength, sharpness, tried = _choose_strength(matrix, training, validation, rng, progress)
+    head = fit_logistic(TrainingSet(matrix, rest), strength).sharpened(sharpness)
+    progress("training", 1, 1)
+    knn_k = _choose_k(matrix, training, _some(validation, _KNN_ROWS, rng))
+    knn_test = _some(test, _KNN_ROWS, rng)
+    knn = score(knn_probabilities(matrix, rest, knn_test, knn_k), knn_test.codes)
+    few_shot = {}
+    for number, count in enumerate(few):
+        few_shot[count] = _few_shot(matrix, rest, test, count, strength, seeds, rng)
+        progress("few-shot", number + 1, len(few))
+    return ProbeResult(head, strength, tried, evaluate(matrix, head, test), knn, knn_k, few_shot, len(rest.codes))
+
+
+def _halve(rest: Labelled, rng: np.random.Generator) -> tuple[Labelled, Labelled]:
+    """Training and validation rows. With one example a class there is nothing to validate with but the same rows."""
+    try:
+        return split(rest, TEST_SHARE, rng)
+    except SpecError:
+        return rest, rest
+
+
+def _some(labelled: Labelled, count: int, rng: np.random.Generator) -> Labelled:
+    if len(labelled.codes) <= count:
+        return labelled
+    return labelled.take(np.sort(rng.choice(len(labelled.codes), count, replace=False)))
+
+
+def _choose_strength(
+    matrix: Matrix, training: Labelled, validation: Labelled, rng: np.random.Generator, progress: Progress
+) -> tuple[float, float, dict[float, float]]:
+    """C of the best validation accuracy, of equals that of the lowest log loss; its sharpness; and all accuracies.
+
+    Each start is the solution before.
+    """
+    data, held = TrainingSet(matrix, _some(training, _CHOOSING_ROWS, rng)), _some(validation, _CHOOSING_ROWS, rng)
+    tried: dict[float, Scores] = {}
+    heads: dict[float, Linear] = {}
+    linear: Linear | None = None
+    for number, strength in enumerate(STRENGTHS):
+        linear = fit_logistic(data, strength, linear)
+        heads[strength], tried[strength] = linear, evaluate(matrix, linear, held)
+        progress("choosing C", number + 1, len(STRENGTHS))
+    best = max(tried, key=lambda strength: (tried[strength].accuracy, -tried[strength].log_loss))
+    accuracies = {strength: scores.accuracy for strength, scores in tried.items()}
+    return best, _sharpness(matrix, heads[best], held), accuracies
+
+
+def _sharpness(matrix: Matrix, head: Linear, held: Labelled) -> float:
+    """What to multiply the logits by for the lowest log loss (temperature scaling, Guo et al. 2017).
+
+    A strongly regularised classifier can rank classes well and yet say next to nothing with its probabilities; this
+    mends it without changing any prediction.
+    """
+    from scipy.optimize import minimize_scalar
+
+    logits = np.concatenate([head.logits(vectors) for _, vectors in matrix.chunks(held.positions, release=True)])
+    rows = np.arange(len(logits))
+
+    def loss(log_sharpness: float) -> float:
+        scaled = logits * np.float32(np.exp(log_sharpness))
+        scaled -= scaled.max(axis=1, keepdims=True)
+        return float(np.mean(np.log(np.exp(scaled).sum(axis=1)) - scaled[rows, held.codes]))
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-3, 6), method="bounded").x))
+
+
+def evaluate(matrix: Matrix, head: Linear, labelled: Labelled) -> Scores:
+    """Scores of a head on labelled rows."""
+    found = [head.probabilities(vectors) for _, vectors in matrix.chunks(labelled.positions, release=True)]
+    return score(np.concatenate(found), labelled.codes)
+
+
+def knn_probabilities(matrix: Matrix, training: Labelled, asked: Labelled, k: int) -> Floats:
+    """(n, C) votes of the k nearest training rows, weighted by exp(cosine / 0.07) as in DINO (Caron et al. 2021)."""
+    prepare = Preparation()
+    votes = np.zeros((len(asked.codes), len(training.classes)), np.float32)
+    for start in range(0, len(votes), _QUERY_ROWS):
+        queries = prepare.apply(matrix.take(asked.positions[start : start + _QUERY_ROWS]))
+        scores, positions = top_k(matrix, queries, k, positions=training.positions)
+        codes = training.codes[np.searchsorted(training.positions, positions)]
+        weights = np.exp((scores - scores[:, :1]) / _TEMPERATURE)
+        rows = np.repeat(np.arange(start, start + len(queries)), codes.shape[1])
+        np.add.at(votes, (rows, codes.ravel()), weights.ravel())
+    shares: Floats = votes / votes.sum(axis=1, keepdims=True)
+    return shares
+
+
+def _choose_k(matrix: Matrix, training: Labelled, validation: Labelled) -> int:
+    accuracy = {
+        k: score(knn_probabilities(matrix, training, validation, k), validation.codes).accuracy for k in NEIGHBOURS
+    }
+    return max(accuracy, key=lambda k: (accuracy[k], -k))
+
+
+def _few_shot(
+    matrix: Matrix, rest: Labelled, test: Labelled, count: int, strength: float, seeds: int, rng: np.random.Generator
+) -> tuple[float, float]:
+    found = []
+    for _ in range(seeds):
+        head = fit_logistic(TrainingSet(matrix, shots(rest, count, rng)), strength)
+        found.append(evaluate(matrix, head, test).accuracy)
+    return float(np.mean(found)), float(np.std(found))
+
+
+def describe(result: ProbeResult, labelled: Labelled) -> dict[str, Any]:
+    """What `probe --json` prints and `probe.json` keeps."""
+    return {
+        "classes": len(labelled.classes),
+        "labelled_rows": len(labelled.codes),
+        "training_rows": result.training_rows,
+        "C": result.strength,
+        "validation_accuracy": {f"{strength:g}": accuracy for strength, accuracy in result.validation.items()},
+        "linear": result.test.describe(labelled.classes),
+        "knn": {"k": result.knn_k, **result.knn.describe(labelled.classes)},
+        "few_shot": {
+            str(count): {"mean": mean, "std": deviation} for count, (mean, deviation) in result.few_shot.items()
+        },
+        "majority_accuracy": float(np.bincount(labelled.codes).max() / len(labelled.codes)),
+    }

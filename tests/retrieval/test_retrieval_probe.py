@@ -1,0 +1,242 @@
+"""Probe and apply: as good as scikit-learn, honest numbers, labels from columns and files, a head that travels."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors import safe_open
+from sklearn.linear_model import LogisticRegression
+
+from pipeline.maintenance import verify
+from pipeline.retrieval.apply import apply_head
+from pipeline.retrieval.arrays import no_progress
+from pipeline.retrieval.head import HeadRecord, load_head, parse_head, save_head
+from pipeline.retrieval.labels import Labelled, labels_from_column, labels_from_csv, shots, split
+from pipeline.retrieval.logistic import Linear, TrainingSet, fit_logistic
+from pipeline.retrieval.probe import describe, evaluate, run_probe
+from pipeline.retrieval.scores import calibration_error, score
+from pipeline.retrieval.store import FeatureStore
+from schemas.errors import OutputError, SpecError
+from tests.support.runs import RunContent, clustered, write_run
+
+CLASSES = 8
+
+
+def overlapping(count: int, seed: int = 0) -> tuple[np.ndarray, list[str]]:
+    """Classes that overlap, far from the origin and of odd scale, so that no classifier is perfect."""
+    rng = np.random.default_rng(seed)
+    middles = clustered(CLASSES, 24, CLASSES, seed=99, spread=0.0)[:CLASSES] + 0.35 * rng.standard_normal((CLASSES, 24))
+    codes = rng.integers(0, CLASSES, count)
+    vectors = 3 * (middles[codes] + 0.45 * rng.standard_normal((count, 24))) + 5
+    return vectors.astype(np.float32), [f"class {code}" for code in codes]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    vectors, names = overlapping(3000)
+    vectors[17] = np.nan
+    content = RunContent({"cls": vectors}, user={"kind": names}, failed={}, parts=3)
+    return FeatureStore.open(str(write_run(tmp_path_factory.mktemp("run"), content)))
+
+
+@pytest.fixture(scope="module")
+def labelled(store: FeatureStore) -> Labelled:
+    return labels_from_column(store, store.load("cls"), "kind")
+
+
+def test_accuracy_within_half_a_point_of_scikit_learn(store: FeatureStore, labelled: Labelled) -> None:
+    matrix = store.load("cls")
+    result = run_probe(matrix, labelled, few=(1, 5), seeds=3, progress=no_progress)
+    # The probe draws its test rows first, from the same seed.
+    rest, test = split(labelled, 0.2, np.random.default_rng(0))
+    best = 0.0
+    for strength in (0.001, 0.01, 0.1, 1.0):
+        reference = LogisticRegression(C=strength, max_iter=2000)
+        reference.fit(matrix.take(rest.positions), rest.codes)
+        best = max(best, float(reference.score(matrix.take(test.positions), test.codes)))
+    assert 0.6 < best < 0.999, "the data should be hard, or nothing is compared"
+    assert result.test.accuracy >= best - 0.005
+    assert result.knn.accuracy > 0.5
+    assert result.few_shot[1][0] < result.few_shot[5][0] < result.test.accuracy + 0.02
+    assert result.test.calibration_error < 0.08
+
+
+def test_same_optimum_as_scikit_learn(store: FeatureStore, labelled: Labelled) -> None:
+    data = TrainingSet(store.load("cls"), labelled)
+    head = fit_logistic(data, 0.05)
+    # C means what it means there for features divided by `scale`.
+    scaled = (store.load("cls").take(labelled.positions) - data.mean) / data.scale
+    reference = LogisticRegression(C=0.05, max_iter=5000, tol=1e-8).fit(scaled, labelled.codes)
+    wanted = reference.predict_proba(scaled)
+    np.testing.assert_allclose(head.probabilities(store.load("cls").take(labelled.positions)), wanted, atol=5e-3)
+
+
+def test_streaming_gives_what_memory_gives(
+    store: FeatureStore, labelled: Labelled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = store.load("cls")
+    whole = fit_logistic(TrainingSet(matrix, labelled), 0.1)
+    monkeypatch.setattr("pipeline.retrieval.logistic._IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr("pipeline.retrieval.matrix.CHUNK_BYTES", 4 * 24 * 500)
+    pieces = fit_logistic(TrainingSet(matrix, labelled), 0.1)
+    vectors = matrix.take(labelled.positions)
+    np.testing.assert_allclose(pieces.probabilities(vectors), whole.probabilities(vectors), atol=2e-3)
+
+
+def write_csv(path: Path, header: str, lines: Sequence[str]) -> str:
+    path.write_text("\n".join([header, *lines]) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "line"),
+    [("row,label", "{row},{label}"), ("label,uri", "{label},memory://photo-{row:07d}.jpg"),
+     ("name,label", "photo-{row:07d}.jpg,{label}")],
+)  # fmt: skip
+def test_labels_from_csv(store: FeatureStore, labelled: Labelled, tmp_path: Path, header: str, line: str) -> None:
+    kinds = store.to_pandas(["row", "kind"])
+    lines = [line.format(row=row, label=kind) for row, kind in zip(kinds["row"], kinds["kind"], strict=True)]
+    found = labels_from_csv(
+        store, store.load("cls"), write_csv(tmp_path / "l.csv", header, [*lines, "nowhere,class 1"])
+    )
+    np.testing.assert_array_equal(found.positions, labelled.positions)
+    np.testing.assert_array_equal(found.codes, labelled.codes)
+    assert 17 not in found.positions
+
+
+def test_labels_that_match_no_row_show_both_sides(store: FeatureStore, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "l.csv", "uri,label", [f"s3://b/{i}.jpg,{i % 2}" for i in range(9)])
+    with pytest.raises(SpecError) as caught:
+        labels_from_csv(store, store.load("cls"), path)
+    message = str(caught.value)
+    assert message.count("s3://b/") == 5
+    assert message.count("memory://photo-") == 5
+
+
+@pytest.mark.parametrize(
+    ("header", "lines", "message"),
+    [
+        ("file,label", ["a,b"], "needs a column `label` and one of row, uri, name; it has file, label"),
+        ("row,label", ["1,x", "2,x"], "only the class `x`; a probe needs at least two"),
+        ("row,label", ["17,x", "18,y"], "only the class `y`"),
+    ],
+)
+def test_bad_label_files(store: FeatureStore, tmp_path: Path, header: str, lines: list[str], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        labels_from_csv(store, store.load("cls"), write_csv(tmp_path / "l.csv", header, lines))
+    with pytest.raises(SpecError, match="no such file"):
+        labels_from_csv(store, store.load("cls"), str(tmp_path / "none.csv"))
+    with pytest.raises(SpecError, match=r"--label-column colour: images/ has the columns row, uri, cls"):
+        labels_from_column(store, store.load("cls"), "colour")
+
+
+def test_split_and_shots() -> None:
+    codes = np.array([0] * 50 + [1] * 5 + [2])
+    labelled = Labelled(np.arange(56), codes, ["a", "b", "c"])
+    rest, test = split(labelled, 0.2, np.random.default_rng(0))
+    assert np.bincount(test.codes, minlength=3).tolist() == [10, 1, 0]
+    assert sorted([*rest.positions, *test.positions]) == list(range(56))
+    with pytest.raises(SpecError, match="--shots 2: class `c` has 1 examples"):
+        shots(labelled, 2, np.random.default_rng(0))
+    assert np.bincount(shots(labelled, 1, np.random.default_rng(0)).codes).tolist() == [1, 1, 1]
+    with pytest.raises(SpecError, match="every class has a single example"):
+        split(Labelled(np.arange(2), np.arange(2), ["a", "b"]), 0.2, np.random.default_rng(0))
+
+
+def test_scores_by_hand() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]], np.float32)
+    found = score(probabilities, np.array([0, 0, 1, 1]))
+    assert found.confusion.tolist() == [[2, 0], [1, 1]]
+    summary = found.describe(["cat", "dog"])
+    assert summary["accuracy"] == 0.75
+    assert summary["classes"]["dog"] == {"accuracy": 0.5, "examples": 2}
+    assert found.log_loss == pytest.approx(-np.log([0.9, 0.8, 0.7, 0.4]).mean(), rel=1e-5)
+    # Four bins with one example each: |1−.9|, |1−.8|, |1−.7|, |0−.6|.
+    assert found.calibration_error == pytest.approx((0.1 + 0.2 + 0.3 + 0.6) / 4, rel=1e-5)
+    assert calibration_error(np.full(10, 0.5, np.float32), np.arange(10) < 5) == pytest.approx(0)
+
+
+def save(store: FeatureStore, head: Linear, labels: list[str], name: str = "kinds") -> None:
+    record = HeadRecord(
+        name=name, feature="cls", dim=24, labels=labels, model=store.record.model, run_id=store.record.run_id,
+        label_source="column kind", strength=0.1, seed=0, training_rows=10, accuracy=0.5,
+    )  # fmt: skip
+    save_head(store, f"{store.root}/probes/{name}", head, record)
+
+
+def test_head_travels_with_its_provenance(store: FeatureStore, labelled: Labelled) -> None:
+    head = fit_logistic(TrainingSet(store.load("cls"), labelled), 0.1)
+    save(store, head, labelled.classes)
+    loaded, record, _ = load_head(store, "kinds")
+    np.testing.assert_array_equal(loaded.weight, head.weight)
+    assert record.labels == labelled.classes
+    with safe_open(f"{store.root}/probes/kinds/head.safetensors", "np") as file:
+        assert json.loads(file.metadata()["patchstream"])["model"]["digest"] == store.record.model.digest
+    with pytest.raises(OutputError, match=r"no probe `other` .*there: kinds"):
+        load_head(store, "other")
+    with pytest.raises(OutputError, match="not a head that"):
+        parse_head(b"nonsense", "x.safetensors")
+
+
+def test_apply_labels_every_row(store: FeatureStore, labelled: Labelled, tmp_path: Path) -> None:
+    head = fit_logistic(TrainingSet(store.load("cls"), labelled), 0.1)
+    save(store, head, labelled.classes, "apply")
+    out = tmp_path / "out"
+    summary = apply_head(store, "apply", str(out), top_k=3)
+    assert summary["unlabelled"] == {"count": 1, "rows": [17]}
+    table = pq.read_table(sorted((out / "images").glob("*.parquet")))
+    assert "cls" not in table.schema.names
+    assert table.column("kind").to_pylist() == store.table(["kind"]).column("kind").to_pylist()
+    labels = table.column("labels").to_pylist()
+    assert labels[17] is None
+    probabilities = head.probabilities(store.load("cls").take(np.array([5, 2999])))
+    for found, expected in zip((labels[5], labels[2999]), probabilities, strict=True):
+        assert [item["index"] for item in found] == np.argsort(-expected)[:3].tolist()
+        assert [item["score"] for item in found] == pytest.approx(np.sort(expected)[::-1][:3].tolist(), abs=1e-6)
+        assert found[0]["label"] == labelled.classes[found[0]["index"]]
+    assert not verify(str(out), {}).problems
+    assert FeatureStore.open(str(out)).sql(
+        "SELECT count(*) AS n FROM images WHERE labels[1].label = kind"
+    ).to_pylist()[0]["n"] > 0.6 * 3000  # fmt: skip
+
+
+def test_apply_resumes_and_refuses_another_directory(store: FeatureStore, labelled: Labelled, tmp_path: Path) -> None:
+    save(store, Linear(np.ones((CLASSES, 24), np.float32), np.zeros(CLASSES, np.float32)), labelled.classes, "again")
+    out = tmp_path / "out"
+    apply_head(store, "again", str(out))
+    parts = sorted((out / "images").glob("*.parquet"))
+    stamps = {part: part.stat().st_mtime_ns for part in parts[1:]}
+    parts[0].unlink()
+    apply_head(store, "again", str(out))
+    assert parts[0].exists()
+    assert stamps == {part: part.stat().st_mtime_ns for part in parts[1:]}
+    with pytest.raises(OutputError, match=r"holds another result:[\s\S]*labels"):
+        apply_head(store, "again", str(out), top_k=2)
+    with pytest.raises(OutputError, match="is not empty"):
+        apply_head(store, "again", str(tmp_path))
+    with pytest.raises(SpecError, match="--top-k 9: the head has 8 labels"):
+        apply_head(store, "again", str(out), top_k=9)
+
+
+def test_head_of_another_model_is_refused(store: FeatureStore, labelled: Labelled, tmp_path: Path) -> None:
+    save(store, Linear(np.ones((CLASSES, 24), np.float32), np.zeros(CLASSES, np.float32)), labelled.classes, "mine")
+    vectors, _ = overlapping(50)
+    other = FeatureStore.open(str(write_run(tmp_path, RunContent({"cls": vectors}, digest="a" * 64))))
+    (tmp_path / "probes" / "mine").mkdir(parents=True)
+    data = Path(store.root, "probes", "mine", "head.safetensors").read_bytes()
+    (tmp_path / "probes" / "mine" / "head.safetensors").write_bytes(data)
+    with pytest.raises(OutputError, match="vectors of two models do not mix"):
+        apply_head(other, "mine", str(tmp_path / "out"))
+
+
+def test_summary_is_json(store: FeatureStore, labelled: Labelled) -> None:
+    head = fit_logistic(TrainingSet(store.load("cls"), labelled), 0.1)
+    assert evaluate(store.load("cls"), head, labelled).accuracy > 0.5
+    small = Labelled(labelled.positions[:400], labelled.codes[:400], labelled.classes)
+    result = run_probe(store.load("cls"), small, few=(2,), seeds=2, progress=no_progress)
+    summary = json.loads(json.dumps(describe(result, small), allow_nan=False))
+    assert summary["linear"]["examples"] == pytest.approx(80, abs=4)
+    assert set(summary["few_shot"]) == {"2"}
