@@ -65,6 +65,10 @@ def place(
         actor_cpus = min(threads * _ACTOR_CPUS_A_CORE, (cpus - _DECODE_CPUS) / most)
         chosen = actors or ActorRange(min=most, max=most)
     batch = batch_size or (256 if gpus_per_actor else 8)
+    if actors is None:
+        # More actors than batches would only load weights.
+        useful = max(1, min(chosen.max, -(-rows // batch)))
+        chosen = ActorRange(min=min(chosen.min, useful), max=useful)
     blocks = max(1, _BLOCK_BYTES // max(1, pixel_bytes * batch)) if pixel_bytes else 4096 // batch
     if gpus_per_actor:
         blocks = max(blocks, 2)

@@ -1,0 +1,72 @@
+"""What every benchmark shares: the environment it ran in, medians, checkpoints of published sizes, JSON."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+# Sizes as published: hidden, layers, heads, MLP.
+SIZES = {
+    "vit-tiny": (192, 12, 3, 768),
+    "vit-small": (384, 12, 6, 1536),
+    "vit-base": (768, 12, 12, 3072),
+    "vit-large": (1024, 24, 16, 4096),
+}
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
+
+def environment() -> dict[str, Any]:
+    """CPU, its flags that matter, threads, versions and commit."""
+    cpu = Path("/proc/cpuinfo").read_text()
+    model = next((line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("model name")), "?")
+    words = set(cpu.split())
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "cpu": model,
+        "flags": [flag for flag in _FLAGS if flag in words],
+        "cores": len(os.sched_getaffinity(0)),
+        "load_before": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "ray", "pyarrow", "pillow", "simplejpeg", "numpy")},
+        "commit": commit.stdout.strip(),
+    }
+
+
+def make_vit(folder: Path, size: str) -> Path:
+    """A ViT of a published size with random weights and 1,000 labels, in Hugging Face layout."""
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification
+
+    if not (folder / "model.safetensors").exists():
+        hidden, layers, heads, mlp = SIZES[size]
+        torch.manual_seed(0)
+        config = ViTConfig(
+            hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=mlp,
+            num_labels=1000,
+        )  # fmt: skip
+        ViTForImageClassification(config).save_pretrained(folder)
+        preprocessing = {
+            "image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True,
+            "size": {"height": 224, "width": 224}, "resample": 2, "rescale_factor": 1 / 255,
+            "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        }  # fmt: skip
+        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+    return folder
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def write(path: str | None, result: dict[str, Any]) -> None:
+    """Print the result and, if `path` is given, write it as JSON."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text + "\n")

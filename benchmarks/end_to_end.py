@@ -1,0 +1,142 @@
+"""How close the whole job comes to the ideal on this machine.
+
+    python benchmarks/end_to_end.py PHOTOS [--size vit-base] [--dtype bfloat16] [--images 400] [--rounds 3] [--json F]
+
+The ideal is one over the core-seconds that decoding and the bare forward pass of an image take, each measured alone
+on the same cores. Each round measures decode, forward and job in turn; medians are taken over the rounds. Start-up
+(to the first finished batch) is reported apart from the steady state behind it.
+"""
+
+import argparse
+import multiprocessing
+import os
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from common import environment, make_vit, median, write
+
+
+def decode_core_seconds(photos: list[str], model: Path) -> float:
+    """CPU seconds to fetch and decode one photo, in one process."""
+    import pyarrow as pa
+
+    from pipeline.images.stage import fetch_and_decode
+    from pipeline.models import inspect_model
+    from pipeline.sources.expand import expand
+    from schemas.spec import FetchSpec, build_spec
+    from schemas.tables import MANIFEST_FIELDS
+
+    spec = build_spec({"sources": photos, "model": "-", "out": "/nonexistent"})
+    content = pa.concat_tables(table for photo in photos for table in expand(photo, spec))
+    manifest = content.add_column(0, MANIFEST_FIELDS[0], pa.array(range(len(content)), pa.int64()))
+    started = time.process_time()
+    decoded = fetch_and_decode(
+        manifest, preprocessing=inspect_model(str(model)).preprocessing, fetch=FetchSpec(), decode="exact",
+        image_column="image", storage_options={}, batch_rows=32,
+    )  # fmt: skip
+    rows = sum(table.num_rows for table in decoded)
+    return (time.process_time() - started) / rows
+
+
+def _forward(model: Path, dtype: str, threads: int, batches: int, batch: int, ready: Any, results: Any) -> None:
+    import torch
+
+    from pipeline.models import inspect_model, load_model
+
+    torch.set_num_threads(threads)
+    network = load_model(inspect_model(str(model)), dtype=getattr(torch, dtype))
+    pixels = torch.randint(0, 256, (batch, 224, 224, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        network(pixels)
+        ready.wait()
+        started = time.perf_counter()
+        for _ in range(batches):
+            network(pixels)
+    results.put(time.perf_counter() - started)
+
+
+def forward_core_seconds(model: Path, dtype: str, batch: int, images: int) -> dict[str, float]:
+    """Core-seconds of a bare forward pass of one image: all cores on one batch, and one batch for each core."""
+    cores = len(os.sched_getaffinity(0))
+    context = multiprocessing.get_context("spawn")
+    found = {}
+    for name, processes, threads in (("one_process", 1, cores), ("process_a_core", cores, 1)):
+        ready, results = context.Barrier(processes), context.Queue()
+        batches = max(2, images // (batch * processes))
+        arguments = (model, dtype, threads, batches, batch, ready, results)
+        workers = [context.Process(target=_forward, args=arguments) for _ in range(processes)]
+        for worker in workers:
+            worker.start()
+        seconds = [results.get() for _ in workers]
+        for worker in workers:
+            worker.join()
+        found[name] = max(seconds) * cores / (batches * batch * processes)
+    return found
+
+
+def job(photos: list[str], model: Path, dtype: str, images: int) -> dict[str, Any]:
+    """The whole job on at least `images` rows; its attempt record."""
+    from cluster.session import ray_session
+    from pipeline.flow import run
+    from schemas.spec import build_spec
+
+    with tempfile.TemporaryDirectory() as out:
+        sources = photos * -(-images // len(photos))
+        spec = build_spec({"sources": sources, "model": str(model), "out": f"{out}/o", "dtype": dtype, "limit": images})
+        started = time.monotonic()
+        summary = run(spec, partial(ray_session))
+        record = summary.attempt.model_dump()
+        record["command_to_end_s"] = time.monotonic() - started
+        if summary.images != images:
+            raise SystemExit(f"{summary.images} of {images} images came through: {summary}")
+        return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photos", type=Path)
+    parser.add_argument("--size", default="vit-base")
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    photos = sorted(str(path) for path in options.photos.rglob("*") if path.is_file())
+    model = options.model or make_vit(Path(tempfile.gettempdir()) / f"patchstream-{options.size}", options.size)
+    before = environment()
+    rounds = []
+    for _ in range(options.rounds):
+        forward = forward_core_seconds(model, options.dtype, options.batch, max(32, options.images // 4))
+        record = job(photos, model, options.dtype, options.images)
+        rounds.append({"decode": decode_core_seconds(photos, model), "forward": forward, "job": record})
+    cores = before["cores"]
+    decode = median([item["decode"] for item in rounds])
+    forward_s = min(median([item["forward"][name] for item in rounds]) for name in rounds[0]["forward"])
+    ideal = cores / (decode + forward_s)
+    steady = median([item["job"]["images_per_s"] for item in rounds])
+    write(
+        options.json,
+        {
+            "benchmark": "end_to_end",
+            "environment": before,
+            "model": str(model.name),
+            "dtype": options.dtype,
+            "images": options.images,
+            "decode_core_s": decode,
+            "forward_core_s": forward_s,
+            "ideal_images_per_s": ideal,
+            "steady_images_per_s": steady,
+            "share_of_ideal": steady / ideal,
+            "startup_s": median([item["job"]["startup_s"] for item in rounds]),
+            "rounds": rounds,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
