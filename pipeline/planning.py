@@ -1,0 +1,200 @@
+"""How many machines a job needs, how long it takes and what it leaves behind: arithmetic on costs for one image.
+
+Nothing is measured here (`sampling.py` does that), and every figure carries the arithmetic that it comes from.
+"""
+
+import math
+from typing import NamedTuple
+
+from pipeline.models.architecture import Architecture
+from schemas.errors import SpecError
+
+MAX_IMAGES = 1_000_000_000
+BLOCK_BYTES = 8 << 20
+GPU_BATCH = 256
+CPU_BATCH = 8
+PART_BYTES = 256 << 20
+SHARD_IMAGES = 100_000_000
+# Blocks that Ray Data keeps for each decoding task (one being made, one waiting) and each actor (two given out, one
+# result), before back-pressure stops the upstream stage.
+BLOCKS_PER_TASK = 2
+BLOCKS_PER_ACTOR = 3
+# Ray gives its object store this share of a machine's memory.
+OBJECT_STORE_SHARE = 0.3
+WORKER_BYTES = 1 << 30
+
+
+class Device(NamedTuple):
+    """What runs the model. `tflops` is the dense peak in the precision of `auto`; `share` of it reaches the result."""
+
+    name: str
+    tflops: float
+    share: float = 0.5
+    is_gpu: bool = True
+
+
+# Dense 16-bit tensor peaks from NVIDIA's data sheets. CPU: what one core was measured to sustain on ViT-B/16.
+DEVICES = {
+    "t4": Device("T4", 65, 0.4),
+    "a10g": Device("A10G", 70),
+    "l4": Device("L4", 121),
+    "l40s": Device("L40S", 362),
+    "a100": Device("A100", 312),
+    "h100": Device("H100", 989),
+    "h200": Device("H200", 989),
+    "cpu": Device("core, float32", 0.09, 1.0, False),
+    "cpu-amx": Device("core with AMX, bfloat16", 0.33, 1.0, False),
+}
+
+
+class Costs(NamedTuple):
+    """For one image: bytes read, core-seconds of decoding, uint8 bytes between the stages, bytes of output.
+
+    `model_flop` are floating-point operations of a forward pass (two for a multiply and add). `predict_s`, where it
+    was measured, are seconds of one device and win over the estimate from `model_flop`.
+    """
+
+    file_bytes: float
+    decode_s: float
+    pixel_bytes: int
+    output_bytes: float
+    model_flop: float
+    predict_s: float | None = None
+    uri_bytes: float = 80.0
+
+
+class Step(NamedTuple):
+    """One figure: its name, value in `unit`, and the arithmetic in words."""
+
+    name: str
+    value: float
+    unit: str
+    arithmetic: str
+
+
+class Plan(NamedTuple):
+    """Figures in the order in which each follows from those before it."""
+
+    steps: tuple[Step, ...]
+
+    def value(self, name: str) -> float:
+        """The figure called `name`."""
+        return next(step.value for step in self.steps if step.name == name)
+
+
+def forward_flop(a: Architecture, image_size: tuple[int, int]) -> float:
+    """Floating-point operations for one image: 2 × the multiplications of patch embedding, attention and MLP."""
+    rows, columns = a.grid(image_size)
+    patches = rows * columns
+    tokens = patches + a.prefix_tokens
+    attention = 4 * tokens * a.width**2 + 2 * tokens**2 * a.width
+    mlp = (3 if a.swiglu else 2) * tokens * a.width * a.mlp_width
+    embedding = patches * a.patch_size[0] * a.patch_size[1] * 3 * a.width
+    return 2.0 * (a.depth * (attention + mlp) + embedding + a.num_labels * a.width)
+
+
+def row_bytes(dims: tuple[int, ...], *, float16: bool, labels: int, uri_bytes: float) -> float:
+    """Bytes of a row of `images/`: features do not compress; a label takes about 10, digest and facts about 75."""
+    return sum(dims) * (2 if float16 else 4) + labels * 10 + 75 + uri_bytes / 2
+
+
+def make_plan(
+    images: int, costs: Costs, device: Device, *, devices: int = 1, hours: float | None = None, cpus: int | None = None
+) -> Plan:
+    """Plan for `images` on `devices` of a kind, or on as many as finish in `hours`; `cpus` caps the decoding cores.
+
+    Raises SpecError for fewer than 1 or more than MAX_IMAGES images, and for times and counts that are not positive.
+    """
+    if not 1 <= images <= MAX_IMAGES:
+        raise SpecError(f"--images {images}: between 1 and {MAX_IMAGES:,}; split a larger job by source")
+    if devices < 1 or (hours is not None and hours <= 0) or (cpus is not None and cpus < 1):
+        raise SpecError("--devices, --hours and --cpus must be positive")
+    speed = _speed(costs, device)
+    rate = speed[-1].value
+    if hours is not None:
+        devices = math.ceil(images / (rate * hours * 3600))
+    fleet = _fleet(costs, device, rate, devices, hours, images)
+    cores = fleet[-1].value
+    throughput = _throughput(images, costs, device, rate, devices, cores if cpus is None else cpus)
+    return Plan(
+        (
+            *speed,
+            *fleet,
+            *throughput,
+            *_memory(costs, device, devices, cores if cpus is None else cpus),
+            *_traces(images, costs),
+        )
+    )
+
+
+def _speed(costs: Costs, device: Device) -> list[Step]:
+    if costs.predict_s is not None:
+        return [Step("images/s a device", 1 / costs.predict_s, "images/s", f"1 ÷ {costs.predict_s:.3g} s measured")]
+    flop = Step("forward pass", costs.model_flop / 1e9, "GFLOP", "2 × multiplications of the network")
+    sustained = device.tflops * device.share
+    text = f"{device.name}: {device.tflops:g} TFLOP/s × {device.share:g} ÷ {costs.model_flop / 1e9:.4g} GFLOP"
+    rate = sustained * 1e12 / costs.model_flop
+    if not device.is_gpu:
+        rate = 1 / (1 / rate + costs.decode_s)
+        text = f"1 ÷ ({costs.model_flop / sustained / 1e12:.3g} s forward + {costs.decode_s:.3g} s decode), one core"
+    return [flop, Step("images/s a device", rate, "images/s", text)]
+
+
+def _fleet(costs: Costs, device: Device, rate: float, devices: int, hours: float | None, images: int) -> list[Step]:
+    given = "as asked for"
+    if hours is not None:
+        given = f"{images:,} ÷ ({rate:,.1f} images/s × {hours:g} h × 3600), rounded up"
+    count = Step("devices", devices, "", given)
+    if not device.is_gpu:
+        return [count, Step("cores", devices, "cores", "each core decodes and predicts")]
+    per_gpu = rate * costs.decode_s
+    return [
+        Step("CPUs for each device", per_gpu, "cores", f"{rate:,.1f} images/s × {costs.decode_s:.3g} core-seconds to decode"),
+        count,
+        Step("cores", math.ceil(per_gpu * devices), "cores", f"{per_gpu:.3g} × {devices:,}, rounded up"),
+    ]
+
+
+def _throughput(images: int, costs: Costs, device: Device, rate: float, devices: int, cores: float) -> list[Step]:
+    predict = rate * devices
+    total, text = predict, f"{rate:,.1f} × {devices:,} devices"
+    if device.is_gpu and cores / costs.decode_s < predict:
+        total = cores / costs.decode_s
+        text = f"{cores:,.0f} cores ÷ {costs.decode_s:.3g} s: decoding holds it up, devices could do {predict:,.0f}"
+    return [
+        Step("throughput", total, "images/s", text),
+        Step("time", images / total / 3600, "h", f"{images:,} ÷ {total:,.1f} images/s"),
+        Step("read", images * costs.file_bytes, "bytes", f"{images:,} × {costs.file_bytes:,.0f} bytes a file"),
+        Step(
+            "network", total * costs.file_bytes * 8 / 1e9, "Gbit/s", f"{total:,.1f} × {costs.file_bytes:,.0f} bytes × 8"
+        ),
+    ]
+
+
+def _memory(costs: Costs, device: Device, devices: int, cores: float) -> list[Step]:
+    batch = GPU_BATCH if device.is_gpu else CPU_BATCH
+    block = batch * costs.pixel_bytes * max(2 if device.is_gpu else 1, BLOCK_BYTES // (batch * costs.pixel_bytes))
+    tasks = math.ceil(cores)
+    blocks = BLOCKS_PER_TASK * tasks + BLOCKS_PER_ACTOR * devices
+    store = blocks * block
+    text = f"({BLOCKS_PER_TASK} × {tasks:,} tasks + {BLOCKS_PER_ACTOR} × {devices:,} actors) × {block / 2**20:.1f} MiB"
+    memory = store / OBJECT_STORE_SHARE + tasks * WORKER_BYTES
+    return [
+        Step("object store", store, "bytes", text),
+        Step(
+            "memory",
+            memory,
+            "bytes",
+            f"all machines: object store ÷ {OBJECT_STORE_SHARE:g} + {tasks:,} workers × 1 GiB",
+        ),
+    ]
+
+
+def _traces(images: int, costs: Costs) -> list[Step]:
+    output = images * costs.output_bytes
+    return [
+        Step("output", output, "bytes", f"{images:,} × {costs.output_bytes:,.0f} bytes a row"),
+        Step("parts", math.ceil(output / PART_BYTES), "files", f"output ÷ {PART_BYTES >> 20} MiB after compaction"),
+        Step("manifest", images * (costs.uri_bytes / 2 + 16), "bytes", f"{images:,} × (half the address + 16 bytes)"),
+        Step("shards", math.ceil(images / SHARD_IMAGES), "jobs", f"--shard I/N, one for each {SHARD_IMAGES:,} images"),
+    ]

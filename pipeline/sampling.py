@@ -1,0 +1,131 @@
+"""Costs of one image, measured: on the first images of a source, or taken from a run that has happened."""
+
+import statistics
+import time
+from functools import partial
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.images.stage import fetch_and_decode
+from pipeline.opening import ask
+from pipeline.planning import Costs, forward_flop, row_bytes
+from pipeline.record import require_record
+from pipeline.sinks.attempts import read_attempts
+from pipeline.sources.manifest import read_sources
+from schemas.errors import OutputError, SourceError
+from schemas.spec import JobSpec
+
+LISTED = 1000
+DECODED = 64
+# Where a listing gives no size: the mean of ImageNet's files.
+TYPICAL_FILE_BYTES = 110_000.0
+
+
+class Sample(NamedTuple):
+    """Costs, and on what they rest."""
+
+    costs: Costs
+    model: str
+    origin: str
+
+
+def from_source(spec: JobSpec) -> Sample:
+    """Costs of `spec` by listing up to LISTED images of its sources and decoding DECODED of them on one core here.
+
+    Raises SourceError when none of them can be decoded, and what `ask` raises for the model.
+    """
+    question = ask(spec)
+    if question.info is None:
+        raise SourceError("a plan needs a model: --backend null computes nothing")
+    listed = pa.concat_tables(read_sources(spec.model_copy(update={"limit": LISTED})), promote_options="default")
+    listed = listed.slice(0, LISTED)
+    listed = listed.add_column(0, "row", pa.array(range(listed.num_rows), pa.int64()))
+    chosen = _spread(listed, DECODED)
+    decode = partial(
+        fetch_and_decode,
+        preprocessing=question.info.preprocessing,
+        fetch=spec.fetch,
+        decode=spec.decode,
+        image_column=spec.image_column,
+        storage_options=spec.storage_options,
+        batch_rows=DECODED,
+    )
+    # Once for what the first image loads, then for the clock; CPU time, so that a busy machine does not count double.
+    list(decode(chosen.slice(0, 2)))
+    started = time.process_time()
+    rows = pa.concat_tables(decode(chosen))
+    decode_s = (time.process_time() - started) / rows.num_rows
+    if rows["pixels"].null_count == rows.num_rows:
+        raise SourceError(f"none of {rows.num_rows} sampled images could be decoded: {rows['message'][0].as_py()}")
+    file_bytes = _file_bytes(listed)
+    uri_bytes = statistics.fmean(len(uri) for uri in listed["uri"].to_pylist())
+    costs = Costs(
+        file_bytes=file_bytes,
+        decode_s=decode_s,
+        pixel_bytes=question.pixel_bytes,
+        output_bytes=row_bytes(
+            question.wanted.dims,
+            float16=spec.feature_dtype == "float16",
+            labels=question.wanted.labels,
+            uri_bytes=uri_bytes,
+        ),
+        model_flop=forward_flop(question.info.network, question.info.image_size),
+        uri_bytes=uri_bytes,
+    )
+    origin = f"{listed.num_rows:,} images listed, {rows.num_rows} of them fetched and decoded here"
+    return Sample(costs, question.info.name, origin)
+
+
+def from_run(out: str, storage_options: dict[str, Any]) -> Sample:
+    """Costs of the run in `out`, from its finished attempts and the size of its parts.
+
+    Raises OutputError where no attempt has recorded what it took.
+    """
+    record = require_record(out, storage_options)
+    attempts = [a for a in read_attempts(out, storage_options) if a.images and a.stage_seconds.predict > 0]
+    if not attempts:
+        raise OutputError(f"{out}: no attempt there has finished an image; plan from SOURCE and --model instead")
+    images = sum(attempt.images for attempt in attempts)
+    fs, root = storage.filesystem(out, storage_options)
+    parts = [info for info in fs.ls(storage.join(root, "images"), detail=True) if info["name"].endswith(".parquet")]
+    manifest = _read_manifest(fs, storage.join(root, "manifest", record.manifest_parts[0]))
+    height, width = record.model.preprocessing.output_size
+    written = sum(info["size"] for info in parts) / max(1, sum(_rows(fs, info["name"]) for info in parts))
+    costs = Costs(
+        file_bytes=_file_bytes(manifest),
+        decode_s=sum(attempt.stage_seconds.decode for attempt in attempts) / images,
+        pixel_bytes=height * width * 3,
+        output_bytes=written,
+        model_flop=0.0,
+        predict_s=sum(attempt.stage_seconds.predict for attempt in attempts) / images,
+        uri_bytes=statistics.fmean(len(uri) for uri in manifest["uri"].to_pylist()),
+    )
+    return Sample(costs, record.model.name, f"{len(attempts)} attempts of {storage.redact(out)}, {images:,} images")
+
+
+def _spread(table: pa.Table, count: int) -> pa.Table:
+    """About `count` rows, evenly spread."""
+    step = max(1, table.num_rows // count)
+    return table.take(pa.array(range(0, table.num_rows, step)[:count]))
+
+
+def _file_bytes(manifest: pa.Table) -> float:
+    """Mean bytes of an image: of its member in a shard, else of its file."""
+    columns = [manifest[name].to_pylist() for name in ("length", "size") if name in manifest.column_names]
+    known = [next((value for value in row if value is not None), None) for row in zip(*columns, strict=True)]
+    sizes = [size for size in known if size is not None]
+    return statistics.fmean(sizes) if sizes else TYPICAL_FILE_BYTES
+
+
+def _read_manifest(fs: Any, path: str) -> pa.Table:
+    with fs.open(path, "rb") as file:
+        batches = pq.ParquetFile(file).iter_batches(LISTED, columns=["uri", "length", "size"])
+        return pa.Table.from_batches([next(batches)])
+
+
+def _rows(fs: Any, path: str) -> int:
+    with fs.open(path, "rb") as file:
+        return int(pq.read_metadata(file).num_rows)

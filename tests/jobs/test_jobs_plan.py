@@ -1,0 +1,178 @@
+"""`patchstream plan`: from a source that is measured, and from a run that has been."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import typer
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from jobs.plan import COMMANDS, parse_count, readable
+from schemas.attempt import AttemptRecord, StageSeconds
+from schemas.errors import OutputError, SourceError, SpecError
+
+SIDE = 32
+app = typer.Typer()
+app.command("plan")(COMMANDS["plan"])
+app.command("other")(lambda: None)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from support.checkpoints import make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "vit", "vit-classifier", image_size=SIDE, patch_size=8)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for i in range(20):
+        pixels = generator.integers(0, 256, (200, 300, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def figures(result: Result) -> dict[str, float]:
+    assert result.exit_code == 0, result.output or result.exception
+    return {step["name"]: step["value"] for step in json.loads(result.stdout)["steps"]}
+
+
+def test_from_a_source(pictures: Path, checkpoint: Path) -> None:
+    found = figures(run(str(pictures), "--model", str(checkpoint), "--images", "1e9", "--labels", "3", "--json"))
+    mean = np.mean([path.stat().st_size for path in pictures.iterdir()])
+    assert found["read"] == pytest.approx(1e9 * mean)
+    assert found["output"] > 1e9 * 2 * 96 * 4
+    assert found["shards"] == 10
+    # A 300 × 200 PNG takes between a tenth of a millisecond and a tenth of a second of a core.
+    decode_s = found["CPUs for each device"] / found["images/s a device"]
+    assert 1e-4 < decode_s < 0.1
+
+
+def test_shows_its_arithmetic(pictures: Path, checkpoint: Path) -> None:
+    result = run(str(pictures), "--model", str(checkpoint), "--images", "1,000,000", "--device", "h100", "--hours", "2")
+    assert result.exit_code == 0, result.output
+    assert "1,000,000 images" in result.stdout
+    assert "20 images listed, 20 of them fetched and decoded here" in result.stdout
+    lines = [line for line in result.stdout.splitlines() if "   = " in line]
+    assert len(lines) >= 14
+    assert any("989 TFLOP/s × 0.5 ÷" in line for line in lines)
+
+
+def test_features_and_precision_change_the_output(pictures: Path, checkpoint: Path) -> None:
+    common = (str(pictures), "--model", str(checkpoint), "--images", "1000000", "--json")
+    both, one, half = (
+        figures(run(*common, *options))["output"]
+        for options in ((), ("--features", "cls"), ("--feature-dtype", "float16"))
+    )
+    assert both - one == pytest.approx(1e6 * 96 * 4)
+    assert both - half == pytest.approx(1e6 * 2 * 96 * 2)
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Path:
+    """A run of 100 images: 2 ms of decoding, 4 ms of an actor each."""
+    from support.runs import RunContent, write_run
+
+    directory = write_run(tmp_path / "run", RunContent({"cls": np.ones((100, 16), np.float32)}))
+    for path in (directory / "manifest").glob("*.parquet"):
+        table = pq.read_table(path)
+        sizes = pa.array([50_000] * table.num_rows, pa.int64())
+        pq.write_table(table.set_column(table.column_names.index("size"), "size", sizes), path)
+    (directory / "attempts").mkdir()
+    for number, images in ((1, 60), (2, 40)):
+        write_attempt(directory, number, images, StageSeconds(fetch=9.0, decode=0.002 * images, predict=0.004 * images))
+    return directory
+
+
+def write_attempt(directory: Path, number: int, images: int, seconds: StageSeconds) -> None:
+    record = AttemptRecord(
+        attempt=number, shard_index=0, shard_count=1, started="2026-01-01T00:00:00+00:00", host="h", pid=1,
+        status="done", images=images, stage_seconds=seconds,
+    )  # fmt: skip
+    (directory / "attempts" / f"{number:06d}.json").write_text(record.model_dump_json())
+
+
+def test_from_a_run(measured: Path) -> None:
+    found = figures(run("--run", str(measured), "--images", "1000000", "--devices", "4", "--json"))
+    assert found["images/s a device"] == pytest.approx(250)
+    assert found["CPUs for each device"] == pytest.approx(0.5)
+    assert found["time"] == pytest.approx(1000 / 3600)
+    assert found["read"] == pytest.approx(5e10)
+    written = sum(path.stat().st_size for path in (measured / "images").glob("*.parquet"))
+    assert found["output"] == pytest.approx(1e6 * written / 100)
+
+
+def test_a_run_that_did_nothing_measures_nothing(measured: Path) -> None:
+    shutil.rmtree(measured / "attempts")
+    assert isinstance(run("--run", str(measured)).exception, OutputError)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["SOURCE"], "needs SOURCE and --model"),
+        (["SOURCE", "--model", "MODEL", "--device", "abacus"], "--device abacus"),
+        (["SOURCE", "--model", "MODEL", "--images", "many"], "--images many"),
+        (["SOURCE", "--model", "MODEL", "--images", "2e9"], "1,000,000,000"),
+        (["SOURCE", "--run", "RUN"], "leave out SOURCE"),
+    ],
+)
+def test_refused(pictures: Path, checkpoint: Path, arguments: list[str], message: str) -> None:
+    places: dict[str, Any] = {"SOURCE": pictures, "MODEL": checkpoint}
+    result = run(*(str(places.get(argument, argument)) for argument in arguments))
+    assert isinstance(result.exception, SpecError)
+    assert message in str(result.exception)
+
+
+def test_pictures_that_cannot_be_decoded_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    result = run(str(tmp_path), "--model", str(checkpoint))
+    assert isinstance(result.exception, SourceError)
+    assert "none of 1 sampled images could be decoded" in str(result.exception)
+
+
+@pytest.mark.parametrize(("text", "count"), [("250000", 250_000), ("1e9", 10**9), ("2_000", 2000), ("1,500", 1500)])
+def test_counts(text: str, count: int) -> None:
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "1.5", "nan", "inf", "ten"])
+def test_no_counts(text: str) -> None:
+    with pytest.raises(SpecError, match="--images"):
+        parse_count(text)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "shown"),
+    [
+        (1.5e12, "bytes", "1.5 TB"),
+        (12.0, "bytes", "12 bytes"),
+        (48.0, "h", "2 days"),
+        (0.25, "h", "15 min"),
+        (1234.6, "images/s", "1,235 images/s"),
+        (0.19, "cores", "0.19 cores"),
+        (3, "", "3"),
+    ],
+)
+def test_readable(value: float, unit: str, shown: str) -> None:
+    assert readable(value, unit) == shown
+
+
+def test_importing_the_command_imports_nothing_heavy() -> None:
+    program = "import sys, jobs.plan; print({'torch', 'ray', 'numpy', 'pyarrow'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "set()"

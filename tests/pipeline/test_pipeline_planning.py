@@ -1,0 +1,123 @@
+"""Planning is arithmetic: figures that were worked out by hand, and relations that hold for any job."""
+
+import math
+
+import pytest
+
+from pipeline.models.architecture import Architecture
+from pipeline.planning import DEVICES, MAX_IMAGES, Costs, Device, Plan, forward_flop, make_plan, row_bytes
+from schemas.errors import SpecError
+
+COSTS = Costs(file_bytes=100_000, decode_s=0.003, pixel_bytes=150_528, output_bytes=8_000, model_flop=123e9)
+NAMES = {"throughput", "time", "read", "network", "object store", "memory", "output", "parts", "manifest", "shards"}
+
+
+def vit(width: int, depth: int, heads: int) -> Architecture:
+    return Architecture(
+        network="vit", width=width, depth=depth, heads=heads, mlp_width=4 * width,
+        patch_size=(16, 16), trained_size=(224, 224), epsilon=1e-6,
+    )  # fmt: skip
+
+
+def check(plan: Plan) -> None:
+    """What holds for every plan."""
+    assert {step.name for step in plan.steps} >= NAMES
+    assert all(math.isfinite(step.value) and step.value >= 0 for step in plan.steps)
+    assert all(step.arithmetic for step in plan.steps)
+    assert len({step.name for step in plan.steps}) == len(plan.steps)
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "heads", "gmac"), [(768, 12, 12, 17.6), (1024, 24, 16, 61.6), (192, 12, 3, 1.26)]
+)
+def test_forward_pass_of_published_networks(width: int, depth: int, heads: int, gmac: float) -> None:
+    """B/16, L/16 and Ti/16 at 224 pixels, as timm counts them."""
+    assert forward_flop(vit(width, depth, heads), (224, 224)) / 2e9 == pytest.approx(gmac, rel=0.01)
+
+
+def test_a_larger_picture_costs_more_than_its_pixels() -> None:
+    base = vit(768, 12, 12)
+    ratio = forward_flop(base, (384, 384)) / forward_flop(base, (224, 224))
+    assert (384 / 224) ** 2 < ratio < (384 / 224) ** 4
+
+
+def test_by_hand_on_a_gpu() -> None:
+    plan = make_plan(1_000_000, COSTS, Device("X", 246, 0.5), devices=2)
+    check(plan)
+    assert plan.value("images/s a device") == pytest.approx(1000)
+    assert plan.value("CPUs for each device") == pytest.approx(3.0)
+    assert plan.value("cores") == 6
+    assert plan.value("throughput") == pytest.approx(2000)
+    assert plan.value("time") == pytest.approx(500 / 3600)
+    assert plan.value("read") == 1e11
+    assert plan.value("network") == pytest.approx(1.6)
+    # 256 images of 150,528 bytes, two batches a block; 2 blocks for each of 6 tasks and 3 for each of 2 actors.
+    assert plan.value("object store") == (2 * 6 + 3 * 2) * 2 * 256 * 150_528
+    assert plan.value("output") == 8e9
+    assert plan.value("parts") == math.ceil(8e9 / 2**28)
+    assert plan.value("shards") == 1
+
+
+def test_too_few_cores_hold_it_up() -> None:
+    plan = make_plan(1_000_000, COSTS, Device("X", 246, 0.5), devices=2, cpus=3)
+    assert plan.value("throughput") == pytest.approx(1000)
+    (step,) = [step for step in plan.steps if step.name == "throughput"]
+    assert "decoding holds it up" in step.arithmetic
+    assert "2,000" in step.arithmetic
+
+
+def test_cores_share_decoding_and_the_model() -> None:
+    plan = make_plan(1000, COSTS._replace(decode_s=0.5), Device("core", 0.246, 1.0, False), devices=4)
+    check(plan)
+    assert plan.value("images/s a device") == pytest.approx(1.0)
+    assert plan.value("throughput") == pytest.approx(4.0)
+    assert plan.value("cores") == 4
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+@pytest.mark.parametrize("images", [1, 1_000, 40_000_000, MAX_IMAGES])
+@pytest.mark.parametrize("hours", [0.5, 24.0, 1000.0])
+def test_a_time_is_kept_by_as_few_devices_as_do(device: Device, images: int, hours: float) -> None:
+    plan = make_plan(images, COSTS, device, hours=hours)
+    check(plan)
+    assert plan.value("time") <= hours * (1 + 1e-9)
+    needed = int(plan.value("devices"))
+    if needed > 1:
+        assert make_plan(images, COSTS, device, devices=needed - 1).value("time") > hours
+
+
+@pytest.mark.parametrize("factor", [2, 10, 1000])
+def test_linear_in_the_images(factor: int) -> None:
+    one, many = (make_plan(n, COSTS, DEVICES["l4"]) for n in (1_000_000, 1_000_000 * factor))
+    for name in ("time", "read", "output", "manifest"):
+        assert many.value(name) == pytest.approx(factor * one.value(name))
+    for name in ("throughput", "object store", "memory", "network", "cores"):
+        assert many.value(name) == one.value(name)
+
+
+def test_a_billion_images() -> None:
+    plan = make_plan(MAX_IMAGES, COSTS, DEVICES["h100"], hours=24)
+    check(plan)
+    assert plan.value("output") == 8e12
+    assert plan.value("shards") == 10
+
+
+def test_what_was_measured_wins_over_the_estimate() -> None:
+    plan = make_plan(1000, COSTS._replace(predict_s=0.01), DEVICES["l4"])
+    check(plan)
+    assert plan.value("images/s a device") == pytest.approx(100)
+    assert plan.value("CPUs for each device") == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("images", "options"),
+    [(0, {}), (-5, {}), (MAX_IMAGES + 1, {}), (10, {"devices": 0}), (10, {"hours": 0.0}), (10, {"cpus": 0})],
+)
+def test_refused(images: int, options: dict[str, float]) -> None:
+    with pytest.raises(SpecError):
+        make_plan(images, COSTS, DEVICES["l4"], **options)  # type: ignore[arg-type]
+
+
+def test_bytes_of_a_row() -> None:
+    assert row_bytes((1024, 1024), float16=False, labels=5, uri_bytes=100) == 8192 + 50 + 75 + 50
+    assert row_bytes((1024,), float16=True, labels=0, uri_bytes=0) == 2048 + 75
