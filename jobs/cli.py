@@ -13,7 +13,16 @@ import typer
 
 from schemas.errors import PatchstreamError
 
-_MODULES = ("jobs.embed", "jobs.directory", "jobs.demo.command")
+_MODULES = (
+    "jobs.embed",
+    "jobs.directory",
+    "jobs.models",
+    "jobs.plan",
+    "jobs.report",
+    "jobs.explore",
+    "jobs.export_triton",
+    "jobs.demo.command",
+)
 
 app = typer.Typer(
     name="patchstream",
