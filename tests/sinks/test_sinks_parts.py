@@ -217,7 +217,7 @@ def test_the_newest_attempt_wins(tmp_path: Path) -> None:
     attempts.finish(str(tmp_path), first, {})
     new, _ = attempts.claim(str(tmp_path), whole, {}, "embed")
     new.check()
-    with pytest.raises(OutputError, match="attempt 2 .* has taken over from attempt 1"):
+    with pytest.raises(OutputError, match=r"attempt 2 .* has taken over from attempt 1"):
         old.check()
 
 
