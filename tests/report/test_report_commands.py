@@ -1,0 +1,128 @@
+"""`report` and `explore` as a person types them."""
+
+import http.client
+import json
+import re
+import signal
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import typer
+from report.album import Album
+from report.explore_client import Client, serving
+from support.processes import Process, running
+from support.testdata import needs_testdata, photos, trained_vit
+from typer.testing import CliRunner
+
+from jobs.explore import COMMANDS as EXPLORE
+from jobs.report import COMMANDS as REPORT
+from pipeline.report.run import open_run
+from schemas.errors import CheckpointError, ImageError, OutputError, SpecError
+
+_START = """
+import sys, typer
+from jobs.explore import explore
+app = typer.Typer()
+app.command()(explore)
+app(sys.argv[1:])
+"""
+
+
+def run(*arguments: str) -> str:
+    app = typer.Typer()
+    for name, command in {**REPORT, **EXPLORE}.items():
+        app.command(name)(command)
+    done = CliRunner().invoke(app, arguments, catch_exceptions=True)
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_report_command(tmp_path: Path) -> None:
+    directory = Album(tmp_path, count=6, failed={}).write()
+    assert run("report", str(directory), "--pictures", "3").split()[-1] == f"{directory}/report.html"
+    assert (directory / "report.html").read_text().count("<li><figure>") == 3
+    assert json.loads(run("report", str(directory), "--json")) == {"report": f"{directory}/report.html"}
+
+
+def test_report_command_on_no_run(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"run\.json"):
+        run("report", str(tmp_path))
+
+
+def test_report_explore_command_serves_until_interrupted(tmp_path: Path) -> None:
+    directory = Album(tmp_path, count=8, failed={}).write()
+    arguments = [sys.executable, "-c", _START, str(directory), "--port", "0"]
+    with running(arguments, name="explore", log_dir=tmp_path, ready=_has_started, timeout_s=60) as process:
+        address = urlsplit(_address(process))
+        connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=30)
+        connection.request("GET", "/picture?row=2")
+        page = connection.getresponse().read().decode()
+        assert "More like this" in page
+        assert "Cosine of cls, exact search." in page
+        connection.close()
+        process.popen.send_signal(signal.SIGINT)
+        assert process.popen.wait(15) == 0
+        assert "ended" in process.log()
+
+
+def test_report_explore_command_refuses_open_doors(tmp_path: Path) -> None:
+    directory = Album(tmp_path, count=4, failed={}).write()
+    with pytest.raises(SpecError, match="--token"):
+        run("explore", str(directory), "--host", "0.0.0.0", "--port", "0")
+    with pytest.raises(OutputError, match="holds no feature `pooled`"):
+        run("explore", str(directory), "--features", "pooled")
+
+
+@needs_testdata
+def test_report_explore_embeds_by_the_model_of_the_run(tmp_path: Path) -> None:
+    from jobs.explore import _embedder, _open
+    from pipeline.models import inspect_model
+
+    files = photos(6)
+    album = Album(tmp_path, count=6, failed={}, dim=192)
+    info = inspect_model(str(trained_vit()))
+    directory = album.write(uris=[str(path) for path in files], digest=info.digest)
+    _give_model(directory, info.digest)
+    embed = _embedder(open_run(str(directory), {}).record, "cls", {})
+    assert embed is not None
+    album.features = np.stack([embed(path.read_bytes()) for path in files])
+    album.write(uris=[str(path) for path in files], digest=info.digest)
+    _give_model(directory, info.digest)
+
+    with serving(_open(str(directory), None, {})) as server:
+        client = Client(server)
+        status, headers, _ = client.upload(files[4].read_bytes())
+        assert status == 303
+        page = client.page("/found", id=headers["location"].partition("=")[2])
+        assert re.search(r"\D1\.000 ", page.text)
+        first = str(page.attributes("img", "src")[0])
+        assert first.endswith("row=4")
+    with pytest.raises(ImageError, match=r"^(?!.*/tmp)"):
+        embed(b"this is no picture")
+
+    _give_model(directory, "f" * 64)
+    with pytest.raises(CheckpointError, match="other weights"):
+        _embedder(open_run(str(directory), {}).record, "cls", {})(files[0].read_bytes())  # type: ignore[misc]
+
+
+def _give_model(directory: Path, digest: str) -> None:
+    """Let the run name a real model, and weights of this digest."""
+    record = json.loads((directory / "run.json").read_text())
+    record["spec"]["model"] = str(trained_vit())
+    record["model"]["digest"] = digest
+    (directory / "run.json").write_text(json.dumps(record))
+
+
+def _has_started(process: Process) -> bool:
+    return "http://" in process.log()
+
+
+def _address(process: Process) -> str:
+    found = re.search(r"http://\S+", process.log())
+    assert found
+    return found[0]
