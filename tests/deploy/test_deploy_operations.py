@@ -1,0 +1,68 @@
+"""docs/operations.md names files, commands, options and metrics that exist."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs/operations.md").read_text()
+
+
+def test_each_file_that_is_named_exists() -> None:
+    named = set(re.findall(r"\b((?:deploy|cluster|docs)/[\w./-]*[\w])", TEXT))
+    assert len(named) > 12
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
+def test_each_overlay_is_explained() -> None:
+    for hardware in ("cpu", "gpu", "spot"):
+        assert f"`{hardware}/…`" in TEXT
+    for shape in ("job", "nightly", "cluster"):
+        assert f"`…/{shape}`" in TEXT
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"(?:`|^)patchstream ([a-z-]+)", TEXT, re.MULTILINE))))
+def test_each_command_exists(command: str) -> None:
+    sources = [path.read_text() for path in (ROOT / "jobs").glob("*.py")]
+    assert any(f'"{command}":' in source for source in sources if "COMMANDS" in source)
+
+
+def test_each_spec_key_exists() -> None:
+    from schemas.spec import FetchSpec, JobSpec, TritonSpec
+
+    for prefix, model in (("fetch", FetchSpec), ("triton", TritonSpec)):
+        keys = set(re.findall(rf"`{prefix}\.(\w+)`", TEXT))
+        assert keys
+        assert keys <= set(model.model_fields)
+    assert {"batch_size", "gpus_per_actor", "actors"} <= set(JobSpec.model_fields)
+
+
+def test_each_metric_exists() -> None:
+    known = {f"ray_{metric['name']}" for metric in json.loads((ROOT / "deploy/grafana/metrics.json").read_text())}
+    assert set(re.findall(r"ray_patchstream_\w+", TEXT)) <= known
+
+
+def test_each_heading_of_the_contents_exists() -> None:
+    headings = {
+        re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).strip().replace(" ", "-")
+        for line in TEXT.splitlines()
+        if line.startswith("#")
+    }
+    assert set(re.findall(r"\]\(#([^)]+)\)", TEXT)) <= headings
+
+
+def test_secrets_and_namespace_are_those_of_the_manifests() -> None:
+    cluster = (ROOT / "deploy/kuberay/base/raycluster.yaml").read_text()
+    for secret in re.findall(r"create secret generic (\S+)", TEXT):
+        assert secret in cluster
+    assert "create namespace patchstream" in TEXT
+    overlays = [path.read_text() for path in (ROOT / "deploy/kuberay/overlays").glob("*/*/kustomization.yaml")]
+    assert all("namespace: patchstream" in text for text in overlays)
+
+
+def test_the_ray_version_is_the_pinned_one() -> None:
+    pinned = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned is not None
+    assert set(re.findall(r"ray\[default\]==([\d.]+)", TEXT)) == {pinned.group(1)}
