@@ -4,12 +4,15 @@ A sample is the run of members that share a name up to the first dot (https://gi
 Its `.json`, `.cls` and `.txt` members ride along as the text columns `json`, `cls` and `txt`.
 """
 
+import logging
 import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from pipeline.sources.reading import open_object
 from pipeline.storage import Options, redact
+
+_log = logging.getLogger(__name__)
 
 SIDECARS = ("json", "cls", "txt")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
@@ -41,7 +44,7 @@ def list_tar(uri: str, storage_options: Options) -> Iterator[TarImage]:
         sidecars: dict[str, str] = {}
         key = None
         try:
-            for member in _members(shard, file):
+            for member in _members(shard, file, uri):
                 stem, suffix = _split(member.name)
                 if stem != key:
                     yield from _images(sample, sidecars)
@@ -67,7 +70,7 @@ def _open(file: BinaryIO, uri: str) -> tarfile.TarFile:
         ) from error
 
 
-def _members(shard: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+def _members(shard: tarfile.TarFile, file: BinaryIO, uri: str) -> Iterator[tarfile.TarInfo]:
     """The regular files of the shard, hidden ones left out. Forgets what it has given: shards may hold millions."""
     while (member := shard.next()) is not None:
         shard.members.clear()  # type: ignore[attr-defined]
@@ -75,7 +78,10 @@ def _members(shard: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarInfo
             yield member
     # tarfile takes a damaged header for the end, in silence; the true end is a block of zeros or of the file.
     file.seek(shard.offset)
-    if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+    block = file.read(tarfile.BLOCKSIZE)
+    if not block:
+        _log.warning("%s: the tar has no end mark; members behind byte %s may be missing", redact(uri), shard.offset)
+    if block.strip(b"\0"):
         raise tarfile.ReadError(f"no valid header at byte {shard.offset:,}")
 
 

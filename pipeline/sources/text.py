@@ -56,6 +56,7 @@ def _read_csv(source: str, delimiter: str, uri_column: str, storage_options: Opt
             break
         types[misfit] = pa.string()
     with _opened(source, storage_options) as file, _csv(file, delimiter, types) as reader:
+        reader.schema.names  # noqa: B018 - raises if the names are no text
         yield reader.schema.empty_table()
         for batch in reader:
             yield pa.table(batch)

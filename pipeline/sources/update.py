@@ -45,7 +45,7 @@ def new_and_changed(
             database.execute("create table listed (place bigint, key varchar, etag varchar, size bigint)")
             _load_known(database, out, parts, storage_options)
             files = _set_aside(tables, database, folder)
-            found = database.execute(_COMPARE).to_arrow_table()
+            found = database.sql(_COMPARE).to_arrow_table()
         yield from _picked(files, found["place"].to_numpy(), found["replaces"].combine_chunks())
 
 

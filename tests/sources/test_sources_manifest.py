@@ -1,0 +1,117 @@
+"""Freezing: what ends up under manifest/, after interruptions too."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.sources import manifest
+from pipeline.sources.columns import content_table
+from pipeline.sources.manifest import ManifestPart, part_named, read_rows, read_schema, write_manifest
+from schemas.errors import OutputError, SourceError
+from schemas.tables import MANIFEST_FIELDS
+
+
+def rows(first: int, stop: int, **user: list[object]) -> pa.Table:
+    return content_table([f"s3://b/{number:06d}.jpg" for number in range(first, stop)], {}, pa.table(user))
+
+
+def on_disk(out: Path) -> pa.Table:
+    """What a glob over the folder shows a reader who knows nothing of us."""
+    files = sorted((out / "manifest").iterdir())
+    return pa.concat_tables([pq.read_table(file) for file in files])
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "PART_ROWS", 100)
+    monkeypatch.setattr(manifest, "GROUP_ROWS", 30)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_rows_are_dense_whatever_the_batches(tmp_path: Path) -> None:
+    sizes = [1, 99, 0, 100, 250, 3]
+    edges = np.cumsum([0, *sizes])
+    tables = [rows(start, stop) for start, stop in pairwise(edges.tolist())]
+    parts = write_manifest(tables, str(tmp_path), {})
+    table = on_disk(tmp_path)
+    assert table["row"].to_pylist() == list(range(453))
+    assert table["uri"].to_pylist() == [f"s3://b/{number:06d}.jpg" for number in range(453)]
+    assert table.schema.equals(pa.schema(MANIFEST_FIELDS))
+    assert [(part.first, part.stop) for part in parts][-1][1] == 453
+    assert parts == [part_named(path.name) for path in sorted((tmp_path / "manifest").iterdir())]
+    spans = np.array([[0, 1], [95, 105], [449, 453]])
+    assert pa.concat_tables(read_rows(str(tmp_path), parts, spans, {}))["row"].to_pylist() == [
+        *(0, *range(95, 105), *range(449, 453))
+    ]
+
+
+def test_long_texts_make_shorter_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "PART_BYTES", 100_000)
+    tables = [rows(start, start + 10, caption=["x" * 2000] * 10) for start in range(0, 200, 10)]
+    parts = write_manifest(tables, str(tmp_path), {})
+    assert len(parts) == 4
+    assert on_disk(tmp_path)["row"].to_pylist() == list(range(200))
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_all_parts_have_the_same_columns(tmp_path: Path) -> None:
+    tables = [
+        rows(0, 100),
+        rows(100, 200, n=[1] * 100, empty=[None] * 100),
+        rows(200, 300, n=[0.5] * 100, box=[{"x": 1}] * 100),
+        rows(300, 310, box=[{"y": "a"}] * 10),
+    ]
+    parts = write_manifest(tables, str(tmp_path), {})
+    schemas = {str(read_schema(str(tmp_path), part, {})) for part in parts}
+    assert len(schemas) == 1
+    table = on_disk(tmp_path)
+    assert table.schema.field("n").type == pa.float64()
+    assert table.schema.field("empty").type == pa.string()
+    assert table.slice(299, 2).select(["n", "box"]).to_pylist() == [
+        {"n": 0.5, "box": {"x": 1, "y": None}},
+        {"n": None, "box": {"x": None, "y": "a"}},
+    ]
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_what_a_freeze_that_was_cut_short_left_is_gone(tmp_path: Path) -> None:
+    def breaks_off() -> Iterator[pa.Table]:
+        yield rows(0, 250)
+        raise SourceError("the bucket went away")
+
+    with pytest.raises(SourceError):
+        write_manifest(breaks_off(), str(tmp_path), {})
+    assert len(list((tmp_path / "manifest").iterdir())) > 0
+    (tmp_path / "manifest" / "notes.txt").write_text("not ours")
+    write_manifest([rows(0, 70)], str(tmp_path), {})
+    names = sorted(path.name for path in (tmp_path / "manifest").iterdir())
+    assert names == ["manifest-000000000000-000000000070.parquet", "notes.txt"]
+
+
+def test_leftovers_of_an_update_go_and_the_record_stays(tmp_path: Path) -> None:
+    first = write_manifest([rows(0, 50)], str(tmp_path), {})
+    write_manifest([rows(50, 80)], str(tmp_path), {}, first_row=50)
+    second = write_manifest([rows(50, 60)], str(tmp_path), {}, first_row=50)
+    assert [*first, *second] == [part_named(path.name) for path in sorted((tmp_path / "manifest").iterdir())]
+    assert second == [ManifestPart("manifest-000000000050-000000000060.parquet", 50, 60)]
+
+
+def test_later_parts_keep_to_the_schema_of_the_first(tmp_path: Path) -> None:
+    (first,) = write_manifest([rows(0, 5, n=[1] * 5, text=["x"] * 5)], str(tmp_path), {})
+    schema = read_schema(str(tmp_path), first, {})
+    (second,) = write_manifest([rows(5, 6, text=["y"])], str(tmp_path), {}, first_row=5, schema=schema)
+    assert read_schema(str(tmp_path), second, {}) == schema
+    with pytest.raises(OutputError, match=r"now carry columns \(new\).* start a new --out"):
+        write_manifest([rows(6, 7, new=[1])], str(tmp_path), {}, first_row=6, schema=schema)
+    with pytest.raises(OutputError, match="does not hold what it did"):
+        write_manifest([rows(6, 7, n=["seven"])], str(tmp_path), {}, first_row=6, schema=schema)
+    assert on_disk(tmp_path)["row"].to_pylist() == list(range(6))
+
+
+def test_no_tables_no_parts(tmp_path: Path) -> None:
+    assert write_manifest([], str(tmp_path), {}) == []

@@ -1,0 +1,405 @@
+"""CSV, TSV, JSONL and Parquet tables: addresses, image bytes, and the user's own columns."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.faults import Rule
+from support.http_server import HttpServer
+from support.s3 import S3Server
+
+from pipeline.sources.columns import concatenated
+from pipeline.sources.manifest import read_rows, read_schema, read_sources, write_manifest
+from schemas.errors import SourceError
+from schemas.spec import JobSpec, build_spec
+from schemas.tables import METADATA_KEY
+
+FIXED = ["uri", "container", "offset", "length", "size", "etag", "replaces"]
+
+
+def spec_of(*sources: str | Path, **values: Any) -> JobSpec:
+    return build_spec({"sources": [str(source) for source in sources], "model": "m", "out": "/nowhere/out", **values})
+
+
+def read(*sources: str | Path, **values: Any) -> pa.Table:
+    """All rows as one table."""
+    return concatenated(list(read_sources(spec_of(*sources, **values))))
+
+
+def uris(*sources: str | Path, **values: Any) -> list[str]:
+    found: list[str] = read(*sources, **values)["uri"].to_pylist()
+    return found
+
+
+ROWS = [{"uri": "s3://b/1.jpg", "label": "cat", "score": 0.5}, {"uri": "s3://b/2.jpg", "label": "dog", "score": 2.0}]
+
+
+def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+    """`rows` in the form that the suffix says."""
+    kind = path.suffix.lower() if path.suffix != ".gz" else Path(path.stem).suffix
+    if kind == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+        return path
+    mark = {".csv": ",", ".tsv": "\t"}.get(kind)
+    lines = [json.dumps(row) for row in rows]
+    if mark:
+        lines = [mark.join(rows[0]), *(mark.join(str(value) for value in row.values()) for row in rows)]
+    data = "".join(f"{line}\n" for line in lines).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+# --- addresses
+
+
+@pytest.mark.parametrize(
+    "name", ["t.csv", "t.tsv", "t.jsonl", "t.ndjson", "t.parquet", "t.CSV", "t.csv.gz", "t.jsonl.gz"]
+)
+def test_the_other_columns_ride_along(tmp_path: Path, name: str) -> None:
+    table = read(write(tmp_path / name))
+    assert table.column_names == [*FIXED, "label", "score"]
+    assert table.select(["uri", "label", "score"]).to_pylist() == ROWS
+    assert table["container"].null_count == table["size"].null_count == 2
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet"])
+def test_relative_addresses_begin_at_the_table(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["a.jpg", "sub/b c.jpg", "../up.jpg", "/root/c.jpg", "https://h/d.jpg?x=1", "./e.jpg"]
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    write(folder / name, [{"uri": uri} for uri in given])
+    expected = [f"{folder}/a.jpg", f"{folder}/sub/b c.jpg", f"{tmp_path}/up.jpg", *given[3:5], f"{folder}/e.jpg"]
+    assert uris(folder / name) == expected
+    monkeypatch.chdir(tmp_path)
+    assert uris(f"tables/{name}") == uris(f"file://{folder}/{name}") == expected
+
+
+def test_relative_addresses_in_a_bucket_and_on_the_web(
+    tmp_path: Path, s3_server: S3Server, http_server: Callable[..., HttpServer]
+) -> None:
+    write(tmp_path / "t.csv", [{"uri": "a.jpg"}, {"uri": "../b.jpg"}, {"uri": "s3://c/d.jpg"}])
+    base = s3_server.upload(tmp_path, s3_server.make_bucket(), "x/y")
+    found = uris(f"{base}/t.csv", storage_options={"s3": s3_server.storage_options})
+    assert found == [f"{base}/a.jpg", f"{base.removesuffix('/y')}/b.jpg", "s3://c/d.jpg"]
+    (tmp_path / "x/y").mkdir(parents=True)
+    write(tmp_path / "x/y/t.csv", [{"uri": "a.jpg"}, {"uri": "../b.jpg"}])
+    server = http_server(tmp_path)
+    signed = f"{server.url}/x/y/t.csv?X-Amz-Signature=a/b/c"
+    assert uris(signed) == [f"{server.url}/x/y/a.jpg", f"{server.url}/x/b.jpg"]
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet"])
+def test_a_row_without_an_address_stays_a_row(tmp_path: Path, name: str) -> None:
+    if name == "t.csv":
+        (tmp_path / name).write_text("uri,n\na.jpg,1\n,2\n")
+    else:
+        write(tmp_path / name, [{"uri": "a.jpg", "n": 1}, {"uri": None, "n": 2}])
+    assert read(tmp_path / name).select(["uri", "n"]).to_pylist() == [
+        {"uri": f"{tmp_path}/a.jpg", "n": 1},
+        {"uri": "", "n": 2},
+    ]
+
+
+def test_another_address_column(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.csv", [{"path": "/a.jpg", "uri": 7}])
+    assert read(path, uri_column="path").select(["uri", "user_uri"]).to_pylist() == [{"uri": "/a.jpg", "user_uri": 7}]
+
+
+def test_addresses_that_look_like_numbers_or_are_categories(tmp_path: Path) -> None:
+    assert uris(write(tmp_path / "t.csv", [{"uri": "0012"}, {"uri": "13"}])) == [f"{tmp_path}/0012", f"{tmp_path}/13"]
+    column = pa.array(["/a.jpg", "/b.jpg", "/a.jpg"]).dictionary_encode()
+    pq.write_table(pa.table({"uri": column, "label": column}), tmp_path / "t.parquet")
+    table = read(tmp_path / "t.parquet")
+    assert table["uri"].to_pylist() == ["/a.jpg", "/b.jpg", "/a.jpg"]
+    assert table.schema.field("label").type == pa.string()
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet"])
+def test_a_table_without_addresses_is_an_error(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, [{"url": "a.jpg", "n": 1}])
+    with pytest.raises(SourceError, match=rf"{name} has .*column `uri`.*--uri-column"):
+        read(path)
+    with pytest.raises(SourceError, match="holds int64, text is needed"):
+        read(write(tmp_path / "n.parquet", [{"uri": 1}]))
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet", "t.tsv"])
+def test_what_is_no_such_table_is_an_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\x00\xff\xd8 no table \n\n1,2,3\n")
+    with pytest.raises(SourceError, match=f"{tmp_path}/{name}"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet"])
+def test_a_table_without_rows_matches_nothing(tmp_path: Path, name: str) -> None:
+    if name == "t.csv":
+        (tmp_path / name).write_text("uri,label\n")
+    elif name == "t.jsonl":
+        (tmp_path / name).write_text("\n")
+    else:
+        pq.write_table(pa.table({"uri": pa.array([], pa.string())}), tmp_path / name)
+    with pytest.raises(SourceError, match="no image matches"):
+        read(tmp_path / name)
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    assert uris(tmp_path / name, tmp_path / "a.jpg") == [f"{tmp_path}/a.jpg"]
+
+
+def test_a_damaged_parquet_table(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.parquet", [{"uri": f"/{number}.jpg"} for number in range(5000)])
+    data = bytearray(path.read_bytes())
+    data[100:2000] = bytes(1900)
+    path.write_bytes(data)
+    with pytest.raises(SourceError, match=r"t\.parquet cannot be read as Parquet"):
+        read(path)
+
+
+def test_globs_over_tables_and_the_folder_of_a_table(tmp_path: Path) -> None:
+    for number in range(3):
+        write(tmp_path / f"part-{number}.csv", [{"uri": f"/{number}.jpg"}])
+    assert uris(f"{tmp_path}/part-*.csv") == ["/0.jpg", "/1.jpg", "/2.jpg"]
+    folder = tmp_path / "big.parquet"
+    folder.mkdir()
+    for number in range(2):
+        write(folder / f"part-{number}.parquet", [{"uri": f"/{number}.jpg"}])
+    (folder / "_SUCCESS").write_bytes(b"")
+    assert uris(folder) == ["/0.jpg", "/1.jpg"]
+
+
+def test_a_table_in_a_folder_of_images(tmp_path: Path) -> None:
+    """Parquet counts wherever it lies; a CSV beside images is one more file."""
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    write(tmp_path / "b.parquet")
+    write(tmp_path / "c.csv")
+    write(tmp_path / "d.parquet", [{"n": 1}])
+    (tmp_path / "e.parquet").write_bytes(b"no Parquet")
+    own = pa.table({"uri": ["/x.jpg"]}).replace_schema_metadata({METADATA_KEY: b"{}"})
+    pq.write_table(own, tmp_path / "f.parquet")
+    names = [f"{tmp_path}/{name}" for name in ("a.jpg", "c.csv", "d.parquet", "e.parquet", "f.parquet")]
+    assert uris(tmp_path) == [names[0], "s3://b/1.jpg", "s3://b/2.jpg", *names[1:]]
+    assert uris(tmp_path / "f.parquet") == ["/x.jpg"]
+    with pytest.raises(SourceError, match="neither a column `uri` with addresses nor one column with image bytes"):
+        read(tmp_path / "d.parquet")
+    with pytest.raises(SourceError, match="is not a Parquet file"):
+        read(tmp_path / "e.parquet")
+
+
+def test_include_and_exclude_choose_rows(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.csv", [{"uri": f"/{name}"} for name in ("a.jpg", "b.png", "c.jpg")])
+    assert uris(path, include=["*.jpg"], exclude=["*/c*"]) == ["/a.jpg"]
+    assert uris(path, include=["*.csv"]) == ["/a.jpg", "/b.png", "/c.jpg"]
+
+
+def test_the_limit_cuts_tables_too(tmp_path: Path) -> None:
+    assert uris(write(tmp_path / "t.csv"), write(tmp_path / "t.parquet"), limit=3) == [
+        *("s3://b/1.jpg", "s3://b/2.jpg", "s3://b/1.jpg")
+    ]
+
+
+# --- the user's columns
+
+
+def test_names_that_are_ours_are_given_a_prefix(tmp_path: Path) -> None:
+    row = {"uri": "/a.jpg", "row": 1, "size": 2, "cls": "x", "labels": "y", "width": 3, "error": "z", "mine": 4}
+    names = ["user_row", "user_size", "user_cls", "user_labels", "user_width", "user_error", "mine"]
+    assert read(write(tmp_path / "t.jsonl", [row])).column_names == [*FIXED, *names]
+    with pytest.raises(SourceError, match="would both be called `user_row`"):
+        read(write(tmp_path / "u.jsonl", [{"uri": "/a.jpg", "row": 1, "user_row": 2}]))
+
+
+def test_nested_columns_ride_along(tmp_path: Path) -> None:
+    rows = [
+        {"uri": "/a.jpg", "box": {"x": 1, "y": [1.5, 2.0]}, "tags": ["a", "b"], "none": {}},
+        {"uri": "/b.jpg", "box": None, "tags": [], "none": {}},
+    ]
+    table = read(write(tmp_path / "t.jsonl", rows))
+    assert table.select(["uri", "box", "tags"]).to_pylist() == [
+        {key: row[key] for key in ("uri", "box", "tags")} for row in rows
+    ]
+    parts = write_manifest([table], str(tmp_path / "out"), {})
+    assert read_schema(str(tmp_path / "out"), parts[0], {}).field("none").type == pa.string()
+
+
+def test_fields_of_jsonl_may_come_late(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"uri": f"/{number}.jpg", "late": None} for number in range(17_000)]
+    rows += [{"uri": "/x.jpg", "late": "here", "new": 1.5}]
+    table = read(write(tmp_path / "t.jsonl", rows))
+    assert table.slice(17_000).select(["late", "new"]).to_pylist() == [{"late": "here", "new": 1.5}]
+    assert table["new"].null_count == 17_000
+
+
+def test_a_csv_column_that_turns_to_text_is_text_throughout(tmp_path: Path) -> None:
+    """Arrow looks at the first block alone; the odd value comes long after it."""
+    filler = "x" * 300
+    lines = [f"/{number}.jpg,{number},{number},{filler}" for number in range(30_000)]
+    (tmp_path / "t.csv").write_text("\n".join(["uri,code,n,filler", *lines, "/last.jpg,A7,8,y"]) + "\n")
+    table = read(tmp_path / "t.csv")
+    assert (table.schema.field("code").type, table.schema.field("n").type) == (pa.string(), pa.int64())
+    assert table.slice(29_999).select(["uri", "code", "n"]).to_pylist() == [
+        {"uri": "/29999.jpg", "code": "29999", "n": 29999},
+        {"uri": "/last.jpg", "code": "A7", "n": 8},
+    ]
+
+
+def test_sources_with_different_columns_share_a_manifest(tmp_path: Path) -> None:
+    (tmp_path / "z.jpg").write_bytes(b"x")
+    one = write(tmp_path / "a.csv", [{"uri": "/a.jpg", "n": 1, "only_a": "x"}])
+    two = write(tmp_path / "b.jsonl", [{"uri": "/b.jpg", "n": 2.5, "only_b": True}])
+    table = read(one, two, tmp_path / "z.jpg")
+    assert table.select(["n", "only_a", "only_b"]).to_pylist() == [
+        {"n": 1.0, "only_a": "x", "only_b": None},
+        {"n": 2.5, "only_a": None, "only_b": True},
+        {"n": None, "only_a": None, "only_b": None},
+    ]
+
+
+def test_a_column_that_is_text_here_and_a_number_there_is_an_error(tmp_path: Path) -> None:
+    one = write(tmp_path / "a.jsonl", [{"uri": "/a.jpg", "n": 1}])
+    two = write(tmp_path / "b.jsonl", [{"uri": "/b.jpg", "n": "one"}])
+    with pytest.raises(SourceError, match=r"do not agree .* n .*int64.*string"):
+        write_manifest(read_sources(spec_of(one, two)), str(tmp_path / "out"), {})
+    with pytest.raises(SourceError, match=r"column `n` does not hold one kind of value"):
+        read(write(tmp_path / "c.jsonl", [{"uri": "/a", "n": 1}, {"uri": "/b", "n": "x"}]))
+    (tmp_path / "d.jsonl").write_text('{"uri": "/a"}\n["/b"]\n')
+    with pytest.raises(SourceError, match="line 2: a JSON object is needed"):
+        read(tmp_path / "d.jsonl")
+
+
+# --- image bytes
+
+
+def images(path: Path, column: str = "image", **others: list[Any]) -> Path:
+    pq.write_table(pa.table({column: pa.array([b"1", b"2", None], pa.binary()), **others}), path)
+    return path
+
+
+def test_rows_of_image_bytes(tmp_path: Path) -> None:
+    path = images(tmp_path / "t.parquet", label=["x", "y", "z"])
+    table = read(path)
+    assert table.select(["uri", "container", "offset", "length", "label"]).to_pylist() == [
+        {"uri": f"{path}#{row}", "container": str(path), "offset": row, "length": None, "label": label}
+        for row, label in enumerate("xyz")
+    ]
+    assert len(set(table["etag"].to_pylist())) == 1
+    assert table["etag"].null_count == 0
+    assert "image" not in table.column_names
+    assert uris(images(tmp_path / "u.parquet", "photo")) == [f"{tmp_path}/u.parquet#{row}" for row in range(3)]
+
+
+def test_the_struct_of_hugging_face_datasets(tmp_path: Path) -> None:
+    values = [
+        {"bytes": b"1", "path": "one.jpg"},
+        {"bytes": b"2", "path": None},
+        {"bytes": None, "path": "s3://b/3.jpg"},
+    ]
+    pq.write_table(pa.table({"image": values, "label": [1, 2, 3]}), tmp_path / "t.parquet")
+    table = read(tmp_path / "t.parquet")
+    base = f"{tmp_path}/t.parquet#"
+    assert table["uri"].to_pylist() == [f"{base}one.jpg", f"{base}1", f"{base}s3://b/3.jpg"]
+    assert table.column_names == [*FIXED, "label"]
+
+
+def test_bytes_go_before_addresses_where_they_are_called_image(tmp_path: Path) -> None:
+    path = images(tmp_path / "t.parquet", uri=["s3://b/1.jpg", None, "3.jpg"])
+    table = read(path)
+    assert table["uri"].to_pylist() == ["s3://b/1.jpg", f"{path}#1", f"{tmp_path}/3.jpg"]
+    assert table["offset"].to_pylist() == [0, 1, 2]
+    other = images(tmp_path / "u.parquet", "hash", uri=["/1.jpg", "/2.jpg", "/3.jpg"])
+    assert read(other).select(["uri", "container", "hash"]).to_pylist()[0] == {
+        **{"uri": "/1.jpg", "container": None, "hash": b"1"}
+    }
+
+
+def test_of_several_byte_columns_one_must_be_named(tmp_path: Path) -> None:
+    path = images(tmp_path / "t.parquet", "left", right=[b"1", b"2", b"3"])
+    with pytest.raises(SourceError, match="--image-column"):
+        read(path)
+    assert len(uris(path, image_column="left")) == 3
+
+
+def test_image_tables_without_rows_or_with_many(tmp_path: Path) -> None:
+    pq.write_table(
+        pa.table({"image": pa.array([], pa.binary()), "n": pa.array([], pa.int64())}), tmp_path / "0.parquet"
+    )
+    values = pa.array([b"x"] * 40_000, pa.binary())
+    pq.write_table(pa.table({"image": values, "n": range(40_000)}), tmp_path / "1.parquet", row_group_size=7000)
+    table = read(tmp_path)
+    assert table["offset"].to_pylist() == table["n"].to_pylist() == list(range(40_000))
+
+
+# --- from stores with faults
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet"])
+def test_faults_that_pass_cost_no_rows(tmp_path: Path, name: str, http_server: Callable[..., HttpServer]) -> None:
+    rows = [{"uri": f"/{number:06d}-{'x' * 60}.jpg", "n": number} for number in range(20_000)]
+    write(tmp_path / name, rows)
+    for rule in (
+        Rule("status", status=503, first=1),
+        Rule("reset", methods=("GET",), first=2, after_bytes=1000),
+        Rule("truncate", methods=("GET",), first=2, after_bytes=70_000),
+        Rule("ignore_range"),
+        Rule("chunked"),
+    ):
+        server = http_server(tmp_path, [rule])
+        table = read(f"{server.url}/{name}")
+        assert table.select(["uri", "n"]).to_pylist() == rows, rule.fault
+        assert server.control.faults() > 0, rule.fault
+
+
+def test_faults_that_stay_are_an_error_and_not_a_shorter_table(
+    tmp_path: Path, http_server: Callable[..., HttpServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.sources.reading._BASE_S", 0.001)
+    write(tmp_path / "t.csv", [{"uri": f"/{number}.jpg"} for number in range(100)])
+    server = http_server(tmp_path, [Rule("truncate", methods=("GET",), after_bytes=500)])
+    with pytest.raises(SourceError, match=r"t\.csv: cannot be read"):
+        read(f"{server.url}/t.csv")
+
+
+def test_a_denied_table_says_so(tmp_path: Path, s3_server: S3Server, flaky_proxy: Any) -> None:
+    bucket = s3_server.make_bucket()
+    for name in ("t.csv", "t.parquet"):
+        write(tmp_path / name)
+    base = s3_server.upload(tmp_path, bucket)
+    proxy = flaky_proxy(s3_server, [Rule("status", status=403, path="*.*")])
+    for name in ("t.csv", "t.parquet"):
+        with pytest.raises(SourceError, match=rf"{base}/{name}: access is denied"):
+            read(f"{base}/{name}", storage_options=proxy.server.storage_options)
+
+
+# --- the manifest
+
+
+def test_image_bytes_are_not_read_while_listing(tmp_path: Path, s3_server: S3Server, flaky_proxy: Any) -> None:
+    blobs = [bytes([number]) * 100_000 for number in range(60)]
+    table = pa.table({"image": pa.array(blobs, pa.binary()), "label": range(60)})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=20, compression="none", use_dictionary=False)
+    base = s3_server.upload(tmp_path, s3_server.make_bucket())
+    proxy = flaky_proxy(s3_server)
+    assert len(uris(f"{base}/t.parquet", storage_options=proxy.server.storage_options)) == 60
+    gets = [entry[2] for entry in proxy.control.stats()["log"] if entry[2] is not None]
+    spans = [tuple(map(int, text.removeprefix("bytes=").split("-"))) for text in gets]
+    assert len(gets) <= 8
+    assert sum(stop - start + 1 for start, stop in spans) < 3_000_000
+
+
+def test_slices_of_the_manifest_read_what_they_touch(tmp_path: Path) -> None:
+    """Rows come back by number from several parts and row groups, whatever the spans."""
+    out = str(tmp_path / "out")
+    table = read(write(tmp_path / "t.jsonl", [{"uri": f"/{number}", "n": number} for number in range(50_000)]))
+    first = write_manifest([table.slice(0, 40_000)], out, {})
+    parts = first + write_manifest([table.slice(40_000)], out, {}, first_row=40_000)
+    rng = np.random.default_rng(0)
+    for count in (1, 5, 40, 2000):
+        cuts = np.sort(rng.choice(50_000, 2 * count, replace=False)).reshape(-1, 2)
+        got = pa.concat_tables(read_rows(out, parts, cuts, {}))
+        expected = np.concatenate([np.arange(start, stop) for start, stop in cuts])
+        assert np.array_equal(got["row"].to_numpy(), expected)
+        assert np.array_equal(got["n"].to_numpy(), expected)
+    assert list(read_rows(out, parts, np.empty((0, 2), np.int64), {})) == []
