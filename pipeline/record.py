@@ -19,7 +19,7 @@ from schemas.errors import OutputError
 from schemas.run import ModelRecord, RunRecord, difference
 from schemas.spec import RESULT_FIELDS, JobSpec
 
-_RECORDED_VERSIONS = ("patchstream", "torch", "ray", "pyarrow", "pillow", "pillow-heif", "simplejpeg", "numpy")
+_RECORDED_VERSIONS = ("patchstream", "torch", "ray", "pyarrow", "pillow", "pi-heif", "simplejpeg", "numpy")
 # What must agree between two runs on one directory; the rest of the model record follows from these.
 _MODEL_IDENTITY = ("digest", "dtype", "pooled", "preprocessing")
 _FREEZE_WAIT_S = 3600.0

@@ -4,7 +4,7 @@ import functools
 import logging
 import warnings
 
-import pillow_heif
+import pi_heif
 from PIL import Image, ImageFile
 
 from pipeline.images.limits import return_large_blocks
@@ -54,7 +54,7 @@ FORMATS = (
 
 @functools.cache
 def _register_once() -> None:
-    pillow_heif.register_heif_opener(thumbnails=False)
+    pi_heif.register_heif_opener(thumbnails=False)
     Image.init()
     return_large_blocks()
 
@@ -66,5 +66,5 @@ def prepare_process() -> None:
     """
     _register_once()
     ImageFile.LOAD_TRUNCATED_IMAGES = False
-    warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif)\b")
+    warnings.filterwarnings("ignore", module=r"(PIL|pi_heif)\b")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)

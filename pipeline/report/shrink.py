@@ -39,7 +39,7 @@ def shrink(data: bytes | None, side: int, max_pixels: int) -> bytes:
 
 @functools.cache
 def _register_heif() -> None:
-    from pillow_heif import register_heif_opener
+    from pi_heif import register_heif_opener
 
     register_heif_opener()
 
