@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+_TABLES = ("images", "manifest", "failures")
+
+
 class FeatureStore:
     """A run's directory, opened for reading. Parts that appear after `open` are not seen: open it again.
 
@@ -152,7 +155,7 @@ class FeatureStore:
         """`images`, `manifest` or `failures` as a pyarrow dataset; of right schema and without rows if absent."""
         if kind == "images":
             return pads.dataset([part.path for part in self.parts], schema=self.schema, filesystem=self.fs)
-        paths = [path for path, _ in list_parquet(self.fs, join(self.root, kind))]
+        paths = self._paths(kind)
         if paths:
             return pads.dataset(paths, filesystem=self.fs)
         empty = FAILURES_SCHEMA if kind == "failures" else manifest_schema(user_fields(self.schema))
@@ -166,7 +169,7 @@ class FeatureStore:
         connection = duckdb.connect()
         if not is_local(self.fs):
             connection.register_filesystem(DirFileSystem(path=self.root, fs=self.fs))
-        for kind in ("images", "manifest", "failures"):
+        for kind in _TABLES:
             self._add_view(connection, kind, join(self.root, kind))
         for kind in ("clusters", "duplicates"):
             for name in list_folders(self.fs, join(self.root, kind)):
@@ -174,9 +177,7 @@ class FeatureStore:
         return connection
 
     def _add_view(self, connection: duckdb.DuckDBPyConnection, view: str, folder: str) -> None:
-        paths = [path for path, _ in list_parquet(self.fs, folder)]
-        if view == "images":
-            paths = [part.path for part in self.parts]
+        paths = self._paths(view) if view in _TABLES else [path for path, _ in list_parquet(self.fs, folder)]
         if paths:
             # DuckDB claims s3:// and gs:// for its own drivers; under `dir://` it asks ours, with our credentials.
             base = "" if is_local(self.fs) else self.root + "/"
@@ -184,6 +185,14 @@ class FeatureStore:
             connection.execute(f"CREATE VIEW {quote(view)} AS SELECT * FROM read_parquet([{files}])")
         elif view in {"manifest", "failures"}:
             connection.register(view, self.dataset(view).to_table())
+
+    def _paths(self, kind: str) -> list[str]:
+        if kind == "images":
+            return [part.path for part in self.parts]
+        paths = [path for path, _ in list_parquet(self.fs, join(self.root, kind))]
+        # A freeze that was cut short leaves manifest parts that the record does not name.
+        counted = {name.rpartition("/")[2] for name in self.record.manifest_parts}
+        return [path for path in paths if kind != "manifest" or path.rpartition("/")[2] in counted]
 
     def sql(self, query: str) -> pa.Table:
         """The result of one DuckDB query over the views of `connect`. Raises SpecError if DuckDB refuses it."""
@@ -205,16 +214,13 @@ class FeatureStore:
         return {item["row"]: item for item in table.to_pylist()}
 
 
-def run_query(connection: duckdb.DuckDBPyConnection, query: str) -> pa.Table:
-    """One query's result. Raises SpecError with DuckDB's own explanation."""
+def run_query(connection: duckdb.DuckDBPyConnection, query: str, limit: int | None = None) -> pa.Table:
+    """One query's result, or its first `limit` rows. Raises SpecError with DuckDB's own explanation."""
     try:
         relation = connection.sql(query)
-    except duckdb.Error as error:
-        raise SpecError(f"{_first_lines(error)}\nin: {query}") from None
-    if relation is None:
-        return pa.table({})
-    try:
-        return relation.to_arrow_table()
+        if relation is None:
+            return pa.table({})
+        return (relation if limit is None else relation.limit(limit)).to_arrow_table()
     except duckdb.Error as error:
         raise SpecError(f"{_first_lines(error)}\nin: {query}") from None
 

@@ -1,0 +1,83 @@
+"""SQL over a run: DuckDB with the run's tables as views, cosine similarity and nearest neighbours.
+
+cosine(a, b)          of two vectors
+nearest(row, k)       table (row, uri, score): the k rows most like this one by `cls`, or the first feature there is
+nearest_NAME(row, k)  the same by feature NAME
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import duckdb
+import pyarrow as pa
+
+from pipeline.retrieval.output import staged
+from pipeline.retrieval.store import FeatureStore, quote, run_query
+from pipeline.storage import Options, filesystem, redact
+from schemas.errors import SpecError
+
+_MEMORY = "2GiB"
+_FORMATS = {".parquet": "parquet", ".csv": "csv"}
+
+
+class Answer(NamedTuple):
+    """The first rows of a result, and whether there are more."""
+
+    table: pa.Table
+    more: bool
+
+
+def connect(store: FeatureStore) -> duckdb.DuckDBPyConnection:
+    """The store's connection with our functions. Memory is bounded; what does not fit goes to temporary files."""
+    connection = store.connect()
+    connection.execute(f"SET memory_limit = '{_MEMORY}'")
+    connection.execute("SET temp_directory = ?", [str(Path(tempfile.gettempdir(), "patchstream-duckdb"))])
+    connection.execute("CREATE MACRO cosine(a, b) AS list_cosine_similarity(CAST(a AS FLOAT[]), CAST(b AS FLOAT[]))")
+    connection.register("_replaced", pa.table({"row": pa.array(store.replaced, pa.int64())}))
+    for name in store.features:
+        connection.execute(_nearest(f"nearest_{name}", name))
+    if store.features:
+        connection.execute(_nearest("nearest", next(iter(store.features))))
+    return connection
+
+
+def _nearest(macro: str, feature: str) -> str:
+    # NaN sorts above every number in DuckDB, so vectors without direction have to be left out by name.
+    score = f"cosine({quote(feature)}, (SELECT {quote(feature)} FROM images WHERE row = of_row))"
+    return (
+        f"CREATE MACRO {macro}(of_row, k) AS TABLE SELECT row, uri, score FROM "
+        f"(SELECT row, uri, {score} AS score FROM images ANTI JOIN _replaced USING (row) WHERE row <> of_row) "
+        "WHERE isfinite(score) ORDER BY score DESC, row LIMIT k"
+    )
+
+
+def ask(store: FeatureStore, query: str, limit: int) -> Answer:
+    """The first `limit` rows of a query's result. Raises SpecError with DuckDB's explanation if it is refused."""
+    with connect(store) as connection:
+        found = run_query(connection, query, limit + 1)
+    return Answer(found.slice(0, limit), found.num_rows > limit)
+
+
+def write(store: FeatureStore, query: str, out: str, storage_options: Options | None = None) -> int:
+    """Write a query's result to `out`, a .parquet or .csv file on any store; returns the number of rows.
+
+    Raises SpecError for another ending or a query that DuckDB refuses.
+    """
+    suffix = Path(out).suffix.lower()
+    if suffix not in _FORMATS:
+        raise SpecError(f"--out {redact(out)}: the name ends in {' or '.join(_FORMATS)}")
+    fs, path = filesystem(out, storage_options or {})
+    with connect(store) as connection, staged(fs, path) as local:
+        try:
+            relation: Any = connection.sql(query)
+            if relation is None:
+                raise SpecError(f"the query gives no table to write: {query}")
+            if suffix == ".csv":
+                relation.write_csv(str(local), header=True)
+            else:
+                relation.write_parquet(str(local), compression="zstd")
+            counted = connection.execute(f"SELECT count(*) FROM read_{_FORMATS[suffix]}(?)", [str(local)]).fetchone()
+        except duckdb.Error as error:
+            raise SpecError(f"{error}\nin: {query}") from None
+    return int(counted[0]) if counted else 0

@@ -1,0 +1,93 @@
+"""SQL: views, cosine, nearest, and results as files."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.retrieval import sql
+from pipeline.retrieval.duplicates import find_duplicates, write_duplicates
+from pipeline.retrieval.store import FeatureStore
+from schemas.errors import SpecError
+from tests.support.runs import RunContent, write_run
+
+VECTORS = np.random.default_rng(8).standard_normal((200, 12)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    vectors = VECTORS.copy()
+    vectors[3], vectors[4] = 0, np.nan
+    content = RunContent(
+        {"cls": vectors, "pooled": vectors[:, ::-1][:, :6].astype(np.float16)},
+        labels=[[(row % 2, ["tench", "kite"][row % 2], 0.5)] for row in range(200)],
+        failed={200: "NotFound"},
+        replaces={9: 8},
+    )
+    return FeatureStore.open(str(write_run(tmp_path_factory.mktemp("run"), content)))
+
+
+def nearest_rows(row: int, k: int) -> list[int]:
+    wide = VECTORS / np.linalg.norm(VECTORS, axis=1, keepdims=True)
+    scores = wide @ wide[row]
+    scores[[row, 3, 4, 8]] = -2
+    return np.argsort(-scores)[:k].tolist()
+
+
+def test_nearest_and_cosine(store: FeatureStore) -> None:
+    found = sql.ask(store, "SELECT * FROM nearest(17, 6)", 100).table
+    assert found.schema.names == ["row", "uri", "score"]
+    assert found.column("row").to_pylist() == nearest_rows(17, 6)
+    query = "SELECT cosine(a.cls, b.cls) AS c FROM images a, images b WHERE a.row = 17 AND b.row = {}"
+    same = sql.ask(store, query.format(found.column("row")[0]), 1).table.column("c")[0].as_py()
+    assert same == pytest.approx(found.column("score")[0].as_py(), abs=1e-6)
+    assert sql.ask(store, "SELECT * FROM nearest(3, 6)", 100).table.num_rows == 0
+
+
+def test_nearest_of_a_half_precision_feature(store: FeatureStore) -> None:
+    found = sql.ask(store, "SELECT * FROM nearest_pooled(17, 3)", 100).table
+    assert found.num_rows == 3
+    assert max(found.column("score").to_pylist()) < 1
+
+
+def test_nearest_joins_with_labels(store: FeatureStore) -> None:
+    query = "SELECT n.row FROM nearest(17, 200) n JOIN images USING (row) WHERE labels[1].label = 'tench' LIMIT 5"
+    rows = sql.ask(store, query, 100).table.column("row").to_pylist()
+    assert len(rows) == 5
+    assert all(row % 2 == 0 for row in rows)
+
+
+def test_views_of_what_was_found(store: FeatureStore) -> None:
+    write_duplicates(store, find_duplicates(store, 0.99), "first-try", {})
+    assert sql.ask(store, 'SELECT count(*) AS n FROM "duplicates_first-try"', 1).table.num_rows == 1
+    assert sql.ask(store, "SELECT error FROM failures", 9).table.to_pylist() == [{"error": "NotFound"}]
+    assert sql.ask(store, "SELECT count(*) AS n FROM manifest", 9).table.to_pylist() == [{"n": 201}]
+
+
+def test_more_rows_than_shown(store: FeatureStore) -> None:
+    answer = sql.ask(store, "SELECT row FROM images", 50)
+    assert (answer.table.num_rows, answer.more) == (50, True)
+    assert not sql.ask(store, "SELECT row FROM images", 200).more
+
+
+def test_results_as_files(store: FeatureStore, tmp_path: Path) -> None:
+    query = "SELECT row, uri FROM images WHERE row < 7"
+    assert sql.write(store, query, str(tmp_path / "o.parquet")) == 7
+    assert pq.read_table(tmp_path / "o.parquet").column("row").to_pylist() == list(range(7))
+    assert sql.write(store, query, str(tmp_path / "o.csv")) == 7
+    assert pa.csv.read_csv(tmp_path / "o.csv").column("uri")[6].as_py().endswith("6.jpg")
+    with pytest.raises(SpecError, match=r"ends in \.parquet or \.csv"):
+        sql.write(store, query, str(tmp_path / "o.xlsx"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o.csv", "o.parquet"]
+
+
+@pytest.mark.parametrize("query", ["SELECT nothing FROM images", "SELEC 1", "SELECT row FROM clusters_none"])
+def test_bad_queries(store: FeatureStore, tmp_path: Path, query: str) -> None:
+    with pytest.raises(SpecError, match="in: SELEC"):
+        sql.ask(store, query, 10)
+    with pytest.raises(SpecError, match="in: SELEC"):
+        sql.write(store, query, str(tmp_path / "o.csv"))
+    assert not list(tmp_path.iterdir())
