@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.sources.manifest import ManifestPart
@@ -97,7 +98,9 @@ def _insert(database: duckdb.DuckDBPyConnection, table: str, columns: list[pa.Ar
 
 def _keys(uris: pa.Array) -> pa.Array:
     """Addresses without their signatures: a URL that was signed anew is still the same object."""
-    return pa.array([redact(uri) if "?" in uri or "@" in uri else uri for uri in uris.to_pylist()], pa.string())
+    if not pc.any(pc.match_substring_regex(uris, "[?@]")).as_py():
+        return uris
+    return pa.array([redact(uri) for uri in uris.to_pylist()], pa.string())
 
 
 def _picked(files: list[tuple[str, int]], places: np.ndarray, replaces: pa.Array) -> Iterator[pa.Table]:
