@@ -12,8 +12,10 @@ from typing import Literal
 Network = Literal["vit", "beit"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 QkvBias = Literal["all", "query_value", "none"]
-Positions = Literal["none", "patches", "all"]
-Resize = Literal["bicubic", "bicubic_antialias", "bilinear", "bilinear_corners"]
+Positions = Literal["none", "patches", "all", "all_and_registers"]
+Resize = Literal["bicubic", "bicubic_antialias", "bilinear_corners"]
+TableResize = Literal["bilinear", "geometric"]
+PoolNorm = Literal["none", "trained", "made_up"]
 Pooled = Literal[
     "pooler",
     "mean_patch_tokens",
@@ -31,10 +33,11 @@ HeadInput = Literal["none", "cls", "pooled", "cls_and_mean", "cls_and_distillati
 class Architecture:
     """A vision transformer, described. Sizes in pixels are (height, width); a grid is counted in patches.
 
-    `positions`: whether learned absolute positions cover only the patches or the prefix tokens (CLS, distillation)
-    too. `position_resize`: how the checkpoint's own library brings them to another grid. `pool_norm`: a LayerNorm
-    behind the pooling (`layernormed_…`); `pool_norm_trained` is false where the reference library makes one up
-    (weight 1, bias 0). `head_input`: what the classifier reads.
+    `positions`: whether learned absolute positions cover only the patches, or CLS and distillation tokens too, or
+    registers as well. `position_resize`, `table_resize`: how the checkpoint's own library brings positions and BEiT's
+    tables to another grid. `pool_norm`: a LayerNorm behind the pooling; `made_up` where the reference library makes
+    one up (weight 1, bias 0). `projection_width`: width of `pooled` where a projection follows. `head_input`: what
+    the classifier reads.
     """
 
     network: Network
@@ -54,12 +57,13 @@ class Architecture:
     registers: int = 0
     positions: Positions = "all"
     position_resize: Resize = "bicubic"
+    table_resize: TableResize = "bilinear"
     relative_positions: Literal["none", "shared", "each"] = "none"
     pre_norm: bool = False
     layer_scale: bool = False
     final_norm: bool = True
     pooled: Pooled = "mean_patch_tokens"
-    pool_norm_trained: bool = True
+    pool_norm: PoolNorm = "none"
     projection_width: int = 0
     projection_bias: bool = True
     head_input: HeadInput = "none"
@@ -69,6 +73,12 @@ class Architecture:
     def prefix_tokens(self) -> int:
         """Tokens in front of the patches: CLS, distillation, registers."""
         return int(self.class_token) + int(self.distillation_token) + self.registers
+
+    @property
+    def positioned_prefix(self) -> int:
+        """How many of the prefix tokens the position table covers."""
+        covered = int(self.class_token) + int(self.distillation_token)
+        return {"all": covered, "all_and_registers": self.prefix_tokens}.get(self.positions, 0)
 
     @property
     def trained_grid(self) -> tuple[int, int]:
@@ -106,8 +116,7 @@ def tensor_shapes(a: Architecture) -> dict[str, Shape]:
     if a.registers:
         shapes["registers"] = (1, a.registers, d)
     if a.positions != "none":
-        covered = (int(a.class_token) + int(a.distillation_token)) if a.positions == "all" else 0
-        shapes["positions"] = (1, covered + a.trained_grid[0] * a.trained_grid[1], d)
+        shapes["positions"] = (1, a.positioned_prefix + a.trained_grid[0] * a.trained_grid[1], d)
     if a.relative_positions == "shared":
         shapes["relative_table"] = (relative_table_rows(a.trained_grid), a.heads)
     if a.pre_norm:
@@ -140,7 +149,7 @@ def _readout_shapes(a: Architecture) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
     if a.pooled == "pooler":
         shapes |= _affine("pooler", (a.feature_width, d))
-    if a.pooled in ("layernormed_mean_patch_tokens", "layernormed_cls", "projected_cls") and a.pool_norm_trained:
+    if a.pool_norm == "trained":
         shapes |= _affine("pool_norm", (d,))
     if a.pooled == "projected_cls" and a.projection_width:
         shapes |= _affine("projection", (a.projection_width, d), bias=a.projection_bias)

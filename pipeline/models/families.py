@@ -1,12 +1,14 @@
 """The table of everything that loads. A new format is one file in `formats/` and one row here."""
 
-from pipeline.models.formats import hf_beit, hf_vit
+from pipeline.models.formats import hf_beit, hf_vit, timm_beit, timm_vit
 from pipeline.models.formats.format import Config, Format, Shapes
 from schemas.errors import CheckpointError
 
 FORMATS: tuple[Format, ...] = (
     hf_vit.FORMAT,
     hf_beit.FORMAT,
+    timm_vit.FORMAT,
+    timm_beit.FORMAT,
 )
 
 

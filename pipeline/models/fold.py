@@ -25,14 +25,14 @@ def fold(tensors: Tensors, a: Architecture, preprocessing: Preprocessing, dtype:
     prefix, positions = fold_tokens(tensors, a, grid)
     trunk = {"patch.weight": weight, "prefix": prefix, "positions": positions + patch_bias}
     for i, table in enumerate(relative_tables(tensors, a)):
-        how = "bilinear" if a.position_resize == "bicubic" else a.position_resize
-        trunk[f"relative_bias.{i}"] = relative_bias(resize_relative_table(table, a.trained_grid, grid, how), grid)
+        table = resize_relative_table(table, a.trained_grid, grid, a.table_resize)
+        trunk[f"relative_bias.{i}"] = relative_bias(table, grid)
     trunk |= {name: tensor for name, tensor in tensors.items() if name.startswith(("pre_norm.", "blocks."))}
     trunk = {name: tensor.to(dtype) for name, tensor in fold_layer_scale(trunk).items() if "relative_table" not in name}
     state = {f"trunk.{name}": tensor for name, tensor in trunk.items()}
     state |= {f"trunk.{name}": tensor.float() for name, tensor in tensors.items() if name.startswith("norm.")}
     state |= {f"readout.{name}": t.float() for name, t in tensors.items() if name.partition(".")[0] in READOUT}
-    if a.pooled == "layernormed_mean_patch_tokens" and not a.pool_norm_trained:
+    if a.pool_norm == "made_up":
         state |= {"readout.pool_norm.weight": torch.ones(a.width), "readout.pool_norm.bias": torch.zeros(a.width)}
     return state
 
@@ -55,17 +55,15 @@ def fold_patch_embedding(tensors: Tensors, preprocessing: Preprocessing) -> tupl
 
 def fold_tokens(tensors: Tensors, a: Architecture, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Prefix tokens (1, P, D) with their positions added, and the positions of the patches (1, N, D)."""
-    tokens = [tensors[name].float() for name in ("cls_token", "distillation_token") if name in tensors]
+    names = ("cls_token", "distillation_token", "registers")
+    tokens = [tensors[name].float() for name in names if name in tensors]
     prefix = torch.cat([torch.zeros(1, 0, a.width), *tokens], dim=1)
     patches = torch.zeros(grid[0] * grid[1], a.width)
     if a.positions != "none":
         table = tensors["positions"].float()
-        covered = prefix.shape[1] if a.positions == "all" else 0
+        covered = a.positioned_prefix
         patches = resize_grid(table[0, covered:], a.trained_grid, grid, a.position_resize)
-        if covered:
-            prefix = prefix + table[:, :covered]
-    if a.registers:
-        prefix = torch.cat([prefix, tensors["registers"].float()], dim=1)
+        prefix = torch.cat([prefix[:, :covered] + table[:, :covered], prefix[:, covered:]], dim=1)
     return prefix, patches[None]
 
 

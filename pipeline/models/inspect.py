@@ -120,10 +120,12 @@ def _require_whole_patches(size: tuple[int, int], a: Architecture, name: str) ->
 def _labels(config: Config, count: int, path: Path) -> tuple[str, ...]:
     """Class names in the order of the logits: from `id2label`, `LABEL_i` where the config has none."""
     names = config.get("id2label")
+    if isinstance(config.get("label_names"), list):  # timm
+        names = dict(enumerate(config["label_names"]))
     if not names:
         return tuple(f"LABEL_{i}" for i in range(count))
     if count and (not isinstance(names, dict) or sorted(map(int, names)) != list(range(count))):
-        raise CheckpointError(f"{path}: id2label names {len(names)} classes, but the classifier has {count}")
+        raise CheckpointError(f"{path}: the config names {len(names)} classes, but the classifier has {count}")
     by_index = {int(index): str(label) for index, label in names.items()}
     return tuple(by_index[i] for i in range(count))
 

@@ -1,11 +1,12 @@
-"""How a checkpoint wants its pixels: `preprocessor_config.json` of Hugging Face image processors, old and new.
+"""How a checkpoint wants its pixels.
 
-Old files say `feature_extractor_type` and give sizes as one number; new ones say `image_processor_type` and give
-{height, width} or {shortest_edge}. What one number means, and what holds where a key is absent, is set by the
+From `preprocessor_config.json` of Hugging Face image processors, old and new, or from timm's `pretrained_cfg`. Old
+Hugging Face files say `feature_extractor_type` and give sizes as one number; new ones say `image_processor_type` and
+give {height, width} or {shortest_edge}. What one number means, and what holds where a key is absent, is set by the
 processor's class: the table below.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from schemas.errors import CheckpointError
 from schemas.preprocessing import Preprocessing
 
 Size = tuple[int, int]
+Reader = Callable[[Mapping[str, Any], Path], Preprocessing]
 
 HALF = (0.5, 0.5, 0.5)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -52,6 +54,9 @@ def read_preprocessing(folder: str | Path, *, image_size: int | Size | None = No
     unknown processor, or does not lead to images of one fixed size: nothing is ever assumed.
     """
     path = Path(folder) / "preprocessor_config.json"
+    config_path = Path(folder) / "config.json"
+    if not path.is_file() and config_path.is_file() and "pretrained_cfg" in read_json(config_path):
+        return _read(config_path, _from_timm, image_size)
     if not path.is_file():
         raise CheckpointError(
             f"{folder}: has no preprocessor_config.json, so how to resize and normalise images is unknown. Copy the "
@@ -59,9 +64,12 @@ def read_preprocessing(folder: str | Path, *, image_size: int | Size | None = No
             '{"image_processor_type": "ViTImageProcessor", "size": {"height": 224, "width": 224}, "resample": 2, '
             '"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}'
         )
-    config = read_json(path)
+    return _read(path, _from_processor, image_size)
+
+
+def _read(path: Path, reader: Reader, image_size: int | Size | None) -> Preprocessing:
     try:
-        return resized(_from_processor(config, path), image_size, path)
+        return resized(reader(read_json(path), path), image_size, path)
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
@@ -91,6 +99,36 @@ def _from_processor(config: Mapping[str, Any], path: Path) -> Preprocessing:
         rescale_factor=rescale,
         mean=_channels(config.get("image_mean", defaults.mean)) if normalise else (0.0, 0.0, 0.0),
         std=std,
+    )
+
+
+TIMM_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+
+
+def _from_timm(config: Mapping[str, Any], path: Path) -> Preprocessing:
+    """timm's evaluation transform: resize to size / crop_pct, then crop the centre.
+
+    `crop_mode` center keeps the aspect ratio, squash does not.
+    """
+    given = config["pretrained_cfg"]
+    absent = [key for key in ("input_size", "interpolation", "mean", "std") if key not in given]
+    if absent:
+        raise CheckpointError(f"{path}: pretrained_cfg lacks {', '.join(absent)}")
+    mode, filter_name = given.get("crop_mode", "center"), given["interpolation"]
+    if mode not in ("center", "squash") or filter_name not in TIMM_FILTERS:
+        raise CheckpointError(f"{path}: crop_mode {mode!r} with interpolation {filter_name!r} is not supported")
+    _, height, width = given["input_size"]
+    share = given.get("crop_pct") or 0.875
+    if mode == "center" and height != width:
+        raise CheckpointError(f"{path}: a centre crop of {height}×{width}, not square, is not supported")
+    scaled = (int(height / share), int(width / share))
+    return Preprocessing(
+        resize=scaled if mode == "squash" else None,
+        shortest_edge=scaled[0] if mode == "center" else None,
+        resample=TIMM_FILTERS[filter_name],
+        crop=(height, width),
+        mean=given["mean"],
+        std=given["std"],
     )
 
 
@@ -136,6 +174,6 @@ def resized(p: Preprocessing, image_size: int | Size | None, where: Path) -> Pre
     if p.crop is None:
         return p.model_copy(update={"resize": new, "shortest_edge": None})
     old = p.crop
-    grown = tuple(round(side * to / of) for side, to, of in zip(p.resize, new, old, strict=True)) if p.resize else None
-    edge = round(p.shortest_edge * min(new) / min(old)) if p.shortest_edge else None
+    grown = tuple(side * to // of for side, to, of in zip(p.resize, new, old, strict=True)) if p.resize else None
+    edge = p.shortest_edge * min(new) // min(old) if p.shortest_edge else None
     return p.model_copy(update={"crop": new, "resize": grown, "shortest_edge": edge})

@@ -16,8 +16,7 @@ class Readout(nn.Module):
         super().__init__()
         self.a = a
         self.pooler = nn.Linear(a.width, a.feature_width) if a.pooled == "pooler" else None
-        normed = a.pooled in ("layernormed_mean_patch_tokens", "layernormed_cls", "projected_cls")
-        self.pool_norm = nn.LayerNorm(a.width, a.epsilon) if normed else nn.Identity()
+        self.pool_norm = nn.LayerNorm(a.width, a.epsilon) if a.pool_norm != "none" else nn.Identity()
         projected = a.pooled == "projected_cls" and a.projection_width > 0
         self.projection = nn.Linear(a.width, a.projection_width, a.projection_bias) if projected else nn.Identity()
         self.attention_pool = AttentionPool(a) if a.pooled == "attention_pool" else None
@@ -37,7 +36,7 @@ class Readout(nn.Module):
         if self.pooler is not None:
             return torch.tanh(self.pooler(tokens[:, 0]))
         if self.attention_pool is not None:
-            return self.attention_pool(tokens)  # type: ignore[no-any-return]
+            return self.attention_pool(tokens[:, self.a.prefix_tokens :])  # type: ignore[no-any-return]
         if kind in ("cls", "layernormed_cls", "projected_cls"):
             return self.projection(self.pool_norm(tokens[:, 0]))  # type: ignore[no-any-return]
         first = 0 if kind == "mean_all_tokens" else self.a.prefix_tokens
@@ -58,7 +57,7 @@ class Readout(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """SigLIP's head: one learned query attends to all tokens, then a residual MLP (arXiv 2303.15343)."""
+    """SigLIP's head: one learned query attends to the patch tokens, then a residual MLP (arXiv 2303.15343)."""
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()

@@ -39,9 +39,18 @@ def _pieces(a: Architecture, spelling: Spelling, name: str, shape: Shape) -> tup
     names = (theirs,) if isinstance(theirs, str) else theirs
     if a.qkv_bias == "query_value" and template == "blocks.{i}.qkv.bias" and len(names) == 3:
         names = (names[0], None, names[2])
-    part = (shape[0] // len(names), *shape[1:])
     index = block[1] if block else ""
-    return tuple(Piece(each and each.replace("{i}", index), part) for each in names)
+    parts = _part_rows(shape[0], len(names), fused=".qkv." in name)
+    return tuple(
+        Piece(each and each.replace("{i}", index), (rows, *shape[1:])) for each, rows in zip(names, parts, strict=True)
+    )
+
+
+def _part_rows(rows: int, count: int, *, fused: bool) -> list[int]:
+    """Rows of each of `count` parts: equal, but (q, kv) where fused queries, keys and values come as two."""
+    if fused and count == 2:
+        return [rows // 3, rows - rows // 3]
+    return [rows // count] * count
 
 
 def _with_suffix(theirs: str | tuple[str | None, ...], parameter: str) -> str | tuple[str | None, ...]:

@@ -22,7 +22,7 @@ FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 TORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 TORCH_SUFFIXES = {".bin", ".pth", ".pt"}
-FOREIGN = ("tf_model.h5", "flax_model.msgpack", "pytorch_model.bin.index.json", "model.ckpt.index")
+WEIGHT_SUFFIXES = {".safetensors", ".pth", ".pt"}
 
 
 class Weights(NamedTuple):
@@ -36,6 +36,8 @@ class Weights(NamedTuple):
 def find_weights(folder: Path) -> Weights:
     """The weight files of a folder, or of a path that is itself a weight file. safetensors goes before `.bin`.
 
+    Under another name, a `.safetensors` or `.pth` file is taken if it is the only one.
+
     Raises CheckpointError if there are none, or if a shard that the index names is not there.
     """
     if folder.is_file():
@@ -45,6 +47,9 @@ def find_weights(folder: Path) -> Weights:
             return Weights(_kind(folder / whole), (folder / whole,))
         if (folder / index).is_file():
             return _sharded(folder / index)
+    loose = [path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES]
+    if len(loose) == 1:
+        return Weights(_kind(loose[0]), (loose[0],))
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing"
     raise CheckpointError(
         f"{folder}: no weights; expected model.safetensors (or shards with model.safetensors.index.json) or "

@@ -83,7 +83,7 @@ def test_another_family(folder: Path) -> None:
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported"),
         ({"num_channels": 1}, "num_channels is 1"),
         ({"patch_size": [16, 16, 16]}, "patch_size is [16, 16, 16]"),
-        ({"id2label": {"0": "cat"}}, "id2label names 1 classes, but the classifier has 37"),
+        ({"id2label": {"0": "cat"}}, "the config names 1 classes, but the classifier has 37"),
     ],
 )
 def test_config_that_cannot_be(folder: Path, values: Mapping[str, Any], said: str) -> None:

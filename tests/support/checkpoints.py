@@ -42,14 +42,17 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
+
 class Kind(NamedTuple):
     """A checkpoint class of transformers, its config, its image processor, and the class that users embed with."""
 
     saved: str
     config: str
     processor: str = "ViTImageProcessorPil"
-    options: Mapping[str, Any] = MappingProxyType({})
-    processor_options: Mapping[str, Any] = MappingProxyType({})
+    options: Mapping[str, Any] = _NONE
+    processor_options: Mapping[str, Any] = _NONE
     embedded: str = ""
 
 
@@ -170,6 +173,55 @@ def reference_outputs(folder: Path, pixel_values: Tensor, *, interpolate: bool =
     output = body_class.from_pretrained(folder, **arguments).eval()(pixel_values, **options)
     tokens = output.last_hidden_state
     pooled = output.pooler_output if output.pooler_output is not None else tokens[:, 1:].mean(dim=1)
+    return Expected(tokens[:, 0], pooled, logits, tokens)
+
+
+def make_timm_checkpoint(
+    folder: Path,
+    architecture: str,
+    *,
+    seed: int = 0,
+    safetensors: bool = True,
+    published: Mapping[str, Any] = _NONE,
+    **args: Any,
+) -> Any:
+    """Write timm's `architecture`, made with `args`, as timm pushes it to the hub; returns the model itself.
+
+    `published` goes into its `pretrained_cfg`.
+    """
+    import timm
+    from timm.models._hub import save_for_hf
+
+    model = timm.create_model(architecture, pretrained=False, **args).eval()
+    spread_out(model, seed)
+    side = model.patch_embed.img_size[0]
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, side, side), **published}
+    save_for_hf(model, str(folder), model_args=args, safe_serialization=safetensors)
+    return model
+
+
+def timm_preprocessed(model: Any, paths: Sequence[Path]) -> tuple[Tensor, Tensor]:
+    """The photos through timm's evaluation transform: uint8 (B, H, W, 3), and float32 (B, 3, H, W)."""
+    from timm.data import create_transform, resolve_model_data_config
+
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    resize, crop = transform.transforms[:2]
+    images = [Image.open(path).convert("RGB") for path in paths]
+    pixels = np.stack([np.asarray(crop(resize(image))) for image in images])
+    return torch.from_numpy(pixels), torch.stack([transform(image) for image in images])
+
+
+@torch.no_grad()
+def timm_outputs(model: Any, pixel_values: Tensor) -> Expected:
+    """CLS, pooled and logits by timm in float32.
+
+    `pooled` is what timm hands to the head, or the mean of the patch tokens where that is a single token.
+    """
+    tokens = model.forward_features(pixel_values)
+    pooled = model.forward_head(tokens, pre_logits=True)
+    if model.global_pool == "token" and isinstance(model.fc_norm, torch.nn.Identity):
+        pooled = tokens[:, model.num_prefix_tokens :].mean(dim=1)
+    logits = model.forward_head(tokens) if model.num_classes else None
     return Expected(tokens[:, 0], pooled, logits, tokens)
 
 

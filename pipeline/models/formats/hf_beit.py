@@ -5,7 +5,7 @@ from it drops that norm: its last hidden state is not normalised, and its pooler
 weights over the mean of the patch tokens. That is what we match unless the final norm is asked for.
 """
 
-from pipeline.models.architecture import Architecture, Pooled
+from pipeline.models.architecture import Architecture, Pooled, PoolNorm
 from pipeline.models.formats.format import Config, Format, Shapes, Spelling
 from pipeline.models.formats.hugging_face import (
     DEFAULTS,
@@ -44,12 +44,13 @@ def architecture(config: Config, shapes: Shapes) -> Architecture:
             "--beit-final-norm: this BEiT checkpoint has no trained final norm that is left out; drop the option"
         )
     final_norm = not mean_pooling or config["beit_final_norm"]
-    trained = has(shapes, "pooler.layernorm.weight", "beit.pooler.layernorm.weight")
-    pooled: Pooled = "layernormed_mean_patch_tokens" if mean_pooling else "cls"
-    if final_norm and mean_pooling:
-        pooled = "mean_patch_tokens"
-    shared, each = config["use_shared_relative_position_bias"], config["use_relative_position_bias"]
     labels = classes(config, shapes)
+    trained = labels > 0 or has(shapes, "pooler.layernorm.weight", "beit.pooler.layernorm.weight")
+    pooled: Pooled = "layernormed_mean_patch_tokens" if mean_pooling else "cls"
+    pool_norm: PoolNorm = ("trained" if trained else "made_up") if mean_pooling else "none"
+    if final_norm and mean_pooling:
+        pooled, pool_norm = "mean_patch_tokens", "none"
+    shared, each = config["use_shared_relative_position_bias"], config["use_relative_position_bias"]
     return Architecture(
         network="beit",
         **common(config),
@@ -59,7 +60,7 @@ def architecture(config: Config, shapes: Shapes) -> Architecture:
         layer_scale=config["layer_scale_init_value"] > 0,
         final_norm=final_norm,
         pooled=pooled,
-        pool_norm_trained=trained or labels > 0,
+        pool_norm=pool_norm,
         head_input="pooled" if labels else "none",
         num_labels=labels,
     )

@@ -1,0 +1,92 @@
+"""What timm's checkpoints have in common: config.json beside a state dict, and what the state dict does not tell.
+
+config.json is as timm pushes it to the hub: `architecture`, `num_classes`, `global_pool`, `model_args` (where the model
+was made with other arguments than its name implies) and `pretrained_cfg`.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.models.architecture import Activation
+from pipeline.models.formats.format import ACTIVATION_NAMES, Config, Shapes
+from schemas.errors import CheckpointError
+
+# Attention heads by width: a state dict does not show them. Every ViT, DeiT and BEiT of timm follows this, but for
+# the few below it.
+HEADS = {
+    **{width: width // 64 for width in (192, 256, 320, 384, 448, 512, 576, 640, 768, 832, 896, 1024, 1536)},
+    **{1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16},
+}
+OTHER_HEADS = {"vit_giantopt": 16, "vit_base_patch16_gap_224": 16}
+
+# Architectures whose MLP is not the exact GELU.
+OTHER_ACTIVATIONS: tuple[tuple[str, Activation], ...] = (
+    ("quickgelu", "quick_gelu"),
+    (r"patch32_siglip|large_patch16_siglip(_gap)?_512|so400m_patch16_siglip|giantopt", "gelu_tanh"),
+)
+
+
+def by_architecture(pattern: str, *tensors: str) -> Callable[[Config, Shapes], str]:
+    """A `recognise` for timm's config.json: the architecture's name matches, and these tensors are there."""
+
+    def recognise(config: Config, shapes: Shapes) -> str:
+        name = str(config.get("architecture", ""))
+        if "model_type" in config or not re.match(pattern, name) or not all(each in shapes for each in tensors):
+            return ""
+        return f"config.json says architecture {name!r}"
+
+    return recognise
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """`pretrained_cfg`, what stands beside it, and `model_args`, the later over the earlier."""
+    beside = {key: config[key] for key in ("num_classes", "global_pool") if config.get(key) is not None}
+    return {**config.get("pretrained_cfg", {}), **beside, **(config.get("model_args") or {})}
+
+
+def depth(shapes: Shapes) -> int:
+    """How many blocks there are tensors for."""
+    numbers = [int(found[1]) for name in shapes if (found := re.match(r"blocks\.(\d+)\.", name))]
+    return max(numbers, default=-1) + 1
+
+
+def shape_of(shapes: Shapes, name: str, dimensions: int) -> tuple[int, ...]:
+    """Shape of a tensor that sizes are read from. Raises CheckpointError if it is not there or of another rank."""
+    shape = shapes.get(name)
+    if shape is None or len(shape) != dimensions:
+        raise CheckpointError(f"{name}: {'missing' if shape is None else list(shape)}; the sizes cannot be read")
+    return shape
+
+
+def heads(config: Config, width: int) -> int:
+    """Attention heads: from `model_args`, else from the name, else from the width."""
+    name, given = str(config["architecture"]), settings(config).get("num_heads")
+    count = given or next((count for start, count in OTHER_HEADS.items() if name.startswith(start)), HEADS.get(width))
+    if not isinstance(count, int) or count < 1 or width % count:
+        raise CheckpointError(
+            f"config.json: the number of heads of {name} at width {width} is unknown; say it in model_args: "
+            '{"num_heads": …}'
+        )
+    return count
+
+
+def activation(config: Config) -> Activation:
+    """The MLP's activation: from `model_args`, else by the architecture's name."""
+    given = settings(config).get("act_layer")
+    if given is not None:
+        if given not in ACTIVATION_NAMES:
+            raise CheckpointError(f"config.json: act_layer {given!r} is not supported")
+        return ACTIVATION_NAMES[given]
+    name = str(config["architecture"])
+    return next((kind for pattern, kind in OTHER_ACTIVATIONS if re.search(pattern, name)), "gelu")
+
+
+def image_size(config: Config) -> tuple[int, int]:
+    """Height and width that the positions were trained for."""
+    given = settings(config)
+    size = given.get("img_size") or given.get("input_size", [3, 224, 224])[1:]
+    sides = [size, size] if isinstance(size, int) else list(size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise CheckpointError(f"config.json: input_size {size!r} is no [channels, height, width]")
+    return sides[0], sides[1]

@@ -1,0 +1,151 @@
+"""timm's state dicts against timm: every family, on real photographs, and at another resolution."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.checkpoints import (
+    Expected,
+    make_timm_checkpoint,
+    timm_outputs,
+    timm_preprocessed,
+    worst_cosine,
+    worst_error,
+)
+from support.testdata import needs_testdata, photos
+
+from pipeline.models import Outputs, inspect_model, load_model
+
+SMALL = {"embed_dim": 96, "depth": 3, "num_heads": 4}
+
+# Name of the case → architecture and what it is made with. Sizes are small; everything else is the architecture's own.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("vit_base_patch16_224", {**SMALL, "num_classes": 37}),
+    "vit-fc-norm": ("vit_base_patch16_224", {**SMALL, "num_classes": 37, "global_pool": "avg"}),
+    "vit-gap": ("vit_base_patch16_reg4_gap_256", {**SMALL, "num_classes": 37}),
+    "vit-no-classifier": ("vit_base_patch16_224", {**SMALL, "num_classes": 0}),
+    "deit-distilled": ("deit_base_distilled_patch16_224", {**SMALL, "num_classes": 37}),
+    "deit3": ("deit3_base_patch16_224", {**SMALL, "num_classes": 37}),
+    "dino": ("vit_base_patch8_224", {**SMALL, "num_classes": 0, "img_size": 96}),
+    "dinov2": ("vit_base_patch14_dinov2", {**SMALL, "num_classes": 0, "img_size": 224}),
+    "dinov2-registers": ("vit_base_patch14_reg4_dinov2", {**SMALL, "num_classes": 0, "img_size": 224}),
+    "dinov2-giant": ("vit_giant_patch14_reg4_dinov2", {**SMALL, "num_classes": 0, "img_size": 224}),
+    "clip": ("vit_base_patch16_clip_224", {**SMALL, "num_classes": 0}),
+    "clip-classifier": ("vit_base_patch16_clip_quickgelu_224", {**SMALL, "num_classes": 1000}),
+    "siglip": ("vit_base_patch16_siglip_224", {**SMALL, "num_classes": 0}),
+    "siglip2": ("vit_so400m_patch16_siglip_256", {**SMALL, "num_classes": 0}),
+    "siglip-gap": ("vit_base_patch16_siglip_gap_224", {**SMALL, "num_classes": 0}),
+    "so150m": ("vit_so150m_patch16_reg4_map_256", {**SMALL, "num_classes": 37}),
+    "beit": ("beit_base_patch16_224", {**SMALL, "num_classes": 37}),
+    "beitv2": ("beitv2_base_patch16_224", {**SMALL, "num_classes": 37}),
+}
+
+
+def compare(ours: Outputs, theirs: Expected, dtype: torch.dtype, has_cls: bool) -> None:
+    assert (ours.cls is not None) == has_cls
+    pairs = [
+        ("cls", ours.cls, theirs.cls),
+        ("pooled", ours.pooled, theirs.pooled),
+        ("logits", ours.logits, theirs.logits),
+    ]
+    for name, got, expected in pairs:
+        if expected is None or (name == "cls" and not has_cls):
+            assert got is None, name
+            continue
+        assert got is not None, name
+        assert got.shape == expected.shape, name
+        assert worst_cosine(got, expected) > (0.99999 if dtype == torch.float32 else 0.999), (name, dtype)
+        if dtype == torch.float32:
+            assert worst_error(got, expected) < 1e-4, name
+
+
+@needs_testdata
+@pytest.mark.parametrize("case", CASES)
+def test_matches_timm(case: str, tmp_path: Path) -> None:
+    architecture, args = CASES[case]
+    reference = make_timm_checkpoint(tmp_path, architecture, **args)
+    pixels, values = timm_preprocessed(reference, photos(3))
+    expected = timm_outputs(reference, values)
+    info = inspect_model(str(tmp_path))
+    assert info.image_size == tuple(values.shape[2:])
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_model(info, dtype=dtype)
+        compare(
+            model(pixels), expected, dtype, reference.num_prefix_tokens > reference.__dict__.get("num_reg_tokens", 0)
+        )
+    full = model.last_hidden_state(pixels) if dtype == torch.float32 else load_model(info).last_hidden_state(pixels)
+    assert worst_error(full.flatten(0, 1), expected.tokens.flatten(0, 1)) < 1e-4
+
+
+@needs_testdata
+@pytest.mark.parametrize("case", ["vit", "deit-distilled", "dinov2-registers", "siglip", "so150m", "beit"])
+@pytest.mark.parametrize("factor", [0.5, 1.5])
+def test_matches_timm_at_another_resolution(case: str, factor: float, tmp_path: Path) -> None:
+    architecture, args = CASES[case]
+    reference = make_timm_checkpoint(tmp_path, architecture, **args)
+    side = int(reference.patch_embed.img_size[0] * factor)
+    reference.set_input_size(img_size=(side, side))
+    reference.pretrained_cfg = {**reference.pretrained_cfg, "input_size": (3, side, side)}
+    pixels, values = timm_preprocessed(reference, photos(2))
+    info = inspect_model(str(tmp_path), image_size=side)
+    has_cls = reference.num_prefix_tokens > reference.__dict__.get("num_reg_tokens", 0)
+    compare(load_model(info)(pixels), timm_outputs(reference, values), torch.float32, has_cls)
+
+
+def test_clip_projection_is_the_image_embedding(tmp_path: Path) -> None:
+    reference = make_timm_checkpoint(tmp_path, "vit_base_patch16_clip_224", **SMALL, num_classes=512)
+    info = inspect_model(str(tmp_path))
+    assert (info.pooled, info.pooled_size, info.num_labels) == ("projected_cls", 512, 0)
+    pixels = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    mean, std = (torch.tensor(reference.pretrained_cfg[key]) for key in ("mean", "std"))
+    values = ((pixels / 255 - mean) / std).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        assert worst_error(load_model(info)(pixels).pooled, reference(values)) < 1e-4
+
+
+def test_pth_file(tmp_path: Path) -> None:
+    make_timm_checkpoint(tmp_path, "vit_tiny_patch16_224", depth=1, num_classes=3, safetensors=False)
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "checkpoint.pth")
+    assert inspect_model(str(tmp_path)).num_labels == 3
+
+
+@pytest.mark.slow
+def test_every_architecture_of_timm_is_described_or_refused() -> None:
+    """Heads, epsilon and activation that the tensors do not tell agree with timm for every model that is accepted."""
+    import timm
+
+    from pipeline.models.families import recognise
+    from pipeline.models.remap import check, plan
+    from schemas.errors import CheckpointError
+
+    accepted, refused = [], []
+    names = (
+        timm.list_models(module="vision_transformer")
+        + timm.list_models(module="deit")
+        + timm.list_models(module="beit")
+    )
+    for name in names:
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False)
+        shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        config = {"architecture": name, "pretrained_cfg": model.pretrained_cfg, "global_pool": model.global_pool}
+        try:
+            row, _ = recognise(config, shapes, name)
+            a = row.architecture(config, shapes)
+            check(plan(a, row.spell(a, shapes)), shapes, row.ignored, name)
+        except CheckpointError:
+            refused.append(name)
+            continue
+        accepted.append(name)
+        block = model.blocks[0]
+        assert a.heads == block.attn.num_heads, name
+        assert a.epsilon == block.norm1.eps, name
+        act = block.mlp.act
+        theirs = "gelu_tanh" if type(act).__name__ == "GELUTanh" else type(act).__name__
+        assert theirs == {"gelu": "GELU", "quick_gelu": "QuickGELU", "silu": "SiLU"}.get(a.activation, a.activation), (
+            name
+        )
+        assert a.depth == len(model.blocks), name
+        assert (a.prefix_tokens, a.class_token) == (model.num_prefix_tokens, model.cls_token is not None), name
+    assert len(accepted) >= 149, (len(accepted), refused)
