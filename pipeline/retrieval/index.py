@@ -229,6 +229,11 @@ def load(store: FeatureStore, name: str, *, allow_stale: bool = False) -> Index:
     return Index(faiss.deserialize_index(np.frombuffer(store.fs.cat_file(path), np.uint8)), record)
 
 
+def exists(store: FeatureStore, name: str) -> bool:
+    """Whether there is an index of this name, stale or not."""
+    return bool(store.fs.exists(join(store.root, "index", check_name(name), "index.json")))
+
+
 def stale(store: FeatureStore, record: IndexRecord) -> str:
     """What changed in the run since the index was built; empty if nothing did."""
     now = {part.name: part.bytes_ for part in store.parts}

@@ -1,0 +1,202 @@
+"""`search` and `index`: which pictures are like this one."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jobs.directory import AsJson, Directory, Options, emit, parse_options, show_rows
+from jobs.retrieve_embed import embedder
+from jobs.retrieve_screen import (
+    LOCAL_RAY,
+    Features,
+    opened,
+    print_json,
+    print_table,
+    thumbnails,
+    warn_left_out,
+    write_page,
+)
+from schemas.errors import SpecError
+
+if TYPE_CHECKING:
+    from pipeline.retrieval.search import Example, Hit
+
+_DEFAULT_K = 10
+
+Name = Annotated[str, typer.Option(help="The name under DIR/index/.")]
+
+
+def search(
+    directory: Directory,
+    image: Annotated[list[str] | None, typer.Option(help="A picture: file or URL.", metavar="FILE")] = None,
+    row: Annotated[list[int] | None, typer.Option(help="A row of the run.", metavar="N")] = None,
+    uri: Annotated[list[str] | None, typer.Option(help="The address of a row.", metavar="U")] = None,
+    vector: Annotated[list[str] | None, typer.Option(help="A vector as .npy.", metavar="F.npy")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Words, for a model with a text tower.", metavar="T")] = None,
+    minus: Annotated[
+        list[str] | None,
+        typer.Option(help="Less like this: row=N, uri=U, image=FILE or vector=F.npy.", metavar="KIND=VALUE"),
+    ] = None,
+    k: Annotated[int | None, typer.Option("-k", help="How many; 10 if not said.")] = None,
+    features: Features = "cls",
+    where: Annotated[
+        str | None,
+        typer.Option("--filter", help="SQL condition, such as \"labels[1].label = 'tench'\".", metavar="SQL"),
+    ] = None,
+    index: Annotated[
+        str | None, typer.Option(help="Search by this index: faster, approximate.", metavar="NAME")
+    ] = None,
+    centre: Annotated[bool, typer.Option("--centre", help="Take the mean away before comparing.")] = False,
+    with_examples: Annotated[
+        bool, typer.Option("--with-examples", help="Let rows given as examples be found.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="Where the run's model is, if it has moved.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda, for the exact search.")] = "cpu",
+    html: Annotated[str | None, typer.Option(help="Write a page with thumbnails.", metavar="F")] = None,
+    storage_options: Options = None,
+    as_json: AsJson = False,
+) -> int:
+    """Find the pictures most like some examples, exactly or by an index."""
+    from pipeline.retrieval import index as indexes
+    from pipeline.retrieval.search import build_query
+    from pipeline.retrieval.search import search as find
+
+    if text:
+        raise SpecError(
+            f"--text {text[0]}: ViT and BEiT have no text tower; search by --image, --row, --uri or --vector"
+        )
+    examples = [*_examples(image, row, uri, vector), *(_minus(value) for value in minus or ())]
+    with opened(directory, storage_options) as store:
+        warn_left_out(store, features)
+        built = indexes.load(store, index) if index else None
+        if built and (built.record.feature != features or not built.record.normalise or centre):
+            raise SpecError(
+                f"--index {index} holds `{built.record.feature}`, normalised: {built.record.normalise}, centred: "
+                f"{built.record.mean is not None}; leave out --centre, and give --features as it was built"
+            )
+        prepare = built.prepare if built else store.preparation(features, centre=centre)
+        query = build_query(
+            store, features, examples, embedder(store, features, model, parse_options(storage_options)), prepare
+        )
+        matrix = store.load(features)
+        hits = find(
+            store,
+            query,
+            min(_DEFAULT_K, int(matrix.usable.sum())) if k is None else k,
+            feature=features,
+            where=where,
+            prepare=prepare,
+            finder=(lambda queries, wanted: indexes.find(built, matrix, queries, wanted)) if built else None,
+            keep_examples=with_examples,
+            device=device,
+        )
+    if html:
+        _write_strip(html, directory, storage_options, hits)
+    if as_json:
+        print_json(hits)
+    else:
+        print_table(["row", "score", "uri"], [[hit["row"], round(hit["score"], 4), hit["uri"]] for hit in hits])
+    return 0
+
+
+def _examples(
+    image: list[str] | None, row: list[int] | None, uri: list[str] | None, vector: list[str] | None
+) -> "list[Example]":
+    from pipeline.retrieval.search import Example
+
+    return [
+        *(Example("image", value) for value in image or ()),
+        *(Example("row", str(value)) for value in row or ()),
+        *(Example("uri", value) for value in uri or ()),
+        *(Example("vector", value) for value in vector or ()),
+    ]
+
+
+def _minus(text: str) -> "Example":
+    """`row=5`, or a bare value whose kind is plain: a number, a .npy file, a file that is there, an address."""
+    from pipeline.retrieval.search import Example
+
+    kind, equals, value = text.partition("=")
+    match kind if equals else "":
+        case "image" | "row" | "uri" | "vector" as known:
+            return Example(known, value, minus=True)
+    if text.lstrip("-").isdigit():
+        return Example("row", text, minus=True)
+    if text.endswith(".npy"):
+        return Example("vector", text, minus=True)
+    return Example("image" if Path(text).is_file() else "uri", text, minus=True)
+
+
+def _write_strip(path: str, directory: str, storage_options: str | None, hits: "list[Hit]") -> None:
+    from pipeline.retrieval.page import Picture, pictures_page
+
+    pictures = [Picture(hit["row"], [f"{hit['score']:.3f}", f"row {hit['row']}", hit["uri"]]) for hit in hits]
+    shown = thumbnails(directory, storage_options, [hit["row"] for hit in hits])
+    write_page(path, pictures_page("Search results", [(f"The {len(hits)} nearest", pictures)], shown))
+
+
+def index(
+    directory: Directory,
+    kind: Annotated[str | None, typer.Option(help="flat, ivf-flat, ivf-pq or hnsw; by size if not said.")] = None,
+    name: Name = "main",
+    features: Features = "cls",
+    centre: Annotated[bool, typer.Option("--centre", help="Take the mean away first.")] = False,
+    normalise: Annotated[bool, typer.Option(help="Scale vectors to length 1, so that scores are cosines.")] = True,
+    update: Annotated[bool, typer.Option("--update", help="Bring the index up to date with the parts.")] = False,
+    evaluate: Annotated[
+        bool,
+        typer.Option("--evaluate", help="Print recall@10 and the time for a query; builds only if there is no index."),
+    ] = False,
+    ray: Annotated[str | None, typer.Option(help="Build over parts on Ray: an address, or `local`.")] = None,
+    storage_options: Options = None,
+    as_json: AsJson = False,
+) -> int:
+    """Build a faiss index for `search --index`, bring it up to date, or measure it."""
+    from pipeline.retrieval import index as indexes
+    from pipeline.retrieval.recall import evaluate as measure
+    from pipeline.retrieval.recall import tune
+
+    summary: dict[str, Any] = {"name": name}
+    with opened(directory, storage_options) as store:
+        asked_only = evaluate and not update and kind is None and indexes.exists(store, name)
+        if asked_only:
+            built = indexes.load(store, name)
+        elif update:
+            built, summary["added"] = indexes.update(store, name)
+            built = tune(built, store.load(built.record.feature))
+            indexes.save(store, built, name)
+        else:
+            warn_left_out(store, features)
+            checked = indexes.check_kind(kind) if kind else None
+            built = _build(store, ray, feature=features, kind=checked, normalise=normalise, centre=centre)
+            built = tune(built, store.load(features))
+            indexes.save(store, built, name)
+        record = built.record
+        summary |= record.model_dump(mode="json", include={"kind", "feature", "rows", "left_out", "lists", "search"})
+        summary["recall_at_10"] = record.recall_at_10
+        if evaluate:
+            summary |= measure(built, store.load(record.feature))
+    if as_json:
+        print_json(summary)
+    else:
+        show_rows([(key.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else str(value))
+                   for key, value in summary.items()])  # fmt: skip
+        emit(f"patchstream search {directory} --index {name} …")
+    return 0
+
+
+def _build(store: Any, ray: str | None, **options: Any) -> Any:
+    if ray is None:
+        from pipeline.retrieval.index import build
+
+        return build(store, **options)
+    from cluster.session import ray_session
+    from pipeline.retrieval.ray_index import build_on_ray
+
+    with ray_session(None if ray in LOCAL_RAY else ray):
+        return build_on_ray(store, **options)
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"search": search, "index": index}

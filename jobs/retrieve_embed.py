@@ -1,0 +1,87 @@
+"""Pictures to vectors for `search --image`: by the very model, precision and preprocessing of the run."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from schemas.errors import CheckpointError, SpecError
+
+if TYPE_CHECKING:
+    from pipeline.models import ModelInfo
+    from pipeline.retrieval.search import Embed
+    from pipeline.retrieval.store import FeatureStore
+
+
+def embedder(store: "FeatureStore", feature: str, model: str | None, storage_options: dict[str, Any]) -> "Embed":
+    """A function from paths or URLs to vectors (n, D). The model is read when it is first called.
+
+    `model` says where the run's model lies now, if it has moved. The function raises CheckpointError if what is found
+    there is not the model of the run, and SpecError naming a picture that cannot be read.
+    """
+
+    def embed(images: list[str]) -> Any:
+        return _embed(store, feature, _model_of(store, model, storage_options), images, storage_options)
+
+    return embed
+
+
+def _model_of(store: "FeatureStore", model: str | None, storage_options: dict[str, Any]) -> "ModelInfo":
+    from pipeline.models import inspect_model
+
+    record = store.record
+    if record.model.family == "null":
+        raise SpecError("this run was made without a model (--backend null): search by --row, --uri or --vector")
+    info = inspect_model(
+        model or record.model.name,
+        revision=record.model.revision if model is None else None,
+        image_size=record.spec.get("image_size"),
+        beit_final_norm=bool(record.spec.get("beit_final_norm")),
+        storage_options=storage_options,
+    )
+    if info.digest != record.model.digest or info.preprocessing != record.model.preprocessing:
+        raise CheckpointError(
+            f"{info.name} is not the model of this run any more (digest {info.digest[:12]}, the run's is "
+            f"{record.model.digest[:12]}), so its vectors cannot be compared; say with --model where the run's model is"
+        )
+    return info
+
+
+def _embed(
+    store: "FeatureStore", feature: str, info: "ModelInfo", images: list[str], storage_options: dict[str, Any]
+) -> Any:
+    import numpy as np
+
+    from pipeline.images.stage import fetch_and_decode
+    from pipeline.predictors.batches import Wanted
+    from pipeline.predictors.torch_predictor import TorchPredictor
+    from schemas.spec import FetchSpec
+
+    dim = store.check_feature(feature)
+    wanted = Wanted((feature,), (dim,), "float32", 0, (), False)
+    dtype = store.record.model.dtype
+    predict = TorchPredictor(info, wanted, dtype=dtype, batch_size=min(8, len(images)), cuda=False)
+    found = []
+    for decoded in fetch_and_decode(
+        _manifest(images),
+        preprocessing=info.preprocessing,
+        fetch=FetchSpec(),
+        decode=store.record.spec.get("decode", "exact"),
+        image_column="image",
+        storage_options=storage_options,
+        batch_rows=32,
+    ):
+        table = predict(decoded)
+        for item in table.select(["uri", "error", "message"]).to_pylist():
+            if item["error"]:
+                raise SpecError(f"--image {item['uri']}: {item['message']}")
+        found += table.column(feature).to_pylist()
+    return np.array(found, np.float32)
+
+
+def _manifest(images: list[str]) -> Any:
+    import pyarrow as pa
+
+    from schemas.tables import manifest_schema
+
+    uris = [image if "://" in image else str(Path(image).absolute()) for image in images]
+    rows = [{"row": row, "uri": uri} for row, uri in enumerate(uris)]
+    return pa.Table.from_pylist(rows, schema=manifest_schema([]))

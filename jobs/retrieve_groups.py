@@ -1,0 +1,210 @@
+"""`kmeans` and `duplicates`: what belongs together."""
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jobs.directory import AsJson, Directory, Options, emit
+from jobs.retrieve_screen import (
+    LOCAL_RAY,
+    Features,
+    opened,
+    print_json,
+    print_table,
+    thumbnails,
+    warn_left_out,
+    write_page,
+)
+from schemas.errors import SpecError
+
+if TYPE_CHECKING:
+    from pipeline.retrieval.store import FeatureStore
+    from pipeline.retrieval.thresholds import Band
+
+
+def kmeans(
+    directory: Directory,
+    k: Annotated[int | None, typer.Option("-k", help="How many clusters.")] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(help="Try several k and take the one of the best silhouette.", metavar="LOW:HIGH[:STEP]"),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The name under DIR/clusters/; k24 for -k 24 if not said.")] = None,
+    features: Features = "cls",
+    spherical: Annotated[
+        bool, typer.Option("--spherical/--euclidean", help="Compare directions, or vectors as they are.")
+    ] = True,
+    centre: Annotated[bool, typer.Option("--centre", help="Take the mean away first.")] = False,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column that says what clusters hold; labels if not said.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Another seed, other starts.")] = 0,
+    mini_batch: Annotated[
+        bool | None, typer.Option(help="Move centres by batches; if not said, where the vectors do not fit in memory.")
+    ] = None,
+    ray: Annotated[str | None, typer.Option(help="Run over parts on Ray: an address, or `local`.")] = None,
+    storage_options: Options = None,
+    as_json: AsJson = False,
+) -> int:
+    """Cluster the vectors, and say what distinguishes each cluster."""
+    if (k is None) == (sweep is None):
+        raise SpecError("give either -k N or --sweep LOW:HIGH")
+    with opened(directory, storage_options) as store:
+        warn_left_out(store, features)
+        settings = {"feature": features, "centre": centre, "seed": seed, "label_column": label_column}
+        if ray is not None:
+            if k is None or centre:
+                raise SpecError("--ray goes with -k, and without --centre")
+            from cluster.session import ray_session
+            from pipeline.retrieval.ray_kmeans import kmeans_on_ray
+
+            with ray_session(None if ray in LOCAL_RAY else ray):
+                summary = kmeans_on_ray(store, features, k, name or f"k{k}", spherical=spherical, settings=settings)
+        else:
+            summary = _kmeans_here(store, k, sweep, name, spherical, mini_batch, settings)
+    if as_json:
+        print_json(summary)
+        return 0
+    if "sweep" in summary:
+        print_table(["k", "inertia", "silhouette"], [list(trial.values()) for trial in summary["sweep"]])
+        emit(f"elbow at {summary['elbow']}, best silhouette at {summary['k']}\n")
+    rows = [
+        [item["cluster"], item["size"], item["medoid"]["row"] if item["medoid"] else "", _labels(item["labels"])]
+        for item in summary["clusters"]
+    ]
+    print_table(["cluster", "size", "medoid", "what distinguishes it (share of the cluster, of all)"], rows)
+    emit(f"\n{summary['rows']:,} rows in {directory}/clusters/{summary['name']}/")
+    return 0
+
+
+def _labels(labels: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{item['label']} ({item['share']:.0%}, {item['base']:.1%})" for item in labels[:3])
+
+
+def _kmeans_here(
+    store: "FeatureStore",
+    k: int | None,
+    sweep: str | None,
+    name: str | None,
+    spherical: bool,
+    mini_batch: bool | None,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    import numpy as np
+
+    from pipeline.retrieval.clusters import write_clusters
+    from pipeline.retrieval.kmeans import MatrixSource, fit
+    from pipeline.retrieval.output import check_name, place
+    from pipeline.retrieval.plots import line_charts
+    from pipeline.retrieval.sweep import best_k, elbow, parse_sweep
+    from pipeline.retrieval.sweep import sweep as try_all
+    from pipeline.storage import put_bytes
+
+    check_name(name or "k")
+    feature, seed = settings["feature"], settings["seed"]
+    matrix = store.load(feature)
+    prepare = store.preparation(feature, normalise=spherical, centre=settings["centre"])
+    source = MatrixSource(matrix, np.flatnonzero(matrix.usable), prepare)
+    chart = None
+    if sweep is not None:
+        trials = try_all(source, parse_sweep(sweep), spherical=spherical, seed=seed, progress=store.progress)
+        k, bend = best_k(trials), elbow(trials)
+        ks = [float(trial.k) for trial in trials]
+        charts = [
+            ("inertia for each vector", ks, [trial.inertia for trial in trials], float(bend)),
+            ("silhouette", ks, [trial.silhouette for trial in trials], float(k)),
+        ]
+        chart = line_charts(charts, "k")
+        settings = {**settings, "sweep": [trial._asdict() for trial in trials], "elbow": bend}
+    if k is None:
+        raise SpecError("give either -k N or --sweep LOW:HIGH")
+    name = name or f"k{k}"
+    batches = 4 * len(source) * matrix.dim > _memory_bytes() // 2 if mini_batch is None else mini_batch
+    found = fit(source, k, spherical=spherical, seed=seed, mini_batch=batches, progress=store.progress)
+    summary = write_clusters(store, matrix, prepare, found, name, {"name": name, **settings, "mini_batch": batches})
+    if chart:
+        put_bytes(store.fs, f"{place(store.root, 'clusters', name)}.svg", chart.encode())
+    return summary
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def duplicates(
+    directory: Directory,
+    threshold: Annotated[float, typer.Option(help="Cosine from which two pictures are near-duplicates.")] = 0.88,
+    name: Annotated[str, typer.Option(help="The name under DIR/duplicates/.")] = "main",
+    features: Features = "cls",
+    exact_only: Annotated[bool, typer.Option("--exact-only", help="Only files with the same bytes.")] = False,
+    around: Annotated[
+        float | None,
+        typer.Option(help="Write nothing; show how many pairs lie around this threshold, and some.", metavar="T"),
+    ] = None,
+    html: Annotated[str | None, typer.Option(help="With --around: write a page with the pairs.", metavar="F")] = None,
+    storage_options: Options = None,
+    as_json: AsJson = False,
+) -> int:
+    """Group files with the same bytes and pictures that are nearly the same; say what could be deleted."""
+    from pipeline.retrieval.duplicates import find_duplicates, write_duplicates
+    from pipeline.retrieval.output import check_name
+    from pipeline.retrieval.thresholds import pairs_around
+
+    check_name(name)
+    with opened(directory, storage_options) as store:
+        if not exact_only:
+            warn_left_out(store, features)
+        if around is not None:
+            bands = pairs_around(store, around, feature=features)
+            return _show_bands(bands, directory, storage_options, html, as_json)
+        settings = {"feature": features, "threshold": None if exact_only else threshold}
+        found = find_duplicates(store, threshold, feature=features, exact_only=exact_only)
+        summary = write_duplicates(store, found, name, {"name": name, **settings})
+    if as_json:
+        print_json(summary)
+        return 0
+    emit(f"{summary['groups']:,} groups with {summary['in_groups']:,} of {summary['rows']:,} rows: "
+         f"{summary['exact']:,} with the bytes of the one kept, {summary['near']:,} near it")  # fmt: skip
+    emit(f"{directory}/duplicates/{name}/  row, group, keep, score")
+    emit(f"{directory}/duplicates/{name}.delete.txt  {summary['to_delete']:,} addresses")
+    for reason in ("kept_elsewhere", "of_line_breaks"):
+        if summary[f"not_listed_because_{reason}"]:
+            count = summary[f"not_listed_because_{reason}"]
+            emit(
+                f"warning: {count:,} addresses are not in the list, because {reason.replace('_', ' ')}", to_stderr=True
+            )
+    return 0
+
+
+def _show_bands(
+    bands: "list[Band]", directory: str, storage_options: str | None, html: str | None, as_json: bool
+) -> int:
+    if html:
+        from pipeline.retrieval.page import Picture, pictures_page
+
+        rows = sorted({row for band in bands for pair in band.examples for row in pair[:2]})
+        strips = [
+            (
+                f"{band.low:.2f} to {band.high:.2f}: {band.pairs:,} pairs",
+                [Picture(row, [f"{score:.4f}", f"row {row}"]) for first, second, score in band.examples
+                 for row in (first, second)],
+            )
+            for band in bands
+        ]  # fmt: skip
+        write_page(
+            html, pictures_page("Pairs around the threshold", strips, thumbnails(directory, storage_options, rows))
+        )
+    if as_json:
+        print_json([vars(band) for band in bands])
+        return 0
+    rows_shown = [
+        [f"{band.low:.2f} to {band.high:.2f}", band.pairs, "  ".join(f"{a}~{b}" for a, b, _ in band.examples)]
+        for band in bands
+    ]
+    print_table(["cosine", "pairs", "examples (row~row)"], rows_shown)
+    return 0
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"kmeans": kmeans, "duplicates": duplicates}

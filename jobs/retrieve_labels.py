@@ -1,0 +1,173 @@
+"""`probe`, `apply` and `sql`: new labels from old features, and questions to all tables."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jobs.directory import AsJson, Directory, Options, emit, parse_options
+from jobs.retrieve_screen import Features, opened, print_json, print_table, warn_left_out
+from schemas.errors import SpecError
+
+if TYPE_CHECKING:
+    from pipeline.retrieval.labels import Labelled
+    from pipeline.retrieval.probe import ProbeResult
+    from pipeline.retrieval.store import FeatureStore
+
+
+def probe(
+    directory: Directory,
+    label_column: Annotated[str | None, typer.Option(help="Column of images/ with the labels.", metavar="C")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="CSV with `label` and one of `row`, `uri`, `name`.", metavar="F.csv")
+    ] = None,
+    shots: Annotated[str | None, typer.Option(help="Also with so few examples a class.", metavar="1,5,10")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Random choices of the few examples.")] = 5,
+    name: Annotated[str, typer.Option(help="The name under DIR/probes/.")] = "main",
+    features: Features = "cls",
+    seed: Annotated[int, typer.Option(help="Another seed, other splits.")] = 0,
+    storage_options: Options = None,
+    as_json: AsJson = False,
+) -> int:
+    """Train a linear classifier on the features, judge it on held-out rows, and save it."""
+    from pipeline.retrieval.labels import labels_from_column, labels_from_csv
+    from pipeline.retrieval.output import check_name
+    from pipeline.retrieval.probe import describe, run_probe
+
+    check_name(name)
+    if (label_column is None) == (labels is None):
+        raise SpecError("give either --label-column C or --labels F.csv")
+    few = _shots(shots)
+    with opened(directory, storage_options) as store:
+        warn_left_out(store, features)
+        matrix = store.load(features)
+        if label_column is not None:
+            found = labels_from_column(store, matrix, label_column)
+        else:
+            found = labels_from_csv(store, matrix, str(labels))
+        result = run_probe(matrix, found, few=few, seeds=seeds, seed=seed, progress=store.progress)
+        source = f"column {label_column}" if label_column is not None else str(labels)
+        summary = {"name": name, "feature": features, "labels_from": source, "seed": seed, **describe(result, found)}
+        _save(store, result, found, summary)
+    if as_json:
+        print_json(summary)
+        return 0
+    _show_probe(summary)
+    emit(f"\nsaved in {directory}/probes/{name}/; next: patchstream apply {directory} --probe {name} --out DIR2")
+    return 0
+
+
+def _shots(text: str | None) -> tuple[int, ...]:
+    try:
+        few = tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        few = (0,)
+    if any(count < 1 for count in few):
+        raise SpecError(f"--shots {text}: expected numbers of examples, such as 1,5,10")
+    return few
+
+
+def _save(store: "FeatureStore", result: "ProbeResult", found: "Labelled", summary: dict[str, Any]) -> None:
+    from pipeline.retrieval.head import HeadRecord, save_head
+    from pipeline.retrieval.output import place, write_json
+    from pipeline.retrieval.plots import confusion
+    from pipeline.storage import put_bytes
+
+    folder = place(store.root, "probes", summary["name"])
+    record = HeadRecord(
+        name=summary["name"],
+        feature=summary["feature"],
+        dim=store.check_feature(summary["feature"]),
+        labels=found.classes,
+        model=store.record.model,
+        run_id=store.record.run_id,
+        label_source=summary["labels_from"],
+        strength=result.strength,
+        seed=summary["seed"],
+        training_rows=result.training_rows,
+        accuracy=result.test.accuracy,
+    )
+    save_head(store, folder, result.head, record)
+    write_json(store.fs, f"{folder}/probe.json", summary)
+    chart = confusion(result.test.confusion, found.classes, "Confusion on the test rows: true down, predicted across")
+    put_bytes(store.fs, f"{folder}/confusion.svg", chart.encode())
+
+
+def _show_probe(summary: dict[str, Any]) -> None:
+    linear, knn = summary["linear"], summary["knn"]
+    rows: list[list[Any]] = [
+        ["linear", f"{linear['accuracy']:.2%}", f"{linear['mean_class_accuracy']:.2%}",
+         f"{linear['expected_calibration_error']:.3f}", f"C = {summary['C']:g}"],
+        ["k-NN", f"{knn['accuracy']:.2%}", f"{knn['mean_class_accuracy']:.2%}",
+         f"{knn['expected_calibration_error']:.3f}", f"k = {knn['k']}"],
+    ]  # fmt: skip
+    rows += [
+        [f"{count}-shot", f"{found['mean']:.2%} ± {found['std']:.2%}", "", "", ""]
+        for count, found in summary["few_shot"].items()
+    ]
+    rows.append(["most frequent class", f"{summary['majority_accuracy']:.2%}", "", "", ""])
+    print_table(["classifier", "accuracy", "mean of classes", "calibration error", ""], rows)
+    worst = sorted(linear["classes"].items(), key=lambda item: item[1]["accuracy"])[:10]
+    emit(f"\n{linear['examples']:,} test rows, {summary['classes']:,} classes; those of the lowest accuracy:")
+    print_table(["class", "accuracy", "examples"],
+                [[label, f"{item['accuracy']:.1%}", item["examples"]] for label, item in worst])  # fmt: skip
+
+
+def apply(
+    directory: Directory,
+    probe: Annotated[str, typer.Option(help="The probe's name.", metavar="NAME")],
+    out: Annotated[str, typer.Option(help="A new directory.", metavar="DIR2")],
+    top_k: Annotated[int, typer.Option(help="Labels for each row, best first.")] = 1,
+    storage_options: Options = None,
+    as_json: AsJson = False,
+) -> int:
+    """Label every row with a trained head, without touching an image."""
+    from pipeline.retrieval.apply import apply_head
+
+    with opened(directory, storage_options) as store:
+        summary = apply_head(store, probe, out, top_k=top_k, storage_options=parse_options(storage_options))
+    if as_json:
+        print_json(summary)
+        return 0
+    emit(f"{summary['rows']:,} rows with {summary['labels']} labels in {out}/")
+    if summary["unlabelled"]["count"]:
+        rows = ", ".join(str(row) for row in summary["unlabelled"]["rows"])
+        emit(
+            f"warning: {summary['unlabelled']['count']:,} rows have no usable vector and no labels: {rows}",
+            to_stderr=True,
+        )
+    return 0
+
+
+def sql(
+    directory: Directory,
+    query: Annotated[str, typer.Argument(help="One query in DuckDB's SQL.", metavar="QUERY")],
+    out: Annotated[str | None, typer.Option(help="Write .parquet or .csv instead of printing.", metavar="F")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Rows to print.")] = 100,
+    storage_options: Options = None,
+    as_json: AsJson = False,
+) -> int:
+    """Query images, manifest, failures, clusters_NAME, duplicates_NAME, with cosine(a, b) and nearest(row, k)."""
+    from pipeline.retrieval import sql as queries
+
+    with opened(directory, storage_options) as store:
+        if out is not None:
+            rows = queries.write(store, query, out, parse_options(storage_options))
+            if as_json:
+                print_json({"out": out, "rows": rows})
+            else:
+                emit(f"{rows:,} rows in {out}")
+            return 0
+        answer = queries.ask(store, query, limit)
+    if as_json:
+        print_json(answer.table.to_pylist())
+    elif answer.table.column_names:
+        print_table(
+            answer.table.column_names, [list(item) for item in zip(*answer.table.to_pydict().values(), strict=True)]
+        )
+    if answer.more:
+        emit(f"only the first {limit:,} rows are shown; --limit shows more, --out writes all", to_stderr=True)
+    return 0
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"probe": probe, "apply": apply, "sql": sql}

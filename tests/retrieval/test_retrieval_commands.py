@@ -1,0 +1,198 @@
+"""The commands as a person or a script runs them: output, files, errors, and what they import."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import typer
+from PIL import Image
+
+from jobs import retrieve, retrieve_groups, retrieve_labels
+from pipeline.retrieval.store import FeatureStore
+from schemas.errors import OutputError, PatchstreamError, SpecError
+from tests.support.runs import RunContent, clustered, write_run
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    app = typer.Typer()
+    for module in (retrieve, retrieve_groups, retrieve_labels):
+        for name, function in module.COMMANDS.items():
+            app.command(name)(function)
+
+    def call(*arguments: object) -> str:
+        assert app([str(argument) for argument in arguments], standalone_mode=False) in (0, None)
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four groups of vectors; real files on disk, of which the first has a hostile name."""
+    folder = tmp_path_factory.mktemp("pictures")
+    names = ["<b onclick='x()'>.png", *(f"{row:03d}.png" for row in range(1, 400))]
+    for row, name in enumerate(names[:20]):
+        Image.new("RGB", (40, 30), (row * 12, 80, 120)).save(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    vectors = np.repeat(np.eye(4, 16, dtype=np.float32), 100, axis=0)
+    vectors += 0.1 * np.random.default_rng(0).standard_normal(vectors.shape).astype(np.float32)
+    vectors[399] = vectors[0] * 1.5
+    names = ["<b onclick='x()'>.png", *(f"{row:03d}.png" for row in range(1, 400))]
+    kinds = [f"kind {row // 100}" for row in range(400)]
+    content = RunContent(
+        {"cls": vectors},
+        uris=[str(pictures / name) for name in names],
+        labels=[[(row // 100, kinds[row], 0.9)] for row in range(400)],
+        user={"kind": kinds},
+    )
+    return write_run(tmp_path_factory.mktemp("run"), content)
+
+
+def test_search_prints_json_and_writes_a_page(run: Run, directory: Path, tmp_path: Path) -> None:
+    page = tmp_path / "hits.html"
+    found = json.loads(run("search", directory, "--row", 399, "-k", 3, "--json", "--html", page))
+    assert [sorted(hit) for hit in found] == [["row", "score", "uri"]] * 3
+    assert found[0]["row"] == 0
+    assert found[0]["score"] == pytest.approx(1)
+    html = page.read_text()
+    assert html.count("data:image/") >= 1
+    assert "<b onclick" not in html
+    assert "&lt;b onclick" in html
+
+
+def test_search_table_filter_minus_and_vector(run: Run, directory: Path, tmp_path: Path) -> None:
+    vector = tmp_path / "q.npy"
+    np.save(vector, FeatureStore.open(str(directory)).matrix("cls")[250])
+    table = run("search", directory, "--vector", vector, "--filter", "labels[1].label = 'kind 1'", "-k", 4)
+    assert table.splitlines()[0].split() == ["row", "score", "uri"]
+    assert all(100 <= int(line.split()[0]) < 200 for line in table.splitlines()[1:])
+    hits = json.loads(run("search", directory, "--row", 5, "--row", 105, "--minus", "row=106", "--json"))
+    assert all(hit["row"] not in (5, 105, 106) for hit in hits)
+    assert json.loads(run("search", directory, "--row", 5, "--row", 105, "--minus", 106, "--json")) == hits
+
+
+def test_index_then_search_by_it(run: Run, directory: Path) -> None:
+    summary = json.loads(run("index", directory, "--kind", "ivf-flat", "--name", "lists", "--evaluate", "--json"))
+    assert summary["recall_at_10"] >= 0.95
+    assert summary["ms_a_query"] > 0
+    exact = json.loads(run("search", directory, "--row", 42, "--json"))
+    by_index = json.loads(run("search", directory, "--row", 42, "--json", "--index", "lists"))
+    assert len({hit["row"] for hit in exact} & {hit["row"] for hit in by_index}) >= 9
+    again = json.loads(run("index", directory, "--name", "lists", "--evaluate", "--json"))
+    assert again["kind"] == "ivf-flat"
+    with pytest.raises(OutputError, match="no index `absent`"):
+        run("search", directory, "--row", 42, "--index", "absent")
+    with pytest.raises(SpecError, match="leave out --centre"):
+        run("search", directory, "--row", 42, "--index", "lists", "--centre")
+
+
+def test_kmeans_and_sweep(run: Run, directory: Path) -> None:
+    text = run("kmeans", directory, "-k", 4, "--name", "four")
+    assert "kind 2 (100%, 25.0%)" in text
+    assert pq.read_table(directory / "clusters" / "four").num_rows == 400
+    summary = json.loads(run("kmeans", directory, "--sweep", "2:8", "--json"))
+    assert summary["k"] == 4
+    assert (directory / "clusters" / "k4.svg").exists()
+    rows = json.loads(run("sql", directory, "SELECT count(DISTINCT cluster) AS n FROM clusters_k4", "--json"))
+    assert rows == [{"n": 4}]
+
+
+def test_duplicates_and_around(run: Run, directory: Path, tmp_path: Path) -> None:
+    summary = json.loads(run("duplicates", directory, "--threshold", 0.999, "--json"))
+    assert summary["groups"] == 1
+    table = pq.read_table(directory / "duplicates" / "main")
+    assert table.column("row").to_pylist() == [0, 399]
+    listed = (directory / "duplicates" / "main.delete.txt").read_text()
+    assert listed.splitlines() == [FeatureStore.open(str(directory)).uris(np.array([399]))[0]]
+    bands = run("duplicates", directory, "--around", 0.9, "--html", tmp_path / "pairs.html")
+    assert len(bands.splitlines()) == 11
+    assert (tmp_path / "pairs.html").exists()
+
+
+def test_probe_then_apply_then_ask(run: Run, directory: Path, tmp_path: Path) -> None:
+    summary = json.loads(run("probe", directory, "--label-column", "kind", "--shots", "1,5", "--seeds", 2, "--json"))
+    assert summary["linear"]["accuracy"] > 0.97
+    assert set(summary["few_shot"]) == {"1", "5"}
+    assert (directory / "probes" / "main" / "confusion.svg").exists()
+    assert "k-NN" in run("probe", directory, "--label-column", "kind", "--name", "other")
+    out = tmp_path / "labelled"
+    run("apply", directory, "--probe", "main", "--out", out)
+    rows = json.loads(
+        run("sql", out, "SELECT labels[1].label AS l, count(*) AS n FROM images GROUP BY l ORDER BY l", "--json")
+    )
+    assert [item["l"] for item in rows] == [f"kind {kind}" for kind in range(4)]
+
+
+def test_sql_prints_and_writes(run: Run, directory: Path, tmp_path: Path) -> None:
+    text = run("sql", directory, "SELECT row, kind, cls FROM images ORDER BY row", "--limit", 2)
+    assert len(text.splitlines()) == 3
+    assert "… 16]" in text
+    assert run("sql", directory, "SELECT row FROM nearest(0, 2)", "--out", tmp_path / "n.csv").startswith("2 rows")
+    assert json.loads(run("sql", directory, "SELECT 'nan'::FLOAT AS x, DATE '2026-01-02' AS d", "--json")) == [
+        {"x": None, "d": "2026-01-02"}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["search", "{d}"], "nothing to search for"),
+        (["search", "{d}", "--text", "a cat"], "no text tower"),
+        (["search", "{d}", "--row", "1", "-k", "401"], "-k 401: 400 rows"),
+        (["search", "{d}", "--row", "1", "--features", "pooled"], "no feature `pooled`; it has: cls"),
+        (["kmeans", "{d}"], "either -k N or --sweep"),
+        (["kmeans", "{d}", "-k", "500"], "-k 500: there are 400"),
+        (["kmeans", "{d}", "-k", "2", "--name", "a/b"], "--name"),
+        (["duplicates", "{d}", "--threshold", "2"], "--threshold 2"),
+        (["probe", "{d}"], "either --label-column C or --labels"),
+        (["probe", "{d}", "--label-column", "kind", "--shots", "0"], "--shots 0"),
+        (["probe", "{d}", "--label-column", "kind", "--shots", "99"], "--shots 99: class"),
+        (["apply", "{d}", "--probe", "absent", "--out", "{t}"], "no probe `absent`"),
+        (["sql", "{d}", "SELECT 1 FROM nowhere"], "nowhere"),
+        (["sql", "{t}", "SELECT 1"], "not the directory of a run"),
+    ],
+)
+def test_bad_input_is_explained(run: Run, directory: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    filled = [argument.format(d=directory, t=tmp_path) for argument in arguments]
+    with pytest.raises(PatchstreamError, match=message) as caught:
+        run(*filled)
+    assert caught.value.exit_code == 2
+
+
+def test_few_rows_and_the_default_k(run: Run, tmp_path: Path) -> None:
+    directory = write_run(tmp_path, RunContent({"cls": clustered(4, 8, 2)}))
+    assert len(json.loads(run("search", directory, "--row", 1, "--json"))) == 3
+
+
+def test_left_out_rows_are_named(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vectors: Any = clustered(30, 8, 2)
+    vectors[[3, 5]] = np.nan
+    directory = write_run(tmp_path, RunContent({"cls": vectors}))
+    capsys.readouterr()
+    app = typer.Typer()
+    app.command("search")(retrieve.search)
+    app.command("index")(retrieve.index)
+    app(["search", str(directory), "--row", "1"], standalone_mode=False)
+    assert "2 rows have a zero or non-finite `cls` and are left out: 3, 5" in capsys.readouterr().err
+
+
+def test_commands_import_nothing_heavy() -> None:
+    code = (
+        "import sys, jobs.retrieve, jobs.retrieve_groups, jobs.retrieve_labels\n"
+        "heavy = {'torch', 'ray', 'pandas', 'numpy', 'pyarrow', 'faiss', 'duckdb', 'sklearn'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
