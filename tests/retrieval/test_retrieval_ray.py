@@ -1,0 +1,76 @@
+"""The same over parts on a real Ray as on one machine."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from sklearn.cluster import KMeans
+
+from cluster.session import ray_session
+from pipeline.retrieval import index as indexes
+from pipeline.retrieval.arrays import unit
+from pipeline.retrieval.kmeans import assign
+from pipeline.retrieval.ray_index import build_on_ray
+from pipeline.retrieval.ray_kmeans import kmeans_on_ray
+from pipeline.retrieval.ray_parts import over_parts
+from pipeline.retrieval.recall import evaluate, tune
+from pipeline.retrieval.store import FeatureStore
+from schemas.errors import SpecError
+from tests.support.runs import RunContent, clustered, write_run
+
+pytestmark = pytest.mark.slow
+
+VECTORS = clustered(6000, 16, 12, seed=6, spread=0.6)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    vectors = VECTORS.copy()
+    vectors[123] = 0
+    content = RunContent({"cls": vectors}, parts=12, replaces={5000: 4})
+    return FeatureStore.open(str(write_run(tmp_path_factory.mktemp("run"), content)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    with ray_session(cpus=2):
+        yield
+
+
+def test_kmeans_over_parts(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.retrieval.ray_kmeans._SAMPLE_ROWS", 2000)
+    settings = {"feature": "cls", "seed": 0, "label_column": None}
+    summary = kmeans_on_ray(store, "cls", 12, "parts", spherical=True, settings=settings)
+    vectors = unit(np.delete(VECTORS, [4, 123], axis=0))
+    reference = KMeans(12, n_init=10, random_state=0).fit(vectors)
+    assert summary["inertia"] <= 1.01 * float(assign(vectors, unit(reference.cluster_centers_))[1].sum())
+    assert summary["left_out"] == {"count": 1, "rows": [123]}
+    table = pq.read_table(Path(store.root, "clusters", "parts"))
+    assert sorted(table.column("row").to_pylist()) == [row for row in range(6000) if row not in (4, 123)]
+    assert len(list(Path(store.root, "clusters", "parts").glob("*.parquet"))) == 12
+    assert sum(item["size"] for item in summary["clusters"]) == 5998
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf-flat", "ivf-pq"])
+def test_index_over_parts(store: FeatureStore, kind: indexes.Kind) -> None:
+    built = tune(build_on_ray(store, feature="cls", kind=kind), store.load("cls"))
+    np.testing.assert_array_equal(np.sort(indexes.stored_rows(built)), np.delete(np.arange(6000), [4, 123]))
+    assert evaluate(built, store.load("cls"), queries=50)["recall_at_10"] >= 0.95
+    indexes.save(store, built, kind)
+    assert indexes.load(store, kind).record.rows == 5998
+
+
+def test_hnsw_is_refused(store: FeatureStore) -> None:
+    with pytest.raises(SpecError, match="hnsw cannot be built over parts"):
+        build_on_ray(store, feature="cls", kind="hnsw")
+
+
+def _fail(part: object) -> None:
+    raise SpecError("no")
+
+
+def test_an_error_of_a_task_is_the_error_here(store: FeatureStore) -> None:
+    with pytest.raises(SpecError, match="no"):
+        list(over_parts(_fail, store.parts))
