@@ -1,5 +1,7 @@
 """Why an image could not be decoded, in words that a row of `failures/` can carry."""
 
+import re
+
 from PIL import Image
 
 from pipeline.images.limits import DecodeTimeoutError
@@ -34,6 +36,12 @@ _DAMAGED = (
     (b"\x00\x00\x00\x0cjP", "JPEG 2000"),
 )
 _TRUNCATED_WORDS = ("truncat", "premature", "unexpected end", "not enough image data", "end of file", "eof")
+
+
+def bare(error: ImageError) -> ImageError:
+    """`error` without its traceback and causes, whose frames would keep the file's bytes alive."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def not_an_image(data: bytes) -> ImageError:
@@ -83,7 +91,7 @@ def decode_failure(error: Exception, data: bytes) -> ImageError:
     """The row for an exception that a decoder raised on `data`."""
     text = " ".join(str(error).split())[:300]
     if isinstance(error, Image.DecompressionBombError):
-        return too_many_pixels(text)
+        return too_many_pixels(re.sub(r".*?(\d+) pixels.*", r"\1 pixels", text))
     if isinstance(error, DecodeTimeoutError):
         message = f"decoding {len(data):,} bytes took longer than the time limit and was interrupted"
         return ImageError("decode", "DecodeTimedOut", message)

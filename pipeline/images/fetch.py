@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.images.failures import bare
 from pipeline.images.parquet import TableRun
 from pipeline.images.plan import ObjectRead, RangeRead, Read, TableRead, plan_reads
 from pipeline.images.readahead import ReadAhead, Room
@@ -74,7 +75,7 @@ class _Fetcher:
             else:
                 results = [self._table_row(read, attempts)]
         except ImageError as error:
-            results = [error] * read.rows
+            results = [bare(error)] * read.rows
         seconds = (time.perf_counter() - started) / read.rows
         return [Fetched(result, seconds, attempts.count) for result in results]
 

@@ -10,6 +10,8 @@ from pipeline.images.failures import truncated
 
 # Scales at which libjpeg-turbo's inverse DCT is both exact in geometry and vectorised.
 _DENOMINATORS = (8, 4, 2)
+# A progressive file of thousands of scans keeps a decoder busy for hours; Pillow reads in pieces and can be stopped.
+_MAX_SCANS = 64
 
 
 def scale_denominator(size: tuple[int, int], target: tuple[int, int]) -> int:
@@ -26,6 +28,8 @@ def decode_jpeg(data: bytes, size: tuple[int, int], denominator: int) -> Image.I
     None where simplejpeg has the least doubt about the file: Pillow shall decide then. Raises ImageError
     `Truncated` for a file whose scan ends early, which Pillow would fill up with grey in silence.
     """
+    if data.count(b"\xff\xda") > _MAX_SCANS:
+        return None
     width, height = (math.ceil(side / denominator) for side in size)
     least = {"min_height": height, "min_width": width} if denominator > 1 else {}
     try:

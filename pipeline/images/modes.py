@@ -57,8 +57,9 @@ def _wide_to_rgb(image: Image.Image) -> Image.Image:
     rows = max(1, _STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
         box = (0, top, image.width, min(top + rows, image.height))
-        values = np.nan_to_num(np.asarray(image.crop(box), dtype=np.float64), nan=low, posinf=high, neginf=low)
-        grey = np.rint((values - low) * scale).clip(0, 255).astype(np.uint8)
+        with np.errstate(all="ignore"):  # a damaged file may hold any bit pattern
+            values = np.nan_to_num(np.asarray(image.crop(box), dtype=np.float64), nan=low, posinf=high, neginf=low)
+            grey = np.rint((values - low) * scale).clip(0, 255).astype(np.uint8)
         result.paste(Image.fromarray(grey), box)
     return result.convert("RGB")
 

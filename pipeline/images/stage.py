@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from pipeline.images.batch import MAX_PIXEL_BYTES, BatchBuilder
 from pipeline.images.decode import DecodeMode, DecodeSpec, ImageFacts, decode_into
+from pipeline.images.failures import bare
 from pipeline.images.fetch import Fetched, fetch_rows
 from pipeline.images.formats import prepare_process
 from pipeline.images.guard import CrashGuard
@@ -58,7 +59,7 @@ def _decode_row(row: int, fetched: Fetched, builder: BatchBuilder, spec: DecodeS
         result = _decode(row, fetched.result, builder.slot(), spec, guard)
     except ImageError as error:
         error.attempts = max(error.attempts, fetched.attempts)
-        result = error
+        result = bare(error)
     digest = hashlib.sha256(fetched.result).hexdigest()
     builder.add(result, digest, fetched.seconds, time.perf_counter() - started)
 
