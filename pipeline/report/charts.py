@@ -50,10 +50,17 @@ def score_bars(scores: NDArray[np.float32]) -> list[Bar]:
 
 
 def counter_bars(counts: Mapping[str, int], most: int) -> list[Bar]:
-    """The `most` frequent, longest first, and one bar for the rest."""
+    """The `most` frequent, longest first, and one line for the rest."""
     ordered = sorted(((name, n) for name, n in counts.items() if n), key=lambda item: (-item[1], item[0]))
-    rest = ordered[most:]
-    return bars([*ordered[:most], *([(f"{len(rest)} more", sum(n for _, n in rest))] if rest else [])])
+    return most_frequent(ordered, most, "more")
+
+
+def most_frequent(ordered: Sequence[tuple[str, int]], most: int, others: str) -> list[Bar]:
+    """The first `most` of counts in falling order; the rest is a line without a bar, which would dwarf the others."""
+    total = sum(count for _, count in ordered)
+    rest = sum(count for _, count in ordered[most:])
+    line = [Bar(f"{len(ordered) - most} {others}", rest, rest / total, 0.0)] if rest else []
+    return [*bars(ordered[:most], total), *line]
 
 
 @dataclass(frozen=True)

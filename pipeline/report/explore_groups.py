@@ -72,7 +72,7 @@ def _group_list(
         labels = common_labels(at.scan, chosen.rows[where], 3)
         first = slice(where.start, min(where.stop, where.start + _PICTURES_A_GROUP))
         tiles = make_tiles(at, chosen.rows[first], _values(chosen, first))
-        note = ", ".join(f"{name} {percent(share)}" for name, share in labels)
+        note = " · ".join(f"{name} {percent(share)}" for name, share in labels)
         cards.append(GroupCard(int(chosen.ids[index]), where.stop - where.start, note, tiles))
     title = f"{kind}s of {chosen.name}"
     names = [(name, link(path, name=name)) for name in groupings]
@@ -108,7 +108,7 @@ def _group(at: Exploration, query: Query, groupings: Mapping[str, Grouping], pat
         here="/clusters" if groupings is at.clusterings else "/duplicates",
         tiles=tiles,
         pager=pager,
-        note=", ".join(f"{name} {percent(share)}" for name, share in common_labels(at.scan, chosen.rows[where], 5)),
+        note=" · ".join(f"{name} {percent(share)}" for name, share in common_labels(at.scan, chosen.rows[where], 5)),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from pipeline.report.charts import bars, counter_bars, score_bars, side_bars, stage_times
+from pipeline.report.charts import counter_bars, most_frequent, score_bars, side_bars, stage_times
 from pipeline.report.groups import Grouping, load_clusterings, load_duplicates
 from pipeline.report.projection import FeatureMap, project, sample_features
 from pipeline.report.run import RunDirectory, open_run
@@ -188,21 +188,13 @@ def _contents(plan: Plan, labelled: bool) -> list[tuple[str, str]]:
 
 def _histograms(scan: ImageScan) -> list[tuple[str, Any]]:
     charts = [
-        ("First label", _label_bars(scan)),
+        ("First label", most_frequent(scan.label_counts(), _LABEL_BARS, "more labels")),
         ("Score of the first label", score_bars(scan.scores[scan.codes != ABSENT])),
         ("Longer side", side_bars(scan.sides)),
         ("Shape", counter_bars(scan.shapes, 3)),
         ("Format", counter_bars(scan.formats, _FORMAT_BARS)),
     ]
     return [(name, rows) for name, rows in charts if rows]
-
-
-def _label_bars(scan: ImageScan) -> Any:
-    counts = scan.label_counts()
-    rest = counts[_LABEL_BARS:]
-    shown = bars(counts[:_LABEL_BARS], sum(count for _, count in counts))
-    more = bars([(f"{thousands(len(rest))} more labels", sum(count for _, count in rest))], len(scan.rows))
-    return [*shown, *(more if rest else [])]
 
 
 def _cluster_note(item: Shown) -> str:

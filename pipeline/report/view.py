@@ -79,7 +79,8 @@ def short_name(uri: str, longest: int = 80) -> str:
 
 
 def map_view(found: FeatureMap, feature: str, scan: ImageScan, pictures: Pictures, on_page: Set[int]) -> dict[str, Any]:
-    """Marks, legend and tooltip data of the scatter plot. The most frequent labels get a colour and a shape.
+    """Marks, legend and tooltip data of the scatter plot. The most frequent labels, of two pictures or more,
+    get a colour and a shape.
 
     Thumbnails of the rows `on_page` are taken from there, so that no picture is in the file twice for the map.
     """
@@ -113,7 +114,7 @@ def map_view(found: FeatureMap, feature: str, scan: ImageScan, pictures: Picture
 def _series(scan: ImageScan, codes: NDArray[np.int32]) -> tuple[dict[int, int], list[dict[str, Any]]]:
     """Which legend entry a label code belongs to, and the entries: one a label, the rest together."""
     values, counts = np.unique(codes, return_counts=True)
-    order = [index for index in np.argsort(-counts, kind="stable") if values[index] >= 0]
+    order = [index for index in np.argsort(-counts, kind="stable") if values[index] >= 0 and counts[index] > 1]
     named = order[: _COLOURS * len(_SHAPES)]
     legend = [
         {
@@ -142,7 +143,7 @@ def cluster_sheets(
     sheets = []
     for index in chosen:
         rows = grouping.rows[grouping.members(index)]
-        labels = ", ".join(f"{name} {percent(share)}" for name, share in common_labels(scan, rows, 3))
+        labels = " · ".join(f"{name} {percent(share)}" for name, share in common_labels(scan, rows, 3))
         sheets.append(
             Sheet(f"Cluster {grouping.ids[index]}", len(rows), labels, [pictures(int(row)) for row in rows[:each]])
         )

@@ -54,6 +54,7 @@ def test_report_command_on_no_run(tmp_path: Path) -> None:
         run("report", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_report_explore_command_serves_until_interrupted(tmp_path: Path) -> None:
     directory = Album(tmp_path, count=8, failed={}).write()
     arguments = [sys.executable, "-c", _START, str(directory), "--port", "0"]
@@ -78,6 +79,7 @@ def test_report_explore_command_refuses_open_doors(tmp_path: Path) -> None:
         run("explore", str(directory), "--features", "pooled")
 
 
+@pytest.mark.slow
 @needs_testdata
 def test_report_explore_embeds_by_the_model_of_the_run(tmp_path: Path) -> None:
     from jobs.explore import _embedder, _open

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from report.album import HOSTILE_NAMES, LABELS, Album, add_clusters, big_run, full_run
 from report.html_page import Page
+from support.s3 import S3Server
 
 from pipeline.report import write_report
+from pipeline.storage import filesystem
 from schemas.errors import OutputError
 
 
@@ -178,6 +180,20 @@ def test_report_shows_no_signature(tmp_path: Path) -> None:
     assert "s3cr3t" not in source
     assert "127.0.0.1:9/p1.jpg" in source
     assert "cannot be shown" in source
+
+
+def test_report_on_an_object_store(tmp_path: Path, s3_server: S3Server) -> None:
+    run = full_run(Album(tmp_path, count=10, failed={}))
+    url = s3_server.upload(run, s3_server.make_bucket(), "a/run")
+    options = {"s3": s3_server.storage_options}
+    path = write_report(url, storage_options=options)
+    assert path == f"{url}/report.html"
+    fs, key = filesystem(path, options)
+    page = Page(fs.cat_file(key).decode())
+    assert sorted(set(page.rows())) == list(range(10))
+    assert {"clusters", "duplicates", "map"} <= page.ids()
+    with pytest.raises(OutputError, match=r"run\.json"):
+        write_report(f"{url}/images", storage_options=options)
 
 
 def test_report_of_no_run(tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ def test_report_scores_in_ten_bins() -> None:
 def test_report_rest_in_one_bar() -> None:
     shown = counter_bars({"a": 5, "b": 7, "c": 1, "d": 2, "never": 0}, 2)
     assert [(bar.label, bar.count) for bar in shown] == [("b", 7), ("a", 5), ("2 more", 3)]
+    assert [bar.width for bar in shown] == [100, pytest.approx(500 / 7), 0]
+    assert [bar.share for bar in shown] == [7 / 15, 5 / 15, 3 / 15]
     assert bars([]) == []
 
 
