@@ -1,6 +1,7 @@
 """A network as ONNX: uint8 pixels in, normalisation inside, any batch size, checked before it counts."""
 
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models import ModelInfo, VisionModel, load_model
-from schemas.errors import CheckpointError
+from schemas.errors import CheckpointError, SpecError
 
 # LayerNormalization is one operator since 17; TensorRT 10 and ONNX Runtime 1.14 and later read 18.
 OPSET = 18
@@ -41,8 +42,14 @@ class _Traced(nn.Module):
 def export_onnx(info: ModelInfo, path: Path) -> None:
     """Write `info`'s network to `path`: input `pixels` (batch, H, W, 3) uint8; outputs `cls`, `pooled`, `logits`.
 
-    Raises CheckpointError where ONNX Runtime does not give what the network gives, within TOLERANCE.
+    Raises CheckpointError where ONNX Runtime does not give what the network gives, within TOLERANCE, and SpecError
+    where there is no ONNX Runtime to ask.
     """
+    missing = [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise SpecError(
+            f"writing ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}, or give --no-onnx"
+        )
     names = [name for name in ("cls", "pooled", "logits") if _has(info, name)]
     example = torch.zeros(1, *info.image_size, 3, dtype=torch.uint8)
     # The packed layout that a CPU computes in is made of operators that ONNX does not have.

@@ -195,6 +195,15 @@ def test_onnx_that_is_off_does_not_count(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_onnx_without_its_packages_says_what_to_do(
+    make_info: Callable[..., ModelInfo], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.predictors.torch_onnx.find_spec", lambda name: None)
+    with pytest.raises(SpecError, match="pip install onnx onnxruntime, or give --no-onnx"):
+        export_triton(make_info("vit-classifier"), str(tmp_path), Serving())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_identity_names_what_decides_the_result(make_info: Callable[..., ModelInfo]) -> None:
     info = make_info("vit-classifier")
     assert identity(info) == identity(info)
