@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import typer
 from PIL import Image
+from support.runs import RunContent, clustered, write_run
 
 from jobs import retrieve, retrieve_groups, retrieve_labels
 from pipeline.retrieval.store import FeatureStore
 from schemas.errors import OutputError, PatchstreamError, SpecError
-from tests.support.runs import RunContent, clustered, write_run
 
 Run = Callable[..., str]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from support.runs import RunContent, clustered, write_run
 
 from pipeline.retrieval import pairs as pairs_module
 from pipeline.retrieval.arrays import Preparation, no_progress, unit
@@ -15,7 +16,6 @@ from pipeline.retrieval.pairs import near_pairs
 from pipeline.retrieval.store import FeatureStore
 from pipeline.retrieval.thresholds import pairs_around
 from schemas.errors import SpecError
-from tests.support.runs import RunContent, clustered, write_run
 
 
 def at_cosine(vectors: np.ndarray, cosine: float, seed: int = 0) -> np.ndarray:

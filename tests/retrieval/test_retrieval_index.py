@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.runs import RunContent, clustered, write_run
 
 from pipeline.retrieval import index as indexes
 from pipeline.retrieval.arrays import Preparation
@@ -14,7 +15,6 @@ from pipeline.retrieval.recall import evaluate, tune
 from pipeline.retrieval.search import Example, build_query, search
 from pipeline.retrieval.store import FeatureStore
 from schemas.errors import OutputError, SpecError
-from tests.support.runs import RunContent, clustered, write_run
 
 VECTORS = clustered(8000, 32, 60, seed=4, spread=1.0)
 

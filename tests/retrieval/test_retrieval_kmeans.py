@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from sklearn.cluster import KMeans
+from support.runs import RunContent, clustered, write_run
 
 from pipeline.retrieval import kmeans
 from pipeline.retrieval.arrays import Preparation, unit
@@ -17,7 +18,6 @@ from pipeline.retrieval.plots import line_charts
 from pipeline.retrieval.store import FeatureStore
 from pipeline.retrieval.sweep import Trial, best_k, elbow, parse_sweep, sweep
 from schemas.errors import SpecError
-from tests.support.runs import RunContent, clustered, write_run
 
 
 def source_of(folder: Path, content: RunContent, prepare: Preparation) -> MatrixSource:

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
 from sklearn.linear_model import LogisticRegression
+from support.runs import RunContent, clustered, write_run
 
 from pipeline.maintenance import verify
 from pipeline.retrieval.apply import apply_head
@@ -20,7 +21,6 @@ from pipeline.retrieval.probe import describe, evaluate, run_probe
 from pipeline.retrieval.scores import calibration_error, score
 from pipeline.retrieval.store import FeatureStore
 from schemas.errors import OutputError, SpecError
-from tests.support.runs import RunContent, clustered, write_run
 
 CLASSES = 8
 

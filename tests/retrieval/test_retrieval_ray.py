@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from sklearn.cluster import KMeans
+from support.runs import RunContent, clustered, write_run
 
 from cluster.session import ray_session
 from pipeline.retrieval import index as indexes
@@ -18,7 +19,6 @@ from pipeline.retrieval.ray_parts import over_parts
 from pipeline.retrieval.recall import evaluate, tune
 from pipeline.retrieval.store import FeatureStore
 from schemas.errors import SpecError
-from tests.support.runs import RunContent, clustered, write_run
 
 pytestmark = pytest.mark.slow
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.runs import RunContent, write_run
 
 from pipeline.retrieval.arrays import Preparation, unit
 from pipeline.retrieval.nearest import top_k
@@ -12,7 +13,6 @@ from pipeline.retrieval.page import Picture, pictures_page
 from pipeline.retrieval.search import Example, Hit, build_query, search
 from pipeline.retrieval.store import FeatureStore
 from schemas.errors import SpecError
-from tests.support.runs import RunContent, write_run
 
 _RNG = np.random.default_rng(5)
 VECTORS = (_RNG.standard_normal((3000, 32)) * np.linspace(0.1, 9, 3000)[:, None]).astype(np.float32)

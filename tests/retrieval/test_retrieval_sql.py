@@ -7,12 +7,12 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from support.runs import RunContent, write_run
 
 from pipeline.retrieval import sql
 from pipeline.retrieval.duplicates import find_duplicates, write_duplicates
 from pipeline.retrieval.store import FeatureStore
 from schemas.errors import SpecError
-from tests.support.runs import RunContent, write_run
 
 VECTORS = np.random.default_rng(8).standard_normal((200, 12)).astype(np.float32)
 

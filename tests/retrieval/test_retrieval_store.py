@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.runs import RunContent, run_record, write_run
 
 from pipeline.retrieval.store import FeatureStore
 from schemas.errors import OutputError, SpecError
 from schemas.tables import METADATA_KEY
-from tests.support.runs import RunContent, run_record, write_run
 
 
 @pytest.fixture

@@ -47,6 +47,7 @@ class RunContent:
     parts: int = 2
     row_group_rows: int = 50_000
     digest: str = "0" * 64
+    model: ModelRecord | None = None
 
     @property
     def images(self) -> int:
@@ -87,7 +88,7 @@ def manifest_name(content: RunContent) -> str:
 def run_record(content: RunContent) -> RunRecord:
     """The record that goes with `content`."""
     first = next(iter(content.features.values()))
-    model = ModelRecord(
+    model = content.model or ModelRecord(
         name="vit-for-tests",
         family="vit",
         architecture="vit",
