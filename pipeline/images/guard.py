@@ -6,6 +6,7 @@ strike is decoded in a process of its own (`isolated`), where its death is harml
 """
 
 import contextlib
+import functools
 import mmap
 import os
 import struct
@@ -26,28 +27,33 @@ _WATCH_S = 5.0
 
 
 class CrashGuard:
-    """Notes and strikes of one run on one machine. Give it a folder of the run's own on a local disk.
+    """Notes and strikes of one run on one machine.
 
-    One for each process at a time. Raises OSError when the folder cannot be written.
+    It lives as long as its process, of which it should be the only one: see `process_guard`. Raises OSError when the
+    folder cannot be written.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, hang_s: float = HANG_S) -> None:
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._hang_s = hang_s
-        self._note = self._open_note()
-        self._collect()
-        self._strikes = Counter(int(path.name.partition("-")[0]) for path in self._folder.glob("*.strike"))
-        self._closed = threading.Event()
+        self._note = _open_note(self._folder)
+        self._strikes: Counter[int] = Counter()
+        self.refresh()
         threading.Thread(target=self._watch, name="decode-watch", daemon=True).start()
 
-    def close(self) -> None:
-        """Take back the note of this process."""
-        self._closed.set()
-        _NOTE.pack_into(self._note, 0, _NOTHING, 0.0)
+    def refresh(self) -> None:
+        """Learn of the processes that have died since. Takes about as long as listing the folder."""
+        self._collect()
+        self._strikes = Counter(int(path.name.partition("-")[0]) for path in self._folder.glob("*.strike"))
+
+    @staticmethod
+    def note(row: int) -> bytes:
+        """What the file of a process says while it decodes `row`."""
+        return _NOTE.pack(row, time.monotonic())
 
     def strikes(self, row: int) -> int:
-        """How many processes died while they decoded `row`, as far as known when this guard was made."""
+        """How many processes had died while they decoded `row` at the last `refresh`."""
         return self._strikes[row] if self._strikes else 0
 
     @contextlib.contextmanager
@@ -58,16 +64,6 @@ class CrashGuard:
             yield
         finally:
             _NOTE.pack_into(self._note, 0, _NOTHING, 0.0)
-
-    def _open_note(self) -> mmap.mmap:
-        pid = os.getpid()
-        path = self._folder / f"{pid}-{_started(pid)}.note"
-        with path.open("a+b") as file:
-            if os.fstat(file.fileno()).st_size < _NOTE.size:
-                file.truncate(_NOTE.size)
-            note = mmap.mmap(file.fileno(), _NOTE.size)
-        _NOTE.pack_into(note, 0, _NOTHING, 0.0)
-        return note
 
     def _collect(self) -> None:
         """Turn the notes of dead processes into strikes. Two processes that do so at once count a death once."""
@@ -84,12 +80,28 @@ class CrashGuard:
 
     def _watch(self) -> None:
         """End this process when one image takes `hang_s`: nothing else stops C code that never returns."""
-        while not self._closed.wait(min(_WATCH_S, self._hang_s / 2)):
+        while True:
+            time.sleep(min(_WATCH_S, self._hang_s / 2))
             row, since = _NOTE.unpack_from(self._note, 0)
             if row != _NOTHING and time.monotonic() - since > self._hang_s:
                 message = f"row {row}: a decoder hangs for {self._hang_s:g} s; this worker ends and the row fails\n"
                 os.write(sys.stderr.fileno(), message.encode())
                 os._exit(1)
+
+
+@functools.cache
+def process_guard(folder: str) -> CrashGuard:
+    """This process's guard for `folder`: on a local disk, the run's own, and the same for all its processes."""
+    return CrashGuard(folder)
+
+
+def _open_note(folder: Path) -> mmap.mmap:
+    pid = os.getpid()
+    with (folder / f"{pid}-{_started(pid)}.note").open("a+b") as file:
+        file.truncate(_NOTE.size)
+        note = mmap.mmap(file.fileno(), _NOTE.size)
+    _NOTE.pack_into(note, 0, _NOTHING, 0.0)
+    return note
 
 
 def _started(pid: int) -> str:
