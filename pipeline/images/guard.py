@@ -24,6 +24,8 @@ _NOTHING = -1
 # A decoder that hangs inside C for this long is ended with its process; time_limit has had its turn long before.
 HANG_S = 300.0
 _WATCH_S = 5.0
+# By so much the start of a process may seem to move when the clock of the machine is set.
+_CLOCK_S = 10
 
 
 class CrashGuard:
@@ -69,7 +71,7 @@ class CrashGuard:
         """Turn the notes of dead processes into strikes. Two processes that do so at once count a death once."""
         for path in self._folder.glob("*.note"):
             pid, _, started = path.stem.partition("-")
-            if _started(int(pid)) == started:
+            if _is_alive(int(pid), int(started)):
                 continue
             with contextlib.suppress(FileNotFoundError):  # another process was faster
                 content = path.read_bytes()
@@ -104,9 +106,16 @@ def _open_note(folder: Path) -> mmap.mmap:
     return note
 
 
-def _started(pid: int) -> str:
-    """When a process started, in whole seconds; empty if there is none. Tells a reused process id."""
+def _started(pid: int) -> int:
+    """When a process started, in seconds since the epoch."""
+    return round(psutil.Process(pid).create_time())
+
+
+def _is_alive(pid: int, started: int) -> bool:
+    """Whether the process that had this id at that time is still there; a reused id is another process."""
     try:
-        return f"{psutil.Process(pid).create_time():.0f}"
-    except psutil.Error:
-        return ""
+        if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return False
+        return abs(_started(pid) - started) <= _CLOCK_S
+    except psutil.NoSuchProcess:
+        return False

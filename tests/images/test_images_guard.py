@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from support.manifests import decode_all, manifest_of
 
-from pipeline.images.guard import CrashGuard
+from pipeline.images.guard import CrashGuard, process_guard
 
 ROOT = Path(__file__).parents[2]
 # Decodes the files named on the command line under a guard. A file that begins with DIE, HANG or KILL does that to
