@@ -1,12 +1,28 @@
 """The table of everything that loads. A new format is one file in `formats/` and one row here."""
 
-from pipeline.models.formats import hf_beit, hf_vit, timm_beit, timm_vit
+from pipeline.models.formats import (
+    hf_beit,
+    hf_clip,
+    hf_data2vec,
+    hf_deit,
+    hf_dinov2,
+    hf_mae,
+    hf_vit,
+    timm_beit,
+    timm_vit,
+)
 from pipeline.models.formats.format import Config, Format, Shapes
 from schemas.errors import CheckpointError
 
 FORMATS: tuple[Format, ...] = (
     hf_vit.FORMAT,
     hf_beit.FORMAT,
+    hf_deit.FORMAT,
+    hf_dinov2.FORMAT,
+    hf_mae.FORMAT,
+    hf_clip.CLIP,
+    hf_clip.SIGLIP,
+    hf_data2vec.FORMAT,
     timm_vit.FORMAT,
     timm_beit.FORMAT,
 )

@@ -72,12 +72,19 @@ def check(wanted: Plan, found: Shapes, ignored: tuple[str, ...], assumed: str) -
     other = [
         f"{name}: {list(found[name])}, expected {list(shape)}"
         for name, shape in expected.items()
-        if name in found and found[name] != shape
+        if name in found and _plain(found[name]) != _plain(shape)
     ]
     problems = [("missing", missing), ("unexpected", surplus), ("of another shape", other)]
     if missing or surplus or other:
         lines = [f"  {len(names)} {what}: {_some(names)}" for what, names in problems if names]
         raise CheckpointError("\n".join([f"{assumed}, but its tensors do not fit:", *lines]))
+
+
+def _plain(shape: Shape) -> Shape:
+    """`shape` without leading axes of length 1, by which libraries differ: a CLS token is (D,) or (1, 1, D)."""
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
 
 
 def _some(names: list[str]) -> str:
@@ -91,7 +98,7 @@ def remap(tensors: Mapping[str, "Tensor"], wanted: Plan) -> dict[str, "Tensor"]:
 
     def put_together(pieces: tuple[Piece, ...]) -> "Tensor":
         if len(pieces) == 1 and pieces[0].name is not None:
-            return tensors[pieces[0].name]
+            return tensors[pieces[0].name].reshape(pieces[0].shape)
         dtype = next(tensors[piece.name].dtype for piece in pieces if piece.name is not None)
         parts = [torch.zeros(p.shape, dtype=dtype) if p.name is None else tensors[p.name] for p in pieces]
         return torch.cat(parts)

@@ -94,7 +94,7 @@ def test_matches_timm_at_another_resolution(case: str, factor: float, tmp_path: 
 
 
 def test_clip_projection_is_the_image_embedding(tmp_path: Path) -> None:
-    reference = make_timm_checkpoint(tmp_path, "vit_base_patch16_clip_224", **SMALL, num_classes=512)
+    reference = make_timm_checkpoint(tmp_path, "vit_base_patch16_clip_224.openai", **SMALL, num_classes=512)
     info = inspect_model(str(tmp_path))
     assert (info.pooled, info.pooled_size, info.num_labels) == ("projected_cls", 512, 0)
     pixels = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))

@@ -81,11 +81,56 @@ KINDS: dict[str, Kind] = {
 }
 
 
+_SMALL_DECODER = {
+    "decoder_num_hidden_layers": 1,
+    "decoder_hidden_size": 16,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 16,
+}
+_CLIP = "CLIPImageProcessorPil"
+
+OTHER_KINDS: dict[str, Kind] = {
+    "deit": Kind("DeiTModel", "DeiTConfig", "DeiTImageProcessorPil"),
+    "deit-classifier": Kind("DeiTForImageClassification", "DeiTConfig", "DeiTImageProcessorPil", {"num_labels": 37}),
+    "deit-distilled": Kind(
+        "DeiTForImageClassificationWithTeacher",
+        "DeiTConfig",
+        "DeiTImageProcessorPil",
+        {"num_labels": 37},
+        embedded="DeiTModel",
+    ),
+    "dinov2": Kind("Dinov2Model", "Dinov2Config", "BitImageProcessorPil"),
+    "dinov2-classifier": Kind(
+        "Dinov2ForImageClassification", "Dinov2Config", "BitImageProcessorPil", {"num_labels": 37}
+    ),
+    "dinov2-registers": Kind(
+        "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", "BitImageProcessorPil", {"use_swiglu_ffn": True}
+    ),
+    "dinov2-registers-classifier": Kind(
+        "Dinov2WithRegistersForImageClassification",
+        "Dinov2WithRegistersConfig",
+        "BitImageProcessorPil",
+        {"num_labels": 37},
+    ),
+    "mae": Kind("ViTMAEForPreTraining", "ViTMAEConfig", options=_SMALL_DECODER, embedded="ViTMAEModel"),
+    "clip": Kind("CLIPVisionModel", "CLIPVisionConfig", _CLIP, {"patch_size": 16}),
+    "clip-projection": Kind("CLIPVisionModelWithProjection", "CLIPVisionConfig", _CLIP, embedded="CLIPVisionModel"),
+    "siglip": Kind("SiglipVisionModel", "SiglipVisionConfig", "SiglipImageProcessorPil"),
+    "data2vec": Kind("Data2VecVisionModel", "Data2VecVisionConfig", "BeitImageProcessorPil", _SHARED),
+    "data2vec-classifier": Kind(
+        "Data2VecVisionForImageClassification",
+        "Data2VecVisionConfig",
+        "BeitImageProcessorPil",
+        {**_EACH, "num_labels": 37},
+    ),
+}
+
+
 def make_checkpoint(
     folder: Path, kind: str, *, size: str = "small", seed: int = 0, safetensors: bool = True, **config: Any
 ) -> Path:
     """Write config, preprocessor and weights of `kind` (a key of KINDS) into `folder`; `config` goes on top."""
-    row = KINDS[kind]
+    row = (KINDS | OTHER_KINDS)[kind]
     options = {**SIZES[size], **row.options, **config}
     model = getattr(transformers, row.saved)(getattr(transformers, row.config)(**options))
     spread_out(model, seed)
@@ -95,7 +140,10 @@ def make_checkpoint(
         (folder / "model.safetensors").unlink()
     side = config.get("image_size", 224)
     processor = getattr(transformers, row.processor)
-    processor(**{"size": {"height": side, "width": side}, **row.processor_options}).save_pretrained(folder)
+    size_options = {"size": {"height": side, "width": side}}
+    if row.processor in ("BitImageProcessorPil", "CLIPImageProcessorPil", "DeiTImageProcessorPil"):
+        size_options = {"crop_size": {"height": side, "width": side}}
+    processor(**{**size_options, **row.processor_options}).save_pretrained(folder)
     return folder
 
 
@@ -144,6 +192,11 @@ def preprocessed(folder: Path, paths: Sequence[Path], **options: Any) -> tuple[T
     return pixels, whole
 
 
+def _without_pooler(saved: str) -> bool:
+    """Checkpoints into which transformers would put a random pooler."""
+    return saved.startswith(("ViTFor", "DeiTFor"))
+
+
 class Expected(NamedTuple):
     """What the reference computes: float32, (B, D), (B, D') and (B, L) or None; tokens (B, T, D)."""
 
@@ -161,18 +214,27 @@ def reference_outputs(folder: Path, pixel_values: Tensor, *, interpolate: bool =
     """
     config = json.loads((folder / "config.json").read_text())
     saved = config["architectures"][0]
-    row = next(row for row in KINDS.values() if row.saved == saved)
+    row = next(row for row in (KINDS | OTHER_KINDS).values() if row.saved == saved)
     body_class = getattr(transformers, row.embedded or saved.replace("ForImageClassification", "Model"))
     logits = None
-    options: dict[str, Any] = {"interpolate_pos_encoding": True} if interpolate and saved.startswith("ViT") else {}
-    has_pooler = saved != "ViTForImageClassification" and saved != "ViTForMaskedImageModeling"
+    takes_option = saved.startswith(("ViT", "DeiT", "CLIP", "Siglip"))
+    options: dict[str, Any] = {"interpolate_pos_encoding": True} if interpolate and takes_option else {}
+    whole = getattr(transformers, saved).from_pretrained(folder).eval()
     if "ForImageClassification" in saved:
-        whole = getattr(transformers, saved).from_pretrained(folder).eval()
         logits = whole(pixel_values, **options).logits
-    arguments: dict[str, Any] = {} if has_pooler or saved.startswith("Beit") else {"add_pooling_layer": False}
+    arguments: dict[str, Any] = {"add_pooling_layer": False} if _without_pooler(saved) else {}
+    if saved == "Data2VecVisionForImageClassification":
+        arguments = {"add_pooling_layer": True}
+    if saved.startswith("ViTMAE"):
+        arguments, patches = {"mask_ratio": 0.0}, pixel_values[0, 0].numel() // config["patch_size"] ** 2
+        options["noise"] = torch.arange(patches).expand(len(pixel_values), -1) / patches  # keeps the patches in order
     output = body_class.from_pretrained(folder, **arguments).eval()(pixel_values, **options)
-    tokens = output.last_hidden_state
-    pooled = output.pooler_output if output.pooler_output is not None else tokens[:, 1:].mean(dim=1)
+    tokens, pooled = output.last_hidden_state, getattr(output, "pooler_output", None)
+    if saved == "CLIPVisionModelWithProjection":
+        pooled = whole(pixel_values, **options).image_embeds
+    if pooled is None or saved.startswith("Dinov2"):  # whose pooler output is the CLS token
+        first = 2 if saved.startswith("DeiT") else 1 + config.get("num_register_tokens", 0)
+        pooled = tokens[:, first:].mean(dim=1)
     return Expected(tokens[:, 0], pooled, logits, tokens)
 
 

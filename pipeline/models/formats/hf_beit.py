@@ -30,6 +30,18 @@ DEFAULTS_BEIT = {
 }
 
 
+BODY: Spelling = {
+    **SPELLING,
+    "blocks.{i}.scale1": "encoder.layer.{i}.lambda_1",
+    "blocks.{i}.scale2": "encoder.layer.{i}.lambda_2",
+    "relative_table": "encoder.relative_position_bias.relative_position_bias_table",
+    "blocks.{i}.relative_table": (
+        "encoder.layer.{i}.attention.attention.relative_position_bias.relative_position_bias_table"
+    ),
+    "pool_norm": "pooler.layernorm",
+}
+
+
 def is_pretraining(config: Config, shapes: Shapes) -> bool:
     """Whether the checkpoint predicts visual tokens."""
     return saved_as(config) == "BeitForMaskedImageModeling" or has(shapes, "lm_head.weight")
@@ -68,17 +80,7 @@ def architecture(config: Config, shapes: Shapes) -> Architecture:
 
 def spell(a: Architecture, shapes: Shapes) -> Spelling:
     """The trained norm of a pre-training checkpoint is the top-level `layernorm`, beside the body `beit.`."""
-    body: Spelling = {
-        **SPELLING,
-        "blocks.{i}.scale1": "encoder.layer.{i}.lambda_1",
-        "blocks.{i}.scale2": "encoder.layer.{i}.lambda_2",
-        "relative_table": "encoder.relative_position_bias.relative_position_bias_table",
-        "blocks.{i}.relative_table": (
-            "encoder.layer.{i}.attention.attention.relative_position_bias.relative_position_bias_table"
-        ),
-        "pool_norm": "pooler.layernorm",
-    }
-    spelling = prefixed(body, "beit.", shapes) | {"head": "classifier"}
+    spelling = prefixed(BODY, "beit.", shapes) | {"head": "classifier"}
     if a.pooled == "mean_patch_tokens":
         spelling["norm"] = "layernorm"
     return spelling
