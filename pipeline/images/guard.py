@@ -6,7 +6,6 @@ strike is decoded in a process of its own (`isolated`), where its death is harml
 """
 
 import contextlib
-import functools
 import mmap
 import os
 import struct
@@ -29,10 +28,9 @@ _CLOCK_S = 10
 
 
 class CrashGuard:
-    """Notes and strikes of one run on one machine.
+    """Notes and strikes of one run on one machine, in a folder of the run's own on a local disk.
 
-    It lives as long as its process, of which it should be the only one: see `process_guard`. Raises OSError when the
-    folder cannot be written.
+    At most one at a time in a process. Raises OSError when the folder cannot be written.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, hang_s: float = HANG_S) -> None:
@@ -40,14 +38,15 @@ class CrashGuard:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._hang_s = hang_s
         self._note = _open_note(self._folder)
-        self._strikes: Counter[int] = Counter()
-        self.refresh()
-        threading.Thread(target=self._watch, name="decode-watch", daemon=True).start()
-
-    def refresh(self) -> None:
-        """Learn of the processes that have died since. Takes about as long as listing the folder."""
         self._collect()
         self._strikes = Counter(int(path.name.partition("-")[0]) for path in self._folder.glob("*.strike"))
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, name="decode-watch", daemon=True).start()
+
+    def close(self) -> None:
+        """Take back the note of this process and stop watching."""
+        self._closed.set()
+        _NOTE.pack_into(self._note, 0, _NOTHING, 0.0)
 
     @staticmethod
     def note(row: int) -> bytes:
@@ -55,7 +54,7 @@ class CrashGuard:
         return _NOTE.pack(row, time.monotonic())
 
     def strikes(self, row: int) -> int:
-        """How many processes had died while they decoded `row` at the last `refresh`."""
+        """How many processes had died while they decoded `row` when this guard was made."""
         return self._strikes[row] if self._strikes else 0
 
     @contextlib.contextmanager
@@ -82,19 +81,12 @@ class CrashGuard:
 
     def _watch(self) -> None:
         """End this process when one image takes `hang_s`: nothing else stops C code that never returns."""
-        while True:
-            time.sleep(min(_WATCH_S, self._hang_s / 2))
+        while not self._closed.wait(min(_WATCH_S, self._hang_s / 2)):
             row, since = _NOTE.unpack_from(self._note, 0)
             if row != _NOTHING and time.monotonic() - since > self._hang_s:
                 message = f"row {row}: a decoder hangs for {self._hang_s:g} s; this worker ends and the row fails\n"
                 os.write(sys.stderr.fileno(), message.encode())
                 os._exit(1)
-
-
-@functools.cache
-def process_guard(folder: str) -> CrashGuard:
-    """This process's guard for `folder`: on a local disk, the run's own, and the same for all its processes."""
-    return CrashGuard(folder)
 
 
 def _open_note(folder: Path) -> mmap.mmap:
@@ -108,7 +100,8 @@ def _open_note(folder: Path) -> mmap.mmap:
 
 def _started(pid: int) -> int:
     """When a process started, in seconds since the epoch."""
-    return round(psutil.Process(pid).create_time())
+    created_s: float = psutil.Process(pid).create_time()
+    return round(created_s)
 
 
 def _is_alive(pid: int, started: int) -> bool:

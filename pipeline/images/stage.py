@@ -37,8 +37,6 @@ def fetch_and_decode(
     kills the process costs its worker once and becomes a failure row afterwards.
     """
     prepare_process()
-    if guard is not None:
-        guard.refresh()
     height, width = preprocessing.output_size
     batch_rows = max(1, min(batch_rows, MAX_PIXEL_BYTES // (height * width * 3)))
     spec = DecodeSpec(preprocessing, decode, fetch.max_pixels)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from support.manifests import decode_all, manifest_of
 
-from pipeline.images.guard import CrashGuard, process_guard
+from pipeline.images.guard import CrashGuard
 
 ROOT = Path(__file__).parents[2]
 # Decodes the files named on the command line under a guard. A file that begins with DIE, HANG or KILL does that to
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 # process loads too.
 CHILD = """
 import sys
-from pipeline.images.guard import CrashGuard, process_guard
+from pipeline.images.guard import CrashGuard
 from support.manifests import decode_all, manifest_of
 folder, hang_s, *files = sys.argv[1:]
 table = decode_all(manifest_of(files), guard=CrashGuard(folder, hang_s=float(hang_s)))
@@ -131,15 +131,6 @@ def test_strikes_are_counted_once_and_survive(tmp_path):
     guard = CrashGuard(tmp_path)
     assert (guard.strikes(7), guard.strikes(8), guard.strikes(9)) == (3, 1, 0)
     assert (CrashGuard(tmp_path).strikes(7), CrashGuard(tmp_path).strikes(8)) == (3, 1)
-
-
-def test_a_living_guard_learns_of_later_deaths(tmp_path):
-    guard = process_guard(str(tmp_path))
-    assert process_guard(str(tmp_path)) is guard
-    strike(tmp_path, 5)
-    assert guard.strikes(5) == 0
-    guard.refresh()
-    assert guard.strikes(5) == 1
 
 
 def test_the_death_of_four_workers_is_enough(tmp_path):
