@@ -148,8 +148,9 @@ def _fleet(costs: Costs, device: Device, rate: float, devices: int, hours: float
     if not device.is_gpu:
         return [count, Step("cores", devices, "cores", "each core decodes and predicts")]
     per_gpu = rate * costs.decode_s
+    text = f"{rate:,.1f} images/s × {costs.decode_s:.3g} core-seconds to decode"
     return [
-        Step("CPUs for each device", per_gpu, "cores", f"{rate:,.1f} images/s × {costs.decode_s:.3g} core-seconds to decode"),
+        Step("CPUs for each device", per_gpu, "cores", text),
         count,
         Step("cores", math.ceil(per_gpu * devices), "cores", f"{per_gpu:.3g} × {devices:,}, rounded up"),
     ]
