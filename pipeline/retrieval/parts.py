@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from pipeline.storage import is_local, join, redact
 from schemas.errors import OutputError
 from schemas.run import RunRecord, difference
 from schemas.tables import METADATA_KEY
+
+_READERS = 16
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,11 @@ def _is_part(name: str) -> bool:
 
 
 def open_parquet(fs: AbstractFileSystem, path: str) -> pq.ParquetFile:
-    """A reader for `path` on any store. Raises OutputError if it is not Parquet."""
+    """A reader for `path` on any store. Raises OutputError if it is gone or not Parquet."""
     try:
         return pq.ParquetFile(path if is_local(fs) else fs.open(path, "rb"))
+    except FileNotFoundError as error:
+        raise OutputError(f"{redact(path)} went away (compacted meanwhile?); run the command again") from error
     except pa.ArrowInvalid as error:
         raise OutputError(f"{redact(path)} is not a Parquet file ({error}); run `patchstream verify`") from error
 
@@ -56,15 +61,24 @@ def list_parts(fs: AbstractFileSystem, root: str, record: RunRecord) -> tuple[li
 
     Raises OutputError if there is none, or if a part was computed by another model than `run.json` names.
     """
-    parts, schema = [], None
-    for path, size in list_parquet(fs, join(root, "images")):
-        with open_parquet(fs, path) as file:
-            _check_same_model(path, file.schema_arrow, record)
-            schema = _same_schema(schema, file.schema_arrow, path)
-            parts.append(Part(path, path.rpartition("/")[2], size, file.metadata.num_rows))
+    found = list_parquet(fs, join(root, "images"))
+    with ThreadPoolExecutor(_READERS) as pool:
+        footers = list(pool.map(lambda item: _footer(fs, item[0]), found))
+    schema = None
+    for (path, _), (part_schema, _) in zip(found, footers, strict=True):
+        _check_same_model(path, part_schema, record)
+        schema = _same_schema(schema, part_schema, path)
     if schema is None:
         raise OutputError(f"{redact(root)}/images holds no finished part yet: let the run go on, then come back")
+    parts = [
+        Part(path, path.rpartition("/")[2], size, rows) for (path, size), (_, rows) in zip(found, footers, strict=True)
+    ]
     return parts, schema
+
+
+def _footer(fs: AbstractFileSystem, path: str) -> tuple[pa.Schema, int]:
+    with open_parquet(fs, path) as file:
+        return file.schema_arrow, file.metadata.num_rows
 
 
 def _same_schema(schema: pa.Schema | None, other: pa.Schema, path: str) -> pa.Schema:
