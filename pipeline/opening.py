@@ -79,16 +79,25 @@ def ask(spec: JobSpec) -> Question:
     dims = tuple(info.pooled_size if name == "pooled" else info.hidden_size for name in spec.features)
     top = min(spec.labels, info.num_labels)
     wanted = Wanted(spec.features, dims, spec.feature_dtype, top, info.labels, info.multi_label)
-    return Question(spec, info, wanted, _dtype(spec))
+    return Question(spec, info, wanted, _dtype(spec, info, wanted))
 
 
-def _dtype(spec: JobSpec) -> str:
+def _dtype(spec: JobSpec, info: ModelInfo, wanted: Wanted) -> str:
     """The precision of the run. Where GPUs do the work it is settled without looking for one here: the machine that
-    starts a job often has none. An actor on a GPU that is too old for bfloat16 says so when it starts."""
+    starts a job often has none. An actor on a GPU that is too old for bfloat16 says so when it starts. A Triton
+    server says itself in which precision it serves, and that it serves this very model."""
+    if spec.triton:
+        from pipeline.predictors.triton import check_server
+
+        served = check_server(info, wanted, spec.triton).dtype
+        if spec.dtype not in {"auto", served}:
+            raise SpecError(
+                f"--dtype {spec.dtype}: the server at {spec.triton.url} computes in {served}; leave out --dtype, or "
+                f"export the model again with --dtype {spec.dtype}"
+            )
+        return served
     if spec.gpus_per_actor:
         return "bfloat16" if spec.dtype == "auto" else spec.dtype
-    if spec.backend == "triton":
-        return "float32" if spec.dtype == "auto" else spec.dtype
     return str(choose_dtype(spec.dtype, cuda=False)).removeprefix("torch.")
 
 

@@ -12,7 +12,17 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from support.commands import ACTOR_TITLE, DECODER_TITLE, attempt_records, patchstream, rows_in, start, table, workers
+from support.commands import (
+    ACTOR_TITLE,
+    DECODER_TITLE,
+    attempt_records,
+    end,
+    patchstream,
+    rows_in,
+    start,
+    table,
+    workers,
+)
 
 KILLS = int(os.environ.get("PATCHSTREAM_KILLS", "3"))
 VICTIMS = ("driver", ACTOR_TITLE, DECODER_TITLE)
@@ -85,13 +95,6 @@ def wait_until(condition: object, pid: int, what: str, timeout_s: float = 120) -
         assert psutil.pid_exists(pid), f"the job ended before {what}"
         assert time.monotonic() < deadline, f"no sign of {what} in {timeout_s} s"
         time.sleep(0.05)
-
-
-def end(pid: int) -> None:
-    """No worker of a killed driver outlives the test."""
-    if psutil.pid_exists(pid):
-        for process in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
-            process.kill()
 
 
 def settle(out: Path) -> None:

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.commands import attempt_records, patchstream, rows_in, start
+from support.commands import attempt_records, end, patchstream, rows_in, start
 
 pytestmark = pytest.mark.slow
 
@@ -18,13 +18,16 @@ def test_stopped_and_resumed(tmp_path: Path, pictures: Path, checkpoint: Path, n
     out, log = tmp_path / "out", tmp_path / "log"
     job = ("embed", *[str(pictures)] * 6, "--model", checkpoint, "--config", config, "--no-report", "--out", out)
     driver = start(*job, log=log)
-    deadline = time.monotonic() + 120
-    while "images/s" not in log.read_text():
-        assert driver.poll() is None, log.read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    driver.send_signal(number)
-    assert driver.wait(timeout=30) == code
+    try:
+        deadline = time.monotonic() + 200
+        while "images/s" not in log.read_text():
+            assert driver.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, "the job did not come to its first batch"
+            time.sleep(0.1)
+        driver.send_signal(number)
+        assert driver.wait(timeout=30) == code
+    finally:
+        end(driver.pid)
     assert "interrupted; what was committed stays" in log.read_text()
     assert "Traceback" not in log.read_text()
     (record,) = attempt_records(out)

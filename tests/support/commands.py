@@ -1,5 +1,6 @@
 """The command line as a person runs it: another process, its output, its workers by what they do."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -58,3 +59,11 @@ def table(out: Path, folder: str = "images") -> Any:
 def attempt_records(out: Path) -> list[dict[str, Any]]:
     """What the attempts on a directory left behind, oldest first."""
     return [json.loads(path.read_text()) for path in sorted((out / "attempts").glob("*.json"))]
+
+
+def end(pid: int) -> None:
+    """Kill a driver and all below it: nothing that a test started outlives the test."""
+    if psutil.pid_exists(pid):
+        for process in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
