@@ -1,11 +1,15 @@
 """`demo`: the main job on pictures drawn on the spot, with the small model that ships beside this file."""
 
+import contextlib
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from schemas.errors import PatchstreamError
 
 _MODEL = Path(__file__).parent / "model"
 _SEED = 2026
@@ -16,27 +20,45 @@ def demo(
     pictures: Annotated[int, typer.Option(help="How many pictures to draw.")] = 240,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show tracebacks and Ray's own output.")] = False,
 ) -> int:
-    """Draw pictures, break a few, embed and label them: the whole job in a minute, without a network."""
-    from jobs.demo.draw import CLASSES, write_broken, write_pictures
+    """Draw pictures, break a few, embed, label and cluster them: the whole job in a minute, without a network."""
+    from jobs.demo.draw import CLASSES
     from jobs.run import run_job
+    from pipeline.report import write_report
 
-    folder = Path(out)
-    images = folder / "pictures"
+    images = Path(out) / "pictures"
+    dataset = str(Path(out) / "dataset")
     if not images.exists():
-        staging = folder / ".pictures"
-        shutil.rmtree(staging, ignore_errors=True)
-        drawn = write_pictures(staging, pictures, seed=_SEED)
-        broken = write_broken(staging)
-        staging.rename(images)
-        typer.echo(f"drew {drawn} pictures of {len(CLASSES)} kinds and {broken} broken files into {images}")
+        _draw(images, pictures)
     typer.echo("the model is a toy, trained on such pictures only; it knows nothing about photographs")
-    values = {
-        "sources": [str(images)],
-        "model": str(_MODEL),
-        "out": str(folder / "dataset"),
-        "labels": 3,
-    }
-    return run_job(values, address=None, report=True, json_output=False, verbose=verbose)
+    values = {"sources": [str(images)], "model": str(_MODEL), "out": dataset, "labels": 3}
+    code = run_job(values, address=None, report=False, json_output=False, verbose=verbose)
+    _group(dataset, len(CLASSES))
+    typer.echo(f"look at {write_report(dataset)}\nlook around with: patchstream explore {dataset}")
+    return code
+
+
+def _draw(images: Path, pictures: int) -> None:
+    """Drawn elsewhere and moved in whole, so that an interrupted demo does not go on with half of them."""
+    from jobs.demo.draw import CLASSES, write_broken, write_pictures
+
+    staging = images.with_name(".pictures")
+    shutil.rmtree(staging, ignore_errors=True)
+    drawn = write_pictures(staging, pictures, seed=_SEED)
+    broken = write_broken(staging)
+    staging.rename(images)
+    typer.echo(f"drew {drawn} pictures of {len(CLASSES)} kinds and {broken} broken files into {images}")
+
+
+def _group(dataset: str, clusters: int) -> None:
+    """What one would type next, so that the report has clusters and groups to show; their own tables stay away."""
+    from jobs.cli import run_command
+
+    for arguments in (["kmeans", dataset, "-k", str(clusters), "--name", "kinds"], ["duplicates", dataset]):
+        typer.echo(f"patchstream {' '.join(arguments)}")
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as problems:
+            code = run_command(arguments)
+        if code:
+            raise PatchstreamError(problems.getvalue())
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo}
