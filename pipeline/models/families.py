@@ -8,6 +8,7 @@ from pipeline.models.formats import (
     hf_dinov2,
     hf_mae,
     hf_vit,
+    npz_vit,
     timm_beit,
     timm_vit,
 )
@@ -25,7 +26,24 @@ FORMATS: tuple[Format, ...] = (
     hf_data2vec.FORMAT,
     timm_vit.FORMAT,
     timm_beit.FORMAT,
+    npz_vit.FORMAT,
 )
+
+
+TABLE_START, TABLE_END = "<!-- table: pipeline/models/families.py -->", "<!-- end of table -->"
+
+
+def markdown_table() -> str:
+    """The families as a Markdown table: what loads, from which layout, and the test that holds it."""
+    lines = ["| family | layout | such as | held by |", "| --- | --- | --- | --- |"]
+    lines += [f"| {row.family} | {row.layout} | {row.examples} | `{row.test}` |" for row in FORMATS]
+    return "\n".join(lines)
+
+
+def update_page(page: str) -> str:
+    """`page` with its table between the two markers replaced by the current one."""
+    head, _, rest = page.partition(TABLE_START)
+    return f"{head}{TABLE_START}\n{markdown_table()}\n{TABLE_END}{rest.partition(TABLE_END)[2]}"
 
 
 def recognise(config: Config, shapes: Shapes, where: str) -> tuple[Format, str]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from pipeline.models.architecture import Architecture, parameter_count, tensor_shapes
 from pipeline.models.families import recognise
-from pipeline.models.formats.format import Config
+from pipeline.models.formats import npz_vit
+from pipeline.models.formats.format import Config, Shapes
 from pipeline.models.preprocessing import read_preprocessing
 from pipeline.models.remap import Plan, check, plan
 from pipeline.models.resolve import resolve
@@ -65,17 +66,19 @@ def inspect_model(
     unsupported family, or if tensors are missing, unexpected or of another shape.
     """
     place = resolve(model, revision, storage_options)
-    config_path = place.folder / "config.json"
-    config: Config = {**read_json(config_path), "beit_final_norm": beit_final_norm}
     weights = find_weights(place.folder)
-    shapes = read_shapes(weights)
+    config, shapes = _described(place.folder, weights)
+    config = {**config, "beit_final_norm": beit_final_norm}
     row, reason = recognise(config, shapes, place.name)
     if beit_final_norm and row.family != "beit":
         raise CheckpointError(f"{place.name}: --beit-final-norm is for BEiT checkpoints; {reason}")
     network = row.architecture(config, shapes)
     wanted = plan(network, row.spell(network, shapes))
     check(wanted, shapes, row.ignored, f"{place.name}: taken for {row.family} in {row.layout} layout, as {reason}")
-    preprocessing = read_preprocessing(place.folder, image_size=image_size)
+    if weights.kind == "npz":
+        preprocessing = Preprocessing(resize=_sides(image_size or network.trained_size))
+    else:
+        preprocessing = read_preprocessing(place.folder, image_size=image_size)
     _require_whole_patches(preprocessing.output_size, network, place.name)
     return ModelInfo(
         name=place.name,
@@ -84,12 +87,12 @@ def inspect_model(
         family=row.family,
         layout=row.layout,
         architecture=_architecture_name(config, row.family),
-        digest=digest_of(config_path, weights),
+        digest=digest_of(place.folder, weights),
         hidden_size=network.width,
         pooled_size=network.feature_width,
         has_cls=network.class_token,
         num_labels=network.num_labels,
-        labels=_labels(config, network.num_labels, config_path),
+        labels=_labels(config, network.num_labels, place.name),
         multi_label=config.get("problem_type") == "multi_label_classification",
         pooled=network.pooled,
         preprocessing=preprocessing,
@@ -99,6 +102,25 @@ def inspect_model(
         network=network,
         plan=wanted,
     )
+
+
+def _described(folder: Path, weights: Weights) -> tuple[Config, Shapes]:
+    """Config and shapes. An `.npz` has no config: its name and its arrays say what it is.
+
+    Its pixels are resized to a square, bilinearly, and brought to −1 … 1, as google-research evaluates.
+    """
+    shapes = read_shapes(weights)
+    if weights.kind != "npz":
+        return read_json(folder / "config.json"), shapes
+    import numpy as np
+
+    stand_ins = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+    normalised = {name: array.shape for name, array in npz_vit.normalise(stand_ins).items()}
+    return {"raw_shapes": shapes, "file_name": weights.files[0].name}, normalised
+
+
+def _sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
 
 
 def _architecture_name(config: Config, family: str) -> str:
@@ -117,7 +139,7 @@ def _require_whole_patches(size: tuple[int, int], a: Architecture, name: str) ->
             )
 
 
-def _labels(config: Config, count: int, path: Path) -> tuple[str, ...]:
+def _labels(config: Config, count: int, where: str) -> tuple[str, ...]:
     """Class names in the order of the logits: from `id2label`, `LABEL_i` where the config has none."""
     names = config.get("id2label")
     if isinstance(config.get("label_names"), list):  # timm
@@ -125,15 +147,16 @@ def _labels(config: Config, count: int, path: Path) -> tuple[str, ...]:
     if not names:
         return tuple(f"LABEL_{i}" for i in range(count))
     if count and (not isinstance(names, dict) or sorted(map(int, names)) != list(range(count))):
-        raise CheckpointError(f"{path}: the config names {len(names)} classes, but the classifier has {count}")
+        raise CheckpointError(f"{where}: the config names {len(names)} classes, but the classifier has {count}")
     by_index = {int(index): str(label) for index, label in names.items()}
     return tuple(by_index[i] for i in range(count))
 
 
-def digest_of(config: Path, weights: Weights) -> str:
+def digest_of(folder: Path, weights: Weights) -> str:
     """SHA-256 over the names and contents of config and weight files: 64 hexadecimal digits."""
     total = hashlib.sha256()
-    for path in (config, *weights.files):
+    config = [] if weights.kind == "npz" else [folder / "config.json"]
+    for path in (*config, *weights.files):
         with path.open("rb") as file:
             one = hashlib.sha256()
             while chunk := file.read(HASH_CHUNK_BYTES):

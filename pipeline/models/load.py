@@ -7,12 +7,14 @@ from typing import Any
 import torch
 
 from pipeline.models.fold import fold
+from pipeline.models.formats import npz_vit
 from pipeline.models.inspect import ModelInfo, digest_of
 from pipeline.models.network import VisionModel
+from pipeline.models.npz import read_npz
 from pipeline.models.packed import can_pack, pack
 from pipeline.models.remap import remap
 from pipeline.models.resolve import resolve
-from pipeline.models.weights import find_weights, read_tensors
+from pipeline.models.weights import Weights, find_weights, read_tensors
 from schemas.errors import CheckpointError
 
 
@@ -33,7 +35,7 @@ def load_model(
     """
     weights = find_weights(_folder(info, storage_options))
     with torch.no_grad():
-        state = fold(remap(read_tensors(weights), info.plan), info.network, info.preprocessing, dtype)
+        state = fold(remap(_tensors(weights), info.plan), info.network, info.preprocessing, dtype)
     with torch.device("meta"):
         model = VisionModel(info.network, info.image_size).eval().requires_grad_(False)
     model.load_state_dict(state, assign=True)
@@ -43,12 +45,20 @@ def load_model(
     return model
 
 
+def _tensors(weights: Weights) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors under the names that the plan speaks of."""
+    if weights.kind != "npz":
+        return read_tensors(weights)
+    arrays = npz_vit.normalise(read_npz(weights.files[0]))
+    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+
+
 def _folder(info: ModelInfo, storage_options: Mapping[str, Any]) -> Path:
     folder = Path(info.folder)
     if folder.exists():
         return folder
     place = resolve(info.name, info.revision, storage_options)
-    digest = digest_of(place.folder / "config.json", find_weights(place.folder))
+    digest = digest_of(place.folder, find_weights(place.folder))
     if digest != info.digest:
         raise CheckpointError(
             f"{info.name}: the checkpoint on this machine has digest {digest[:12]}…, but the run was planned with "

@@ -82,7 +82,7 @@ def _download(url: str, storage_options: Mapping[str, Any]) -> Path:
 
 
 def _wanted(name: str) -> bool:
-    return name.endswith((".json", ".safetensors", ".bin")) and not name.startswith("training_args")
+    return name.endswith((".json", ".safetensors", ".bin", ".pth", ".npz")) and not name.startswith("training_args")
 
 
 def _version(url: str, files: Mapping[str, Mapping[str, Any]]) -> str:

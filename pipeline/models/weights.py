@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.models.architecture import Shape
+from pipeline.models.npz import read_npz_shapes
 from schemas.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 TORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 TORCH_SUFFIXES = {".bin", ".pth", ".pt"}
-WEIGHT_SUFFIXES = {".safetensors", ".pth", ".pt"}
+WEIGHT_SUFFIXES = {".safetensors", ".pth", ".pt", ".npz"}
 
 
 class Weights(NamedTuple):
@@ -36,7 +37,7 @@ class Weights(NamedTuple):
 def find_weights(folder: Path) -> Weights:
     """The weight files of a folder, or of a path that is itself a weight file. safetensors goes before `.bin`.
 
-    Under another name, a `.safetensors` or `.pth` file is taken if it is the only one.
+    Under another name, a `.safetensors`, `.pth` or `.npz` file is taken if it is the only one.
 
     Raises CheckpointError if there are none, or if a shard that the index names is not there.
     """
@@ -62,7 +63,9 @@ def _kind(path: Path) -> str:
         return "safetensors"
     if path.suffix in TORCH_SUFFIXES:
         return "torch"
-    raise CheckpointError(f"{path}: not a weight file that can be read; expected .safetensors, .bin, .pth or .pt")
+    if path.suffix == ".npz":
+        return "npz"
+    raise CheckpointError(f"{path}: not a weight file that can be read; expected .safetensors, .bin, .pth, .pt or .npz")
 
 
 def _sharded(index: Path) -> Weights:
@@ -106,6 +109,8 @@ def read_shapes(weights: Weights) -> dict[str, Shape]:
     for path in weights.files:
         if weights.kind == "safetensors":
             shapes |= _safetensors_shapes(path)
+        elif weights.kind == "npz":
+            shapes |= read_npz_shapes(path)
         else:
             shapes |= {name: tuple(tensor.shape) for name, tensor in _load_torch(path).items()}
     return shapes

@@ -198,7 +198,7 @@ def test_no_weights_and_no_config(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert "no weights; expected model.safetensors" in refusal(folder)
     (tmp_path / "empty").mkdir()
-    assert "config.json: no such file" in refusal(tmp_path / "empty")
+    assert "Found: nothing" in refusal(tmp_path / "empty")
     (folder / "config.json").write_text("[" * 200_000)
     assert "config.json: not JSON" in refusal(folder)
 

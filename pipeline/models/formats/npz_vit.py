@@ -1,0 +1,179 @@
+"""google-research's `.npz`: vision_transformer (ImageNet-21k, AugReg, SAM, GSAM), big_vision and LiT's image towers.
+
+Arrays are in JAX's axis order, heads apart, under one of several prefixes, blocks stacked or not. `normalise` brings
+them into torch's order and one spelling. MLPs use the exact GELU, as timm and transformers do with these weights;
+flax's own default is the tanh approximation. Positions are resized with order 1 and corners kept, as the library does.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pipeline.models.architecture import Architecture, HeadInput, Pooled
+from pipeline.models.formats.format import Config, Format, Shapes, Spelling
+from schemas.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PREFIXES = ("opt/target/", "params/img/", "params/", "img/", "")
+BLOCK = "Transformer/encoderblock_{i}/"
+
+# Text before the first `-` of an AugReg file name → width, depth, patch.
+SIZES = {
+    "Ti_16": (192, 12, 16),
+    "S_16": (384, 12, 16),
+    "S_32": (384, 12, 32),
+    "B_8": (768, 12, 8),
+    "B_16": (768, 12, 16),
+    "B_32": (768, 12, 32),
+    "L_16": (1024, 24, 16),
+    "L_32": (1024, 24, 32),
+    "H_14": (1280, 32, 14),
+}
+
+
+def prefix_of(names: Mapping[str, Any]) -> str:
+    """What stands before `embedding/kernel`."""
+    found = [prefix for prefix in PREFIXES if f"{prefix}embedding/kernel" in names]
+    return found[0] if found else ""
+
+
+def normalise(arrays: Mapping[str, "np.ndarray[Any, Any]"]) -> dict[str, "np.ndarray[Any, Any]"]:
+    """The image tower's arrays in torch's axis order, without prefix, one set of names for each block."""
+    prefix, out = prefix_of(arrays), {}
+    for full_name, array in arrays.items():
+        name = full_name.removeprefix(prefix)
+        if not full_name.startswith(prefix) or name.startswith(("opt/", "txt/", "state/")):
+            continue
+        stacked = re.match(r"Transformer/encoderblock/(.*)", name)
+        if stacked:
+            for i, one in enumerate(array):
+                out[BLOCK.format(i=i) + stacked[1]] = _in_torch_order(name, one)
+        else:
+            out[name] = _in_torch_order(name, array)
+    return out
+
+
+def _in_torch_order(name: str, array: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    if re.search(r"(query|key|value)/kernel$", name):  # (D, heads, head_dim) → (heads · head_dim, D)
+        return array.reshape(array.shape[0], -1).T
+    if name.endswith("out/kernel"):  # (heads, head_dim, D) → (D, heads · head_dim)
+        return array.reshape(-1, array.shape[-1]).T
+    if name.endswith("kernel"):  # HWIO → OIHW, and (in, out) → (out, in)
+        return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+    if re.search(r"(query|key|value)/bias$", name):
+        return array.reshape(-1)
+    return array
+
+
+def architecture(config: Config, shapes: Shapes) -> Architecture:
+    """From the arrays alone; checked against the file's name where that says something."""
+    width, _, *patch = shapes["embedding/kernel"]
+    depth = 1 + max(int(found[1]) for name in shapes if (found := re.match(r"Transformer/encoderblock_(\d+)/", name)))
+    query = next(shape for name, shape in config["raw_shapes"].items() if name.endswith("query/kernel"))
+    table = shapes.get("pos_embedding") or shapes.get("Transformer/posembed_input/pos_embedding") or (1, 0, width)
+    class_token = "cls" in shapes
+    side = round((table[1] - class_token) ** 0.5)
+    pooled, head_input = read_out(shapes, class_token)
+    _check_name(config["file_name"], width, depth, patch[0])
+    return Architecture(
+        network="vit",
+        width=width,
+        depth=depth,
+        heads=query[-2],
+        mlp_width=next(shape[0] for name, shape in shapes.items() if name.endswith("Dense_0/kernel")),
+        patch_size=(patch[0], patch[1]),
+        trained_size=(side * patch[0], side * patch[1]),
+        epsilon=1e-6,
+        class_token=class_token,
+        positions="all" if class_token else "patches",
+        position_resize="bilinear_corners",
+        pooled=pooled,
+        projection_width=shapes.get("pre_logits/kernel", (0,))[0],
+        head_input=head_input,
+        num_labels=shapes.get("head/kernel", (0,))[0],
+    )
+
+
+def read_out(shapes: Shapes, class_token: bool) -> tuple[Pooled, HeadInput]:
+    """`pre_logits` is a pooler on CLS that the head reads; big_vision pools by attention or by mean."""
+    head = "head/kernel" in shapes
+    if "pre_logits/kernel" in shapes:
+        return "pooler", "pooled" if head else "none"
+    if "MAPHead_0/probe" in shapes:
+        return "attention_pool", "pooled" if head else "none"
+    if class_token:
+        return "mean_patch_tokens", "cls" if head else "none"
+    return "mean_patch_tokens", "pooled" if head else "none"
+
+
+def _check_name(file_name: str, width: int, depth: int, patch: int) -> None:
+    said = SIZES.get(re.split(r"[-.]", file_name)[0].removeprefix("ViT_"))
+    if said is not None and said != (width, depth, patch):
+        raise CheckpointError(
+            f"{file_name}: the name says width {said[0]}, depth {said[1]}, patch {said[2]}, but the arrays are of "
+            f"width {width}, depth {depth}, patch {patch}; rename the file or fetch it again"
+        )
+
+
+def spell(a: Architecture, shapes: Shapes) -> Spelling:
+    """flax renumbered the modules of a block between vision_transformer and big_vision."""
+    new = any("MultiHeadDotProductAttention_0" in name and name.startswith("Transformer") for name in shapes)
+    attention, norm2, mlp = (0, 1, 0) if new else (1, 2, 3)
+    heads = f"{BLOCK}MultiHeadDotProductAttention_{attention}/"
+    positions = "pos_embedding" if "pos_embedding" in shapes else "Transformer/posembed_input/pos_embedding"
+    pool = "MAPHead_0/"
+    modules: dict[str, str | tuple[str, ...]] = {
+        "patch": "embedding",
+        "blocks.{i}.qkv": tuple(f"{heads}{name}" for name in ("query", "key", "value")),
+        "blocks.{i}.out": f"{heads}out",
+        "blocks.{i}.fc1": f"{BLOCK}MlpBlock_{mlp}/Dense_0",
+        "blocks.{i}.fc2": f"{BLOCK}MlpBlock_{mlp}/Dense_1",
+        "pooler": "pre_logits",
+        "head": "head",
+        "attention_pool.qkv": tuple(
+            f"{pool}MultiHeadDotProductAttention_0/{each}" for each in ("query", "key", "value")
+        ),
+        "attention_pool.out": f"{pool}MultiHeadDotProductAttention_0/out",
+        "attention_pool.fc1": f"{pool}MlpBlock_0/Dense_0",
+        "attention_pool.fc2": f"{pool}MlpBlock_0/Dense_1",
+    }
+    norms = {
+        "blocks.{i}.norm1": f"{BLOCK}LayerNorm_0",
+        "blocks.{i}.norm2": f"{BLOCK}LayerNorm_{norm2}",
+        "norm": "Transformer/encoder_norm",
+        "attention_pool.norm": f"{pool}LayerNorm_0",
+    }
+    spelling: dict[str, str | tuple[str | None, ...]] = {
+        "cls_token": "cls",
+        "positions": positions,
+        "attention_pool.probe": f"{pool}probe",
+    }
+    for weight, rows in (("kernel", modules), ("scale", norms)):
+        for ours, theirs in rows.items():
+            for parameter, suffix in (("weight", weight), ("bias", "bias")):
+                spelling[f"{ours}.{parameter}"] = (
+                    f"{theirs}/{suffix}" if isinstance(theirs, str) else tuple(f"{name}/{suffix}" for name in theirs)
+                )
+    return spelling
+
+
+def recognise(config: Config, shapes: Shapes) -> str:
+    """An `.npz` with a ViT's patch embedding and blocks."""
+    if "raw_shapes" not in config or "embedding/kernel" not in shapes or "conv_root/kernel" in shapes:
+        return ""
+    has_blocks = any(name.startswith("Transformer/encoderblock") for name in shapes)
+    return "it is an .npz with embedding/kernel and Transformer/encoderblock" if has_blocks else ""
+
+
+FORMAT = Format(
+    family="vit",
+    layout="google-research .npz",
+    examples="gs://vit_models/augreg/Ti_16-i21k-300ep-….npz, gs://vit_models/imagenet21k/ViT-L_16.npz",
+    test="tests/models/test_models_npz.py",
+    recognise=recognise,
+    architecture=architecture,
+    spell=spell,
+    ignored=(r"(opt|state)/.*", r"step", r"t"),
+)
