@@ -21,7 +21,8 @@ from jobs.retrieve_screen import (
 from schemas.errors import SpecError
 
 if TYPE_CHECKING:
-    from pipeline.retrieval.search import Example, Hit
+    from pipeline.retrieval.search import Embed, Example, Hit
+    from pipeline.retrieval.store import FeatureStore
 
 _DEFAULT_K = 10
 
@@ -59,10 +60,6 @@ def search(
     as_json: AsJson = False,
 ) -> int:
     """Find the pictures most like some examples, exactly or by an index."""
-    from pipeline.retrieval import index as indexes
-    from pipeline.retrieval.search import build_query
-    from pipeline.retrieval.search import search as find
-
     if text:
         raise SpecError(
             f"--text {text[0]}: ViT and BEiT have no text tower; search by --image, --row, --uri or --vector"
@@ -70,28 +67,9 @@ def search(
     examples = [*_examples(image, row, uri, vector), *(_minus(value) for value in minus or ())]
     with opened(directory, storage_options) as store:
         warn_left_out(store, features)
-        built = indexes.load(store, index) if index else None
-        if built and (built.record.feature != features or not built.record.normalise or centre):
-            raise SpecError(
-                f"--index {index} holds `{built.record.feature}`, normalised: {built.record.normalise}, centred: "
-                f"{built.record.mean is not None}; leave out --centre, and give --features as it was built"
-            )
-        prepare = built.prepare if built else store.preparation(features, centre=centre)
-        query = build_query(
-            store, features, examples, embedder(store, features, model, parse_options(storage_options)), prepare
-        )
-        matrix = store.load(features)
-        hits = find(
-            store,
-            query,
-            min(_DEFAULT_K, int(matrix.usable.sum())) if k is None else k,
-            feature=features,
-            where=where,
-            prepare=prepare,
-            finder=(lambda queries, wanted: indexes.find(built, matrix, queries, wanted)) if built else None,
-            keep_examples=with_examples,
-            device=device,
-        )
+        embed = embedder(store, features, model, parse_options(storage_options))
+        options = {"where": where, "keep_examples": with_examples, "device": device}
+        hits = _find(store, examples, embed, features, k, index, centre, options)
     if html:
         _write_strip(html, directory, storage_options, hits)
     if as_json:
@@ -99,6 +77,43 @@ def search(
     else:
         print_table(["row", "score", "uri"], [[hit["row"], round(hit["score"], 4), hit["uri"]] for hit in hits])
     return 0
+
+
+def _find(
+    store: "FeatureStore",
+    examples: "list[Example]",
+    embed: "Embed",
+    feature: str,
+    k: int | None,
+    index: str | None,
+    centre: bool,
+    options: dict[str, Any],
+) -> "list[Hit]":
+    from pipeline.retrieval import index as indexes
+    from pipeline.retrieval.search import build_query
+    from pipeline.retrieval.search import search as find
+
+    matrix = store.load(feature)
+    wanted = min(_DEFAULT_K, int(matrix.usable.sum())) if k is None else k
+    if index is None:
+        prepare = store.preparation(feature, centre=centre)
+        query = build_query(store, feature, examples, embed, prepare)
+        return find(store, query, wanted, feature=feature, prepare=prepare, **options)
+    built = indexes.load(store, index)
+    if built.record.feature != feature or not built.record.normalise or centre:
+        raise SpecError(
+            f"--index {index} holds `{built.record.feature}`, normalised: {built.record.normalise}, centred: "
+            f"{built.record.mean is not None}; leave out --centre, and give --features as it was built"
+        )
+    query = build_query(store, feature, examples, embed, built.prepare)
+    return find(
+        store,
+        query,
+        wanted,
+        feature=feature,
+        finder=lambda queries, most: indexes.find(built, matrix, queries, most),
+        **options,
+    )
 
 
 def _examples(

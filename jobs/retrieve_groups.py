@@ -67,6 +67,11 @@ def kmeans(
     if as_json:
         print_json(summary)
         return 0
+    _show_clusters(summary, directory)
+    return 0
+
+
+def _show_clusters(summary: dict[str, Any], directory: str) -> None:
     if "sweep" in summary:
         print_table(["k", "inertia", "silhouette"], [list(trial.values()) for trial in summary["sweep"]])
         emit(f"elbow at {summary['elbow']}, best silhouette at {summary['k']}\n")
@@ -76,7 +81,6 @@ def kmeans(
     ]
     print_table(["cluster", "size", "medoid", "what distinguishes it (share of the cluster, of all)"], rows)
     emit(f"\n{summary['rows']:,} rows in {directory}/clusters/{summary['name']}/")
-    return 0
 
 
 def _labels(labels: list[dict[str, Any]]) -> str:
@@ -95,7 +99,8 @@ def _kmeans_here(
     import numpy as np
 
     from pipeline.retrieval.clusters import write_clusters
-    from pipeline.retrieval.kmeans import MatrixSource, fit
+    from pipeline.retrieval.kmeans import fit
+    from pipeline.retrieval.lloyd import MatrixSource
     from pipeline.retrieval.output import check_name, place
     from pipeline.retrieval.plots import line_charts
     from pipeline.retrieval.sweep import best_k, elbow, parse_sweep

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.retrieval.arrays import Floats, Ints, Preparation
-from pipeline.retrieval.kmeans import Clustering, assign
+from pipeline.retrieval.lloyd import Clustering, assign
 from pipeline.retrieval.matrix import Matrix
 from pipeline.retrieval.output import place, remove_folder, staged, write_json
 from pipeline.retrieval.store import FeatureStore, quote

@@ -13,7 +13,8 @@ from fsspec import AbstractFileSystem
 
 from pipeline.retrieval.arrays import Floats, Ints, Preparation
 from pipeline.retrieval.clusters import Members, clusters_table, finish, new_members
-from pipeline.retrieval.kmeans import ArraySource, Clustering, Totals, add, fit, moved, running_mean, totals
+from pipeline.retrieval.kmeans import fit, running_mean
+from pipeline.retrieval.lloyd import ArraySource, Clustering, Totals, add, moved, totals
 from pipeline.retrieval.output import place, remove_folder, write_table
 from pipeline.retrieval.parts import Part
 from pipeline.retrieval.ray_parts import PartReader, over_parts

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.retrieval.arrays import Progress, no_progress
-from pipeline.retrieval.kmeans import ArraySource, Source, assign, fit
+from pipeline.retrieval.kmeans import fit
+from pipeline.retrieval.lloyd import ArraySource, Source, assign
 from schemas.errors import SpecError
 
 _SAMPLE_ROWS = 20_000

@@ -13,7 +13,8 @@ from support.runs import RunContent, clustered, write_run
 from pipeline.retrieval import kmeans
 from pipeline.retrieval.arrays import Preparation, unit
 from pipeline.retrieval.clusters import write_clusters
-from pipeline.retrieval.kmeans import ArraySource, MatrixSource, assign, fit, lloyd, totals
+from pipeline.retrieval.kmeans import fit
+from pipeline.retrieval.lloyd import ArraySource, MatrixSource, assign, lloyd, totals
 from pipeline.retrieval.plots import line_charts
 from pipeline.retrieval.store import FeatureStore
 from pipeline.retrieval.sweep import Trial, best_k, elbow, parse_sweep, sweep

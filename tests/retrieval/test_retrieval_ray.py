@@ -12,7 +12,7 @@ from support.runs import RunContent, clustered, write_run
 from cluster.session import ray_session
 from pipeline.retrieval import index as indexes
 from pipeline.retrieval.arrays import unit
-from pipeline.retrieval.kmeans import assign
+from pipeline.retrieval.lloyd import assign
 from pipeline.retrieval.ray_index import build_on_ray
 from pipeline.retrieval.ray_kmeans import kmeans_on_ray
 from pipeline.retrieval.ray_parts import over_parts
