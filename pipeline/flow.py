@@ -9,7 +9,7 @@ the visible parts what is left, and does that.
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,7 +87,9 @@ def run(spec: JobSpec, connect: Connect, listen: Listener = lambda progress: Non
         attempt.status, attempt.message = "failed", redact(str(error))[:2000]
         raise
     finally:
-        attempts.finish(spec.out, attempt, spec.storage_options)
+        # Where the output itself is gone, this fails as well, and must not hide what failed first.
+        with suppress(OutputError) if attempt.status == "failed" else nullcontext():
+            attempts.finish(spec.out, attempt, spec.storage_options)
     ledger = read_ledger(spec.out, spec.storage_options)
     images = intervals.count(intervals.intersect(ledger.images, first, stop))
     failures = intervals.count(intervals.intersect(ledger.failures, first, stop))

@@ -201,7 +201,7 @@ def read_json(fs: AbstractFileSystem, path: str) -> Any:
     """The JSON document at `path`, or None where there is none."""
     try:
         return json.loads(fs.cat_file(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
