@@ -196,8 +196,8 @@ def index(
     if as_json:
         print_json(summary)
     else:
-        show_rows([(key.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else str(value))
-                   for key, value in summary.items()])  # fmt: skip
+        shown = {key.replace("_", " "): value for key, value in summary.items() if value not in (None, {})}
+        show_rows([(key, f"{value:,.4g}" if isinstance(value, float) else str(value)) for key, value in shown.items()])
         emit(f"patchstream search {directory} --index {name} …")
     return 0
 
