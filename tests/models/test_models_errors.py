@@ -195,12 +195,14 @@ def test_shard_outside_the_folder_is_refused(folder: Path) -> None:
 
 
 def test_no_weights_and_no_config(folder: Path, tmp_path: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    assert "no weights; expected model.safetensors" in refusal(folder)
     (tmp_path / "empty").mkdir()
     assert "Found: nothing" in refusal(tmp_path / "empty")
     (folder / "config.json").write_text("[" * 200_000)
     assert "config.json: not JSON" in refusal(folder)
+    (folder / "config.json").unlink()
+    assert "config.json: no such file" in refusal(folder)
+    (folder / "model.safetensors").unlink()
+    assert "no weights; expected model.safetensors" in refusal(folder)
 
 
 def test_size_that_does_not_divide_into_patches(folder: Path) -> None:

@@ -179,6 +179,7 @@ def test_positions_are_zoomed_as_google_research_does(reference: Any, tmp_path: 
     assert_equal(ours, timm_outputs(bigger, to_values(pixels)))
 
 
+@pytest.mark.slow
 @needs_testdata
 def test_trained_vit_is_the_same_in_three_formats(tmp_path: Path) -> None:
     renames = [

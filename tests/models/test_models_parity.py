@@ -52,7 +52,7 @@ def compare(ours: Outputs, theirs: Expected, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", KINDS | OTHER_KINDS)
 def test_matches_transformers(kind: str, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / kind, kind)
-    pixels, values = preprocessed(folder, photos(4))
+    pixels, values = preprocessed(folder, photos(2))
     expected = reference_outputs(folder, values)
     info = inspect_model(str(folder))
     for dtype in (torch.float32, torch.bfloat16):
@@ -91,7 +91,7 @@ def test_matches_transformers_at_base_size(kind: str, tmp_path: Path) -> None:
         "data2vec",
     ],
 )
-@pytest.mark.parametrize("size", [(112, 112), (336, 336), (112, 224)], ids=str)
+@pytest.mark.parametrize("size", [(336, 336), (112, 224)], ids=str)
 def test_matches_transformers_at_another_resolution(kind: str, size: tuple[int, int], tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / kind, kind)
     pixels, values = resized(folder, size)

@@ -65,7 +65,7 @@ def compare(ours: Outputs, theirs: Expected, dtype: torch.dtype, has_cls: bool) 
 def test_matches_timm(case: str, tmp_path: Path) -> None:
     architecture, args = CASES[case]
     reference = make_timm_checkpoint(tmp_path, architecture, **args)
-    pixels, values = timm_preprocessed(reference, photos(3))
+    pixels, values = timm_preprocessed(reference, photos(2))
     expected = timm_outputs(reference, values)
     info = inspect_model(str(tmp_path))
     assert info.image_size == tuple(values.shape[2:])
