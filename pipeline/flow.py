@@ -8,7 +8,7 @@ the visible parts what is left, and does that.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from pipeline.sinks.intervals import Spans
 from pipeline.sinks.ledger import pending, read_ledger, shard_rows
 from pipeline.sinks.ray_writer import Committed, Received, WriteJob, commit_stream, unwrap
 from pipeline.sources.manifest import ManifestPart, read_rows
-from pipeline.storage import redact
+from pipeline.storage import absolute, redact
 from schemas.attempt import AttemptRecord
 from schemas.errors import Interrupted, OutputError
 from schemas.machines import Machines
@@ -64,6 +64,7 @@ def run(spec: JobSpec, connect: Connect, listen: Listener = lambda progress: Non
     `connect` gives the Ray cluster and is entered only if rows are pending. Raises PatchstreamError (see
     `schemas.errors`): what was committed before that stays, and the same call goes on from there.
     """
+    spec = spec.model_copy(update={"out": absolute(spec.out)})
     listen(Progress("model"))
     question = ask(spec)
     listen(Progress("listing"))
@@ -164,6 +165,7 @@ def build(question: Question, opened: Opened, placement: Placement, rest: Spans)
         threads=placement.threads,
         cuda=spec.gpus_per_actor > 0 and spec.backend == "torch",
         triton=spec.triton,
+        storage_options=spec.storage_options,
     )
     return (
         ray.data.from_arrow(cut(rest, placement.task_rows))
@@ -187,7 +189,7 @@ def build(question: Question, opened: Opened, placement: Placement, rest: Spans)
     )
 
 
-def _bundles(dataset: ray.data.Dataset) -> Iterator[Any]:
+def _bundles(dataset: ray.data.Dataset) -> Generator[Any, None, None]:
     """Block references as they come. A generator, so that the execution starts in the thread that consumes it."""
     yield from dataset.iter_internal_ref_bundles()
 
@@ -250,6 +252,7 @@ def _place(question: Question, machines: Machines, rows: int) -> Placement:
         batch_size=None if spec.batch_size == "auto" else spec.batch_size,
         pixel_bytes=question.pixel_bytes,
         model_bytes=question.model_bytes,
+        image_gflop=question.image_gflop,
     )
 
 

@@ -43,6 +43,14 @@ class Question(NamedTuple):
         """Memory an actor books: the weights in float32 while they load, and as much again to compute in."""
         return 8 * self.info.parameters if self.info else 1 << 20
 
+    @property
+    def image_gflop(self) -> float:
+        """A rough cost of one picture, in billions of operations: every weight is used once for each patch."""
+        if self.info is None:
+            return 0.0
+        down, across = self.info.network.grid(self.info.image_size)
+        return 2e-9 * self.info.parameters * down * across
+
 
 class Opened(NamedTuple):
     """A run's directory, ready to be filled."""
@@ -74,12 +82,18 @@ def ask(spec: JobSpec) -> Question:
             f"labels are asked for, but {spec.model} ({info.architecture}) has no classifier. "
             "Leave out --labels, or use a fine-tuned checkpoint of the same model"
         )
-    if "cls" in spec.features and not info.has_cls:
-        raise SpecError(f"{spec.model} ({info.architecture}) has no CLS token; ask for --features pooled")
+    spec = _without_cls(spec, info) if "cls" in spec.features and not info.has_cls else spec
     dims = tuple(info.pooled_size if name == "pooled" else info.hidden_size for name in spec.features)
     top = min(spec.labels, info.num_labels)
     wanted = Wanted(spec.features, dims, spec.feature_dtype, top, info.labels, info.multi_label)
     return Question(spec, info, wanted, _dtype(spec, info, wanted))
+
+
+def _without_cls(spec: JobSpec, info: ModelInfo) -> JobSpec:
+    """A model without a CLS token gives `pooled` where nothing else was asked; asking for `cls` is an error."""
+    if "features" in spec.model_fields_set:
+        raise SpecError(f"{spec.model} ({info.architecture}) has no CLS token; ask for --features pooled")
+    return spec.model_copy(update={"features": ("pooled",)})
 
 
 def _dtype(spec: JobSpec, info: ModelInfo, wanted: Wanted) -> str:

@@ -14,6 +14,8 @@ from schemas.spec import ActorRange
 _BLOCK_BYTES = 8 << 20
 _TASK_ROWS = 1024
 _MAX_TASKS = 20_000
+_CPU_BLOCK_S = 2.0
+_GFLOPS_A_THREAD = 50.0
 _DECODE_CPUS = 0.25
 _ACTOR_CPUS_A_CORE = 0.75
 _SMALL_MACHINE_CPUS = 4
@@ -47,8 +49,9 @@ def place(
     batch_size: int | None,
     pixel_bytes: int,
     model_bytes: int,
+    image_gflop: float = 0.0,
 ) -> Placement:
-    """Placement for `rows` images of `pixel_bytes` each with a model of `model_bytes`.
+    """Placement for `rows` images of `pixel_bytes` and `image_gflop` each with a model of `model_bytes`.
 
     Raises ClusterError when the GPUs asked for are not there.
     """
@@ -72,6 +75,10 @@ def place(
     blocks = max(1, _BLOCK_BYTES // max(1, pixel_bytes * batch)) if pixel_bytes else 4096 // batch
     if gpus_per_actor:
         blocks = max(blocks, 2)
+    elif image_gflop:
+        # A result can be committed only when its block is done, and a crash must not cost minutes.
+        block_images = _CPU_BLOCK_S * _GFLOPS_A_THREAD * threads / image_gflop
+        blocks = max(1, min(blocks, int(block_images // batch)))
     # Small inputs: blocks small enough that every actor gets several.
     block_rows = batch * max(1, min(blocks, rows // (batch * chosen.max * 4) or 1))
     spread = -(-rows // (cpus * 4))

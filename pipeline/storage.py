@@ -98,6 +98,11 @@ def _redact_parameter(match: re.Match[str]) -> str:
     return f"{match[1]}…" if _SECRET_NAME.search(match[1]) else match[0]
 
 
+def absolute(url: str) -> str:
+    """`url` in a form that means the same place in every process of this machine: local paths become absolute."""
+    return os.path.abspath(url.removeprefix("file://")) if scheme(url) == "file" else url
+
+
 def join(base: str, *names: str) -> str:
     """`base/name/…`, for paths and URLs alike."""
     return "/".join([base.rstrip("/"), *names])

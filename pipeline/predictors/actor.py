@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -24,6 +24,7 @@ class ActorJob(NamedTuple):
     threads: int
     cuda: bool
     triton: TritonSpec | None
+    storage_options: dict[str, Any]
 
 
 class PredictActor:
@@ -56,5 +57,11 @@ def build_predictor(job: ActorJob) -> Predictor:
     from pipeline.predictors.torch_predictor import TorchPredictor
 
     return TorchPredictor(
-        job.model, job.wanted, dtype=job.dtype, batch_size=job.batch_size, threads=job.threads, cuda=job.cuda
+        job.model,
+        job.wanted,
+        dtype=job.dtype,
+        batch_size=job.batch_size,
+        threads=job.threads,
+        cuda=job.cuda,
+        storage_options=job.storage_options,
     )

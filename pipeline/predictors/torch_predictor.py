@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,14 +23,23 @@ class TorchPredictor:
     """Runs `info`'s model over decoded tables. Warm (kernels chosen, memory taken) when the constructor returns."""
 
     def __init__(
-        self, info: ModelInfo, wanted: Wanted, *, dtype: str, batch_size: int, threads: int = 0, cuda: bool = False
+        self,
+        info: ModelInfo,
+        wanted: Wanted,
+        *,
+        dtype: str,
+        batch_size: int,
+        threads: int = 0,
+        cuda: bool = False,
+        storage_options: Mapping[str, Any] = {},  # noqa: B006 - never written to
     ) -> None:
         if threads:
             torch.set_num_threads(threads)
         if cuda:
             _check_gpu(dtype)
         self._device = torch.device("cuda" if cuda else "cpu")
-        self._model = load_model(info, dtype=getattr(torch, dtype), device=self._device)
+        precision = getattr(torch, dtype)
+        self._model = load_model(info, dtype=precision, device=self._device, storage_options=storage_options)
         self._wanted = wanted
         self._batch = batch_size
         self._height, self._width = info.preprocessing.output_size

@@ -75,6 +75,12 @@ def test_small_jobs_are_spread_and_large_ones_are_bounded() -> None:
     assert placed(rows=10**6).block_rows * PIXELS <= 9 * (1 << 20)
 
 
+def test_slow_models_get_small_blocks() -> None:
+    """What is in a block when a machine dies is lost, so a block is seconds of work on a CPU."""
+    assert placed(image_gflop=120.0).block_rows == placed(image_gflop=120.0).batch_size
+    assert placed(image_gflop=1.0).block_rows > 4 * placed(image_gflop=120.0).block_rows
+
+
 def test_decoding_is_not_fused_into_the_actor(tmp_path: Path) -> None:
     """Ray Data fuses stages with equal resources; ours must stay two operators."""
     import ray
