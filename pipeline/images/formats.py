@@ -7,7 +7,7 @@ import warnings
 import pi_heif
 from PIL import Image, ImageFile
 
-from pipeline.images.limits import return_large_blocks
+from pipeline.images.limits import steady_memory
 
 # Left out on purpose: EPS starts Ghostscript; IPTC opens what it wraps with any plugin, EPS included; WMF, BUFR,
 # GRIB, HDF5 and MPEG only identify a file and cannot decode it; FPX and MIC need a package that is not installed.
@@ -56,7 +56,7 @@ FORMATS = (
 def _register_once() -> None:
     pi_heif.register_heif_opener(thumbnails=False)
     Image.init()
-    return_large_blocks()
+    steady_memory()
 
 
 def prepare_process() -> None:

@@ -22,14 +22,17 @@ def scale_denominator(size: tuple[int, int], target: tuple[int, int]) -> int:
     return 1
 
 
+def has_endless_scans(image: Image.Image, data: bytes) -> bool:
+    """Whether an opened JPEG is progressive with more scans than any encoder writes."""
+    return "progressive" in image.info and data.count(b"\xff\xda") > _MAX_SCANS
+
+
 def decode_jpeg(data: bytes, size: tuple[int, int], denominator: int) -> Image.Image | None:
     """A picture of `size` (width, height), divided by `denominator`, in mode RGB.
 
     None where simplejpeg has the least doubt about the file: Pillow shall decide then. Raises ImageError
     `Truncated` for a file whose scan ends early, which Pillow would fill up with grey in silence.
     """
-    if data.count(b"\xff\xda") > _MAX_SCANS:
-        return None
     width, height = (math.ceil(side / denominator) for side in size)
     least = {"min_height": height, "min_width": width} if denominator > 1 else {}
     try:
