@@ -13,6 +13,8 @@ from pipeline.sources.manifest import ManifestPart
 from pipeline.storage import Options, filesystem, join, redact
 
 _BATCH_ROWS = 131_072
+# Beyond it DuckDB goes on on the disk, in the same temporary folder.
+_MEMORY = "512MiB"
 
 # Two rows are the same object if they share an address, the n-th of that address there with the n-th here: a table
 # may name an image twice, and sources may overlap. An object without ETag and size (a plain URL) counts as unchanged.
@@ -41,7 +43,7 @@ def new_and_changed(
     is there, and DuckDB compares it there: neither side need fit into memory.
     """
     with tempfile.TemporaryDirectory(prefix="patchstream-update-") as folder:
-        with duckdb.connect(f"{folder}/compare.duckdb") as database:
+        with duckdb.connect(f"{folder}/compare.duckdb", config={"memory_limit": _MEMORY}) as database:
             database.execute("create table known (row bigint, key varchar, etag varchar, size bigint, replaces bigint)")
             database.execute("create table listed (place bigint, key varchar, etag varchar, size bigint)")
             _load_known(database, out, parts, storage_options)
