@@ -8,7 +8,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -26,6 +26,8 @@ _WRITES_IN_FLIGHT = 4
 _TICK_S = 0.2
 # What a signal leaves time for: Kubernetes grants 30 s before it kills.
 _DRAIN_S = 15.0
+# For Ray Data to end an execution.
+_STOP_S = 5.0
 
 
 class WriteJob(NamedTuple):
@@ -71,7 +73,9 @@ class Received(NamedTuple):
     rows: int
 
 
-def commit_stream(bundles: Iterator[Any], job: WriteJob, sink: SinkSpec) -> Iterator[Received | Committed | None]:
+def commit_stream(
+    bundles: Generator[Any, None, None], job: WriteJob, sink: SinkSpec
+) -> Iterator[Received | Committed | None]:
     """Drive `bundles` (Ray Data's block references) to their end and write them.
 
     Yields what happened, and None about five times a second when nothing did. If the caller closes the generator
@@ -102,7 +106,7 @@ def commit_stream(bundles: Iterator[Any], job: WriteJob, sink: SinkSpec) -> Iter
 class _Feed:
     """Iterates `bundles` in a thread, so that the caller's clock ticks while the stream is silent."""
 
-    def __init__(self, bundles: Iterator[Any]) -> None:
+    def __init__(self, bundles: Generator[Any, None, None]) -> None:
         self._bundles = bundles
         self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=64)
         self._stopped = threading.Event()
@@ -111,9 +115,12 @@ class _Feed:
 
     def _run(self) -> None:
         try:
-            for bundle in self._bundles:
-                if not self._put(("bundle", bundle)):
-                    return
+            # Closed here when nobody wants more: an execution that is left to the garbage collector goes on using
+            # the cluster, and tidies up when Ray may be gone.
+            with contextlib.closing(self._bundles):
+                for bundle in self._bundles:
+                    if not self._put(("bundle", bundle)):
+                        return
             self._put(("end", None))
         except BaseException as error:  # noqa: BLE001 - handed over to the caller's thread, which raises it
             self._put(("error", error))
@@ -140,6 +147,7 @@ class _Feed:
 
     def stop(self) -> None:
         self._stopped.set()
+        self._thread.join(_STOP_S)
 
 
 class _Writes:
