@@ -26,7 +26,7 @@ _COLOURS: Final[dict[str, tuple[float, float, float]]] = {
     "blue": (217, 10, 0.65),
     "purple": (287, 9, 0.55),
 }
-_SHAPES: Final = ("circle", "ring", "triangle", "square", "star", "heart")
+_SHAPES: Final = ("circle", "ring", "triangle", "square", "star")
 _TEXTURES: Final = ("plain", "gradient", "stripes", "checks", "dots", "clouds")
 
 CLASSES: Final[tuple[str, ...]] = tuple(f"{colour} {shape}" for colour in _COLOURS for shape in _SHAPES)
@@ -117,10 +117,6 @@ def _outline(shape: str) -> npt.NDArray[np.float64]:
         return _on_circle(72, np.ones(72))
     if shape == "star":
         return _on_circle(10, np.tile([1.0, 0.42], 5))
-    if shape == "heart":  # 16 sin^3 t, 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t: a well-known curve
-        t = np.linspace(0, 2 * math.pi, 80, endpoint=False)
-        y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
-        return np.stack([16 * np.sin(t) ** 3, y - 2.5], axis=1) / 17
     if shape == "square":
         return np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * math.sqrt(0.5)
     return _on_circle(3, np.ones(3))

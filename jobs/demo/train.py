@@ -31,6 +31,7 @@ IMAGE_PX = 64
 HELD_OUT_SEEDS = (1, 2, 3)
 
 console = Console()
+_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -95,15 +96,24 @@ def draw_held_out(count: int, seed: int, processes: int) -> Pixels:
         return np.stack(list(pool.map(partial(_held_out_picture, seed=seed), range(count), chunksize=100)))
 
 
+def _transformers() -> Any:
+    """The library. A torchvision that was built for CUDA loads beside a CPU torch once its operators are declared."""
+    if not hasattr(torch.ops.torchvision, "nms"):
+        for name in ("nms", "qnms"):
+            _OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import transformers
+
+    return transformers
+
+
 def new_model() -> Any:
     """A `ViTForImageClassification` of 0.3 million parameters: small enough to live in the repository.
 
     Weights start wider than the usual 0.02, which suits models eight times as wide, and the positions start as sines
     and cosines of row and column; with the defaults, attention stays uniform for most of so short a training.
     """
-    from transformers import ViTConfig, ViTForImageClassification
-
-    config = ViTConfig(
+    transformers = _transformers()
+    config = transformers.ViTConfig(
         image_size=IMAGE_PX,
         patch_size=8,
         hidden_size=96,
@@ -116,7 +126,7 @@ def new_model() -> Any:
         id2label=dict(enumerate(CLASSES)),
         label2id={name: index for index, name in enumerate(CLASSES)},
     )
-    model = ViTForImageClassification(config)
+    model = transformers.ViTForImageClassification(config)
     with torch.no_grad():
         model.vit.embeddings.position_embeddings[0, 1:] = 0.5 * _grid_positions(IMAGE_PX // 8, config.hidden_size)
     return model
@@ -144,14 +154,14 @@ def _moved(pixels: torch.Tensor) -> torch.Tensor:
     return padded[:, :, down : down + IMAGE_PX, right : right + IMAGE_PX]
 
 
-def train(pixels: Pixels, steps: int, batch_size: int, learning_rate: float) -> Any:
+def train(pixels: Pixels, steps: int, batch_size: int, learning_rate: float, model: Any = None) -> Any:
     """AdamW, linear warm-up, cosine decay to zero, label smoothing; returns the model in evaluation mode.
 
     The classifier learns from CLS and, half the loss, from the mean of the patch tokens: it learns faster so, and both
     features end up apart by class.
     """
     data, labels = torch.from_numpy(pixels), torch.arange(len(pixels)) % len(CLASSES)
-    model = new_model()
+    model = new_model() if model is None else model
     model.train()
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
