@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 _ROUNDS = 200
-_IN_MEMORY_BYTES = 1024**3
+_IN_MEMORY_BYTES = 3 * 1024**3 // 2
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Linear:
 
 
 class TrainingSet:
-    """Vectors and codes of labelled rows; kept in memory up to 1 GiB, else read from the matrix in every pass."""
+    """Vectors and codes of labelled rows; kept in memory up to 1.5 GiB, else read from the matrix in every pass."""
 
     def __init__(self, matrix: Matrix, labelled: Labelled) -> None:
         self._matrix = matrix
@@ -57,7 +57,7 @@ class TrainingSet:
         self.codes = labelled.codes
         self.classes = len(labelled.classes)
         small = 4 * matrix.dim * len(self.codes) <= _IN_MEMORY_BYTES
-        self._vectors = matrix.take(self._positions) if small else None
+        self._vectors = _gather(matrix, self._positions) if small else None
         self.mean, self.scale = self._moments()
 
     def __len__(self) -> int:
@@ -83,6 +83,15 @@ class TrainingSet:
         mean = total / len(self)
         variance = float(np.mean(squares / len(self) - mean**2))
         return mean, float(np.sqrt(variance)) if variance > 0 else 1.0
+
+
+def _gather(matrix: Matrix, positions: Ints) -> Floats:
+    vectors = np.empty((len(positions), matrix.dim), np.float32)
+    done = 0
+    for at, block in matrix.chunks(positions, release=True):
+        vectors[done : done + len(at)] = block
+        done += len(at)
+    return vectors
 
 
 def fit_logistic(data: TrainingSet, strength: float, start: Linear | None = None) -> Linear:

@@ -25,7 +25,7 @@ TEST_SHARE = 0.2
 _CHOOSING_ROWS = 50_000
 _KNN_ROWS = 2_000
 _TEMPERATURE = 0.07
-_QUERY_ROWS = 256
+_QUERY_ROWS = 1_000
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ def run_probe(
     rng = np.random.default_rng(seed)
     rest, test = split(labelled, TEST_SHARE, rng)
     training, validation = _halve(rest, rng)
-    strength, sharpness, tried = _choose_strength(matrix, training, validation, rng, progress)
-    head = fit_logistic(TrainingSet(matrix, rest), strength).sharpened(sharpness)
+    strength, start, sharpness, tried = _choose_strength(matrix, training, validation, rng, progress)
+    head = fit_logistic(TrainingSet(matrix, rest), strength, start).sharpened(sharpness)
     progress("training", 1, 1)
     knn_k = _choose_k(matrix, training, _some(validation, _KNN_ROWS, rng))
     knn_test = _some(test, _KNN_ROWS, rng)
-    knn = score(knn_probabilities(matrix, rest, knn_test, knn_k), knn_test.codes)
+    knn = score(knn_probabilities(matrix, rest, knn_test, (knn_k,))[knn_k], knn_test.codes)
     few_shot = {}
     for number, count in enumerate(few):
         few_shot[count] = _few_shot(matrix, rest, test, count, strength, seeds, rng)
@@ -81,8 +81,8 @@ def _some(labelled: Labelled, count: int, rng: np.random.Generator) -> Labelled:
 
 def _choose_strength(
     matrix: Matrix, training: Labelled, validation: Labelled, rng: np.random.Generator, progress: Progress
-) -> tuple[float, float, dict[float, float]]:
-    """C of the best validation accuracy, of equals that of the lowest log loss; its sharpness; and all accuracies.
+) -> tuple[float, Linear, float, dict[float, float]]:
+    """C of the best validation accuracy, of equals of the lowest log loss; its head, its sharpness; all accuracies.
 
     Each start is the solution before.
     """
@@ -96,7 +96,7 @@ def _choose_strength(
         progress("choosing C", number + 1, len(STRENGTHS))
     best = max(tried, key=lambda strength: (tried[strength].accuracy, -tried[strength].log_loss))
     accuracies = {strength: scores.accuracy for strength, scores in tried.items()}
-    return best, _sharpness(matrix, heads[best], held), accuracies
+    return best, heads[best], _sharpness(matrix, heads[best], held), accuracies
 
 
 def _sharpness(matrix: Matrix, head: Linear, held: Labelled) -> float:
@@ -124,25 +124,24 @@ def evaluate(matrix: Matrix, head: Linear, labelled: Labelled) -> Scores:
     return score(np.concatenate(found), labelled.codes)
 
 
-def knn_probabilities(matrix: Matrix, training: Labelled, asked: Labelled, k: int) -> Floats:
-    """(n, C) votes of the k nearest training rows, weighted by exp(cosine / 0.07) as in DINO (Caron et al. 2021)."""
+def knn_probabilities(matrix: Matrix, training: Labelled, asked: Labelled, ks: tuple[int, ...]) -> dict[int, Floats]:
+    """Votes (n, C) of the k nearest training rows for each k, weighted by exp(cosine / 0.07), as in DINO."""
     prepare = Preparation()
-    votes = np.zeros((len(asked.codes), len(training.classes)), np.float32)
-    for start in range(0, len(votes), _QUERY_ROWS):
+    votes = {k: np.zeros((len(asked.codes), len(training.classes)), np.float32) for k in ks}
+    for start in range(0, len(asked.codes), _QUERY_ROWS):
         queries = prepare.apply(matrix.take(asked.positions[start : start + _QUERY_ROWS]))
-        scores, positions = top_k(matrix, queries, k, positions=training.positions)
+        scores, positions = top_k(matrix, queries, max(ks), positions=training.positions, release=True)
         codes = training.codes[np.searchsorted(training.positions, positions)]
         weights = np.exp((scores - scores[:, :1]) / _TEMPERATURE)
-        rows = np.repeat(np.arange(start, start + len(queries)), codes.shape[1])
-        np.add.at(votes, (rows, codes.ravel()), weights.ravel())
-    shares: Floats = votes / votes.sum(axis=1, keepdims=True)
-    return shares
+        rows = np.arange(start, start + len(queries))[:, None]
+        for k, counted in votes.items():
+            np.add.at(counted, (rows, codes[:, :k]), weights[:, :k])
+    return {k: counted / counted.sum(axis=1, keepdims=True) for k, counted in votes.items()}
 
 
 def _choose_k(matrix: Matrix, training: Labelled, validation: Labelled) -> int:
-    accuracy = {
-        k: score(knn_probabilities(matrix, training, validation, k), validation.codes).accuracy for k in NEIGHBOURS
-    }
+    found = knn_probabilities(matrix, training, validation, NEIGHBOURS)
+    accuracy = {k: score(probabilities, validation.codes).accuracy for k, probabilities in found.items()}
     return max(accuracy, key=lambda k: (accuracy[k], -k))
 
 
