@@ -1,49 +1,23 @@
-"""What a source string stands for on a disk, on S3, on Google Cloud Storage, on a web server and elsewhere."""
+"""What a source string stands for on a disk and elsewhere; globs everywhere; what is left out."""
 
 import os
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pyarrow as pa
 import pytest
-from support.faults import Rule
 from support.gcs import GcsServer
-from support.http_server import HttpServer
 from support.s3 import S3Server
+from support.source_rows import NAMES, listed, rows_of, spec_of, tree
 
 from pipeline.sources.listing import list_source, wanted
 from pipeline.sources.manifest import read_sources
 from schemas.errors import SourceError
-from schemas.spec import JobSpec, build_spec
 
 Server = S3Server | GcsServer
-NAMES = ["a.jpg", "b.png", ".hidden.jpg", "cats/c.jpg", "cats/deep/d.jpg", "dogs/e[1].jpg", "caté ü#?%41.jpg"]
-
-
-def tree(folder: Path, names: list[str] = NAMES) -> Path:
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(name.encode())
-    return folder
-
-
-def listed(source: str | Path, options: dict[str, Any] | None = None, below: str | Path = "") -> list[str]:
-    """Addresses, those below `below` cut short."""
-    cut = f"{below}/" if below else ""
-    return [entry.uri.removeprefix(cut) for entry in list_source(str(source), options or {})]
-
-
-def spec_of(*sources: str | Path, out: str = "/nowhere/out", **values: Any) -> JobSpec:
-    return build_spec({"sources": [str(source) for source in sources], "model": "m", "out": out, **values})
-
-
-def rows_of(spec: JobSpec) -> list[str]:
-    return [uri for table in read_sources(spec) for uri in table["uri"].to_pylist()]
 
 
 # --- a disk
@@ -215,144 +189,6 @@ def test_listing_many_keys_holds_some_pages_of_them(monkeypatch: pytest.MonkeyPa
     early, late = max(pages.blocks[:40]) - pages.blocks[0], max(pages.blocks[40:]) - pages.blocks[0]
     assert late < 1.2 * early < 300_000
     assert max(pages.arrow_bytes) < 16 << 20
-
-
-# --- S3 and Google Cloud Storage
-
-
-@pytest.fixture(params=["s3", "gs"])
-def store(request: pytest.FixtureRequest) -> Server:
-    server: Server = request.getfixturevalue("s3_server" if request.param == "s3" else "gcs_server")
-    return server
-
-
-def test_an_object_goes_before_a_folder_and_a_folder_before_a_prefix(store: Server) -> None:
-    bucket, options = store.make_bucket(), store.storage_options
-    for name in ("photo", "photo/1.jpg", "photo/2/3.jpg", "photos/4.jpg", "photo.jpg", "img_1.jpg", "img_2.jpg"):
-        base = store.put(bucket, name, b"x").removesuffix(f"/{name}")
-    assert listed(f"{base}/photo", options, base) == ["photo"]
-    assert listed(f"{base}/photo/", options, base) == ["photo/1.jpg", "photo/2/3.jpg"]
-    assert listed(f"{base}/photos", options, base) == ["photos/4.jpg"]
-    assert listed(f"{base}/img_", options, base) == ["img_1.jpg", "img_2.jpg"]
-    assert len(listed(base, options)) == len(listed(f"{base}/", options)) == 7
-    assert listed(f"{base}/photo/2", options, base) == ["photo/2/3.jpg"]
-    assert listed(f"{base}/none", options) == []
-
-
-def test_folder_markers_are_no_objects(store: Server) -> None:
-    bucket = store.make_bucket()
-    for name in ("a/", "a/b/", "a/b/1.jpg"):
-        base = store.put(bucket, name, b"x").removesuffix(f"/{name}")
-    assert listed(f"{base}/a", store.storage_options, base) == ["a/b/1.jpg"]
-
-
-def test_entries_carry_size_and_etag(store: Server) -> None:
-    bucket = store.make_bucket()
-    url = store.put(bucket, "x.jpg", b"12345")
-    (before,) = list_source(url, store.storage_options)
-    store.put(bucket, "x.jpg", b"54321")
-    (after,) = list_source(url, store.storage_options)
-    assert (before.uri, before.size, after.size) == (url, 5, 5)
-    assert before.etag
-    assert after.etag
-    assert before.etag != after.etag
-
-
-def test_more_keys_than_a_page(store: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.sources.stores._PAGE", 40)
-    names = [f"{number:04d}.jpg" for number in range(121)]
-    tree(tmp_path, names)
-    base = store.upload(tmp_path, store.make_bucket(), "many")
-    assert listed(base, store.storage_options, base) == names
-    assert rows_of(spec_of(f"{base}/*7.jpg", storage_options=store.storage_options)) == [
-        f"{base}/{name}" for name in names if name.endswith("7.jpg")
-    ]
-
-
-def test_other_names_of_a_scheme_are_the_same_objects(s3_server: S3Server) -> None:
-    url = s3_server.put(s3_server.make_bucket(), "x.jpg", b"x")
-    assert listed(url.replace("s3://", "s3a://"), s3_server.storage_options) == [url]
-
-
-def test_a_bucket_that_is_not_there(store: Server) -> None:
-    scheme = "s3" if isinstance(store, S3Server) else "gs"
-    with pytest.raises(SourceError, match=f"{scheme}://no-such-bucket-here/x: no such"):
-        listed(f"{scheme}://no-such-bucket-here/x", store.storage_options)
-    with pytest.raises(SourceError, match="name of the bucket cannot be a pattern"):
-        listed(f"{scheme}://bucket-*/x", store.storage_options)
-
-
-def test_denied_listings_say_so(store: Server, flaky_proxy: Any) -> None:
-    bucket = store.make_bucket()
-    url = store.put(bucket, "x.jpg", b"x")
-    proxy = flaky_proxy(store, [Rule("status", status=403)])
-    with pytest.raises(SourceError, match=r"access is denied; check the credentials"):
-        listed(url, proxy.server.storage_options)
-
-
-def test_without_credentials_the_error_says_how_to_give_them(
-    s3_server: S3Server, set_env: Callable[[Any], None]
-) -> None:
-    set_env({"AWS_ENDPOINT_URL": s3_server.endpoint_url})
-    with pytest.raises(SourceError, match=r'no credentials were found .* \{"anon": true\}'):
-        listed("s3://bucket/x")
-
-
-def test_listing_goes_on_after_faults_that_pass(store: Server, flaky_proxy: Any, tmp_path: Path) -> None:
-    tree(tmp_path, [f"{number}.jpg" for number in range(5)])
-    base = store.upload(tmp_path, store.make_bucket(), "in")
-    proxy = flaky_proxy(store, [Rule("status", status=503, first=1)])
-    assert len(listed(base, proxy.server.storage_options)) == 5
-    assert proxy.control.faults() > 0
-
-
-# --- web servers
-
-
-def test_an_index_page_is_a_folder(tmp_path: Path, http_server: Callable[..., HttpServer]) -> None:
-    tree(tmp_path, ["a.jpg", "b c.png", "sub/d.jpg", "sub/deep/é.jpg", "other/f.jpg"])
-    server = http_server(tmp_path, [Rule("status", status=503, first=1)])
-    assert listed(f"{server.url}/sub/") == [f"{server.url}/sub/d.jpg", server.url_of("sub/deep/é.jpg")]
-    assert len(listed(f"{server.url}/")) == 5
-    before = server.control.requests("/other/")
-    assert listed(f"{server.url}/sub/*/*.jpg") == [server.url_of("sub/deep/é.jpg")]
-    assert listed(f"{server.url}/*.png") == [server.url_of("b c.png")]
-    assert len(listed(f"{server.url}/**/*.jpg")) == 4
-    assert server.control.requests("/other/") == before + 1
-
-
-def test_links_that_sort_the_index_anew_are_no_files(tmp_path: Path, http_server: Callable[..., HttpServer]) -> None:
-    links = ("?C=N;O=D", "../", "/", "x.jpg", "#top")
-    page = " ".join(f'<a href="{link}">link</a>' for link in links)
-    server = http_server(tmp_path, [Rule("status", path="/photos/", status=200, body=f"<html>{page}</html>")])
-    assert listed(f"{server.url}/photos/") == [f"{server.url}/photos/x.jpg"]
-
-
-def test_an_index_that_is_not_there(tmp_path: Path, http_server: Callable[..., HttpServer]) -> None:
-    server = http_server(tmp_path, [Rule("status", path="/closed/", status=403)])
-    with pytest.raises(SourceError, match="/none/: no such file"):
-        listed(f"{server.url}/none/")
-    with pytest.raises(SourceError, match="/closed/: access is denied"):
-        listed(f"{server.url}/closed/")
-    assert server.control.requests("/closed/") == 1
-
-
-def test_signed_urls_stay_as_they_are() -> None:
-    url = "https://h.example/a%20b/x*y.jpg?X-Amz-Signature=a%2Fb*%3D&X-Amz-Date=1#frag"
-    plain = url.replace("*", "")
-    assert listed(plain) == [plain]
-    assert listed("http://h.example/photo[1]?.jpg") == ["http://h.example/photo[1]?.jpg"]
-
-
-def test_an_error_about_a_signed_url_keeps_the_signature_to_itself(
-    tmp_path: Path, http_server: Callable[..., HttpServer]
-) -> None:
-    server = http_server(tmp_path, [Rule("status", status=403)])
-    for name in ("table.parquet", "table.csv", "shard.tar", "folder/"):
-        with pytest.raises(SourceError) as raised:
-            rows_of(spec_of(f"{server.url}/{name}?X-Amz-Signature=s3cr3t&a=b"))
-        assert "s3cr3t" not in str(raised.value)
-        assert name in str(raised.value)
 
 
 # --- include, exclude, limit, the output below the source

@@ -1,0 +1,142 @@
+"""The user's own columns, and tables that hold the image bytes."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.source_rows import FIXED, read, spec_of, uris, write
+
+from pipeline.sources.manifest import read_schema, read_sources, write_manifest
+from schemas.errors import SourceError
+
+# --- the user's columns
+
+
+def test_names_that_are_ours_are_given_a_prefix(tmp_path: Path) -> None:
+    row = {"uri": "/a.jpg", "row": 1, "size": 2, "cls": "x", "labels": "y", "width": 3, "error": "z", "mine": 4}
+    names = ["user_row", "user_size", "user_cls", "user_labels", "user_width", "user_error", "mine"]
+    assert read(write(tmp_path / "t.jsonl", [row])).column_names == [*FIXED, *names]
+    with pytest.raises(SourceError, match="would both be called `user_row`"):
+        read(write(tmp_path / "u.jsonl", [{"uri": "/a.jpg", "row": 1, "user_row": 2}]))
+
+
+def test_nested_columns_ride_along(tmp_path: Path) -> None:
+    rows = [
+        {"uri": "/a.jpg", "box": {"x": 1, "y": [1.5, 2.0]}, "tags": ["a", "b"], "none": {}},
+        {"uri": "/b.jpg", "box": None, "tags": [], "none": {}},
+    ]
+    table = read(write(tmp_path / "t.jsonl", rows))
+    assert table.select(["uri", "box", "tags"]).to_pylist() == [
+        {key: row[key] for key in ("uri", "box", "tags")} for row in rows
+    ]
+    parts = write_manifest([table], str(tmp_path / "out"), {})
+    assert read_schema(str(tmp_path / "out"), parts[0], {}).field("none").type == pa.string()
+
+
+def test_fields_of_jsonl_may_come_late(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"uri": f"/{number}.jpg", "late": None} for number in range(17_000)]
+    rows += [{"uri": "/x.jpg", "late": "here", "new": 1.5}]
+    table = read(write(tmp_path / "t.jsonl", rows))
+    assert table.slice(17_000).select(["late", "new"]).to_pylist() == [{"late": "here", "new": 1.5}]
+    assert table["new"].null_count == 17_000
+
+
+def test_a_csv_column_that_turns_to_text_is_text_throughout(tmp_path: Path) -> None:
+    """Arrow looks at the first block alone; the odd value comes long after it."""
+    filler = "x" * 300
+    lines = [f"/{number}.jpg,{number},{number},{filler}" for number in range(30_000)]
+    (tmp_path / "t.csv").write_text("\n".join(["uri,code,n,filler", *lines, "/last.jpg,A7,8,y"]) + "\n")
+    table = read(tmp_path / "t.csv")
+    assert (table.schema.field("code").type, table.schema.field("n").type) == (pa.string(), pa.int64())
+    assert table.slice(29_999).select(["uri", "code", "n"]).to_pylist() == [
+        {"uri": "/29999.jpg", "code": "29999", "n": 29999},
+        {"uri": "/last.jpg", "code": "A7", "n": 8},
+    ]
+
+
+def test_sources_with_different_columns_share_a_manifest(tmp_path: Path) -> None:
+    (tmp_path / "z.jpg").write_bytes(b"x")
+    one = write(tmp_path / "a.csv", [{"uri": "/a.jpg", "n": 1, "only_a": "x"}])
+    two = write(tmp_path / "b.jsonl", [{"uri": "/b.jpg", "n": 2.5, "only_b": True}])
+    table = read(one, two, tmp_path / "z.jpg")
+    assert table.select(["n", "only_a", "only_b"]).to_pylist() == [
+        {"n": 1.0, "only_a": "x", "only_b": None},
+        {"n": 2.5, "only_a": None, "only_b": True},
+        {"n": None, "only_a": None, "only_b": None},
+    ]
+
+
+def test_a_column_that_is_text_here_and_a_number_there_is_an_error(tmp_path: Path) -> None:
+    one = write(tmp_path / "a.jsonl", [{"uri": "/a.jpg", "n": 1}])
+    two = write(tmp_path / "b.jsonl", [{"uri": "/b.jpg", "n": "one"}])
+    with pytest.raises(SourceError, match=r"do not agree .* n .*int64.*string"):
+        write_manifest(read_sources(spec_of(one, two)), str(tmp_path / "out"), {})
+    with pytest.raises(SourceError, match=r"column `n` does not hold one kind of value"):
+        read(write(tmp_path / "c.jsonl", [{"uri": "/a", "n": 1}, {"uri": "/b", "n": "x"}]))
+    (tmp_path / "d.jsonl").write_text('{"uri": "/a"}\n["/b"]\n')
+    with pytest.raises(SourceError, match="line 2: a JSON object is needed"):
+        read(tmp_path / "d.jsonl")
+
+
+# --- image bytes
+
+
+def images(path: Path, column: str = "image", **others: list[Any]) -> Path:
+    pq.write_table(pa.table({column: pa.array([b"1", b"2", None], pa.binary()), **others}), path)
+    return path
+
+
+def test_rows_of_image_bytes(tmp_path: Path) -> None:
+    path = images(tmp_path / "t.parquet", label=["x", "y", "z"])
+    table = read(path)
+    assert table.select(["uri", "container", "offset", "length", "label"]).to_pylist() == [
+        {"uri": f"{path}#{row}", "container": str(path), "offset": row, "length": None, "label": label}
+        for row, label in enumerate("xyz")
+    ]
+    assert len(set(table["etag"].to_pylist())) == 1
+    assert table["etag"].null_count == 0
+    assert "image" not in table.column_names
+    assert uris(images(tmp_path / "u.parquet", "photo")) == [f"{tmp_path}/u.parquet#{row}" for row in range(3)]
+
+
+def test_the_struct_of_hugging_face_datasets(tmp_path: Path) -> None:
+    values = [
+        {"bytes": b"1", "path": "one.jpg"},
+        {"bytes": b"2", "path": None},
+        {"bytes": None, "path": "s3://b/3.jpg"},
+    ]
+    pq.write_table(pa.table({"image": values, "label": [1, 2, 3]}), tmp_path / "t.parquet")
+    table = read(tmp_path / "t.parquet")
+    base = f"{tmp_path}/t.parquet#"
+    assert table["uri"].to_pylist() == [f"{base}one.jpg", f"{base}1", f"{base}s3://b/3.jpg"]
+    assert table.column_names == [*FIXED, "label"]
+
+
+def test_bytes_go_before_addresses_where_they_are_called_image(tmp_path: Path) -> None:
+    path = images(tmp_path / "t.parquet", uri=["s3://b/1.jpg", None, "3.jpg"])
+    table = read(path)
+    assert table["uri"].to_pylist() == ["s3://b/1.jpg", f"{path}#1", f"{tmp_path}/3.jpg"]
+    assert table["offset"].to_pylist() == [0, 1, 2]
+    other = images(tmp_path / "u.parquet", "hash", uri=["/1.jpg", "/2.jpg", "/3.jpg"])
+    assert read(other).select(["uri", "container", "hash"]).to_pylist()[0] == {
+        **{"uri": "/1.jpg", "container": None, "hash": b"1"}
+    }
+
+
+def test_of_several_byte_columns_one_must_be_named(tmp_path: Path) -> None:
+    path = images(tmp_path / "t.parquet", "left", right=[b"1", b"2", b"3"])
+    with pytest.raises(SourceError, match="--image-column"):
+        read(path)
+    assert len(uris(path, image_column="left")) == 3
+
+
+def test_image_tables_without_rows_or_with_many(tmp_path: Path) -> None:
+    pq.write_table(
+        pa.table({"image": pa.array([], pa.binary()), "n": pa.array([], pa.int64())}), tmp_path / "0.parquet"
+    )
+    values = pa.array([b"x"] * 40_000, pa.binary())
+    pq.write_table(pa.table({"image": values, "n": range(40_000)}), tmp_path / "1.parquet", row_group_size=7000)
+    table = read(tmp_path)
+    assert table["offset"].to_pylist() == table["n"].to_pylist() == list(range(40_000))
