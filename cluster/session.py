@@ -32,7 +32,7 @@ def ray_session(address: str | None = None, *, verbose: bool = False, cpus: int 
     quiet(verbose)
     try:
         ray.init(**(_attach(address) if address else _start(cpus)), **_logging(verbose))
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         if not address:
             raise ClusterError(f"Ray could not be started on this machine: {error}") from error
         raise ClusterError(

@@ -157,7 +157,7 @@ def print_summary(summary: "Summary", report: str | None) -> None:
         table.add_row("report", report)
     console.print(table)
     if summary.failures:
-        console.print(f"next: patchstream retry {summary.out}", style="bold", markup=False)
+        console.print(f"next: patchstream status {summary.out}", style="bold", markup=False, soft_wrap=True)
     else:
         query = f"select uri, * exclude (uri, row, cls, pooled) from '{summary.out}/images/*.parquet' limit 5"
         console.print(f'next: duckdb -c "{query}"', style="bold", markup=False, soft_wrap=True)
