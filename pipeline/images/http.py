@@ -12,9 +12,6 @@ from pipeline.images.verdict import HttpStatusError, TruncatedBodyError, retry_a
 _MAX_SKIPPED_BYTES = 256 << 20
 _CHUNK_BYTES = 1 << 20
 
-# Called with the bytes that are about to be held; may raise to say that there is no room for them now.
-Need = Callable[[int], None]
-
 
 async def get_bytes(
     session: aiohttp.ClientSession,
@@ -23,7 +20,7 @@ async def get_bytes(
     extent: tuple[int, int] | None,
     *,
     max_bytes: int,
-    need: Need,
+    need: Callable[[int], None],
     request: Mapping[str, Any],
 ) -> bytes:
     """The body of `url`, or of it `extent`, (start, length) in bytes. `name` is what a message calls it.
@@ -53,7 +50,9 @@ def _exact_url(url: str) -> yarl.URL:
     return yarl.URL(url, encoded=sendable)
 
 
-async def _whole_body(response: aiohttp.ClientResponse, name: str, max_bytes: int, need: Need) -> bytes:
+async def _whole_body(
+    response: aiohttp.ClientResponse, name: str, max_bytes: int, need: Callable[[int], None]
+) -> bytes:
     encoded = response.headers.get("Content-Encoding", "identity") not in {"", "identity"}
     declared = None if encoded else response.content_length
     if declared is not None:

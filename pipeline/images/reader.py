@@ -2,18 +2,18 @@
 
 import os
 import stat
-import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem, sync
 
-from pipeline.images.http import Need, get_bytes
-from pipeline.images.s3 import read_s3, single_try_s3
+from pipeline.images.http import get_bytes
 from pipeline.images.verdict import TruncatedBodyError, too_many_bytes
 from pipeline.storage import filesystem, is_local, scheme
 from schemas.errors import ImageError
+
+Need = Callable[[int], None]
 
 
 class Extent(NamedTuple):
@@ -34,7 +34,6 @@ class Reader:
         self._max_bytes = max_bytes
         self._concurrency = concurrency
         self._file_systems: dict[str, AbstractFileSystem] = {}
-        self._opening = threading.Lock()
 
     def read(self, url: str, extent: Extent | None, *, need: Need, timeout_s: float) -> bytes:
         """The whole of `url`, or exactly `extent` of it.
@@ -61,27 +60,20 @@ class Reader:
             return filesystem(url, self._options)
         fs = self._file_systems.get(kind)
         if fs is None:
-            with self._opening:
-                fs = self._file_systems.get(kind) or self._open(kind, url)
-                self._file_systems[kind] = fs
+            fs, _ = filesystem("https://" if kind == "http" else url, self._options)
+            fs = _single_try_s3(fs, self._concurrency) if kind == "s3" else fs
+            self._file_systems[kind] = fs
         return fs, url if kind == "http" else str(fs._strip_protocol(url))
 
-    def open_early(self, url: str) -> None:
-        """Open the file system of `url` in the calling thread, if it is one that serves every address.
 
-        fsspec keeps its instances, and with them connections and credentials, for each thread apart: opened by the
-        threads that read, they would be set up anew in each call.
-        """
-        kind = scheme(url)
-        if kind in _READ_BY_SCHEME and kind not in self._file_systems:
-            try:
-                self.locate(url)
-            except Exception:  # noqa: BLE001  the row's own read meets the same error and reports it
-                return
-
-    def _open(self, kind: str, url: str) -> AbstractFileSystem:
-        fs, _ = filesystem("https://" if kind == "http" else url, self._options)
-        return single_try_s3(fs, self._concurrency) if kind == "s3" else fs
+def _single_try_s3(fs: AbstractFileSystem, concurrency: int) -> AbstractFileSystem:
+    """The same S3 access as `fs`, without the retries of s3fs and of botocore beneath it."""
+    config = dict(fs.storage_options.get("config_kwargs") or {})
+    config["retries"] = {"total_max_attempts": 1, "mode": "standard"}
+    config["max_pool_connections"] = max(concurrency, int(config.get("max_pool_connections", 10)))
+    single = type(fs)(*fs.storage_args, **{**fs.storage_options, "config_kwargs": config})
+    single.retries = 1
+    return single
 
 
 def _read_local(path: str, extent: Extent | None, max_bytes: int, need: Need) -> bytes:
@@ -111,9 +103,26 @@ async def _read_gcs(fs: Any, path: str, extent: Extent | None, max_bytes: int, n
     return await get_bytes(session, fs.url(path), name, extent, max_bytes=max_bytes, need=need, request=request)
 
 
+async def _read_s3(fs: Any, path: str, extent: Extent | None, max_bytes: int, need: Need) -> bytes:
+    bucket, key, version = fs.split_path(path)
+    options = {"VersionId": version} if version else {}
+    if extent is not None:
+        options["Range"] = f"bytes={extent.start}-{extent.start + extent.length - 1}"
+    response = await fs._call_s3("get_object", Bucket=bucket, Key=key, **options)
+    body, size = response["Body"], response["ContentLength"]
+    try:
+        if size > (extent.length if extent else max_bytes):
+            raise too_many_bytes(f"s3://{path}", size, max_bytes)
+        need(size)
+        data: bytes = await body.read()
+    finally:
+        body.close()
+    return _exactly(data, extent.length if extent else size)
+
+
 # On these one file system serves every address. Elsewhere (sftp, hdfs, chained addresses) the host is part of the
 # file system, so each address is resolved on its own.
-_READ_BY_SCHEME = {"http": _read_http, "gs": _read_gcs, "s3": read_s3}
+_READ_BY_SCHEME = {"http": _read_http, "gs": _read_gcs, "s3": _read_s3}
 
 
 def _read_any(
