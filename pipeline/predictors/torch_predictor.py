@@ -31,7 +31,7 @@ class TorchPredictor:
         batch_size: int,
         threads: int = 0,
         cuda: bool = False,
-        storage_options: Mapping[str, Any] = {},  # noqa: B006 - never written to
+        storage_options: Mapping[str, Any] = {},
     ) -> None:
         if threads:
             torch.set_num_threads(threads)
