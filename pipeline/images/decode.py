@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.images.failures import decode_failure, not_an_image, too_many_pixels
 from pipeline.images.formats import FORMATS
-from pipeline.images.jpeg import decode_jpeg, has_endless_scans, scale_denominator
+from pipeline.images.jpeg import decode_jpeg, refuse_endless_scans, scale_denominator
 from pipeline.images.limits import DECODE_LIMIT_S, DecodeTimeoutError, quiet_stderr, time_limit
 from pipeline.images.modes import to_rgb
 from pipeline.images.transform import Pixels, resize_and_crop, resized_size
@@ -87,8 +87,10 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 
 def _decode_opened(image: Image.Image, data: bytes, out: Pixels, spec: DecodeSpec) -> ImageFacts:
     name = image.format or "unknown"
+    if name in _JPEG_FORMATS:
+        refuse_endless_scans(image, data)
     picture, denominator, orientation = None, 1, 1
-    if name in _JPEG_FORMATS and image.mode in {"RGB", "L"} and not has_endless_scans(image, data):
+    if name in _JPEG_FORMATS and image.mode in {"RGB", "L"}:
         orientation = _orientation(image)
         if spec.mode == "fast":
             denominator = _jpeg_scale(image.size, orientation, spec.preprocessing)

@@ -48,7 +48,7 @@ def fetch_rows(
         window=AHEAD_PER_THREAD * fetch.concurrency,
         limit_s=fetch.timeout_s,
     )
-    for rows in ahead.results(plan_reads(manifest)):
+    for rows in ahead.results(fetcher.prepared(plan_reads(manifest))):
         yield from rows
 
 
@@ -61,6 +61,12 @@ class _Fetcher:
         self._reader = Reader(storage_options, max_bytes=fetch.max_bytes, concurrency=fetch.concurrency)
         self._room = room
         self._runs: dict[int, TableRun] = {}
+
+    def prepared(self, reads: Iterator[Read]) -> Iterator[Read]:
+        """The same reads, each once its file system is open. Iterate in the thread that lives longest."""
+        for read in reads:
+            self._reader.open_early(read.url)
+            yield read
 
     def run(self, read: Read, ticket: int) -> list[Fetched]:
         """What `read` asks for, a `Fetched` for each of its rows. Raises nothing."""

@@ -7,11 +7,13 @@ import simplejpeg
 from PIL import Image
 
 from pipeline.images.failures import truncated
+from schemas.errors import ImageError
 
 # Scales at which libjpeg-turbo's inverse DCT is both exact in geometry and vectorised.
 _DENOMINATORS = (8, 4, 2)
-# A progressive file of thousands of scans keeps a decoder busy for hours; Pillow reads in pieces and can be stopped.
-_MAX_SCANS = 64
+# Encoders write about ten; each costs a pass over all coefficients, and a file of thousands keeps a decoder busy for
+# hours. The limit that libjpeg-turbo's own tools take against such files.
+_MAX_SCANS = 500
 
 
 def scale_denominator(size: tuple[int, int], target: tuple[int, int]) -> int:
@@ -22,9 +24,13 @@ def scale_denominator(size: tuple[int, int], target: tuple[int, int]) -> int:
     return 1
 
 
-def has_endless_scans(image: Image.Image, data: bytes) -> bool:
-    """Whether an opened JPEG is progressive with more scans than any encoder writes."""
-    return "progressive" in image.info and data.count(b"\xff\xda") > _MAX_SCANS
+def refuse_endless_scans(image: Image.Image, data: bytes) -> None:
+    """Raise ImageError `Corrupt` for an opened JPEG that is made to keep decoders busy."""
+    scans = data.count(b"\xff\xda") if "progressive" in image.info else 1
+    if scans > _MAX_SCANS:
+        raise ImageError(
+            "decode", "Corrupt", f"a progressive JPEG of {scans:,} scans; at most {_MAX_SCANS} are decoded"
+        )
 
 
 def decode_jpeg(data: bytes, size: tuple[int, int], denominator: int) -> Image.Image | None:

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ class Reader:
         self._max_bytes = max_bytes
         self._concurrency = concurrency
         self._file_systems: dict[str, AbstractFileSystem] = {}
+        self._opening = threading.Lock()
 
     def read(self, url: str, extent: Extent | None, *, need: Need, timeout_s: float) -> bytes:
         """The whole of `url`, or exactly `extent` of it.
@@ -60,10 +62,27 @@ class Reader:
             return filesystem(url, self._options)
         fs = self._file_systems.get(kind)
         if fs is None:
-            fs, _ = filesystem("https://" if kind == "http" else url, self._options)
-            fs = _single_try_s3(fs, self._concurrency) if kind == "s3" else fs
-            self._file_systems[kind] = fs
+            with self._opening:
+                fs = self._file_systems.get(kind) or self._open(kind, url)
+                self._file_systems[kind] = fs
         return fs, url if kind == "http" else str(fs._strip_protocol(url))
+
+    def open_early(self, url: str) -> None:
+        """Open the file system of `url` in the calling thread, if it is one that serves every address.
+
+        fsspec keeps its instances, and with them connections and credentials, for each thread apart: opened by the
+        threads that read, they would be set up anew in each call.
+        """
+        kind = scheme(url)
+        if kind in _READ_BY_SCHEME and kind not in self._file_systems:
+            try:
+                self.locate(url)
+            except Exception:  # noqa: BLE001  the row's own read meets the same error and reports it
+                return
+
+    def _open(self, kind: str, url: str) -> AbstractFileSystem:
+        fs, _ = filesystem("https://" if kind == "http" else url, self._options)
+        return _single_try_s3(fs, self._concurrency) if kind == "s3" else fs
 
 
 def _single_try_s3(fs: AbstractFileSystem, concurrency: int) -> AbstractFileSystem:

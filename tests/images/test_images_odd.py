@@ -98,6 +98,7 @@ KNOWN_REASONS = {
     "tga of 4 gigapixels": TOO_MANY,
     "webp of 268 megapixels": TOO_MANY,
     "jpeg of 65500 × 65500": TOO_MANY,
+    "jpeg of 20,000 scans": {"Corrupt"},
     "ppm of 99 megapixels and no data": {"Truncated"},
     "nothing": {"NotAnImage"},
     "postscript": {"NotAnImage"},

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import zipfile
 
 import numpy as np
 import pyarrow as pa
@@ -172,6 +173,16 @@ def test_any_fsspec_scheme_is_read():
     fsspec.filesystem("memory").pipe_file("/images/a.png", png("blue"))
     table = decode_all(manifest_of(["memory://images/a.png", "memory://images/none.png"]))
     assert table["error"].to_pylist() == [None, "NotFound"]
+
+
+def test_members_of_a_zip_archive(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for number in range(20):
+            archive.writestr(f"folder/{number}.png", png((number, 0, 0)))
+    uris = [f"zip://folder/{number}.png::{tmp_path}/x.zip" for number in range(21)]
+    table = decode_all(manifest_of(uris))
+    assert table["error"].to_pylist() == [None] * 20 + ["NotFound"]
+    assert [pixels[0] for pixels in table["pixels"].to_pylist()[:20]] == list(range(20))
 
 
 def test_closing_early_leaves_no_thread_behind(folder):

@@ -7,6 +7,7 @@ from PIL import Image
 from support.faults import Rule
 from support.manifests import decode_all, manifest_of
 
+from pipeline.images.reader import Reader
 from schemas.spec import FetchSpec
 
 
@@ -123,3 +124,15 @@ def test_a_quarter_of_all_requests_failing_loses_no_row(store, filled, flaky_pro
 def test_credentials_come_from_the_environment_too(store, filled, set_env):
     set_env(store.env)
     assert decode_all(manifest_of(filled[:2]))["error"].to_pylist() == [None, None]
+
+
+def test_one_client_serves_all_threads_and_later_calls(store, filled, monkeypatch):
+    """Setting one up costs S3 half a second; fsspec would make one for each thread and call."""
+    seen = []
+    original = Reader._open
+    monkeypatch.setattr(Reader, "_open", lambda self, kind, url: seen.append(original(self, kind, url)) or seen[-1])
+    for _ in range(3):
+        table = decode_all(manifest_of(filled * 4), storage_options=store.storage_options)
+        assert table["error"].null_count == 40
+    assert len(seen) == 3
+    assert seen[0] is seen[1] is seen[2]

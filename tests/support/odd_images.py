@@ -58,6 +58,13 @@ def _webp_of_size(width: int, height: int) -> bytes:
     return bytes(data)
 
 
+def endless_jpeg(scans: int, side: int = 2000) -> bytes:
+    """A progressive JPEG whose last scan is repeated: each repetition costs a pass over all coefficients."""
+    good = saved(Image.effect_noise((side, side), 10).convert("L"), "JPEG", progressive=True, quality=5)
+    last = good.rindex(b"\xff\xda")
+    return good[:last] + good[last:-2] * scans + good[-2:]
+
+
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n(/etc/passwd) (r) file\n"
 SHORT, LONG = 3, 4
 _GREY = [(258, SHORT, 1, 8), (259, SHORT, 1, 1), (262, SHORT, 1, 1), (277, SHORT, 1, 1), (273, LONG, 1, 200)]
@@ -105,6 +112,7 @@ def bombs() -> dict[str, bytes]:
         "tga of 4 gigapixels": struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, 65535, 65535, 24, 0),
         "bmp of 2^31 rows": b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 9, -(2**31) + 1, 1, 24, *[0] * 6),
         "jpeg of 65500 × 65500": b"\xff\xd8\xff\xc0\x00\x0b\x08\xff\xdc\xff\xdc\x01\x01\x11\x00\xff\xd9",
+        "jpeg of 20,000 scans": endless_jpeg(20_000),
         "jpeg of 50,000 segments": b"\xff\xd8" + b"\xff\xe0\x00\x02" * 50_000 + b"\xff\xd9",
         "jpeg 2000 of 10^18 pixels": b"\xff\x4f\xff\x51\x00\x29\x00\x00"
         + struct.pack(">8I", *[2**30] * 2, 0, 0, *[2**30] * 2, 0, 0),
