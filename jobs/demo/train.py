@@ -31,7 +31,7 @@ IMAGE_PX = 64
 HELD_OUT_SEEDS = (1, 2, 3)
 
 console = Console()
-_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
+_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -100,7 +100,7 @@ def _transformers() -> Any:
     """The library. A torchvision that was built for CUDA loads beside a CPU torch once its operators are declared."""
     if not hasattr(torch.ops.torchvision, "nms"):
         for name in ("nms", "qnms"):
-            _OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
     import transformers
 
     return transformers
