@@ -212,7 +212,7 @@ class DecodeJob(NamedTuple):
 def decode_rows(ranges: pa.Table, job: DecodeJob) -> Iterator[pa.Table]:
     """Decoded tables for `ranges`, a table of `start` and `stop` rows."""
     spans = np.stack([ranges["start"].to_numpy(), ranges["stop"].to_numpy()], axis=1)
-    manifest = pa.concat_tables(read_rows(job.out, job.parts, spans, job.storage_options))
+    manifest = _manifest_rows(job, spans)
     if job.null:
         yield from no_pixels(manifest, job.block_rows)
         return
@@ -227,6 +227,16 @@ def decode_rows(ranges: pa.Table, job: DecodeJob) -> Iterator[pa.Table]:
             batch_rows=job.block_rows,
             guard=guard,
         )
+
+
+def _manifest_rows(job: DecodeJob, spans: Spans) -> pa.Table:
+    try:
+        return pa.concat_tables(read_rows(job.out, job.parts, spans, job.storage_options))
+    except OSError as error:
+        raise OutputError(
+            f"cannot read {redact(job.out)}/manifest any more ({type(error).__name__}: {redact(str(error))}). "
+            "What was committed stays; once it can be read again, the same command goes on from there"
+        ) from error
 
 
 def cut(rest: Spans, task_rows: int) -> list[pa.Table]:
