@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ _MIB = 1 << 20
 # Blocks in flight are bounded far below this; more would only take memory from the models.
 _STORE_BYTES = 2048 * _MIB
 _STORE_SHARE = 0.2
+_KNOCK_S = 10.0
 
 
 @contextlib.contextmanager
@@ -30,15 +32,14 @@ def ray_session(address: str | None = None, *, verbose: bool = False, cpus: int 
         return
     address = address or os.environ.get("RAY_ADDRESS")
     quiet(verbose)
+    if address:
+        _knock(address)
     try:
         ray.init(**(_attach(address) if address else _start(cpus)), **_logging(verbose))
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         if not address:
             raise ClusterError(f"Ray could not be started on this machine: {error}") from error
-        raise ClusterError(
-            f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}); check the address, or unset "
-            "RAY_ADDRESS to run on this machine"
-        ) from error
+        raise _nobody(address, str(error).splitlines()[0]) from error
     try:
         yield machines()
     finally:
@@ -52,6 +53,23 @@ def quiet(verbose: bool) -> None:
     if not verbose:
         for name in ("ray", "ray.data"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _knock(address: str) -> None:
+    """Fail at once where nobody listens; Ray itself would try for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
+    except OSError as error:
+        raise _nobody(address, str(error)) from error
+
+
+def _nobody(address: str, why: str) -> ClusterError:
+    return ClusterError(
+        f"no Ray cluster answers at {address} ({why}); check the address, or unset RAY_ADDRESS to run on this machine"
+    )
 
 
 def _attach(address: str) -> dict[str, Any]:
