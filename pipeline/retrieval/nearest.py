@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     import torch
 
 
+_VIEW_BYTES = 256 * 1024 * 1024
+
+
 def top_k(
     matrix: Matrix,
     queries: Floats,
@@ -37,10 +40,17 @@ def top_k(
     if k == 0:
         return best_scores, best_at
     weights = torch.from_numpy(np.ascontiguousarray(queries.T)).to(device)  # (D, Q)
-    for at, vectors in matrix.chunks(wanted, release=release):
+    # Views cost nothing, so they may be large: each product wakes all cores and waits for the last of them.
+    rows = None if release or not _late(prepare) else _VIEW_BYTES // (4 * matrix.dim)
+    for at, vectors in matrix.chunks(wanted, rows, release=release):
         found = _chunk_top(matrix, at, vectors, weights, k, prepare, device)
         best_scores, best_at = _merge(best_scores, best_at, found[0], at[found[1]], k)
     return best_scores, best_at
+
+
+def _late(prepare: Preparation) -> bool:
+    """Whether scores can be scaled in place of the vectors."""
+    return prepare.normalise and prepare.mean is None
 
 
 def _chunk_top(
@@ -49,11 +59,13 @@ def _chunk_top(
     import torch
 
     # Scaling the n×Q scores by the known lengths saves a scaled copy of the n×D vectors.
-    late = prepare.normalise and prepare.mean is None
+    late = _late(prepare)
     block = torch.from_numpy(vectors if late else prepare.apply(vectors)).to(device)
     scores = block @ weights if weights.shape[1] > 1 else torch.mv(block, weights[:, 0])[:, None]  # (n, Q)
     if late:
-        scores /= torch.from_numpy(matrix.norms[at]).to(device)[:, None]
+        consecutive = at[-1] - at[0] + 1 == len(at)
+        norms = matrix.norms[at[0] : at[-1] + 1] if consecutive else matrix.norms[at]
+        scores /= torch.from_numpy(norms).to(device)[:, None]
     values, places = torch.topk(scores.T, min(k, len(at)), dim=1)
     return values.cpu().numpy(), places.cpu().numpy()
 
