@@ -43,6 +43,8 @@ def _clean_environment(home: Path) -> dict[str, str]:
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         "NO_GCE_CHECK": "true",
         "AWS_EC2_METADATA_DISABLED": "true",
+        # Ray workers unpickle what a test module defines, and so import what it imports.
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
     }
 
 
