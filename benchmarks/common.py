@@ -40,16 +40,20 @@ def environment() -> dict[str, Any]:
 def make_vit(folder: Path, size: str) -> Path:
     """A ViT of a published size with random weights and 1,000 labels, in Hugging Face layout."""
     import torch
-    from transformers import ViTConfig, ViTForImageClassification
+
+    # Declares torchvision's operators first, where a torchvision for CUDA lies beside a CPU torch.
+    from jobs.demo.train import load_transformers
+
+    transformers = load_transformers()
 
     if not (folder / "model.safetensors").exists():
         hidden, layers, heads, mlp = SIZES[size]
         torch.manual_seed(0)
-        config = ViTConfig(
+        config = transformers.ViTConfig(
             hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=mlp,
             num_labels=1000,
         )  # fmt: skip
-        ViTForImageClassification(config).save_pretrained(folder)
+        transformers.ViTForImageClassification(config).save_pretrained(folder)
         preprocessing = {
             "image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True,
             "size": {"height": 224, "width": 224}, "resample": 2, "rescale_factor": 1 / 255,

@@ -96,7 +96,7 @@ def draw_held_out(count: int, seed: int, processes: int) -> Pixels:
         return np.stack(list(pool.map(partial(_held_out_picture, seed=seed), range(count), chunksize=100)))
 
 
-def _transformers() -> Any:
+def load_transformers() -> Any:
     """The library. A torchvision that was built for CUDA loads beside a CPU torch once its operators are declared."""
     if not hasattr(torch.ops.torchvision, "nms"):
         for name in ("nms", "qnms"):
@@ -112,7 +112,7 @@ def new_model() -> Any:
     Weights start wider than the usual 0.02, which suits models eight times as wide, and the positions start as sines
     and cosines of row and column; with the defaults, attention stays uniform for most of so short a training.
     """
-    transformers = _transformers()
+    transformers = load_transformers()
     config = transformers.ViTConfig(
         image_size=IMAGE_PX,
         patch_size=8,
