@@ -97,17 +97,20 @@ def _gather(matrix: Matrix, positions: Ints) -> Floats:
 def fit_logistic(data: TrainingSet, strength: float, start: Linear | None = None) -> Linear:
     """The classifier for C = `strength`, from `start` if given; at most 200 rounds."""
     from scipy.optimize import minimize
+    from threadpoolctl import threadpool_limits
 
     shape = (data.classes, len(data.mean) + 1)
     initial = np.zeros(shape) if start is None else _scaled(start, data)
-    found = minimize(
-        _objective,
-        initial.ravel(),
-        args=(data, strength),
-        jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": _ROUNDS, "gtol": 1e-5, "ftol": 1e-9},
-    )
+    # The optimiser's own vectors are short: threads there only wait. The products in the objective are torch's.
+    with threadpool_limits(1, user_api="blas"):
+        found = minimize(
+            _objective,
+            initial.ravel(),
+            args=(data, strength),
+            jac=True,
+            method="L-BFGS-B",
+            options={"maxiter": _ROUNDS, "gtol": 1e-5, "ftol": 1e-9},
+        )
     return _unscaled(found.x.reshape(shape), data)
 
 
