@@ -97,7 +97,7 @@ def _gather(matrix: Matrix, positions: Ints) -> Floats:
 def fit_logistic(data: TrainingSet, strength: float, start: Linear | None = None) -> Linear:
     """The classifier for C = `strength`, from `start` if given; at most 200 rounds."""
     from scipy.optimize import minimize
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     shape = (data.classes, len(data.mean) + 1)
     initial = np.zeros(shape) if start is None else _scaled(start, data)
