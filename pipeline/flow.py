@@ -7,22 +7,18 @@ Only this file composes the stages. The output is the ledger: whatever ends a ru
 the visible parts what is left, and does that.
 """
 
-import tempfile
-from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
-from pathlib import Path
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import ray
 
-from pipeline.images.guard import CrashGuard
-from pipeline.images.stage import fetch_and_decode
+from pipeline.decoding import DecodeJob, decode_rows, forget_crashes
 from pipeline.opening import Opened, Question, ask, open_directory
 from pipeline.placement import Placement, place
 from pipeline.predictors.actor import ActorJob, PredictActor
-from pipeline.predictors.null import no_pixels
 from pipeline.progress import Listener, Meter, Progress
 from pipeline.signals import interruptible
 from pipeline.sinks import attempts, intervals
@@ -31,13 +27,11 @@ from pipeline.sinks.compaction import compact, drop_repeats, recover, remove_row
 from pipeline.sinks.intervals import Spans
 from pipeline.sinks.ledger import pending, read_ledger, shard_rows
 from pipeline.sinks.ray_writer import Committed, Received, WriteJob, commit_stream, unwrap
-from pipeline.sources.manifest import ManifestPart, read_rows
 from pipeline.storage import absolute, redact
 from schemas.attempt import AttemptRecord
 from schemas.errors import Interrupted, OutputError
 from schemas.machines import Machines
-from schemas.preprocessing import Preprocessing
-from schemas.spec import FetchSpec, JobSpec
+from schemas.spec import JobSpec
 
 Connect = Callable[[], AbstractContextManager[Machines]]
 
@@ -46,6 +40,8 @@ _MAX_PASSES = 3
 _STREAM_BYTES = 512 << 20
 # Ray Data cuts a block only when it exceeds its target by half, so a batch a little above the target stays whole.
 _TARGET_SHARE = 0.8
+# Ray keeps results below 100 KB in the driver's own memory, where they would add up until they are committed.
+_LEAST_BLOCK_BYTES = 1 << 20
 
 
 class Summary(NamedTuple):
@@ -153,7 +149,7 @@ def build(question: Question, opened: Opened, placement: Placement, rest: Spans)
         image_column=spec.image_column,
         storage_options=spec.storage_options,
         block_rows=placement.block_rows,
-        notes=f"patchstream-{opened.record.run_id}",
+        run_id=opened.record.run_id,
         null=question.info is None,
     )
     actor = ActorJob(
@@ -194,51 +190,6 @@ def _bundles(dataset: ray.data.Dataset) -> Generator[Any, None, None]:
     yield from dataset.iter_internal_ref_bundles()
 
 
-class DecodeJob(NamedTuple):
-    """All that a decoding task needs besides the ranges of rows."""
-
-    out: str
-    parts: list[ManifestPart]
-    preprocessing: Preprocessing
-    fetch: FetchSpec
-    decode: Any
-    image_column: str
-    storage_options: dict[str, Any]
-    block_rows: int
-    notes: str
-    null: bool
-
-
-def decode_rows(ranges: pa.Table, job: DecodeJob) -> Iterator[pa.Table]:
-    """Decoded tables for `ranges`, a table of `start` and `stop` rows."""
-    spans = np.stack([ranges["start"].to_numpy(), ranges["stop"].to_numpy()], axis=1)
-    manifest = _manifest_rows(job, spans)
-    if job.null:
-        yield from no_pixels(manifest, job.block_rows)
-        return
-    with closing(CrashGuard(Path(tempfile.gettempdir()) / job.notes)) as guard:
-        yield from fetch_and_decode(
-            manifest,
-            preprocessing=job.preprocessing,
-            fetch=job.fetch,
-            decode=job.decode,
-            image_column=job.image_column,
-            storage_options=job.storage_options,
-            batch_rows=job.block_rows,
-            guard=guard,
-        )
-
-
-def _manifest_rows(job: DecodeJob, spans: Spans) -> pa.Table:
-    try:
-        return pa.concat_tables(read_rows(job.out, job.parts, spans, job.storage_options))
-    except OSError as error:
-        raise OutputError(
-            f"cannot read {redact(job.out)}/manifest any more ({type(error).__name__}: {redact(str(error))}). "
-            "What was committed stays; once it can be read again, the same command goes on from there"
-        ) from error
-
-
 def cut(rest: Spans, task_rows: int) -> list[pa.Table]:
     """Ranges of pending rows as one small table for each decoding task, `task_rows` rows in each but the last."""
     before = np.concatenate([[0], np.cumsum(rest[:, 1] - rest[:, 0])])
@@ -272,7 +223,7 @@ def _configure(question: Question, placement: Placement) -> None:
     context.print_on_execution_start = False
     context.enable_auto_log_stats = False
     block_bytes = placement.block_rows * question.pixel_bytes
-    context.target_max_block_size = max(1 << 16, int(block_bytes * _TARGET_SHARE))
+    context.target_max_block_size = max(_LEAST_BLOCK_BYTES, int(block_bytes * _TARGET_SHARE))
     limits = context.execution_options.resource_limits
     context.execution_options.resource_limits = limits.copy(object_store_memory=_STREAM_BYTES)
 
@@ -286,6 +237,7 @@ def _finish(spec: JobSpec, opened: Opened, first: int, stop: int) -> None:
     for folder in ("images", "failures") if len(mine) else ():
         remove_rows(spec.out, folder, mine, spec.storage_options)
     compact(spec.out, spec.sink.compact_bytes, spec.storage_options, first, stop)
+    forget_crashes(opened.record.run_id)
 
 
 def _resumable(stopped: BaseException, spec: JobSpec) -> Interrupted:

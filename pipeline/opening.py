@@ -112,7 +112,7 @@ def _dtype(spec: JobSpec, info: ModelInfo, wanted: Wanted) -> str:
         return served
     if spec.gpus_per_actor:
         return "bfloat16" if spec.dtype == "auto" else spec.dtype
-    return str(choose_dtype(spec.dtype, cuda=False)).removeprefix("torch.")
+    return choose_dtype(spec.dtype, cuda=False)
 
 
 def open_directory(question: Question) -> Opened:

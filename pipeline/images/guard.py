@@ -8,6 +8,7 @@ strike is decoded in a process of its own (`isolated`), where its death is harml
 import contextlib
 import mmap
 import os
+import shutil
 import struct
 import sys
 import threading
@@ -15,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 
@@ -25,6 +27,7 @@ HANG_S = 300.0
 _WATCH_S = 5.0
 # By so much the start of a process may seem to move when the clock of the machine is set.
 _CLOCK_S = 10
+_TRIES = 100
 
 
 class CrashGuard:
@@ -35,18 +38,20 @@ class CrashGuard:
 
     def __init__(self, folder: str | os.PathLike[str], *, hang_s: float = HANG_S) -> None:
         self._folder = Path(folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._hang_s = hang_s
-        self._note = _open_note(self._folder)
+        self._path, self._note = _open_note(self._folder)
         self._collect()
         self._strikes = Counter(int(path.name.partition("-")[0]) for path in self._folder.glob("*.strike"))
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="decode-watch", daemon=True).start()
 
     def close(self) -> None:
-        """Take back the note of this process and stop watching."""
+        """Take back the note of this process and stop watching. The last one out takes the folder along."""
         self._closed.set()
         _NOTE.pack_into(self._note, 0, _NOTHING, 0.0)
+        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others are at work, or strikes are to be kept
+            self._folder.rmdir()
 
     @staticmethod
     def note(row: int) -> bytes:
@@ -89,13 +94,27 @@ class CrashGuard:
                 os._exit(1)
 
 
-def _open_note(folder: Path) -> mmap.mmap:
+def forget(folder: str | os.PathLike[str]) -> None:
+    """Drop what is kept about a run that has ended, on this machine."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _open_note(folder: Path) -> tuple[Path, mmap.mmap]:
     pid = os.getpid()
-    with (folder / f"{pid}-{_started(pid)}.note").open("a+b") as file:
+    path = folder / f"{pid}-{_started(pid)}.note"
+    with _created(path) as file:
         file.truncate(_NOTE.size)
         note = mmap.mmap(file.fileno(), _NOTE.size)
     _NOTE.pack_into(note, 0, _NOTHING, 0.0)
-    return note
+    return path, note
+
+
+def _created(path: Path) -> BinaryIO:
+    for _ in range(_TRIES):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has just taken the empty folder along
+            return path.open("a+b")
+    raise OSError(f"{path.parent} is taken away again and again while a note is to be put there")
 
 
 def _started(pid: int) -> int:

@@ -3,13 +3,9 @@
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from schemas.errors import SpecError
 from schemas.spec import DTypeName
-
-if TYPE_CHECKING:
-    import torch
 
 BFLOAT16_CPU_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})
 BFLOAT16_SINCE_SM = (8, 0)
@@ -23,15 +19,13 @@ class Hardware:
     compute_capability: tuple[int, int] | None = None
 
 
-def choose_dtype(requested: DTypeName, *, cuda: bool, hardware: Hardware | None = None) -> "torch.dtype":
-    """The dtype for `requested` on a GPU (`cuda`) or CPU.
+def choose_dtype(requested: DTypeName, *, cuda: bool, hardware: Hardware | None = None) -> DTypeName:
+    """The precision for `requested` on a GPU (`cuda`) or CPU.
 
     `auto` is bfloat16 where the hardware computes in it (GPU sm80 and later, CPU with AMX or AVX512-BF16), float16 on
     older GPUs, and float32 elsewhere. Raises SpecError for float16 on a CPU, where it is slower than float32 and
     loses range, and for a GPU that is not there.
     """
-    import torch
-
     if hardware is None:
         hardware = describe_hardware(cuda=cuda)
     if cuda and hardware.compute_capability is None:
@@ -39,9 +33,8 @@ def choose_dtype(requested: DTypeName, *, cuda: bool, hardware: Hardware | None 
     if requested == "float16" and not cuda:
         raise SpecError("--dtype float16 runs on GPUs only; on a CPU use auto, float32 or bfloat16")
     if requested == "auto":
-        requested = _automatic(cuda, hardware)
-    chosen: torch.dtype = getattr(torch, requested)
-    return chosen
+        return _automatic(cuda, hardware)
+    return requested
 
 
 def _automatic(cuda: bool, hardware: Hardware) -> DTypeName:

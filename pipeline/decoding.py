@@ -1,0 +1,74 @@
+"""The decoding task: ranges of manifest rows in, decoded tables out. It runs in Ray's workers."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.images.guard import CrashGuard, forget
+from pipeline.images.stage import fetch_and_decode
+from pipeline.predictors.null import no_pixels
+from pipeline.sinks.intervals import Spans
+from pipeline.sources.manifest import ManifestPart, read_rows
+from pipeline.storage import redact
+from schemas.errors import OutputError
+from schemas.preprocessing import Preprocessing
+from schemas.spec import FetchSpec
+
+
+class DecodeJob(NamedTuple):
+    """All that a decoding task needs besides the ranges of rows."""
+
+    out: str
+    parts: list[ManifestPart]
+    preprocessing: Preprocessing
+    fetch: FetchSpec
+    decode: Any
+    image_column: str
+    storage_options: dict[str, Any]
+    block_rows: int
+    run_id: str
+    null: bool
+
+
+def decode_rows(ranges: pa.Table, job: DecodeJob) -> Iterator[pa.Table]:
+    """Decoded tables for `ranges`, a table of `start` and `stop` rows."""
+    spans = np.stack([ranges["start"].to_numpy(), ranges["stop"].to_numpy()], axis=1)
+    manifest = _manifest_rows(job, spans)
+    if job.null:
+        yield from no_pixels(manifest, job.block_rows)
+        return
+    with closing(CrashGuard(_notes_folder(job.run_id))) as guard:
+        yield from fetch_and_decode(
+            manifest,
+            preprocessing=job.preprocessing,
+            fetch=job.fetch,
+            decode=job.decode,
+            image_column=job.image_column,
+            storage_options=job.storage_options,
+            batch_rows=job.block_rows,
+            guard=guard,
+        )
+
+
+def _manifest_rows(job: DecodeJob, spans: Spans) -> pa.Table:
+    try:
+        return pa.concat_tables(read_rows(job.out, job.parts, spans, job.storage_options))
+    except OSError as error:
+        raise OutputError(
+            f"cannot read {redact(job.out)}/manifest any more ({type(error).__name__}: {redact(str(error))}). "
+            "What was committed stays; once it can be read again, the same command goes on from there"
+        ) from error
+
+
+def forget_crashes(run_id: str) -> None:
+    """Once a run is complete: drop what this machine remembers of workers that died on a picture."""
+    forget(_notes_folder(run_id))
+
+
+def _notes_folder(run_id: str) -> Path:
+    return Path(tempfile.gettempdir()) / f"patchstream-{run_id}"
