@@ -34,36 +34,27 @@ COMMANDS: dict[str, Callable[..., Any]] = {"models": models}
 
 def describe(info: Any) -> dict[str, Any]:
     """A ModelInfo as JSON-ready facts."""
+    from pipeline.models.cost import forward_flop
+
     net = info.network
     pixels = info.preprocessing
     return {
         "model": info.name,
         "revision": info.revision,
         "family": f"{info.family} ({info.architecture}, {info.layout} layout)",
-        "size": f"{net.depth} layers, {net.width} wide, {net.heads} heads, MLP {net.mlp_width}, "
-        f"patch {net.patch_size[0]}x{net.patch_size[1]}",
+        "size": f"{net.depth} layers, {net.width} wide, "
+        + (f"MLP {net.token_mlp_width} over the patches, " if net.network == "mixer" else f"{net.heads} heads, ")
+        + f"MLP {net.mlp_width}, patch {net.patch_size[0]}x{net.patch_size[1]}"
+        + (f", ResNet stem {net.stem.units}" if net.stem else ""),
         "input": f"{info.image_size[0]}x{info.image_size[1]}",
         "preprocessing": pixels.model_dump(mode="json"),
         "features": f"cls {info.hidden_size}, " * info.has_cls + f"pooled {info.pooled_size} ({info.pooled})",
         "labels": f"{info.num_labels:,} ({', '.join(info.labels[:3])}, …)" if info.num_labels else "none",
         "multi_label": info.multi_label,
         "parameters": info.parameters,
-        "gflop_an_image": round(gflop(net, info.image_size), 1),
+        "gflop_an_image": round(forward_flop(net, info.image_size) / 1e9, 1),
         "digest": info.digest,
     }
-
-
-def gflop(net: Any, size: tuple[int, int]) -> float:
-    """Billions of floating-point operations of one forward pass, two for each multiply-add.
-
-    Matrix products only: patch embedding, QKV and output projections, attention scores and sums, MLP.
-    """
-    down, across = net.grid(size)
-    tokens = down * across + net.prefix_tokens
-    patch = down * across * 3 * net.patch_size[0] * net.patch_size[1] * net.width
-    attention = 4 * tokens * net.width**2 + 2 * tokens**2 * net.width
-    mlp = (3 if net.swiglu else 2) * tokens * net.width * net.mlp_width
-    return float(2 * (patch + net.depth * (attention + mlp))) / 1e9
 
 
 def _shown(value: Any) -> str:

@@ -6,7 +6,6 @@ Nothing is measured here (`sampling.py` does that), and every figure carries the
 import math
 from typing import NamedTuple
 
-from pipeline.models.architecture import Architecture
 from schemas.errors import SpecError
 
 MAX_IMAGES = 1_000_000_000
@@ -80,17 +79,6 @@ class Plan(NamedTuple):
     def value(self, name: str) -> float:
         """The figure called `name`."""
         return next(step.value for step in self.steps if step.name == name)
-
-
-def forward_flop(a: Architecture, image_size: tuple[int, int]) -> float:
-    """Floating-point operations for one image: 2 × the multiplications of patch embedding, attention and MLP."""
-    rows, columns = a.grid(image_size)
-    patches = rows * columns
-    tokens = patches + a.prefix_tokens
-    attention = 4 * tokens * a.width**2 + 2 * tokens**2 * a.width
-    mlp = (3 if a.swiglu else 2) * tokens * a.width * a.mlp_width
-    embedding = patches * a.patch_size[0] * a.patch_size[1] * 3 * a.width
-    return 2.0 * (a.depth * (attention + mlp) + embedding + a.num_labels * a.width)
 
 
 def row_bytes(dims: tuple[int, ...], *, float16: bool, labels: int, uri_bytes: float) -> float:

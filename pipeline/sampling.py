@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.images.stage import fetch_and_decode
+from pipeline.models.cost import forward_flop
 from pipeline.opening import ask
-from pipeline.planning import Costs, forward_flop, row_bytes
+from pipeline.planning import Costs, row_bytes
 from pipeline.record import require_record
 from pipeline.sinks.attempts import read_attempts
 from pipeline.sources.manifest import read_sources

@@ -1,15 +1,15 @@
 """What a network is made of, and which tensors that takes.
 
-`Architecture` is read from a checkpoint's config and shapes by the files in `formats/`; the networks in `vit.py` and
-`beit.py` are built from it alone. `tensor_shapes` gives the tensors under our own names, before anything is folded:
-the common tongue into which each format translates its own.
+`Architecture` is read from a checkpoint's config and shapes by the files in `formats/`; the networks in `vit.py`,
+`beit.py` and `mixer.py` are built from it alone. `tensor_shapes` gives the tensors under our own names, before anything
+is folded: the common tongue into which each format translates its own.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Network = Literal["vit", "beit"]
+Network = Literal["vit", "beit", "mixer"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 QkvBias = Literal["all", "query_value", "none"]
 Positions = Literal["none", "patches", "all", "all_and_registers"]
@@ -27,6 +27,24 @@ Pooled = Literal[
     "projected_cls",
 ]
 HeadInput = Literal["none", "cls", "pooled", "cls_and_mean", "cls_and_distillation"]
+
+
+@dataclass(frozen=True)
+class Stem:
+    """The ResNet in front of a hybrid: channels of its root convolution, and bottleneck units of each stage."""
+
+    width: int
+    units: tuple[int, ...]
+
+    @property
+    def stride(self) -> int:
+        """Pixels between two features: 4 behind the root, twice as many from the second stage on."""
+        return int(4 * 2 ** max(0, len(self.units) - 1))
+
+    @property
+    def channels(self) -> int:
+        """Channels of the features."""
+        return int(self.width * 4 * 2 ** (len(self.units) - 1)) if self.units else self.width
 
 
 @dataclass(frozen=True)
@@ -68,6 +86,8 @@ class Architecture:
     projection_bias: bool = True
     head_input: HeadInput = "none"
     num_labels: int = 0
+    stem: Stem | None = None
+    token_mlp_width: int = 0
 
     @property
     def prefix_tokens(self) -> int:
@@ -107,6 +127,9 @@ def tensor_shapes(a: Architecture) -> dict[str, Shape]:
     """Name → shape of every tensor that the architecture needs, in our names."""
     d = a.width
     shapes: dict[str, Shape] = {"patch.weight": (d, 3, *a.patch_size)}
+    if a.stem is not None:
+        kernel = (a.patch_size[0] // a.stem.stride, a.patch_size[1] // a.stem.stride)
+        shapes = {"patch.weight": (d, a.stem.channels, *kernel)} | stem_shapes(a.stem)
     if a.patch_bias:
         shapes["patch.bias"] = (d,)
     if a.class_token:
@@ -121,8 +144,9 @@ def tensor_shapes(a: Architecture) -> dict[str, Shape]:
         shapes["relative_table"] = (relative_table_rows(a.trained_grid), a.heads)
     if a.pre_norm:
         shapes |= _affine("pre_norm", (d,))
+    block = _mixer_block_shapes(a) if a.network == "mixer" else _block_shapes(a)
     for i in range(a.depth):
-        shapes |= {f"blocks.{i}.{name}": shape for name, shape in _block_shapes(a).items()}
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
     if a.final_norm:
         shapes |= _affine("norm", (d,))
     return shapes | _readout_shapes(a)
@@ -141,6 +165,34 @@ def _block_shapes(a: Architecture) -> dict[str, Shape]:
         shapes["relative_table"] = (relative_table_rows(a.trained_grid), a.heads)
     if a.layer_scale:
         shapes |= {"scale1": (d,), "scale2": (d,)}
+    return shapes
+
+
+def _mixer_block_shapes(a: Architecture) -> dict[str, Shape]:
+    d, tokens = a.width, a.trained_grid[0] * a.trained_grid[1]
+    shapes = _affine("norm1", (d,)) | _affine("norm2", (d,))
+    shapes |= _affine("token_fc1", (a.token_mlp_width, tokens)) | _affine("token_fc2", (tokens, a.token_mlp_width))
+    return shapes | _affine("fc1", (a.mlp_width, d)) | _affine("fc2", (d, a.mlp_width))
+
+
+def stem_shapes(stem: Stem) -> dict[str, Shape]:
+    """Tensors of a hybrid's ResNet: 1×1, 3×3, 1×1 convolutions in a unit, a projection in the first of a stage."""
+    shapes: dict[str, Shape] = {"stem.root.weight": (stem.width, 3, 7, 7)} | _affine("stem.root_norm", (stem.width,))
+    channels = stem.width
+    for stage, units in enumerate(stem.units):
+        inner = stem.width * 2**stage
+        for unit in range(units):
+            name = f"stem.stages.{stage}.{unit}."
+            convolutions = {
+                "1": (inner, channels, 1, 1),
+                "2": (inner, inner, 3, 3),
+                "3": (4 * inner, inner, 1, 1),
+                "_proj": (4 * inner, channels, 1, 1),
+            }
+            for which, shape in convolutions.items():
+                if which != "_proj" or unit == 0:
+                    shapes |= {f"{name}conv{which}.weight": shape} | _affine(f"{name}norm{which}", shape[:1])
+            channels = 4 * inner
     return shapes
 
 

@@ -8,6 +8,8 @@ from pipeline.models.formats import (
     hf_dinov2,
     hf_mae,
     hf_vit,
+    npz_hybrid,
+    npz_mixer,
     npz_vit,
     timm_beit,
     timm_vit,
@@ -27,6 +29,8 @@ FORMATS: tuple[Format, ...] = (
     timm_vit.FORMAT,
     timm_beit.FORMAT,
     npz_vit.FORMAT,
+    npz_hybrid.FORMAT,
+    npz_mixer.FORMAT,
 )
 
 

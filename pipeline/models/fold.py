@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.models.architecture import Architecture
 from pipeline.models.beit import relative_bias
+from pipeline.models.hybrid import fold_stem
 from pipeline.models.positions import resize_grid, resize_relative_table
 from schemas.preprocessing import Preprocessing
 
@@ -19,22 +20,34 @@ PIXEL_SHIFT = 128
 
 
 def fold(tensors: Tensors, a: Architecture, preprocessing: Preprocessing, dtype: torch.dtype) -> dict[str, Tensor]:
-    """State dict of `VisionModel`: the trunk in `dtype`, final norm and readout in float32."""
+    """State dict of `VisionModel`: the trunk in `dtype`; a hybrid's stem, final norm and readout in float32."""
     grid = a.grid(preprocessing.output_size)
-    weight, patch_bias = fold_patch_embedding(tensors, preprocessing)
+    patch, patch_bias = fold_patches(tensors, a, preprocessing)
     prefix, positions = fold_tokens(tensors, a, grid)
-    trunk = {"patch.weight": weight, "prefix": prefix, "positions": positions + patch_bias}
+    trunk = {**patch, "prefix": prefix, "positions": positions + patch_bias}
     for i, table in enumerate(relative_tables(tensors, a)):
         table = resize_relative_table(table, a.trained_grid, grid, a.table_resize)
         trunk[f"relative_bias.{i}"] = relative_bias(table, grid)
     trunk |= {name: tensor for name, tensor in tensors.items() if name.startswith(("pre_norm.", "blocks."))}
-    trunk = {name: tensor.to(dtype) for name, tensor in fold_layer_scale(trunk).items() if "relative_table" not in name}
+    trunk = {name: tensor for name, tensor in fold_layer_scale(trunk).items() if "relative_table" not in name}
+    trunk = {name: t.float() if name.startswith("patch.stem.") else t.to(dtype) for name, t in trunk.items()}
     state = {f"trunk.{name}": tensor for name, tensor in trunk.items()}
     state |= {f"trunk.{name}": tensor.float() for name, tensor in tensors.items() if name.startswith("norm.")}
     state |= {f"readout.{name}": t.float() for name, t in tensors.items() if name.partition(".")[0] in READOUT}
     if a.pool_norm == "made_up":
         state |= {"readout.pool_norm.weight": torch.ones(a.width), "readout.pool_norm.bias": torch.zeros(a.width)}
     return state
+
+
+def fold_patches(
+    tensors: Tensors, a: Architecture, preprocessing: Preprocessing
+) -> tuple[dict[str, Tensor], Tensor | float]:
+    """Parameters of the patch embedding, normalisation included, and the bias (D,) that joins the positions."""
+    if a.stem is None:
+        weight, bias = fold_patch_embedding(tensors, preprocessing)
+        return {"patch.weight": weight}, bias
+    stem = {f"patch.{name}": tensor for name, tensor in fold_stem(tensors, preprocessing).items()}
+    return stem, tensors["patch.bias"].float() if a.patch_bias else 0.0
 
 
 def fold_patch_embedding(tensors: Tensors, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:

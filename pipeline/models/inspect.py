@@ -137,6 +137,11 @@ def _require_whole_patches(size: tuple[int, int], a: Architecture, name: str) ->
                 f"{name}: an image of {size[0]}×{size[1]} does not divide into patches of {a.patch_size[0]}×"
                 f"{a.patch_size[1]} pixels; --image-size {near} does"
             )
+    if a.network == "mixer" and a.grid(size) != a.trained_grid:
+        raise CheckpointError(
+            f"{name}: an MLP-Mixer's weights hold the number of its patches, so it runs at "
+            f"{a.trained_size[0]}×{a.trained_size[1]} only; leave out --image-size"
+        )
 
 
 def _labels(config: Config, count: int, where: str) -> tuple[str, ...]:

@@ -1,15 +1,16 @@
-"""The whole model: a trunk (ViT or BEiT) and what is read out of it."""
+"""The whole model: a trunk (ViT, BEiT or Mixer) and what is read out of it."""
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.models.architecture import Architecture
 from pipeline.models.beit import Beit
+from pipeline.models.mixer import Mixer
 from pipeline.models.outputs import Outputs
 from pipeline.models.readout import Readout
 from pipeline.models.vit import ViT
 
-TRUNKS: dict[str, type[ViT] | type[Beit]] = {"vit": ViT, "beit": Beit}
+TRUNKS: dict[str, type[ViT] | type[Beit] | type[Mixer]] = {"vit": ViT, "beit": Beit, "mixer": Mixer}
 
 
 class VisionModel(nn.Module):
@@ -22,7 +23,7 @@ class VisionModel(nn.Module):
         super().__init__()
         self.architecture = a
         self.image_size = image_size
-        self.trunk: ViT | Beit = TRUNKS[a.network](a, a.grid(image_size))
+        self.trunk: ViT | Beit | Mixer = TRUNKS[a.network](a, a.grid(image_size))
         self.readout = Readout(a)
 
     @torch.inference_mode()

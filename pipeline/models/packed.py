@@ -74,7 +74,7 @@ class PackedBlock(nn.Module):
 
 
 def pack(blocks: nn.ModuleList) -> None:
-    """Replace each `Block` by its packed form, in place; the plain weights are let go."""
+    """Replace each `Block` by its packed form, in place; the plain weights are let go. A Mixer's blocks stay."""
     for i, block in enumerate(blocks):
-        assert isinstance(block, Block)
-        blocks[i] = PackedBlock(block)
+        if isinstance(block, Block):
+            blocks[i] = PackedBlock(block)

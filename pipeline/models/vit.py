@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.architecture import Architecture
+from pipeline.models.hybrid import HybridEmbedding
 from pipeline.models.layers import Block, PatchEmbedding
 
 
@@ -19,7 +20,7 @@ class ViT(nn.Module):
 
     def __init__(self, a: Architecture, grid: tuple[int, int]) -> None:
         super().__init__()
-        self.patch = PatchEmbedding(a.patch_size, a.width)
+        self.patch = HybridEmbedding(a, a.stem) if a.stem else PatchEmbedding(a.patch_size, a.width)
         self.prefix = nn.Parameter(torch.empty(1, a.prefix_tokens, a.width))
         self.positions = nn.Parameter(torch.empty(1, grid[0] * grid[1], a.width))
         self.pre_norm = nn.LayerNorm(a.width, a.epsilon) if a.pre_norm else nn.Identity()

@@ -15,48 +15,15 @@ from support.checkpoints import (
     worst_cosine,
     worst_error,
 )
+from support.npz import Arrays, Shaped, arrays_of, mixer_arrays_of, to_values
 from support.testdata import needs_testdata, photos, trained_vit
 
 from pipeline.models import Outputs, inspect_model, load_model
+from pipeline.models.architecture import Architecture, parameter_count, tensor_shapes
+from pipeline.models.families import recognise
+from pipeline.models.formats import npz_vit
+from pipeline.models.remap import check, plan
 from schemas.errors import CheckpointError
-
-Arrays = dict[str, np.ndarray[Any, Any]]
-
-
-def arrays_of(model: Any) -> Arrays:
-    """timm's ViT in the names and axis order of vision_transformer."""
-    state = {name: value.detach().numpy() for name, value in model.state_dict().items()}
-    width, heads = model.embed_dim, model.blocks[0].attn.num_heads
-    out = {
-        "cls": state["cls_token"],
-        "embedding/kernel": state["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
-        "embedding/bias": state["patch_embed.proj.bias"],
-        "Transformer/posembed_input/pos_embedding": state["pos_embed"],
-        "Transformer/encoder_norm/scale": state["norm.weight"],
-        "Transformer/encoder_norm/bias": state["norm.bias"],
-    }
-    if "head.weight" in state:
-        out |= {"head/kernel": state["head.weight"].T, "head/bias": state["head.bias"]}
-    for i in range(len(model.blocks)):
-        theirs, ours = f"Transformer/encoderblock_{i}/", f"blocks.{i}."
-        for norm, number in (("norm1", 0), ("norm2", 2)):
-            out[f"{theirs}LayerNorm_{number}/scale"] = state[f"{ours}{norm}.weight"]
-            out[f"{theirs}LayerNorm_{number}/bias"] = state[f"{ours}{norm}.bias"]
-        attention = f"{theirs}MultiHeadDotProductAttention_1/"
-        for name, weight, bias in zip(
-            ("query", "key", "value"),
-            np.split(state[f"{ours}attn.qkv.weight"], 3),
-            np.split(state[f"{ours}attn.qkv.bias"], 3),
-            strict=True,
-        ):
-            out[f"{attention}{name}/kernel"] = weight.T.reshape(width, heads, -1)
-            out[f"{attention}{name}/bias"] = bias.reshape(heads, -1)
-        out[f"{attention}out/kernel"] = state[f"{ours}attn.proj.weight"].T.reshape(heads, -1, width)
-        out[f"{attention}out/bias"] = state[f"{ours}attn.proj.bias"]
-        for dense, layer in enumerate(("fc1", "fc2")):
-            out[f"{theirs}MlpBlock_3/Dense_{dense}/kernel"] = state[f"{ours}mlp.{layer}.weight"].T
-            out[f"{theirs}MlpBlock_3/Dense_{dense}/bias"] = state[f"{ours}mlp.{layer}.bias"]
-    return out
 
 
 def renumbered(arrays: Arrays) -> Arrays:
@@ -108,10 +75,6 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make_timm_checkpoint(
         tmp_path_factory.mktemp("timm"), "vit_base_patch16_224", embed_dim=96, depth=3, num_heads=4, num_classes=37
     )
-
-
-def to_values(pixels: torch.Tensor) -> torch.Tensor:
-    return (pixels / 127.5 - 1).permute(0, 3, 1, 2)
 
 
 def assert_equal(ours: Outputs, theirs: Any) -> None:
@@ -228,47 +191,72 @@ def test_trained_vit_is_the_same_in_three_formats(tmp_path: Path) -> None:
         assert torch.equal(other.logits.argmax(1), first.logits.argmax(1))
 
 
-# Published sizes: name in timm → parameters, as the table of google-research gives them.
+# Published sizes with 1,000 classes at 224 pixels: name in timm → name of the file, parameters.
 SIZES = {
     "vit_tiny_patch16_224": ("Ti_16", 5_717_416),
     "vit_small_patch16_224": ("S_16", 22_050_664),
     "vit_base_patch16_224": ("B_16", 86_567_656),
     "vit_large_patch16_224": ("L_16", 304_326_632),
     "vit_huge_patch14_224": ("H_14", 632_045_800),
+    "vit_tiny_r_s16_p8_224": ("R_Ti_16", 6_337_704),
+    "vit_base_r50_s16_224": ("R50+ViT-B_16", 98_659_112),
+    "mixer_b16_224": ("Mixer-B_16", 59_880_472),
 }
+
+# google-research's table of AugReg: name in timm → name of the file, MiB of the 21k checkpoint, and the parameters of
+# the one fine-tuned at 384 pixels.
+TABLE = {
+    "vit_large_patch16_384": ("L_16", 1243),
+    "vit_base_patch16_384": ("B_16", 391),
+    "vit_small_patch16_384": ("S_16", 115),
+    "vit_large_r50_s32_384": ("R50_L_32", 1337),
+    "vit_small_r26_s32_384": ("R26_S_32", 170),
+    "vit_tiny_patch16_384": ("Ti_16", 37),
+    "vit_base_patch32_384": ("B_32", 398),
+    "vit_small_patch32_384": ("S_32", 118),
+    "vit_tiny_r_s16_p8_384": ("R_Ti_16", 40),
+}
+
+
+def described(model: Any, file_name: str) -> Architecture:
+    """The architecture of a timm model without storage, by its arrays under google-research's names."""
+    raw = (mixer_arrays_of if hasattr(model, "stem") else arrays_of)(Shaped(model))
+    shapes = {key: array.shape for key, array in npz_vit.normalise(raw).items()}
+    config = {"raw_shapes": {key: array.shape for key, array in raw.items()}, "file_name": file_name}
+    row, _ = recognise(config, shapes, file_name)
+    architecture = row.architecture(config, shapes)
+    check(plan(architecture, row.spell(architecture, shapes)), shapes, row.ignored, file_name)
+    return architecture
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_parameter_counts_are_exact(name: str) -> None:
     import timm
 
-    from pipeline.models.architecture import parameter_count, tensor_shapes
-    from pipeline.models.formats import npz_vit
-
     file_name, parameters = SIZES[name]
     with torch.device("meta"):
-        model = timm.create_model(name, pretrained=False)
-    if name == "vit_huge_patch14_224":
-        model.reset_classifier(1000)
-    stand_in = torch.nn.Module.state_dict(model)
-    raw = arrays_of_shapes(stand_in, model)
-    shapes = {key: array.shape for key, array in npz_vit.normalise(raw).items()}
-    config = {"raw_shapes": {key: array.shape for key, array in raw.items()}, "file_name": f"{file_name}-i21k.npz"}
-    assert parameter_count(tensor_shapes(npz_vit.architecture(config, shapes))) == parameters
+        model = timm.create_model(name, pretrained=False, num_classes=1000)
+    assert parameter_count(tensor_shapes(described(model, f"{file_name}.npz"))) == parameters
     with pytest.raises(CheckpointError, match="the name says width"):
-        npz_vit.architecture({**config, "file_name": "B_32-i21k.npz"}, shapes)
+        described(model, "B_8-i21k.npz")
 
 
-def arrays_of_shapes(state: dict[str, torch.Tensor], model: Any) -> Arrays:
-    """`arrays_of` for a model without storage."""
+@pytest.mark.parametrize("name", TABLE)
+def test_size_table(name: str) -> None:
+    """Exact at 384 pixels with 1,000 classes, and the file of the 21k checkpoint has the published size."""
+    import timm
 
-    class Shaped:
-        embed_dim, blocks = model.embed_dim, model.blocks
-
-        def state_dict(self) -> dict[str, Any]:
-            return {name: torch.zeros(1).expand(value.shape) for name, value in state.items()}
-
-    return arrays_of(Shaped())
+    file_name, mebibytes = TABLE[name]
+    with torch.device("meta"):
+        tuned = timm.create_model(name, pretrained=False, num_classes=1000)
+        first = timm.create_model(name, pretrained=False, num_classes=21_843, img_size=224)
+    ours = described(tuned, f"{file_name}-i21k-300ep-lr_0.001--imagenet2012-steps_20k-lr_0.03-res_384.npz")
+    assert ours.trained_size == (384, 384)
+    assert parameter_count(tensor_shapes(ours)) == sum(parameter.numel() for parameter in tuned.parameters())
+    pre_trained = described(first, f"{file_name}-i21k-300ep-lr_0.001.npz")
+    assert 4 * parameter_count(tensor_shapes(pre_trained)) / 2**20 == pytest.approx(mebibytes, abs=1)
+    with pytest.raises(CheckpointError, match="the name says 224 pixels, but the arrays are for 384×384"):
+        described(tuned, f"{file_name}-i21k-300ep-lr_0.001--imagenet2012-steps_20k-lr_0.03-res_224.npz")
 
 
 def test_refusals(reference: Any, tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Planning is arithmetic: figures that were worked out by hand, and relations that hold for any job."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from pipeline.models.architecture import Architecture
-from pipeline.planning import DEVICES, MAX_IMAGES, Costs, Device, Plan, forward_flop, make_plan, row_bytes
+from pipeline.models.architecture import Architecture, Stem
+from pipeline.models.cost import forward_flop
+from pipeline.planning import DEVICES, MAX_IMAGES, Costs, Device, Plan, make_plan, row_bytes
 from schemas.errors import SpecError
 
 COSTS = Costs(file_bytes=100_000, decode_s=0.003, pixel_bytes=150_528, output_bytes=8_000, model_flop=123e9)
@@ -33,6 +35,28 @@ def check(plan: Plan) -> None:
 def test_forward_pass_of_published_networks(width: int, depth: int, heads: int, gmac: float) -> None:
     """B/16, L/16 and Ti/16 at 224 pixels, as timm counts them."""
     assert forward_flop(vit(width, depth, heads), (224, 224)) / 2e9 == pytest.approx(gmac, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("units", "patch", "net", "gmac"),
+    [
+        ((2, 2, 2, 2), 32, (384, 12, 6), 3.56),
+        ((3, 4, 6, 3), 32, (1024, 24, 16), 19.6),
+        ((), 32, (192, 12, 3), 0.44),
+    ],
+)
+def test_forward_pass_of_published_hybrids(
+    units: tuple[int, ...], patch: int, net: tuple[int, int, int], gmac: float
+) -> None:
+    """R26+S/32, R50+L/32 and R+Ti/16 at 224 pixels, as timm counts them."""
+    hybrid = replace(vit(*net), patch_size=(patch, patch), stem=Stem(64, units))
+    assert forward_flop(hybrid, (224, 224)) / 2e9 == pytest.approx(gmac, rel=0.03)
+
+
+def test_forward_pass_of_published_mixer() -> None:
+    """Mixer-B/16 at 224 pixels, as timm counts it."""
+    mixer = replace(vit(768, 12, 12), network="mixer", class_token=False, token_mlp_width=384)
+    assert forward_flop(mixer, (224, 224)) / 2e9 == pytest.approx(12.6, rel=0.01)
 
 
 def test_a_larger_picture_costs_more_than_its_pixels() -> None:

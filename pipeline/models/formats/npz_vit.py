@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pipeline.models.architecture import Architecture, HeadInput, Pooled
+from pipeline.models.architecture import Architecture, HeadInput, Pooled, Stem
 from pipeline.models.formats.format import Config, Format, Shapes, Spelling
 from schemas.errors import CheckpointError
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PREFIXES = ("opt/target/", "params/img/", "params/", "img/", "")
 BLOCK = "Transformer/encoderblock_{i}/"
 
-# Text before the first `-` of an AugReg file name → width, depth, patch.
+# The architecture in a file's name → width, depth, and pixels of a patch.
 SIZES = {
     "Ti_16": (192, 12, 16),
     "S_16": (384, 12, 16),
@@ -30,12 +30,25 @@ SIZES = {
     "L_16": (1024, 24, 16),
     "L_32": (1024, 24, 32),
     "H_14": (1280, 32, 14),
+    "R_Ti_16": (192, 12, 32),
+    "R26_S_32": (384, 12, 32),
+    "R26_B_32": (768, 12, 32),
+    "R50_B_16": (768, 12, 16),
+    "R50_L_32": (1024, 24, 32),
+    "Mixer_B_16": (768, 12, 16),
+    "Mixer_B_32": (768, 12, 32),
+    "Mixer_L_16": (1024, 24, 16),
+    "LiT_B16B": (768, 12, 16),
+    "LiT_B16B_2": (768, 12, 16),
+    "LiT_L16L": (1024, 24, 16),
+    "LiT_L16S": (1024, 24, 16),
+    "LiT_L16Ti": (1024, 24, 16),
 }
 
 
 def prefix_of(names: Mapping[str, Any]) -> str:
-    """What stands before `embedding/kernel`."""
-    found = [prefix for prefix in PREFIXES if f"{prefix}embedding/kernel" in names]
+    """What stands before `embedding/kernel`, in a Mixer before `stem/kernel`."""
+    found = [prefix for prefix in PREFIXES for name in ("embedding", "stem") if f"{prefix}{name}/kernel" in names]
     return found[0] if found else ""
 
 
@@ -67,16 +80,18 @@ def _in_torch_order(name: str, array: "np.ndarray[Any, Any]") -> "np.ndarray[Any
     return array
 
 
-def architecture(config: Config, shapes: Shapes) -> Architecture:
+def architecture(config: Config, shapes: Shapes, stem: Stem | None = None) -> Architecture:
     """From the arrays alone; checked against the file's name where that says something."""
-    width, _, *patch = shapes["embedding/kernel"]
+    width, _, *kernel = shapes["embedding/kernel"]
+    patch = [side * (stem.stride if stem else 1) for side in kernel]
     depth = 1 + max(int(found[1]) for name in shapes if (found := re.match(r"Transformer/encoderblock_(\d+)/", name)))
     query = next(shape for name, shape in config["raw_shapes"].items() if name.endswith("query/kernel"))
     table = shapes.get("pos_embedding") or shapes.get("Transformer/posembed_input/pos_embedding") or (1, 0, width)
     class_token = "cls" in shapes
     side = round((table[1] - class_token) ** 0.5)
     pooled, head_input = read_out(shapes, class_token)
-    _check_name(config["file_name"], width, depth, patch[0])
+    size = (side * patch[0], side * patch[1])
+    check_name(config["file_name"], (width, depth, patch[0]), size)
     return Architecture(
         network="vit",
         width=width,
@@ -84,7 +99,7 @@ def architecture(config: Config, shapes: Shapes) -> Architecture:
         heads=query[-2],
         mlp_width=next(shape[0] for name, shape in shapes.items() if name.endswith("Dense_0/kernel")),
         patch_size=(patch[0], patch[1]),
-        trained_size=(side * patch[0], side * patch[1]),
+        trained_size=size,
         epsilon=1e-6,
         class_token=class_token,
         positions="all" if class_token else "patches",
@@ -93,6 +108,7 @@ def architecture(config: Config, shapes: Shapes) -> Architecture:
         projection_width=shapes.get("pre_logits/kernel", (0,))[0],
         head_input=head_input,
         num_labels=shapes.get("head/kernel", (0,))[0],
+        stem=stem,
     )
 
 
@@ -108,12 +124,21 @@ def read_out(shapes: Shapes, class_token: bool) -> tuple[Pooled, HeadInput]:
     return "mean_patch_tokens", "pooled" if head else "none"
 
 
-def _check_name(file_name: str, width: int, depth: int, patch: int) -> None:
-    said = SIZES.get(re.split(r"[-.]", file_name)[0].removeprefix("ViT_"))
-    if said is not None and said != (width, depth, patch):
+def check_name(file_name: str, found: tuple[int, int, int], size: tuple[int, int]) -> None:
+    """Raise CheckpointError where the file's name says another width, depth, patch or resolution than was `found`."""
+    short = re.sub(r"^(R\d*)\+", r"\1_", file_name.replace("ViT-", "")).removeprefix("ViT_")
+    name = re.split(r"[-.]", re.sub(r"^(Mixer|LiT)-", r"\1_", short))[0]
+    said = SIZES.get(name)
+    if said is not None and said != found:
         raise CheckpointError(
             f"{file_name}: the name says width {said[0]}, depth {said[1]}, patch {said[2]}, but the arrays are of "
-            f"width {width}, depth {depth}, patch {patch}; rename the file or fetch it again"
+            f"width {found[0]}, depth {found[1]}, patch {found[2]}; rename the file or fetch it again"
+        )
+    resolution = re.search(r"res_(\d+)|-(\d{3})\.npz$", file_name)
+    if said is not None and resolution is not None and int(resolution[1] or resolution[2]) != size[0]:
+        raise CheckpointError(
+            f"{file_name}: the name says {resolution[1] or resolution[2]} pixels, but the arrays are for "
+            f"{size[0]}×{size[1]}; rename the file or fetch it again"
         )
 
 
@@ -145,11 +170,17 @@ def spell(a: Architecture, shapes: Shapes) -> Spelling:
         "norm": "Transformer/encoder_norm",
         "attention_pool.norm": f"{pool}LayerNorm_0",
     }
-    spelling: dict[str, str | tuple[str | None, ...]] = {
+    return {
         "cls_token": "cls",
         "positions": positions,
         "attention_pool.probe": f"{pool}probe",
+        **in_flax(modules, norms),
     }
+
+
+def in_flax(modules: Mapping[str, str | tuple[str, ...]], norms: Mapping[str, str]) -> dict[str, Any]:
+    """Spelling of weights and biases, which flax calls `kernel` (in a norm `scale`) and `bias`."""
+    spelling: dict[str, str | tuple[str, ...]] = {}
     for weight, rows in (("kernel", modules), ("scale", norms)):
         for ours, theirs in rows.items():
             for parameter, suffix in (("weight", weight), ("bias", "bias")):

@@ -1,0 +1,42 @@
+"""What one forward pass costs."""
+
+from pipeline.models.architecture import Architecture, stem_shapes
+
+
+def forward_flop(a: Architecture, image_size: tuple[int, int]) -> float:
+    """Floating-point operations for one image of (height, width) pixels: two for each multiplication of the patch
+    embedding, the blocks and the classifier."""
+    rows, columns = a.grid(image_size)
+    patches = rows * columns
+    tokens = patches + a.prefix_tokens
+    mixing = 4 * tokens * a.width**2 + 2 * tokens**2 * a.width
+    if a.network == "mixer":
+        mixing = 2 * tokens * a.width * a.token_mlp_width
+    mlp = (3 if a.swiglu else 2) * tokens * a.width * a.mlp_width
+    if a.stem is None:
+        embedding = patches * a.patch_size[0] * a.patch_size[1] * 3 * a.width
+    else:
+        pixels = image_size[0] * image_size[1]
+        embedding = pixels // a.stem.stride**2 * a.stem.channels * a.width + _stem_multiplications(a, pixels)
+    return 2.0 * (a.depth * (mixing + mlp) + embedding + a.num_labels * a.width)
+
+
+def _stem_multiplications(a: Architecture, pixels: int) -> int:
+    """Of a hybrid's ResNet: each weight of a convolution is used once for each of its output's places.
+
+    The root works at half the resolution; a stage at a quarter, and each further one at half of the one before. Its
+    first convolution still sees the places of the stage before.
+    """
+    total = 0
+    assert a.stem is not None
+    for name, shape in stem_shapes(a.stem).items():
+        if len(shape) != 4:
+            continue
+        stride = 2
+        if name.startswith("stem.stages."):
+            stage, unit, module = name.split(".")[2:5]
+            stride = 4 * 2 ** int(stage)
+            if int(stage) and unit == "0" and module == "conv1":
+                stride //= 2
+        total += shape[0] * shape[1] * shape[2] * shape[3] * (pixels // stride**2)
+    return total
