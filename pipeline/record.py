@@ -9,12 +9,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from fsspec import AbstractFileSystem
 from pydantic import ValidationError
 
-from pipeline.storage import Options, create_bytes, filesystem, join, put_bytes, read_json, redact
+from pipeline.storage import Options, create_bytes, filesystem, is_local, join, put_bytes, read_json, redact
 from schemas.errors import OutputError
 from schemas.run import ModelRecord, RunRecord, difference
 from schemas.spec import RESULT_FIELDS, JobSpec
@@ -24,6 +25,7 @@ _RECORDED_VERSIONS = ("patchstream", "torch", "ray", "pyarrow", "pillow", "pi-he
 _MODEL_IDENTITY = ("digest", "dtype", "pooled", "preprocessing")
 _FREEZE_WAIT_S = 3600.0
 _BEAT_S = 5.0
+_SILENT_BEATS = 4
 
 
 def read_record(out: str, storage_options: Options) -> RunRecord | None:
@@ -111,11 +113,12 @@ def freezing(out: str, storage_options: Options, *, again: bool = False) -> Iter
     fs, path = filesystem(out, storage_options)
     lock = join(path, "_freezing")
     deadline = time.monotonic() + _FREEZE_WAIT_S
-    while not create_bytes(fs, lock, datetime.now(UTC).isoformat().encode()):
+    holder = _Holder()
+    while not create_bytes(fs, lock, _now()):
         if not again and read_record(out, storage_options) is not None and not fs.exists(lock):
             yield False
             return
-        if _stale(fs, lock):
+        if holder.silent(fs, lock):
             _remove(fs, lock)
         elif time.monotonic() > deadline:
             raise OutputError(f"another job has been listing the sources for an hour; if it is dead, delete {lock}")
@@ -129,20 +132,37 @@ def freezing(out: str, storage_options: Options, *, again: bool = False) -> Iter
         done.set()
         beat.join()
         _remove(fs, lock)
+        if is_local(fs):
+            with suppress(OSError):  # of a run that came to nothing, not even an empty folder stays
+                Path(path).rmdir()
+
+
+def _now() -> bytes:
+    return datetime.now(UTC).isoformat().encode()
 
 
 def _beat(fs: AbstractFileSystem, lock: str, done: threading.Event) -> None:
     while not done.wait(_BEAT_S):
-        put_bytes(fs, lock, datetime.now(UTC).isoformat().encode())
+        put_bytes(fs, lock, _now())
 
 
-def _stale(fs: AbstractFileSystem, lock: str) -> bool:
-    """Whether the holder of the lock has been silent for several beats: it was killed."""
-    try:
-        content = fs.cat_file(lock).decode()
-    except FileNotFoundError:
-        return False
-    return bool(content) and (datetime.now(UTC) - datetime.fromisoformat(content)).total_seconds() > 4 * _BEAT_S
+class _Holder:
+    """Watches another job's lock. Its beats are told apart by their content and timed by the clock of this machine,
+    because the clocks of two machines need not agree."""
+
+    def __init__(self) -> None:
+        self._beat = b""
+        self._since = time.monotonic()
+
+    def silent(self, fs: AbstractFileSystem, lock: str) -> bool:
+        """Whether the holder has been silent for several beats: it was killed."""
+        try:
+            beat = fs.cat_file(lock)
+        except FileNotFoundError:
+            return False
+        if beat != self._beat:
+            self._beat, self._since = beat, time.monotonic()
+        return time.monotonic() - self._since > _SILENT_BEATS * _BEAT_S
 
 
 def _remove(fs: AbstractFileSystem, path: str) -> None:
