@@ -159,5 +159,6 @@ def print_summary(summary: "Summary", report: str | None) -> None:
     if summary.failures:
         console.print(f"next: patchstream status {summary.out}", style="bold", markup=False, soft_wrap=True)
     else:
-        query = f"select uri, * exclude (uri, row, cls, pooled) from '{summary.out}/images/*.parquet' limit 5"
+        columns = "columns(c -> c not in ('row', 'cls', 'pooled', 'patches', 'visual_tokens'))"
+        query = f"select {columns} from '{summary.out}/images/*.parquet' limit 5"
         console.print(f'next: duckdb -c "{query}"', style="bold", markup=False, soft_wrap=True)

@@ -29,7 +29,7 @@ def job(
     model: Annotated[str | None, typer.Option(help="A folder, an object-store prefix or a hub name.")] = None,
     out: Annotated[str | None, typer.Option(help="Where the dataset goes: a folder or an object-store prefix.")] = None,
     features: Annotated[
-        str | None, typer.Option(help="Which features to write: cls, pooled, cls,pooled or none.")
+        str | None, typer.Option(help="Which features to write: any of cls, pooled, patches, visual_tokens; or none.")
     ] = None,
     labels: Annotated[
         int | None,
@@ -40,7 +40,9 @@ def job(
         str | None, typer.Option(help="Precision of the model: auto, float32, bfloat16 or float16.")
     ] = None,
     batch_size: Annotated[str | None, typer.Option(help="Images in a batch, or auto.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Run the model at another resolution.")] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="Run the model at another resolution: pixels, or HEIGHTxWIDTH.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     beit_final_norm: Annotated[
         bool | None, typer.Option("--beit-final-norm", help="BEiT pt22k: apply its trained final norm.")

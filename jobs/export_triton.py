@@ -19,7 +19,7 @@ def export_triton(
     instances: Annotated[int, typer.Option(min=1, help="Copies of the model on each device.")] = 1,
     gpu: Annotated[bool, typer.Option("--gpu", help="Place the copies on the server's GPUs.")] = False,
     onnx: Annotated[bool, typer.Option(help="Also write NAME-onnx, for ONNX Runtime and TensorRT.")] = True,
-    image_size: Annotated[int | None, typer.Option(help="Run the model at another resolution.")] = None,
+    image_size: Annotated[str | None, typer.Option(help="As for embed.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     beit_final_norm: Annotated[
         bool, typer.Option("--beit-final-norm", help="BEiT pt22k: apply its trained final norm.")
@@ -33,11 +33,16 @@ def export_triton(
     from pipeline.models import inspect_model
     from pipeline.predictors.triton_repository import Serving, check_serving
     from pipeline.predictors.triton_repository import export_triton as export
+    from schemas.spec import parse_image_size
 
     options = parse_options(storage_options)
     serving = check_serving(Serving(dtype, max_batch, instances, gpu))
     info = inspect_model(
-        model, revision=revision, image_size=image_size, beit_final_norm=beit_final_norm, storage_options=options
+        model,
+        revision=revision,
+        image_size=parse_image_size(image_size),
+        beit_final_norm=beit_final_norm,
+        storage_options=options,
     )
     names = export(info, out, serving, name=name, onnx=onnx, storage_options=options)
     if as_json:

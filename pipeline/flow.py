@@ -38,6 +38,7 @@ Connect = Callable[[], AbstractContextManager[Machines]]
 # Ray repeats lost tasks by itself. A further pass is for rows that a pass left behind all the same.
 _MAX_PASSES = 3
 _STREAM_BYTES = 512 << 20
+_BLOCKS_AN_ACTOR = 4
 # Ray Data cuts a block only when it exceeds its target by half, so a batch a little above the target stays whole.
 _TARGET_SHARE = 0.8
 # Ray keeps results below 100 KB in the driver's own memory, where they would add up until they are committed.
@@ -214,6 +215,7 @@ def _place(question: Question, machines: Machines, rows: int) -> Placement:
         pixel_bytes=question.pixel_bytes,
         model_bytes=question.model_bytes,
         image_gflop=question.image_gflop,
+        output_bytes=question.output_bytes,
     )
 
 
@@ -222,10 +224,11 @@ def _configure(question: Question, placement: Placement) -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.enable_auto_log_stats = False
-    block_bytes = placement.block_rows * question.pixel_bytes
+    block_bytes = placement.block_rows * max(question.pixel_bytes, question.output_bytes)
     context.target_max_block_size = max(_LEAST_BLOCK_BYTES, int(block_bytes * _TARGET_SHARE))
     limits = context.execution_options.resource_limits
-    context.execution_options.resource_limits = limits.copy(object_store_memory=_STREAM_BYTES)
+    outputs = _BLOCKS_AN_ACTOR * placement.actors.max * placement.block_rows * question.output_bytes
+    context.execution_options.resource_limits = limits.copy(object_store_memory=max(_STREAM_BYTES, outputs))
 
 
 def _finish(spec: JobSpec, opened: Opened, first: int, stop: int) -> None:

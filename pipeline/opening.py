@@ -17,7 +17,7 @@ from schemas.errors import OutputError, SpecError
 from schemas.preprocessing import Preprocessing
 from schemas.run import ModelRecord, RunRecord
 from schemas.spec import JobSpec
-from schemas.tables import images_schema, output_fields, user_fields
+from schemas.tables import FeatureSize, feature_bytes, images_schema, output_fields, user_fields
 
 
 class Question(NamedTuple):
@@ -37,6 +37,11 @@ class Question(NamedTuple):
         """Bytes of one decoded picture; 0 where none is decoded."""
         height, width = self.preprocessing.output_size
         return height * width * 3 if self.info else 0
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of one picture's features."""
+        return feature_bytes(self.wanted.fields)
 
     @property
     def model_bytes(self) -> int:
@@ -83,10 +88,26 @@ def ask(spec: JobSpec) -> Question:
             "Leave out --labels, or use a fine-tuned checkpoint of the same model"
         )
     spec = _without_cls(spec, info) if "cls" in spec.features and not info.has_cls else spec
-    dims = tuple(info.pooled_size if name == "pooled" else info.hidden_size for name in spec.features)
+    if "visual_tokens" in spec.features and not info.network.visual_tokens:
+        raise SpecError(
+            f"--features visual_tokens: {spec.model} ({info.architecture}) has no head that predicts visual tokens; a "
+            "BEiT pre-training checkpoint such as microsoft/beit-large-patch16-224-pt22k has one"
+        )
+    sizes = _feature_sizes(info)
+    dims = tuple(sizes[name] for name in spec.features)
     top = min(spec.labels, info.num_labels)
     wanted = Wanted(spec.features, dims, spec.feature_dtype, top, info.labels, info.multi_label)
     return Question(spec, info, wanted, _dtype(spec, info, wanted))
+
+
+def _feature_sizes(info: ModelInfo) -> dict[str, FeatureSize]:
+    down, across = info.network.grid(info.image_size)
+    return {
+        "cls": info.hidden_size,
+        "pooled": info.pooled_size,
+        "patches": (down * across, info.hidden_size),
+        "visual_tokens": down * across,
+    }
 
 
 def _without_cls(spec: JobSpec, info: ModelInfo) -> JobSpec:

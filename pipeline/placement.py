@@ -12,6 +12,8 @@ from schemas.machines import Machines
 from schemas.spec import ActorRange
 
 _BLOCK_BYTES = 8 << 20
+# Large enough for 256 images of 384 × 384 pixels or the patch features of a ViT-L at 224.
+_LARGEST_BLOCK_BYTES = 128 << 20
 _TASK_ROWS = 1024
 _MAX_TASKS = 20_000
 _CPU_BLOCK_S = 2.0
@@ -50,8 +52,11 @@ def place(
     pixel_bytes: int,
     model_bytes: int,
     image_gflop: float = 0.0,
+    output_bytes: int = 0,
 ) -> Placement:
     """Placement for `rows` images of `pixel_bytes` and `image_gflop` each with a model of `model_bytes`.
+
+    `output_bytes` are those of one image's features: patch features take more room than the pixels.
 
     Raises ClusterError when the GPUs asked for are not there.
     """
@@ -67,13 +72,14 @@ def place(
         most = wanted or max(1, cpus // threads)
         actor_cpus = min(threads * _ACTOR_CPUS_A_CORE, (cpus - _DECODE_CPUS) / most)
         chosen = actors or ActorRange(min=most, max=most)
-    batch = batch_size or (256 if gpus_per_actor else 8)
+    row_bytes = max(pixel_bytes, output_bytes)
+    batch = batch_size or _automatic_batch(256 if gpus_per_actor else 8, row_bytes)
     if actors is None:
         # More actors than batches would only load weights.
         useful = max(1, min(chosen.max, -(-rows // batch)))
         chosen = ActorRange(min=min(chosen.min, useful), max=useful)
-    blocks = max(1, _BLOCK_BYTES // max(1, pixel_bytes * batch)) if pixel_bytes else 4096 // batch
-    if gpus_per_actor:
+    blocks = max(1, _BLOCK_BYTES // max(1, row_bytes * batch)) if pixel_bytes else 4096 // batch
+    if gpus_per_actor and 2 * row_bytes * batch <= _LARGEST_BLOCK_BYTES:
         blocks = max(blocks, 2)
     elif image_gflop:
         # A result can be committed only when its block is done, and a crash must not cost minutes.
@@ -102,6 +108,14 @@ def _threads(cpus: int, actors: int | None) -> int:
     if actors:
         return max(1, cpus // actors)
     return 1 if cpus <= _SMALL_MACHINE_CPUS else _THREADS_ON_LARGER
+
+
+def _automatic_batch(usual: int, row_bytes: int) -> int:
+    """Half as often as it takes for a batch to fit into the largest block."""
+    batch = usual
+    while batch > 1 and batch * row_bytes > _LARGEST_BLOCK_BYTES:
+        batch //= 2
+    return batch
 
 
 def _check_gpus(machines: Machines, actors: ActorRange | None, gpus_per_actor: float) -> None:

@@ -81,9 +81,9 @@ class Plan(NamedTuple):
         return next(step.value for step in self.steps if step.name == name)
 
 
-def row_bytes(dims: tuple[int, ...], *, float16: bool, labels: int, uri_bytes: float) -> float:
-    """Bytes of a row of `images/`: features do not compress; a label takes about 10, digest and facts about 75."""
-    return sum(dims) * (2 if float16 else 4) + labels * 10 + 75 + uri_bytes / 2
+def row_bytes(features: int, *, labels: int, uri_bytes: float) -> float:
+    """Bytes of a row of `images/`: `features` do not compress; a label takes about 10, digest and facts about 75."""
+    return features + labels * 10 + 75 + uri_bytes / 2
 
 
 def make_plan(
@@ -162,7 +162,8 @@ def _throughput(images: int, costs: Costs, device: Device, rate: float, devices:
 
 def _memory(costs: Costs, device: Device, devices: int, cores: float) -> list[Step]:
     batch = GPU_BATCH if device.is_gpu else CPU_BATCH
-    block = batch * costs.pixel_bytes * max(2 if device.is_gpu else 1, BLOCK_BYTES // (batch * costs.pixel_bytes))
+    row = max(costs.pixel_bytes, int(costs.output_bytes))
+    block = batch * row * max(2 if device.is_gpu else 1, BLOCK_BYTES // (batch * row))
     tasks = math.ceil(cores)
     blocks = BLOCKS_PER_TASK * tasks + BLOCKS_PER_ACTOR * devices
     store = blocks * block

@@ -19,6 +19,7 @@ from pipeline.storage import Options, create_bytes, filesystem, is_local, join, 
 from schemas.errors import OutputError
 from schemas.run import ModelRecord, RunRecord, difference
 from schemas.spec import RESULT_FIELDS, JobSpec
+from schemas.tables import FeatureSize
 
 _RECORDED_VERSIONS = ("patchstream", "torch", "ray", "pyarrow", "pillow", "pi-heif", "simplejpeg", "numpy")
 # What must agree between two runs on one directory; the rest of the model record follows from these.
@@ -52,7 +53,7 @@ def require_record(out: str, storage_options: Options) -> RunRecord:
     return record
 
 
-def new_record(spec: JobSpec, model: ModelRecord, feature_dims: dict[str, int]) -> RunRecord:
+def new_record(spec: JobSpec, model: ModelRecord, feature_dims: dict[str, FeatureSize]) -> RunRecord:
     """A record with no manifest yet."""
     return RunRecord(
         run_id=uuid.uuid4().hex,

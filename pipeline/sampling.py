@@ -68,8 +68,7 @@ def from_source(spec: JobSpec) -> Sample:
         decode_s=decode_s,
         pixel_bytes=question.pixel_bytes,
         output_bytes=row_bytes(
-            question.wanted.dims,
-            float16=spec.feature_dtype == "float16",
+            question.output_bytes,
             labels=question.wanted.labels,
             uri_bytes=uri_bytes,
         ),

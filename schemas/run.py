@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from schemas.preprocessing import Preprocessing
-from schemas.tables import SCHEMA_VERSION
+from schemas.tables import SCHEMA_VERSION, FeatureSize
 
 
 class ModelRecord(BaseModel):
@@ -41,7 +41,7 @@ class RunRecord(BaseModel):
     created: str
     spec: dict[str, Any]
     model: ModelRecord
-    feature_dims: dict[str, int] = {}
+    feature_dims: dict[str, FeatureSize] = {}
     versions: dict[str, str]
     manifest_rows: int
     manifest_parts: list[str]

@@ -8,15 +8,45 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from schemas.errors import SpecError
 
-FeatureName = Literal["cls", "pooled"]
+FeatureName = Literal["cls", "pooled", "patches", "visual_tokens"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
-FEATURE_NAMES: tuple[FeatureName, ...] = ("cls", "pooled")
+FEATURE_NAMES: tuple[FeatureName, ...] = ("cls", "pooled", "patches", "visual_tokens")
+# One vector for each image: what can be searched, clustered and probed.
+VECTOR_NAMES: tuple[FeatureName, ...] = ("cls", "pooled")
 
 MIB = 1024 * 1024
+
+
+def image_size(value: Any) -> Any:
+    """`384`, `"384"`, `"224x320"` (height x width) or a pair → one number for a square, else (height, width).
+
+    Raises ValueError for text of another form; other values are left to the spec's own validation.
+    """
+    if isinstance(value, str):
+        sides = value.lower().replace("×", "x").split("x")
+        if len(sides) > 2 or not all(side.isascii() and side.isdigit() for side in sides):
+            raise ValueError("expected pixels as N or HEIGHTxWIDTH, such as 384 or 224x320")
+        value = tuple(int(side) for side in sides)
+    if isinstance(value, list | tuple) and len(set(value)) == 1 and len(value) <= 2:
+        return value[0]
+    return value
+
+
+Side = Annotated[int, Field(ge=1)]
+ImageSize = Annotated[Side | tuple[Side, Side], BeforeValidator(image_size)]
 
 
 class Strict(BaseModel):
@@ -111,7 +141,7 @@ class JobSpec(Strict):
     feature_dtype: Literal["float32", "float16"] = "float32"
     dtype: DTypeName = "auto"
     decode: Literal["exact", "fast"] = "exact"
-    image_size: Annotated[int, Field(ge=1)] | None = None
+    image_size: ImageSize | None = Field(default=None, description="pixels: one number, or height and width")
     beit_final_norm: bool = Field(
         default=False, description="apply the trained final norm of a BEiT pre-training checkpoint"
     )
@@ -143,6 +173,9 @@ class JobSpec(Strict):
             raise ValueError("neither features nor labels are asked for: the output would hold no result")
         if (self.backend == "triton") != (self.triton is not None):
             raise ValueError("backend triton needs --triton-url, and only it takes one")
+        others = [name for name in self.features if name not in VECTOR_NAMES]
+        if others and self.backend != "torch":
+            raise ValueError(f"backend {self.backend} gives cls and pooled only; leave out {', '.join(others)}")
         return self
 
 
@@ -162,6 +195,15 @@ RESULT_FIELDS = (
     "uri_column",
     "image_column",
 )
+
+
+def parse_image_size(text: str | None) -> int | tuple[int, int] | None:
+    """`--image-size`. Raises SpecError unless it is N or HEIGHTxWIDTH."""
+    try:
+        value: int | tuple[int, int] | None = TypeAdapter(ImageSize | None).validate_python(text)
+        return value
+    except ValidationError:
+        raise SpecError(f"--image-size {text}: expected pixels as N or HEIGHTxWIDTH, such as 384 or 224x320") from None
 
 
 def build_spec(values: dict[str, Any]) -> JobSpec:

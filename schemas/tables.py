@@ -7,6 +7,8 @@ Columns of the user's own tables ride along behind the fixed ones in `manifest`,
 `images`. `SCHEMA_VERSION` goes into the metadata of each Parquet file under the key `patchstream`.
 """
 
+from collections.abc import Iterable, Mapping
+
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
@@ -69,7 +71,10 @@ _FIXED_NAMES = frozenset(
         *TIMING_FIELDS,
         PIXELS_FIELD,
     ]
-) | {"cls", "pooled", "labels"}
+) | {"cls", "pooled", "patches", "visual_tokens", "labels"}
+
+# Length of a vector or of a list of tokens; (patches, width) of patch features.
+FeatureSize = int | tuple[int, int]
 
 
 def user_column_name(name: str) -> str:
@@ -97,11 +102,36 @@ def feature_field(name: str, dim: int, dtype: pa.DataType) -> pa.Field:
     return pa.field(name, pa.list_(pa.field("item", dtype, nullable=False), dim))
 
 
-def output_fields(features: dict[str, int], feature_dtype: str, labels: bool) -> list[pa.Field]:
-    """Feature fields (name → width) in the order of `features`, then `labels` where there are any."""
+def patches_field(patches: int, width: int) -> pa.Field:
+    """`patches`: for each patch, row by row from the top left, `width` float16."""
+    vector = pa.list_(pa.field("item", pa.float16(), nullable=False), width)
+    return pa.field("patches", pa.list_(pa.field("item", vector, nullable=False), patches))
+
+
+def output_fields(features: Mapping[str, FeatureSize], feature_dtype: str, labels: bool) -> list[pa.Field]:
+    """Feature fields (name → size) in the order of `features`, then `labels` where there are any.
+
+    `feature_dtype` is that of the vectors; patches are float16 and visual tokens int32 in any case.
+    """
     kind = pa.float16() if feature_dtype == "float16" else pa.float32()
-    fields = [feature_field(name, dim, kind) for name, dim in features.items()]
+    fields = []
+    for name, size in features.items():
+        if isinstance(size, tuple):
+            fields.append(patches_field(*size))
+        else:
+            fields.append(feature_field(name, size, pa.int32() if name == "visual_tokens" else kind))
     return fields + ([pa.field("labels", pa.list_(LABEL))] if labels else [])
+
+
+def feature_bytes(fields: Iterable[pa.Field]) -> int:
+    """Bytes that the fixed-size lists among `fields` take in a row."""
+    total = 0
+    for field in fields:
+        count, kind = 1, field.type
+        while pa.types.is_fixed_size_list(kind):
+            count, kind = count * kind.list_size, kind.value_type
+        total += count * kind.bit_width // 8 if kind is not field.type else 0
+    return total
 
 
 def predicted_schema(outputs: list[pa.Field], user: list[pa.Field]) -> pa.Schema:

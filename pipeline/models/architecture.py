@@ -55,7 +55,8 @@ class Architecture:
     registers as well. `position_resize`, `table_resize`: how the checkpoint's own library brings positions and BEiT's
     tables to another grid. `pool_norm`: a LayerNorm behind the pooling; `made_up` where the reference library makes
     one up (weight 1, bias 0). `projection_width`: width of `pooled` where a projection follows. `head_input`: what
-    the classifier reads.
+    the classifier reads. `visual_tokens`: size of the codebook that a BEiT pre-training head predicts from, through a
+    LayerNorm of its own with `token_norm`.
     """
 
     network: Network
@@ -88,6 +89,8 @@ class Architecture:
     num_labels: int = 0
     stem: Stem | None = None
     token_mlp_width: int = 0
+    visual_tokens: int = 0
+    token_norm: bool = False
 
     @property
     def prefix_tokens(self) -> int:
@@ -215,6 +218,10 @@ def _readout_shapes(a: Architecture) -> dict[str, Shape]:
         shapes |= _affine("head", (a.num_labels, read))
     if a.head_input == "cls_and_distillation":
         shapes |= _affine("distillation_head", (a.num_labels, d))
+    if a.token_norm:
+        shapes |= _affine("token_norm", (d,))
+    if a.visual_tokens:
+        shapes |= _affine("token_head", (a.visual_tokens, d))
     return shapes
 
 

@@ -15,7 +15,10 @@ from pipeline.models.positions import resize_grid, resize_relative_table
 from schemas.preprocessing import Preprocessing
 
 Tensors = Mapping[str, Tensor]
-READOUT = ("pooler", "pool_norm", "projection", "attention_pool", "head", "distillation_head")
+READOUT = (
+    *("pooler", "pool_norm", "projection", "attention_pool", "head", "distillation_head"),
+    *("token_norm", "token_head"),
+)
 PIXEL_SHIFT = 128
 
 

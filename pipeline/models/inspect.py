@@ -65,6 +65,8 @@ def inspect_model(
     is in pixels, one number or (height, width). Raises CheckpointError if it cannot be found or read, is of an
     unsupported family, or if tensors are missing, unexpected or of another shape.
     """
+    if image_size is not None:
+        image_size = _sides(image_size)
     place = resolve(model, revision, storage_options)
     weights = find_weights(place.folder)
     config, shapes = _described(place.folder, weights)
@@ -120,7 +122,7 @@ def _described(folder: Path, weights: Weights) -> tuple[Config, Shapes]:
 
 
 def _sides(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _architecture_name(config: Config, family: str) -> str:

@@ -1,5 +1,7 @@
 """The whole model: a trunk (ViT, BEiT or Mixer) and what is read out of it."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -27,8 +29,9 @@ class VisionModel(nn.Module):
         self.readout = Readout(a)
 
     @torch.inference_mode()
-    def forward(self, pixels: Tensor) -> Outputs:
-        return self.readout(self.trunk(pixels))  # type: ignore[no-any-return]
+    def forward(self, pixels: Tensor, also: Collection[str] = ()) -> Outputs:
+        """`also` names outputs that are made only on request: `patches`, `visual_tokens`."""
+        return self.readout(self.trunk(pixels), also)  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def last_hidden_state(self, pixels: Tensor) -> Tensor:

@@ -11,8 +11,13 @@ class Outputs(NamedTuple):
     `cls` (B, D): CLS token of the last hidden state behind the final norm; None for a network without a CLS token.
     `pooled` (B, D'): the checkpoint's own image-level representation; `ModelInfo.pooled` says which.
     `logits` (B, L): None for a checkpoint without a classifier.
+    `patches` (B, N, D), float16: patch tokens of the last hidden state, row by row from the top left; None unless
+    asked for. `visual_tokens` (B, N), int32: the codebook entry that a BEiT pre-training head predicts for each patch;
+    None unless asked for.
     """
 
     cls: Tensor | None
     pooled: Tensor
     logits: Tensor | None
+    patches: Tensor | None = None
+    visual_tokens: Tensor | None = None

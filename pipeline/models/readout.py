@@ -1,4 +1,6 @@
-"""From the last hidden state to `cls`, `pooled` and `logits`, in float32: little work, and scores keep their order."""
+"""From the last hidden state to what is asked for, in float32: little work, and scores keep their order."""
+
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +26,28 @@ class Readout(nn.Module):
         self.head = nn.Linear(read, a.num_labels) if a.head_input != "none" else None
         distilled = a.head_input == "cls_and_distillation"
         self.distillation_head = nn.Linear(a.width, a.num_labels) if distilled else None
+        self.token_norm = nn.LayerNorm(a.width, a.epsilon) if a.token_norm else nn.Identity()
+        self.token_head = nn.Linear(a.width, a.visual_tokens) if a.visual_tokens else None
 
-    def forward(self, tokens: Tensor) -> Outputs:
+    def forward(self, tokens: Tensor, also: Collection[str] = ()) -> Outputs:
+        """`also` names the outputs that are made only on request: `patches`, `visual_tokens`."""
         cls = tokens[:, 0] if self.a.class_token else None
         pooled = self.pool(tokens)
-        return Outputs(cls, pooled, self.logits(tokens, pooled))
+        patches = tokens[:, self.a.prefix_tokens :]
+        return Outputs(
+            cls,
+            pooled,
+            self.logits(tokens, pooled),
+            patches.half() if "patches" in also else None,
+            self.visual_tokens(patches) if "visual_tokens" in also else None,
+        )
+
+    def visual_tokens(self, patches: Tensor) -> Tensor:
+        """The likeliest codebook entry for each patch token (B, N, D) → int32 (B, N). One image at a time: the scores
+        over the whole codebook would take more memory than everything else."""
+        assert self.token_head is not None
+        best = [self.token_head(self.token_norm(image)).argmax(dim=-1) for image in patches]
+        return torch.stack(best).int()
 
     def pool(self, tokens: Tensor) -> Tensor:
         """The checkpoint's own image-level representation (B, D')."""

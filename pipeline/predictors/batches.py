@@ -8,16 +8,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from schemas.tables import LABEL, output_fields, predicted_schema, user_fields
+from schemas.tables import LABEL, FeatureSize, output_fields, predicted_schema, user_fields
 
 Floats = npt.NDArray[np.floating]
+Numbers = npt.NDArray[np.number]
 
 
 class Wanted(NamedTuple):
-    """What a predictor has to deliver: features by name and width, and the best `labels` of `label_names`."""
+    """What a predictor has to deliver: features by name and size, and the best `labels` of `label_names`."""
 
     features: tuple[str, ...]
-    dims: tuple[int, ...]
+    dims: tuple[FeatureSize, ...]
     feature_dtype: str
     labels: int
     label_names: tuple[str, ...]
@@ -26,14 +27,22 @@ class Wanted(NamedTuple):
     @property
     def fields(self) -> list[pa.Field]:
         """Output fields, in the order of the file."""
-        dims = dict(zip(self.features, self.dims, strict=True))
-        return output_fields(dims, self.feature_dtype, self.labels > 0)
+        sizes = dict(zip(self.features, self.dims, strict=True))
+        return output_fields(sizes, self.feature_dtype, self.labels > 0)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Lengths of the features that are one vector for each image."""
+        return {name: size for name, size in zip(self.features, self.dims, strict=True) if isinstance(size, int)}
 
 
 class Predictions(NamedTuple):
-    """Arrays for n images: features (n, D) float32, scores and indices (n, k) best first, or None."""
+    """Arrays for n images: vectors (n, D) float32, patches (n, N, D) float16, visual tokens (n, N) int32.
 
-    features: Mapping[str, Floats]
+    Scores and indices are (n, k), best first, or None.
+    """
+
+    features: Mapping[str, Numbers]
     scores: Floats | None = None
     indices: npt.NDArray[np.integer] | None = None
 
@@ -114,7 +123,7 @@ def failed_table(
 def _finite(predictions: Predictions, count: int) -> npt.NDArray[np.bool_]:
     finite = np.ones(count, bool)
     for values in predictions.features.values():
-        finite &= np.isfinite(values).all(axis=1)
+        finite &= np.isfinite(values.reshape(count, -1)).all(axis=1)
     if predictions.scores is not None:
         finite &= np.isfinite(predictions.scores).all(axis=1)
     return finite
@@ -130,17 +139,28 @@ def _mark_failed(
     return {**marked, "attempts": attempts}
 
 
-def _feature(values: Floats, kept: npt.NDArray[np.intp], rows: int, field: pa.Field) -> pa.Array:
-    numpy_type = field.type.value_type.to_pandas_dtype()
+def _feature(values: Numbers, kept: npt.NDArray[np.intp], rows: int, field: pa.Field) -> pa.Array:
+    """Fixed-size lists, nested as `field` says; null in rows that are not in `kept`."""
+    numpy_type = _leaf(field.type).to_pandas_dtype()
     if len(kept) == rows:
-        flat = pa.array(np.ascontiguousarray(values, numpy_type).reshape(-1), field.type.value_type)
-        return pa.FixedSizeListArray.from_arrays(flat, type=field.type)
-    spread = np.zeros((rows, field.type.list_size), numpy_type)
+        items = _lists(np.ascontiguousarray(values, numpy_type).reshape(-1), field.type.value_type)
+        return pa.FixedSizeListArray.from_arrays(items, type=field.type)
+    spread = np.zeros((rows, *values.shape[1:]), numpy_type)
     spread[kept] = values
     missing = np.ones(rows, bool)
     missing[kept] = False
-    flat = pa.array(spread.reshape(-1), field.type.value_type)
-    return pa.FixedSizeListArray.from_arrays(flat, type=field.type, mask=pa.array(missing))
+    items = _lists(spread.reshape(-1), field.type.value_type)
+    return pa.FixedSizeListArray.from_arrays(items, type=field.type, mask=pa.array(missing))
+
+
+def _leaf(kind: pa.DataType) -> pa.DataType:
+    return _leaf(kind.value_type) if pa.types.is_fixed_size_list(kind) else kind
+
+
+def _lists(flat: Numbers, kind: pa.DataType) -> pa.Array:
+    if not pa.types.is_fixed_size_list(kind):
+        return pa.array(flat, kind)
+    return pa.FixedSizeListArray.from_arrays(_lists(flat, kind.value_type), type=kind)
 
 
 def _labels(

@@ -30,8 +30,7 @@ class NullPredictor:
     def __call__(self, decoded: pa.Table) -> pa.Table:
         """Predicted table for a decoded one; every row succeeds."""
         rows = decoded["row"].to_numpy()
-        widths = zip(self._wanted.features, self._wanted.dims, strict=True)
-        features = {name: null_features(rows, dim) for name, dim in widths}
+        features = {name: null_features(rows, dim) for name, dim in self._wanted.widths.items()}
         return predicted_table(decoded, np.arange(len(rows)), Predictions(features), self._wanted, 0.0)
 
 

@@ -102,9 +102,9 @@ class TorchPredictor:
             return pinned.to(self._device, non_blocking=True), len(part)
 
     def _forward(self, batch: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
-        """`cls`, `pooled` (those wanted), then scores and indices where labels are wanted; `count` rows each."""
-        outputs = self._model(batch)
-        tensors = [getattr(outputs, name)[:count].float() for name in self._wanted.features]
+        """The features that are wanted, then scores and indices where labels are wanted; `count` rows each."""
+        outputs = self._model(batch, self._wanted.features)
+        tensors = [getattr(outputs, name)[:count] for name in self._wanted.features]
         if self._wanted.labels:
             logits = outputs.logits[:count].float()
             scores = torch.sigmoid(logits) if self._wanted.multi_label else torch.softmax(logits, dim=-1)
@@ -120,7 +120,8 @@ class TorchPredictor:
         names = self._wanted.features
         if not done:
             none = np.empty((0, self._wanted.labels))
-            features = {name: np.empty((0, dim)) for name, dim in zip(names, self._wanted.dims, strict=True)}
+            sizes = [size if isinstance(size, tuple) else (size,) for size in self._wanted.dims]
+            features = {name: np.empty((0, *size), np.float32) for name, size in zip(names, sizes, strict=True)}
             return Predictions(features, none, none.astype(np.int64)) if self._wanted.labels else Predictions(features)
         columns = [torch.cat(parts).numpy() for parts in zip(*done, strict=True)]
         features = dict(zip(names, columns[: len(names)], strict=True))

@@ -155,7 +155,7 @@ class TritonPredictor:
 
     def _predictions(self, outputs: list[Mapping[str, Floats]]) -> Predictions:
         names = [*self._wanted.features, *([LOGITS] if self._wanted.labels else [])]
-        sizes = [*self._wanted.dims, len(self._wanted.label_names)]
+        sizes = [*self._wanted.widths.values(), len(self._wanted.label_names)]
         empty = dict(zip(names, [np.empty((0, size), np.float32) for size in sizes], strict=False))
         columns = {name: np.concatenate([empty[name], *(part[name] for part in outputs)]) for name in names}
         features = {name: columns[name] for name in self._wanted.features}

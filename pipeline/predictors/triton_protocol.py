@@ -75,7 +75,7 @@ def check_model(config: Mapping[str, Any], info: ModelInfo, wanted: Wanted, name
     ]
     height, width = info.image_size
     problems += _differences("input", config.get("input", []), {INPUT_NAME: ("TYPE_UINT8", [height, width, 3])})
-    outputs = {**dict(zip(wanted.features, wanted.dims, strict=True))}
+    outputs = wanted.widths
     if wanted.labels:
         outputs[LOGITS] = len(wanted.label_names)
     expected = {key: ("TYPE_FP32", [size]) for key, size in outputs.items()}

@@ -16,6 +16,7 @@ from pipeline.report.lookup import RowLookup
 from pipeline.report.run import RunDirectory, open_part
 from pipeline.report.scan import ABSENT, ImageScan, scan_images
 from pipeline.report.thumbnails import Thumbnailer
+from schemas.spec import FEATURE_NAMES
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -150,5 +151,5 @@ def open_exploration(run: RunDirectory, searcher: Searcher | None) -> Exploratio
 def _narrow_columns(run: RunDirectory) -> list[str]:
     for path in run.parts("images")[:1]:
         with open_part(run.fs, path) as part:
-            return [name for name in part.schema_arrow.names if name not in {"cls", "pooled"}]
+            return [name for name in part.schema_arrow.names if name not in FEATURE_NAMES]
     return ["row"]

@@ -21,7 +21,7 @@ from pipeline.retrieval.parts import Part, fingerprint, list_parquet, list_parts
 from pipeline.storage import Options, filesystem, is_local, join, read_json, redact
 from schemas.errors import OutputError, SpecError
 from schemas.run import RunRecord
-from schemas.spec import FEATURE_NAMES
+from schemas.spec import VECTOR_NAMES
 from schemas.tables import FAILURES_SCHEMA, manifest_schema, user_fields
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class FeatureStore:
         self.record = record
         self.parts = parts
         self.schema = schema
-        self.features = {name: schema.field(name).type.list_size for name in FEATURE_NAMES if name in schema.names}
+        self.features = {name: schema.field(name).type.list_size for name in VECTOR_NAMES if name in schema.names}
         self.progress: Progress = no_progress
         self._matrices: dict[str, Matrix] = {}
 

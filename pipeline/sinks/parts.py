@@ -24,6 +24,7 @@ FOLDERS = ("images", "failures")
 _NAME = re.compile(r"part-(\d{12,})-(\d{12,})-(\d+)-[0-9a-f]{12}\.parquet")
 # About a megabyte of addresses and small columns; keeps a filtered read from touching everything.
 _GROUP_ROWS = 1 << 14
+_GROUP_BYTES = 128 << 20
 
 
 class Part(NamedTuple):
@@ -101,17 +102,18 @@ def encode(table: pa.Table, metadata: bytes) -> bytes:
     """`table` as the bytes of a Parquet file.
 
     Floats are left uncompressed, since zstd takes time on them and gains next to nothing. Pages carry checksums,
-    which `verify` reads back.
+    which `verify` reads back. Row groups stay small enough that a reader who wants one row of patch features does
+    not fetch gigabytes.
     """
     compression = {}
     for column in pq.ParquetFile(_probe(table.schema)).schema:
-        is_feature = column.path.split(".")[0] in {"cls", "pooled"}
+        is_feature = column.path.split(".")[0] in {"cls", "pooled", "patches"}
         compression[column.path] = "none" if is_feature else "zstd"
     sink = pa.BufferOutputStream()
     pq.write_table(
         table.replace_schema_metadata({METADATA_KEY: metadata}),
         sink,
-        row_group_size=_GROUP_ROWS,
+        row_group_size=max(1, min(_GROUP_ROWS, _GROUP_BYTES * table.num_rows // max(1, table.nbytes))),
         compression=compression,
         use_dictionary=[path for path, codec in compression.items() if codec == "zstd"],
         write_page_checksum=True,

@@ -120,3 +120,15 @@ def _same(batch: object) -> object:
 class _Same:
     def __call__(self, batch: object) -> object:
         return batch
+
+
+def test_patch_features_take_room_of_their_own() -> None:
+    """ViT-L at 224 pixels: 401,408 bytes an image; DINOv2-giant at 518: 4.2 MB."""
+    machines = Machines(cpus=16, gpus=1, memory_bytes=64 << 30, object_store_bytes=16 << 30)
+    plain = placed(machines, gpus_per_actor=1.0)
+    large = placed(machines, gpus_per_actor=1.0, output_bytes=196 * 1024 * 2)
+    giant = placed(machines, gpus_per_actor=1.0, output_bytes=1369 * 1536 * 2)
+    assert (plain.block_rows, large.block_rows, large.batch_size) == (512, 256, 256)  # type: ignore[attr-defined]
+    assert giant.batch_size * 1369 * 1536 * 2 <= 128 << 20  # type: ignore[attr-defined]
+    on_cpus = placed(LAPTOP, output_bytes=196 * 1024 * 2)
+    assert on_cpus.block_rows * 196 * 1024 * 2 <= 8 << 20  # type: ignore[attr-defined]

@@ -143,5 +143,5 @@ def test_refused(images: int, options: dict[str, float]) -> None:
 
 
 def test_bytes_of_a_row() -> None:
-    assert row_bytes((1024, 1024), float16=False, labels=5, uri_bytes=100) == 8192 + 50 + 75 + 50
-    assert row_bytes((1024,), float16=True, labels=0, uri_bytes=0) == 2048 + 75
+    assert row_bytes(8192, labels=5, uri_bytes=100) == 8192 + 50 + 75 + 50
+    assert row_bytes(2048, labels=0, uri_bytes=0) == 2048 + 75

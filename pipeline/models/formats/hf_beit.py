@@ -62,6 +62,7 @@ def architecture(config: Config, shapes: Shapes) -> Architecture:
     pool_norm: PoolNorm = ("trained" if trained else "made_up") if mean_pooling else "none"
     if final_norm and mean_pooling:
         pooled, pool_norm = "mean_patch_tokens", "none"
+    codebook = shapes.get("lm_head.weight", (0,))[0]
     shared, each = config["use_shared_relative_position_bias"], config["use_relative_position_bias"]
     return Architecture(
         network="beit",
@@ -75,12 +76,15 @@ def architecture(config: Config, shapes: Shapes) -> Architecture:
         pool_norm=pool_norm,
         head_input="pooled" if labels else "none",
         num_labels=labels,
+        visual_tokens=codebook,
+        token_norm=bool(codebook) and not config["beit_final_norm"],
     )
 
 
 def spell(a: Architecture, shapes: Shapes) -> Spelling:
     """The trained norm of a pre-training checkpoint is the top-level `layernorm`, beside the body `beit.`."""
     spelling = prefixed(BODY, "beit.", shapes) | {"head": "classifier"}
+    spelling |= {"token_norm": "layernorm", "token_head": "lm_head"}
     if a.pooled == "mean_patch_tokens":
         spelling["norm"] = "layernorm"
     return spelling
@@ -97,7 +101,6 @@ FORMAT = Format(
     ignored=(
         r"(beit\.)?embeddings\.mask_token",
         r".*relative_position_index",
-        r"lm_head\.(weight|bias)",
         r"layernorm\.(weight|bias)",
     ),
 )
