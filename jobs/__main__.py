@@ -1,9 +1,12 @@
 """`python -m jobs`, and the `patchstream` script: run a command, turn errors into one message and an exit code."""
 
+import atexit
+import contextlib
 import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,8 +31,19 @@ def _check_own_packages() -> None:
             sys.exit(2)
 
 
-if __name__ == "__main__":
+def entry() -> NoReturn:
+    """Run the command line and end the process with its exit code.
+
+    What was registered for the end is run, but the interpreter is not taken down: the native thread pools of Arrow, Ray
+    and torch wind down in no set order, and now and then abort a process (code 134) whose work is done and told.
+    """
     code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code) if code >= 128 else sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # whoever read it has gone
+            stream.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    entry()
