@@ -18,6 +18,7 @@ _MODULES = (
     "jobs.directory",
     "jobs.models",
     "jobs.plan",
+    "jobs.benchmark",
     "jobs.retrieve",
     "jobs.retrieve_groups",
     "jobs.retrieve_labels",

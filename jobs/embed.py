@@ -37,7 +37,7 @@ def job(
     ] = None,
     feature_dtype: Annotated[str | None, typer.Option(help="float32 or float16 in the output.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Precision of the model: auto, float32, bfloat16 or float16.")
+        str | None, typer.Option(help="auto, float32, bfloat16, float16 (GPU), int8 (CPU) or float8 (GPU).")
     ] = None,
     batch_size: Annotated[str | None, typer.Option(help="Images in a batch, or auto.")] = None,
     image_size: Annotated[

@@ -106,7 +106,7 @@ def _work(
     """Predict and commit `rest`, in as many passes as it takes."""
     spec = question.spec
     first, stop = shard_rows(opened.record.manifest_rows, spec.shard.index, spec.shard.count)
-    placement = _place(question, machines, intervals.count(rest))
+    placement = place_job(question, machines, intervals.count(rest))
     meter = Meter(stop - first, stop - first - intervals.count(rest), 0, placement, int(machines.cpus))
     job = WriteJob(fence, opened.schema, opened.record.part_metadata())
     try:
@@ -204,7 +204,8 @@ def cut(rest: Spans, task_rows: int) -> list[pa.Table]:
     return tables
 
 
-def _place(question: Question, machines: Machines, rows: int) -> Placement:
+def place_job(question: Question, machines: Machines, rows: int) -> Placement:
+    """Placement of a job of `rows` pending rows. Raises ClusterError when the GPUs asked for are not there."""
     spec = question.spec
     return place(
         machines,

@@ -132,6 +132,8 @@ def _dtype(spec: JobSpec, info: ModelInfo, wanted: Wanted) -> str:
             )
         return served
     if spec.gpus_per_actor:
+        if spec.dtype == "int8":
+            raise SpecError("--dtype int8 is for CPUs; on GPUs use float8 (sm89 and later), bfloat16 or auto")
         return "bfloat16" if spec.dtype == "auto" else spec.dtype
     return choose_dtype(spec.dtype, cuda=False)
 

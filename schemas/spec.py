@@ -22,7 +22,7 @@ from pydantic import (
 from schemas.errors import SpecError
 
 FeatureName = Literal["cls", "pooled", "patches", "visual_tokens"]
-DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+DTypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "float8"]
 FEATURE_NAMES: tuple[FeatureName, ...] = ("cls", "pooled", "patches", "visual_tokens")
 # One vector for each image: what can be searched, clustered and probed.
 VECTOR_NAMES: tuple[FeatureName, ...] = ("cls", "pooled")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.architecture import Architecture
-from pipeline.models.layers import Block, PatchEmbedding
+from pipeline.models.layers import Block, PatchEmbedding, blocks_for
 
 BIAS_ALIGNMENT = 8
 
@@ -33,12 +33,14 @@ class Beit(nn.Module):
         self.relative_bias = nn.ParameterList(torch.empty(bias_shape) for _ in range(tables))
         self.blocks: nn.ModuleList = nn.ModuleList(Block(a) for _ in range(a.depth))
         self.norm = nn.LayerNorm(a.width, a.epsilon) if a.final_norm else nn.Identity()
+        self.prefix_block: nn.Module | None = None  # of `prefix.py`, in place of the last block
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, whole: bool = True) -> Tensor:
+        """Without `whole`, only the prefix tokens (B, P, D), where `prefix_block` is set."""
         patches = self.patch(pixels) + self.positions  # (B, N, D)
         x = torch.cat([self.prefix.expand(len(pixels), -1, -1), patches], dim=1)  # (B, T, D)
         biases = [bias[..., : self.token_count] for bias in self.relative_bias] or [None]
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(blocks_for(self.blocks, self.prefix_block, whole)):
             x = block(x, biases[i % len(biases)])
         return self.norm(x.float())  # type: ignore[no-any-return]
 

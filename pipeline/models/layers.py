@@ -83,3 +83,8 @@ class Block(nn.Module):
             gate, value = hidden.chunk(2, dim=-1)
             return self.fc2(self.activation(gate) * value)  # type: ignore[no-any-return]
         return self.fc2(self.activation(hidden))  # type: ignore[no-any-return]
+
+
+def blocks_for(blocks: nn.ModuleList, prefix_block: nn.Module | None, whole: bool) -> list[nn.Module]:
+    """The blocks to run: all, or with `prefix_block` instead of the last one where not the `whole` is read."""
+    return list(blocks) if whole or prefix_block is None else [*blocks[:-1], prefix_block]

@@ -1,6 +1,6 @@
 """From a described checkpoint to a network that runs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,19 @@ import torch
 from pipeline.models.fold import fold
 from pipeline.models.formats import npz_vit
 from pipeline.models.inspect import ModelInfo, digest_of
+from pipeline.models.kernels import choose_linear, cpu_libraries, replace_linears
 from pipeline.models.network import VisionModel
 from pipeline.models.npz import read_npz
-from pipeline.models.packed import can_pack, pack
+from pipeline.models.precision import describe_hardware, dtype_name
+from pipeline.models.prefix import prefix_suffices, read_prefix_only
+from pipeline.models.readout import OUTPUTS
 from pipeline.models.remap import remap
 from pipeline.models.resolve import resolve
 from pipeline.models.weights import Weights, find_weights, read_tensors
 from schemas.errors import CheckpointError
+
+# What stands between the products where those are in 8 bits.
+TRUNK_DTYPES = {torch.int8: torch.float32, torch.float8_e4m3fn: torch.bfloat16}
 
 
 def load_model(
@@ -25,23 +31,35 @@ def load_model(
     device: str | torch.device = "cpu",
     storage_options: Mapping[str, Any] = {},
     packed: bool = True,
+    outputs: Iterable[str] = OUTPUTS,
 ) -> VisionModel:
     """The network of `info` in eval mode, without gradients: the trunk in `dtype`, the readout in float32.
-    On an x86 CPU the blocks are laid out for
-    oneDNN, unless `packed` is false.
+
+    On an x86 CPU the blocks are laid out for the library that multiplies fastest, unless `packed` is false. `outputs`
+    are those of `cls`, `pooled` and `logits` that will be used; where the prefix tokens are enough for them, the last
+    block computes no others.
 
     On a machine where `info.folder` does not exist the checkpoint is found again by name and revision. Raises
     CheckpointError if it cannot be, or if its digest is another.
     """
     weights = find_weights(_folder(info, storage_options))
     with torch.no_grad():
-        state = fold(remap(_tensors(weights), info.plan), info.network, info.preprocessing, dtype)
+        state = fold(
+            remap(_tensors(weights), info.plan), info.network, info.preprocessing, TRUNK_DTYPES.get(dtype, dtype)
+        )
     with torch.device("meta"):
         model = VisionModel(info.network, info.image_size).eval().requires_grad_(False)
     model.load_state_dict(state, assign=True)
     model.to(device)
-    if packed and can_pack(dtype, torch.device(device)):
-        pack(model.trunk.blocks)
+    model.readout.outputs = frozenset(outputs)
+    if prefix_suffices(info.network, model.readout.outputs):
+        model.trunk.prefix_block = read_prefix_only(model.trunk.blocks, info.network.prefix_tokens)
+    if packed:
+        kind = torch.device(device).type
+        hardware = describe_hardware(cuda=kind == "cuda")
+        replace_linears(model.trunk, choose_linear(dtype_name(dtype), kind, hardware, cpu_libraries()))
+    elif dtype in TRUNK_DTYPES:
+        raise ValueError(f"{dtype_name(dtype)} is a kind of packed layer: packed=False leaves none")
     return model
 
 

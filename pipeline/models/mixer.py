@@ -42,7 +42,8 @@ class Mixer(nn.Module):
         self.blocks: nn.ModuleList = nn.ModuleList(MixerBlock(a, tokens) for _ in range(a.depth))
         self.norm = nn.LayerNorm(a.width, a.epsilon)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, whole: bool = True) -> Tensor:
+        """Every token is read, so `whole` makes no difference."""
         x = self.patch(pixels) + self.positions  # (B, N, D)
         for block in self.blocks:
             x = block(x)

@@ -31,7 +31,7 @@ class VisionModel(nn.Module):
     @torch.inference_mode()
     def forward(self, pixels: Tensor, also: Collection[str] = ()) -> Outputs:
         """`also` names outputs that are made only on request: `patches`, `visual_tokens`."""
-        return self.readout(self.trunk(pixels), also)  # type: ignore[no-any-return]
+        return self.readout(self.trunk(pixels, whole=bool(also)), also)  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def last_hidden_state(self, pixels: Tensor) -> Tensor:

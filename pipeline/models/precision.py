@@ -3,28 +3,38 @@
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from schemas.errors import SpecError
 from schemas.spec import DTypeName
 
+if TYPE_CHECKING:
+    import torch
+
 BFLOAT16_CPU_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})
 BFLOAT16_SINCE_SM = (8, 0)
+INT8_CPU_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
+FLOAT8_SINCE_SM = (8, 9)
+# Precisions whose distance from float32 is measured on the user's own images before a run.
+MEASURED = frozenset({"int8", "float8"})
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What decides about precision: flags of the CPU as Linux names them, and the GPU's compute capability."""
+    """What decides about precision and kernels: flags and vendor of the CPU as Linux names them, and the GPU's compute
+    capability."""
 
     cpu_flags: frozenset[str] = frozenset()
     compute_capability: tuple[int, int] | None = None
+    cpu_vendor: str = ""
 
 
 def choose_dtype(requested: DTypeName, *, cuda: bool, hardware: Hardware | None = None) -> DTypeName:
     """The precision for `requested` on a GPU (`cuda`) or CPU.
 
     `auto` is bfloat16 where the hardware computes in it (GPU sm80 and later, CPU with AMX or AVX512-BF16), float16 on
-    older GPUs, and float32 elsewhere. Raises SpecError for float16 on a CPU, where it is slower than float32 and
-    loses range, and for a GPU that is not there.
+    older GPUs, and float32 elsewhere. Raises SpecError for a precision that the hardware has no units for, or none
+    that pay (float16 on a CPU is slower than float32 and loses range), and for a GPU that is not there.
     """
     if hardware is None:
         hardware = describe_hardware(cuda=cuda)
@@ -32,9 +42,34 @@ def choose_dtype(requested: DTypeName, *, cuda: bool, hardware: Hardware | None 
         raise SpecError("a GPU was asked for, but torch sees none on this machine; drop --gpus-per-actor or use one")
     if requested == "float16" and not cuda:
         raise SpecError("--dtype float16 runs on GPUs only; on a CPU use auto, float32 or bfloat16")
+    if requested == "int8" and (cuda or not hardware.cpu_flags & INT8_CPU_FLAGS):
+        where = (
+            "on a GPU; use float8 or bfloat16 there" if cuda else "on this CPU, which has no VNNI or AMX units for it"
+        )
+        raise SpecError(
+            f"--dtype int8 does not pay {where}; auto is the fastest precision that loses nothing to speak of"
+        )
+    if requested == "float8" and not cuda:
+        raise SpecError("--dtype float8 runs on GPUs only (sm89 and later); on a CPU use auto or int8")
+    if requested == "float8" and (hardware.compute_capability or (0, 0)) < FLOAT8_SINCE_SM:
+        raise SpecError("--dtype float8 needs a GPU of compute capability 8.9 or later (L4, L40S, H100); use auto")
     if requested == "auto":
         return _automatic(cuda, hardware)
     return requested
+
+
+def torch_dtype(name: str) -> "torch.dtype":
+    """The dtype that stands for a precision: that of the trunk, or for `int8` and `float8` that of its products."""
+    import torch
+
+    found: torch.dtype = getattr(torch, {"float8": "float8_e4m3fn"}.get(name, name))
+    return found
+
+
+def dtype_name(dtype: "torch.dtype") -> str:
+    """The other way round: `float32`, `bfloat16`, `float16`, `int8` or `float8`."""
+    name = str(dtype).removeprefix("torch.")
+    return "float8" if name == "float8_e4m3fn" else name
 
 
 def _automatic(cuda: bool, hardware: Hardware) -> DTypeName:
@@ -52,16 +87,17 @@ def describe_hardware(*, cuda: bool) -> Hardware:
 
         if torch.cuda.is_available():
             capability = torch.cuda.get_device_capability()
-    return Hardware(_cpu_flags(), capability)
+    return Hardware(frozenset(_cpuinfo("flags", "Features").split()), capability, _cpuinfo("vendor_id"))
 
 
-def _cpu_flags() -> frozenset[str]:
-    """Linux: from /proc/cpuinfo. macOS on ARM computes bfloat16 in software, so it has none that count."""
+def _cpuinfo(*names: str) -> str:
+    """The first value under one of `names` in /proc/cpuinfo. Empty elsewhere than on Linux: macOS on ARM computes
+    bfloat16 in software, so it has no flags that count."""
     cpuinfo = Path("/proc/cpuinfo")
     if platform.system() != "Linux" or not cpuinfo.exists():
-        return frozenset()
+        return ""
     for line in cpuinfo.read_text().splitlines():
         name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
+        if name.strip() in names:
+            return value.strip()
+    return ""

@@ -10,9 +10,11 @@ from pipeline.models.architecture import Architecture
 from pipeline.models.layers import ACTIVATIONS
 from pipeline.models.outputs import Outputs
 
+OUTPUTS = frozenset({"cls", "pooled", "logits"})
+
 
 class Readout(nn.Module):
-    """Last hidden state (B, T, D) → Outputs."""
+    """Last hidden state (B, T, D) → Outputs. Only those named in `outputs` are computed."""
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
@@ -28,16 +30,19 @@ class Readout(nn.Module):
         self.distillation_head = nn.Linear(a.width, a.num_labels) if distilled else None
         self.token_norm = nn.LayerNorm(a.width, a.epsilon) if a.token_norm else nn.Identity()
         self.token_head = nn.Linear(a.width, a.visual_tokens) if a.visual_tokens else None
+        self.outputs = OUTPUTS
 
     def forward(self, tokens: Tensor, also: Collection[str] = ()) -> Outputs:
         """`also` names the outputs that are made only on request: `patches`, `visual_tokens`."""
         cls = tokens[:, 0] if self.a.class_token else None
-        pooled = self.pool(tokens)
+        wants_logits = "logits" in self.outputs and self.head is not None
+        head_reads_pooled = wants_logits and self.a.head_input == "pooled"
+        pooled = self.pool(tokens) if "pooled" in self.outputs or head_reads_pooled else None
         patches = tokens[:, self.a.prefix_tokens :]
         return Outputs(
             cls,
             pooled,
-            self.logits(tokens, pooled),
+            self.logits(tokens, pooled) if wants_logits else None,
             patches.half() if "patches" in also else None,
             self.visual_tokens(patches) if "visual_tokens" in also else None,
         )
@@ -61,7 +66,7 @@ class Readout(nn.Module):
         first = 0 if kind == "mean_all_tokens" else self.a.prefix_tokens
         return self.pool_norm(tokens[:, first:].mean(dim=1))  # type: ignore[no-any-return]
 
-    def logits(self, tokens: Tensor, pooled: Tensor) -> Tensor | None:
+    def logits(self, tokens: Tensor, pooled: Tensor | None) -> Tensor | None:
         """Classifier scores (B, L) before softmax or sigmoid."""
         if self.head is None:
             return None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.models.architecture import Architecture
 from pipeline.models.hybrid import HybridEmbedding
-from pipeline.models.layers import Block, PatchEmbedding
+from pipeline.models.layers import Block, PatchEmbedding, blocks_for
 
 
 class ViT(nn.Module):
@@ -26,11 +26,13 @@ class ViT(nn.Module):
         self.pre_norm = nn.LayerNorm(a.width, a.epsilon) if a.pre_norm else nn.Identity()
         self.blocks: nn.ModuleList = nn.ModuleList(Block(a) for _ in range(a.depth))
         self.norm = nn.LayerNorm(a.width, a.epsilon) if a.final_norm else nn.Identity()
+        self.prefix_block: nn.Module | None = None  # of `prefix.py`, in place of the last block
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, whole: bool = True) -> Tensor:
+        """Without `whole`, only the prefix tokens (B, P, D), where `prefix_block` is set."""
         patches = self.patch(pixels) + self.positions  # (B, N, D)
         x = torch.cat([self.prefix.expand(len(pixels), -1, -1), patches], dim=1)  # (B, T, D)
         x = self.pre_norm(x)
-        for block in self.blocks:
+        for block in blocks_for(self.blocks, self.prefix_block, whole):
             x = block(x)
         return self.norm(x.float())  # type: ignore[no-any-return]

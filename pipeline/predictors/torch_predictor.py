@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.models import ModelInfo, load_model
+from pipeline.models.precision import torch_dtype
 from pipeline.predictors.batches import Predictions, Wanted, good_rows, pixels_of, predicted_table
 from schemas.errors import ClusterError
 
@@ -38,8 +39,11 @@ class TorchPredictor:
         if cuda:
             _check_gpu(dtype)
         self._device = torch.device("cuda" if cuda else "cpu")
-        precision = getattr(torch, dtype)
-        self._model = load_model(info, dtype=precision, device=self._device, storage_options=storage_options)
+        precision = torch_dtype(dtype)
+        outputs = (*wanted.features, *(("logits",) if wanted.labels else ()))
+        self._model = load_model(
+            info, dtype=precision, device=self._device, storage_options=storage_options, outputs=outputs
+        )
         self._wanted = wanted
         self._batch = batch_size
         self._height, self._width = info.preprocessing.output_size

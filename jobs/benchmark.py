@@ -1,0 +1,149 @@
+"""`benchmark`: one minute on this machine that says what a job will do here, what holds it up, and what to change."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jobs.directory import AsJson, Options, emit, parse_options
+from schemas.errors import SpecError
+
+if TYPE_CHECKING:
+    from pipeline.advice import Measured, Shape
+    from pipeline.placement import Placement
+    from pipeline.rehearsal import Rehearsal
+    from schemas.spec import JobSpec
+
+_LEAST_IMAGES = 48
+
+
+def benchmark(
+    source: Annotated[list[str], typer.Argument(help="As for embed; a sample of it is measured.")],
+    model: Annotated[str, typer.Option(help="A folder, an object-store prefix or a hub name.")],
+    features: Annotated[str, typer.Option(help="As for embed.")] = "cls,pooled",
+    labels: Annotated[int, typer.Option(min=0, help="As for embed.")] = 0,
+    dtype: Annotated[str, typer.Option(help="As for embed.")] = "auto",
+    batch_size: Annotated[str, typer.Option(help="As for embed.")] = "auto",
+    decode: Annotated[str, typer.Option(help="exact or fast, as for embed.")] = "exact",
+    image_size: Annotated[int | None, typer.Option(help="As for embed.")] = None,
+    actors: Annotated[str | None, typer.Option(help="As for embed.")] = None,
+    gpus_per_actor: Annotated[float, typer.Option(help="As for embed.")] = 0.0,
+    address: Annotated[str | None, typer.Option(help="As for embed.")] = None,
+    seconds: Annotated[float, typer.Option(min=5, help="About how long to measure, start-up of Ray apart.")] = 45.0,
+    storage_options: Options = None,
+    as_json: AsJson = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show tracebacks and Ray's own output.")] = False,
+) -> int:
+    """Measure each stage apart and all together for about a minute; name the bottleneck and what to change."""
+    from jobs.console import native_messages_aside
+    from jobs.embed import nested_values
+    from schemas.spec import build_spec
+
+    values: dict[str, Any] = {
+        "sources": source,
+        "model": model,
+        "out": "memory://benchmark",
+        "features": [name for name in features.split(",") if name not in {"", "none"}],
+        "labels": labels,
+        "dtype": dtype,
+        "batch_size": int(batch_size) if batch_size.isdigit() else batch_size,
+        "decode": decode,
+        "image_size": image_size,
+        "gpus_per_actor": gpus_per_actor,
+        "storage_options": parse_options(storage_options),
+    }
+    spec = build_spec(values | nested_values({"actors": actors}))
+    with native_messages_aside(verbose):
+        measured, shape, placement, together = look(spec, seconds, address, verbose)
+    found = result(measured, shape, placement, together)
+    if as_json:
+        import json
+
+        emit(json.dumps(found))
+    else:
+        show(found, measured, shape)
+    return 0
+
+
+def look(
+    spec: "JobSpec", seconds: float, address: str | None, verbose: bool
+) -> "tuple[Measured, Shape, Placement, Rehearsal]":
+    """Stages apart in a worker placed like an actor, then the whole job; half of `seconds` each."""
+    from cluster.remote import call
+    from cluster.session import ray_session
+    from pipeline.advice import Shape, ideal_rate, stage_costs
+    from pipeline.flow import place_job
+    from pipeline.opening import ask
+    from pipeline.preflight import LISTED, measure
+    from pipeline.rehearsal import rehearse
+
+    question = ask(spec)
+    connect = partial(ray_session, address, verbose=verbose)
+    with connect() as machines:
+        placement = place_job(question, machines, LISTED)
+        cpus = 1.0 if spec.gpus_per_actor else min(machines.cpus, placement.threads)
+        measured = call(
+            measure, cpus=cpus, gpus=spec.gpus_per_actor, question=question, placement=placement, seconds=seconds / 2
+        )
+        shape = Shape(int(machines.cpus), machines.gpus if spec.gpus_per_actor else 0.0, placement.actors.max,
+                      spec.decode)  # fmt: skip
+        expected = ideal_rate(stage_costs(measured, shape), shape)
+        tail = placement.actors.max * placement.block_rows
+        images = int(max(_LEAST_IMAGES, 4 * tail, expected * seconds / 2))
+        available = measured.listed if measured.listed < LISTED else images
+        together = rehearse(spec, connect, images=images, available=available, tail=tail)
+    if together.images_per_s <= 0:
+        raise SpecError(f"--seconds {seconds:g} is too short for this model: only one batch came through")
+    return measured, shape, placement, together
+
+
+def result(measured: "Measured", shape: "Shape", placement: "Placement", together: "Rehearsal") -> dict[str, Any]:
+    """All figures as JSON-ready values; rates in images/s."""
+    from pipeline.advice import advise, bottleneck, cpus_for_a_gpu, ideal_rate, stage_costs
+
+    costs = stage_costs(measured, shape)
+    ideal = ideal_rate(costs, shape)
+    return {
+        "cpus": shape.cpus,
+        "gpus": shape.gpus,
+        "actors": shape.actors,
+        "threads": placement.threads,
+        "batch_size": placement.batch_size,
+        "dtype": measured.forward[0].dtype,
+        "decode": shape.decode,
+        "stages": {cost.name: {"core_ms": cost.core_s * 1e3, "images_per_s_alone": cost.alone} for cost in costs},
+        "ideal_images_per_s": ideal,
+        "together_images_per_s": together.images_per_s,
+        "together_images": together.images,
+        "predicted_images_per_s": together.images_per_s,
+        "startup_s": together.startup_s,
+        "bottleneck": bottleneck(costs, shape),
+        "cpus_for_each_gpu": cpus_for_a_gpu(measured, shape) if shape.gpus else None,
+        "advice": advise(measured, shape),
+        "measured": measured._asdict() | {"forward": [item._asdict() for item in measured.forward]},
+    }
+
+
+def show(found: dict[str, Any], measured: "Measured", shape: "Shape") -> None:
+    """The same for a person."""
+    where = f"{shape.cpus} CPUs" + (f" and {shape.gpus:g} GPUs" if shape.gpus else "")
+    emit(f"{where}, {found['actors']} actors, batches of {found['batch_size']}, {found['dtype']}, {found['decode']}")
+    emit(f"{measured.sampled} of {measured.listed:,} images listed, {measured.file_bytes / 1e3:,.1f} kB each\n")
+    emit(f"{'stage':<12}{'core-ms an image':>18}{'images/s alone':>18}")
+    for name, cost in found["stages"].items():
+        emit(f"{name:<12}{cost['core_ms']:>18,.2f}{cost['images_per_s_alone']:>18,.1f}")
+    share = found["together_images_per_s"] / found["ideal_images_per_s"]
+    emit(f"{'ideal':<12}{'':>18}{found['ideal_images_per_s']:>18,.1f}   if no stage ever waited")
+    emit(f"{'together':<12}{'':>18}{found['together_images_per_s']:>18,.1f}   {share:.0%} of it, measured on "
+         f"{found['together_images']} images\n")  # fmt: skip
+    emit(f"{'precision':<12}{'batch':>18}{'ms an image':>18}")
+    for item in measured.forward:
+        emit(f"{item.dtype:<12}{item.batch_size:>18}{item.image_s * 1e3:>18,.2f}")
+    emit(f"\nexpect {found['predicted_images_per_s']:,.1f} images/s after {found['startup_s']:.0f} s of start-up; "
+         f"most of it goes to: {found['bottleneck']}")  # fmt: skip
+    for sentence in found["advice"]:
+        emit(f"  - {sentence}")
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"benchmark": benchmark}

@@ -1,0 +1,173 @@
+"""From measured costs of the stages to the bottleneck, the rate to expect, and what to change. Arithmetic only."""
+
+import statistics
+from typing import NamedTuple
+
+# Below these gains a change is not worth a word; measurements on a machine in use scatter by a few percent.
+WORTH = 1.08
+LIKE_ENOUGH = 0.995
+
+
+class Forward(NamedTuple):
+    """Seconds of `threads` threads (or of one GPU, `threads` 0) for one image in a batch of `batch_size`.
+
+    `cosines`: of the first feature to that in the precision of the job, image by image; empty where it is that one.
+    """
+
+    dtype: str
+    batch_size: int
+    threads: int
+    image_s: float
+    cosines: list[float]
+
+
+class Measured(NamedTuple):
+    """Costs of one image, stage by stage; `forward[0]` is how the job would run.
+
+    `fetch_s` is the wall time for one image with `concurrency` reads in flight, the others are core-seconds.
+    """
+
+    sampled: int
+    listed: int
+    failed: int
+    file_bytes: float
+    fetch_s: float
+    fetch_core_s: float
+    decode_core_s: dict[str, float]
+    fast_cosines: list[float]
+    transfer_core_s: float
+    forward: list[Forward]
+    write_s: float
+
+
+class Shape(NamedTuple):
+    """How the job would be placed: cores, GPUs (0: the model runs on the cores), decoding tasks side by side."""
+
+    cpus: int
+    gpus: float
+    actors: int
+    decode: str
+
+
+class StageCost(NamedTuple):
+    """`core_s` core-seconds of an image, and how many images/s the stage could do with all it may use."""
+
+    name: str
+    core_s: float
+    alone: float
+
+
+def stage_costs(measured: Measured, shape: Shape) -> list[StageCost]:
+    """The stages in the order of the flow, each as if it had the machine to itself."""
+    forward = measured.forward[0]
+    decode_s = measured.decode_core_s[shape.decode]
+    forward_core_s = forward.image_s * forward.threads
+    by_core = {"decode": decode_s, "transfer": measured.transfer_core_s, "write": measured.write_s}
+    costs = {name: StageCost(name, seconds, shape.cpus / max(seconds, 1e-9)) for name, seconds in by_core.items()}
+    # One decoding task fetches for itself, and there are as many side by side as cores.
+    fetching = shape.cpus / max(measured.fetch_s, 1e-9)
+    on_gpu = shape.actors / forward.image_s
+    predict = StageCost("forward", forward_core_s, on_gpu if shape.gpus else shape.cpus / forward_core_s)
+    fetch = StageCost("fetch", measured.fetch_core_s, fetching)
+    return [fetch, costs["decode"], costs["transfer"], predict, costs["write"]]
+
+
+def ideal_rate(costs: list[StageCost], shape: Shape) -> float:
+    """Images/s if no stage ever waited: the cores divided by what an image takes of them, or the slowest stage."""
+    on_cores = sum(cost.core_s for cost in costs)
+    slowest = min(cost.alone for cost in costs)
+    return min(slowest, shape.cpus / max(on_cores, 1e-9))
+
+
+def bottleneck(costs: list[StageCost], shape: Shape) -> str:
+    """The stage that decides the rate: the slowest alone, or, where all share the cores, the one that takes most."""
+    slowest = min(costs, key=lambda cost: cost.alone)
+    on_cores = sum(cost.core_s for cost in costs)
+    if slowest.alone > shape.cpus / max(on_cores, 1e-9):
+        return max(costs, key=lambda cost: cost.core_s).name
+    return slowest.name
+
+
+def advise(measured: Measured, shape: Shape) -> list[str]:
+    """Sentences on what to change, most useful first; one that says so when nothing is worth it."""
+    costs = stage_costs(measured, shape)
+    held_up = bottleneck(costs, shape)
+    found = [
+        *_about_cpus(costs, shape, held_up),
+        *_about_fetching(measured, held_up),
+        *_about_precision(measured, costs, shape),
+        *_about_batch_size(measured, costs, shape),
+        *_about_decoding(measured, shape),
+    ]
+    return found or [f"nothing to change: {held_up} is what the time goes to, and no option tried here makes it faster"]
+
+
+def cpus_for_a_gpu(measured: Measured, shape: Shape) -> float:
+    """Cores that keep one GPU (one actor) busy: all core-seconds of an image times the images of a second."""
+    costs = stage_costs(measured, shape)
+    return sum(cost.core_s for cost in costs if cost.name != "forward") / measured.forward[0].image_s
+
+
+def _about_cpus(costs: list[StageCost], shape: Shape, held_up: str) -> list[str]:
+    if not shape.gpus or held_up != "decode":
+        return []
+    forward = next(cost for cost in costs if cost.name == "forward")
+    needed = forward.alone * sum(cost.core_s for cost in costs)
+    return [
+        f"decoding starves the GPUs: {shape.cpus} CPUs feed {ideal_rate(costs, shape):,.0f} of the "
+        f"{forward.alone:,.0f} images/s they could do; have {needed:,.0f} CPUs, "
+        f"{needed / shape.gpus:,.1f} for each GPU"
+    ]
+
+
+def _about_fetching(measured: Measured, held_up: str) -> list[str]:
+    if held_up != "fetch":
+        return []
+    rate = measured.file_bytes / measured.fetch_s / 1e6
+    return [
+        f"the source is what is waited for ({rate:,.1f} MB/s for each decoding task): run nearer to it, "
+        "raise fetch.concurrency in --config, or pack small files into tar shards"
+    ]
+
+
+def _about_precision(measured: Measured, costs: list[StageCost], shape: Shape) -> list[str]:
+    mine = measured.forward[0]
+    found = []
+    for other in measured.forward[1:]:
+        gain = _gain(measured, other, costs, shape)
+        if other.dtype != mine.dtype and other.cosines and gain >= WORTH:
+            found.append(
+                f"--dtype {other.dtype}: {gain:.2f} times the images/s; features then have a cosine of "
+                f"{statistics.median(other.cosines):.5f} (least {min(other.cosines):.5f}) to those in {mine.dtype}"
+            )
+    return found
+
+
+def _about_batch_size(measured: Measured, costs: list[StageCost], shape: Shape) -> list[str]:
+    mine = measured.forward[0]
+    same = [other for other in measured.forward if other.dtype == mine.dtype]
+    best = min(same, key=lambda other: other.image_s)
+    gain = _gain(measured, best, costs, shape)
+    if best.batch_size == mine.batch_size or gain < WORTH:
+        return []
+    return [f"--batch-size {best.batch_size}: {gain:.2f} times the images/s of {mine.batch_size}"]
+
+
+def _about_decoding(measured: Measured, shape: Shape) -> list[str]:
+    if shape.decode == "fast" or not measured.fast_cosines:
+        return []
+    now = ideal_rate(stage_costs(measured, shape), shape)
+    then_shape = shape._replace(decode="fast")
+    gain = ideal_rate(stage_costs(measured, then_shape), then_shape) / now
+    likeness = statistics.median(measured.fast_cosines)
+    if gain < WORTH:
+        return []
+    effect = f"features then have a cosine of {likeness:.5f} (least {min(measured.fast_cosines):.5f}) to exact ones"
+    if likeness < LIKE_ENOUGH:
+        return [f"--decode fast would give {gain:.2f} times the images/s, but {effect}: that is far off, stay exact"]
+    return [f"--decode fast: {gain:.2f} times the images/s; {effect}"]
+
+
+def _gain(measured: Measured, other: Forward, costs: list[StageCost], shape: Shape) -> float:
+    changed = measured._replace(forward=[other])
+    return ideal_rate(stage_costs(changed, shape), shape) / ideal_rate(costs, shape)

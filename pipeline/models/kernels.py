@@ -1,0 +1,68 @@
+"""How the matrix products of the blocks are computed: a pure function of precision, device and machine.
+
+The code that runs them is elsewhere (`packed.py` and the files beside it), so that each choice can be tested where the
+hardware is not.
+"""
+
+import platform
+from typing import TYPE_CHECKING, Literal
+
+from pipeline.models.precision import Hardware
+from schemas.errors import SpecError
+
+if TYPE_CHECKING:
+    from pipeline.models.beit import Beit
+    from pipeline.models.mixer import Mixer
+    from pipeline.models.vit import ViT
+
+Linear = Literal["plain", "onednn", "mkl", "int8", "float8"]
+
+
+def choose_linear(dtype: str, device: str, hardware: Hardware, libraries: frozenset[str]) -> Linear:
+    """The layers for `dtype` (`float32`, `bfloat16`, `float16`, `int8`, `float8`) on `device` (`cpu` or `cuda`).
+
+    `libraries`: those of `mkl` and `onednn` that torch has. MKL only where its packed product was measured to be the
+    faster one: float32 on Intel's processors.
+    """
+    if dtype in ("int8", "float8"):
+        return dtype  # type: ignore[return-value]
+    if device != "cpu" or dtype not in ("float32", "bfloat16"):
+        return "plain"
+    if dtype == "float32" and hardware.cpu_vendor == "GenuineIntel" and "mkl" in libraries:
+        return "mkl"
+    return "onednn" if "onednn" in libraries else "plain"
+
+
+def cpu_libraries() -> frozenset[str]:
+    """Which of `mkl` and `onednn` this torch has for x86."""
+    import torch
+
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return frozenset()
+    there = {"mkl": torch.backends.mkl.is_available(), "onednn": torch.backends.mkldnn.is_available()}  # type: ignore[no-untyped-call]
+    return frozenset(name for name, available in there.items() if available)
+
+
+def replace_linears(trunk: "ViT | Beit | Mixer", kind: Linear) -> None:
+    """Give the trunk's blocks layers of `kind`, in place; those bring their own weights, the plain ones are let go.
+
+    A Mixer's blocks stay as they are. Raises SpecError where that leaves nothing of `int8` or `float8`.
+    """
+    if kind == "plain":
+        return
+    from pipeline.models.layers import Block
+    from pipeline.models.mixer import Mixer
+    from pipeline.models.packed import PackedBlock, linear_type
+
+    if isinstance(trunk, Mixer):
+        if kind in ("int8", "float8"):
+            raise SpecError(f"--dtype {kind}: an MLP-Mixer runs in float32, bfloat16 or float16")
+        return
+    linear = linear_type(kind)
+    last = trunk.prefix_block
+    if last is not None:
+        for name in ("q", "kv", "out", "fc1", "fc2"):
+            setattr(last, name, linear(getattr(last, name)))
+    for i, block in enumerate(trunk.blocks):
+        assert isinstance(block, Block)
+        trunk.blocks[i] = PackedBlock(block, linear)

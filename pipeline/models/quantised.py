@@ -1,0 +1,89 @@
+"""Linear layers that multiply in 8 bits: int8 on CPUs with VNNI or AMX, float8 on GPUs from sm89 on.
+
+Weights have a scale for each output channel, taken once; activations one for each row (token), taken at each call.
+One scale for a whole batch would let a single large activation coarsen all others. Nothing is calibrated.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.packed import IN_PLACE
+
+INT8_MAX = 127.0
+# The largest number of float8_e4m3fn (Micikevicius et al., "FP8 Formats for Deep Learning", arXiv 2209.05433).
+FLOAT8_MAX = 448.0
+# Keeps an all-zero row from dividing by zero.
+_LEAST_SCALE = 1e-12
+
+
+def quantise_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (M, K) → int8 (M, K) and float32 scales (M, 1), such that `q · scale` is nearest to the rows."""
+    scale = rows.abs().amax(dim=1, keepdim=True).float().clamp_min_(_LEAST_SCALE).div_(INT8_MAX)
+    return (rows / scale).round_().to(torch.int8), scale
+
+
+def quantise_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (M, K) → float8_e4m3fn (M, K) and float32 scales (M, 1), such that `q · scale` is nearest to the rows."""
+    scale = rows.abs().amax(dim=1, keepdim=True).float().clamp_min(_LEAST_SCALE) / FLOAT8_MAX
+    return (rows.float() / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn), scale
+
+
+class Int8Linear(nn.Module):
+    """A linear layer of int8 products summed in int32; float32 in and out."""
+
+    def __init__(self, linear: nn.Linear, activation: str = "") -> None:
+        super().__init__()
+        weight, scale = quantise_int8(linear.weight.detach().float())
+        self.weight = weight.t()  # (K, N)
+        self.scale = scale.reshape(1, -1)  # (1, N)
+        self.bias = linear.bias
+        self.in_place = IN_PLACE.get(activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        quantised, scale = quantise_int8(rows)
+        product = torch._int_mm(quantised, self.weight).mul(scale)  # float32 (M, N)
+        out = product.mul_(self.scale) if self.bias is None else torch.addcmul(self.bias, product, self.scale)
+        if self.in_place is not None:
+            self.in_place(out)
+        return out.view(*x.shape[:-1], -1)
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The layer's output plus `residual`."""
+        return self.forward(x).add_(residual)
+
+
+class Float8Linear(nn.Module):
+    """A linear layer of float8 products with a scale for each row and each column; bfloat16 in and out.
+
+    On a CPU the same numbers are multiplied in float32: slow, but the same quantisation, for tests.
+    """
+
+    def __init__(self, linear: nn.Linear, activation: str = "") -> None:
+        super().__init__()
+        weight, scale = quantise_float8(linear.weight.detach())
+        self.weight = weight.t()  # (K, N), columns contiguous, as the kernel wants it
+        self.scale = scale.reshape(1, -1)  # (1, N)
+        self.bias = linear.bias
+        self.in_place = IN_PLACE.get(activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        quantised, scale = quantise_float8(x.reshape(-1, x.shape[-1]))
+        out = scaled_product(quantised, scale, self.weight, self.scale, self.bias)
+        if self.in_place is not None:
+            self.in_place(out)
+        return out.view(*x.shape[:-1], -1)
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The layer's output plus `residual`."""
+        return self.forward(x) + residual
+
+
+def scaled_product(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, bias: Tensor | None) -> Tensor:
+    """bfloat16 (M, N) from float8 `a` (M, K) and `b` (K, N) with scales (M, 1) and (1, N)."""
+    if a.is_cuda:
+        return torch._scaled_mm(
+            a, b, scale_a=scale_a, scale_b=scale_b, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+    product = (a.float() @ b.float()) * scale_a * scale_b
+    return (product if bias is None else product + bias.float()).to(torch.bfloat16)

@@ -1,0 +1,276 @@
+"""What each stage of a job costs here, measured apart on a few images of the source: the numbers behind `advice.py`.
+
+Runs in one process on the machine that it describes. CPU time counts where a core is what is spent, so that a busy
+machine does not count double; wall time where something is waited for.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline.advice import Forward, Measured
+from pipeline.images.decode import DecodeMode, DecodeSpec, decode_into
+from pipeline.images.fetch import Fetched, fetch_rows
+from pipeline.images.formats import prepare_process
+from pipeline.images.stage import fetch_and_decode
+from pipeline.opening import Question
+from pipeline.placement import Placement
+from pipeline.predictors.actor import ActorJob, build_predictor
+from pipeline.sinks.parts import split, write_part
+from pipeline.sources.manifest import read_sources
+from pipeline.storage import filesystem
+from schemas.errors import ImageError, SourceError
+from schemas.tables import decoded_schema, images_schema, user_fields
+
+LISTED = 1000
+SAMPLED = 48
+# Rows next to each other travel in one read where they lie in one tar shard, so the sample is taken in stretches.
+STRETCH = 8
+DECODE_S = 5.0
+FORWARD_S = 3.0
+CPU_BATCHES = (1, 4, 16)
+GPU_BATCHES = (64, 128, 512)
+Pixels = npt.NDArray[np.uint8]
+
+
+class Budget:
+    """Seconds that a group of measurements may take, so that a slow model does not make a preflight of an hour."""
+
+    def __init__(self, seconds: float) -> None:
+        self._until = time.monotonic() + seconds
+
+    @property
+    def spent(self) -> bool:
+        return time.monotonic() > self._until
+
+
+def sample(question: Question) -> tuple[pa.Table, int]:
+    """SAMPLED manifest rows in stretches over the first LISTED of the source, and how many were listed.
+
+    Raises SourceError when nothing matches.
+    """
+    limit = min(question.spec.limit or LISTED, LISTED)
+    listed = pa.concat_tables(
+        read_sources(question.spec.model_copy(update={"limit": limit})), promote_options="default"
+    )
+    listed = listed.add_column(0, "row", pa.array(range(listed.num_rows), pa.int64()))
+    return listed.take(pa.array(stretches(listed.num_rows, SAMPLED, STRETCH))), listed.num_rows
+
+
+def stretches(rows: int, count: int, length: int) -> list[int]:
+    """About `count` of the numbers below `rows`: runs of `length` neighbours, evenly spread."""
+    if rows <= count:
+        return list(range(rows))
+    runs = max(1, count // length)
+    starts = [int(i * (rows - length) / max(1, runs - 1)) for i in range(runs)]
+    return sorted({start + step for start in starts for step in range(length)})
+
+
+def measure(question: Question, placement: Placement, *, seconds: float = 20.0) -> Measured:
+    """Every stage alone, in the order in which an image meets them; about `seconds` in all.
+
+    Raises SourceError when none of the sampled images can be decoded.
+    """
+    info = question.info
+    if info is None:
+        raise SourceError("a benchmark needs a model: --backend null computes nothing")
+    prepare_process()
+    chosen, listed = sample(question)
+    fetched, fetch_s, fetch_core_s = measure_fetch(question, chosen)
+    files = [item.result for item in fetched if isinstance(item.result, bytes)]
+    decode_s, pixels = measure_decode(question, files)
+    if not len(pixels["exact"]):
+        raise SourceError(f"none of {len(fetched)} sampled images could be read and decoded: {_why(fetched)}")
+    decoded = _decoded(question, chosen)
+    forward, outputs, predict = measure_forward(question, placement, pixels, Budget(seconds - DECODE_S))
+    return Measured(
+        sampled=chosen.num_rows,
+        listed=listed,
+        failed=chosen.num_rows - len(pixels["exact"]),
+        file_bytes=float(np.mean([len(data) for data in files])),
+        fetch_s=fetch_s,
+        fetch_core_s=fetch_core_s,
+        decode_core_s={str(mode): cost for mode, cost in decode_s.items()},
+        fast_cosines=cosines(outputs["fast"], outputs["exact"]) if "fast" in outputs else [],
+        transfer_core_s=measure_transfer(decoded),
+        forward=forward,
+        write_s=measure_write(question, predict(decoded)),
+    )
+
+
+def measure_fetch(question: Question, chosen: pa.Table) -> tuple[list[Fetched], float, float]:
+    """What was fetched; wall seconds and core-seconds for one image, connections being open."""
+    spec = question.spec
+
+    def fetch(rows: pa.Table) -> list[Fetched]:
+        found = fetch_rows(rows, fetch=spec.fetch, image_column=spec.image_column, storage_options=spec.storage_options)
+        return list(found)
+
+    fetch(chosen.slice(0, 2))
+    started, cpu = time.perf_counter(), time.process_time()
+    fetched = fetch(chosen)
+    count = max(1, len(fetched))
+    return fetched, (time.perf_counter() - started) / count, (time.process_time() - cpu) / count
+
+
+def measure_decode(question: Question, files: Sequence[bytes]) -> tuple[dict[DecodeMode, float], dict[str, Pixels]]:
+    """Core-seconds for one image, and the pixels of the files that could be decoded, for each way to decode."""
+    height, width = question.preprocessing.output_size
+    modes: tuple[DecodeMode, ...] = ("exact", "fast")
+    seconds: dict[DecodeMode, float] = dict.fromkeys(modes, 0.0)
+    pixels: dict[str, list[Pixels]] = {mode: [] for mode in modes}
+    specs = {mode: DecodeSpec(question.preprocessing, mode, question.spec.fetch.max_pixels) for mode in modes}
+    _open_libraries(files, specs["exact"])
+    budget = Budget(DECODE_S)
+    for data in files:
+        out = {mode: np.empty((height, width, 3), np.uint8) for mode in modes}
+        try:
+            for mode in modes:
+                started = time.thread_time()
+                decode_into(data, out[mode], specs[mode])
+                seconds[mode] += time.thread_time() - started
+        except ImageError:
+            continue
+        for mode in modes:
+            pixels[mode].append(out[mode])
+        if budget.spent:
+            break
+    count = max(1, len(pixels["exact"]))
+    shape = (-1, height, width, 3)
+    stacked = {mode: np.concatenate(kept or [np.empty(0, np.uint8)]).reshape(shape) for mode, kept in pixels.items()}
+    return {mode: total / count for mode, total in seconds.items()}, stacked
+
+
+def _open_libraries(files: Sequence[bytes], spec: DecodeSpec) -> None:
+    """The first picture pays for what the decoders load."""
+    height, width = spec.preprocessing.output_size
+    with suppress(ImageError):
+        for data in files[:1]:
+            decode_into(data, np.empty((height, width, 3), np.uint8), spec)
+
+
+def measure_transfer(decoded: pa.Table) -> float:
+    """Core-seconds to hand one decoded image over through shared memory, as a block in Ray's object store goes."""
+    folder = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    rows: int
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="patchstream-") as file:
+        started = time.process_time()
+        with pa.OSFile(file.name, "wb") as sink, pa.ipc.new_stream(sink, decoded.schema) as writer:
+            writer.write_table(decoded)
+        with pa.memory_map(file.name) as source:
+            rows = len(pa.ipc.open_stream(source).read_all())
+    return (time.process_time() - started) / max(1, rows)
+
+
+def measure_forward(
+    question: Question, placement: Placement, pixels: Mapping[str, Pixels], budget: Budget
+) -> tuple[list[Forward], dict[str, npt.NDArray[np.floating[Any]]], Callable[[pa.Table], pa.Table]]:
+    """The model at the placement's batch size and precision first, then at others while the budget lasts.
+
+    Also gives the first feature of the sample for the pixels of each way to decode, and the predictor itself.
+    """
+    cuda = question.spec.gpus_per_actor > 0
+    job = ActorJob(
+        backend="torch",
+        model=question.info,
+        wanted=question.wanted,
+        dtype=question.dtype,
+        batch_size=placement.batch_size,
+        threads=placement.threads,
+        cuda=cuda,
+        triton=None,
+        storage_options=question.spec.storage_options,
+    )
+    predictor: Any = build_predictor(job)
+    found = [timed_forward(predictor, job, pixels["exact"])]
+    outputs = {"exact": first_output(predictor, pixels["exact"])}
+    if (pixels["fast"] != pixels["exact"]).any():
+        outputs["fast"] = first_output(predictor, pixels["fast"])
+    for size in GPU_BATCHES if cuda else CPU_BATCHES:
+        if size != placement.batch_size and not budget.spent:
+            other = job._replace(batch_size=size)
+            found.append(timed_forward(build_predictor(other), other, pixels["exact"]))
+    for dtype in other_precisions(question.dtype, cuda=cuda):
+        if not budget.spent:
+            other = job._replace(dtype=dtype)
+            candidate: Any = build_predictor(other)
+            result = timed_forward(candidate, other, pixels["exact"])
+            likeness = cosines(first_output(candidate, pixels["exact"]), outputs["exact"])
+            found.append(result._replace(cosines=likeness))
+    return found, outputs, predictor
+
+
+def other_precisions(dtype: str, *, cuda: bool) -> tuple[str, ...]:
+    """What else might be worth it, likeliest first; what the machine has no units for shows in its time."""
+    candidates = ("bfloat16", "float16") if cuda else ("bfloat16",)
+    return tuple(name for name in candidates if name != dtype)
+
+
+def timed_forward(predictor: Any, job: ActorJob, pixels: Pixels) -> Forward:
+    """Median seconds of full batches, divided by their images; at least two batches, for up to FORWARD_S."""
+    batch = np.resize(pixels, (job.batch_size, *pixels.shape[1:]))
+    seconds: list[float] = []
+    while len(seconds) < 2 or (sum(seconds) < FORWARD_S and len(seconds) < 50):
+        started = time.perf_counter()
+        predictor.predict(batch)
+        seconds.append(time.perf_counter() - started)
+    image_s = float(np.median(seconds)) / job.batch_size
+    return Forward(job.dtype, job.batch_size, job.threads, image_s, [])
+
+
+def first_output(predictor: Any, pixels: Pixels) -> npt.NDArray[np.floating[Any]]:
+    """The first feature asked for, or the scores where only labels are: (n, D)."""
+    predictions = predictor.predict(pixels)
+    features = list(predictions.features.values())
+    found: npt.NDArray[np.floating[Any]] = features[0] if features else predictions.scores
+    return found
+
+
+def cosines(a: npt.NDArray[np.floating[Any]], b: npt.NDArray[np.floating[Any]]) -> list[float]:
+    """Cosine between corresponding rows."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    products = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+    return [float(value) for value in products]
+
+
+def measure_write(question: Question, predicted: pa.Table) -> float:
+    """Seconds to sort, encode and store one row in a temporary folder; the upload to a store is not in it."""
+    schema = images_schema(question.wanted.fields, user_fields(predicted.schema))
+    # A part holds many times the sample; a small one would count what a file costs whatever is in it.
+    many = pa.concat_tables([predicted] * 16)
+    with tempfile.TemporaryDirectory() as folder:
+        fs, path = filesystem(folder, {})
+        started = time.perf_counter()
+        images, _ = split(many, schema)
+        write_part(fs, path, "images", images, b"{}")
+        return (time.perf_counter() - started) / len(many)
+
+
+def _decoded(question: Question, chosen: pa.Table) -> pa.Table:
+    spec = question.spec
+    tables = list(
+        fetch_and_decode(
+            chosen,
+            preprocessing=question.preprocessing,
+            fetch=spec.fetch,
+            decode=spec.decode,
+            image_column=spec.image_column,
+            storage_options=spec.storage_options,
+            batch_rows=SAMPLED,
+        )
+    )
+    return pa.concat_tables(tables) if tables else decoded_schema(user_fields(chosen.schema)).empty_table()
+
+
+def _why(fetched: Sequence[Fetched]) -> str:
+    for item in fetched:
+        if isinstance(item.result, ImageError):
+            return item.result.message
+    return "no file among them is an image"

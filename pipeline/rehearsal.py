@@ -1,0 +1,51 @@
+"""The whole job on a few seconds' worth of images into a folder that is thrown away: all stages together."""
+
+import tempfile
+import time
+from typing import NamedTuple
+
+from pipeline.flow import Connect, run
+from pipeline.progress import Progress
+from schemas.spec import JobSpec
+
+
+class Rehearsal(NamedTuple):
+    """Images a second once the workers are warm and while none has run out of work; seconds to the first batch."""
+
+    images: int
+    images_per_s: float
+    startup_s: float
+
+
+def rehearse(spec: JobSpec, connect: Connect, *, images: int, available: int, tail: int) -> Rehearsal:
+    """Run `spec` on `images` images, over and over again if only `available` are there, and leave nothing behind.
+
+    `tail`: rows at the end during which some workers have nothing left to do; they are not counted.
+    """
+    seen: list[tuple[float, int]] = []
+    begun: list[float] = []
+
+    def listen(progress: Progress) -> None:
+        now = time.monotonic()
+        if progress.phase == "starting":
+            begun[:] = begun or [now]
+        if progress.phase == "running" and (not seen or progress.done > seen[-1][1]):
+            seen.append((now, progress.done))
+
+    repeats = -(-images // max(1, available))
+    with tempfile.TemporaryDirectory(prefix="patchstream-rehearsal-") as folder:
+        values = {"out": f"{folder}/out", "sources": spec.sources * repeats, "limit": images}
+        summary = run(spec.model_copy(update=values), connect, listen)
+    return Rehearsal(summary.rows, steady_rate(seen, summary.rows - tail), summary.attempt.startup_s or 0.0)
+
+
+def steady_rate(seen: list[tuple[float, int]], until: int) -> float:
+    """Rows a second from the first look at (time, rows done) to the last one with at most `until` rows done.
+
+    With fewer than two such looks, over all there are; 0 where there is only one.
+    """
+    counted = [look for look in seen if look[1] <= until]
+    if len(counted) < 2:
+        counted = seen
+    (first, before), (last, after) = (counted[0], counted[-1]) if counted else ((0.0, 0), (0.0, 0))
+    return (after - before) / (last - first) if last > first else 0.0

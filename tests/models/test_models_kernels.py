@@ -1,0 +1,88 @@
+"""Which layers are chosen on which machine, and that each kind gives what the plain ones give."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import make_checkpoint, worst_error
+
+from pipeline.models import inspect_model, load_model
+from pipeline.models.kernels import choose_linear, cpu_libraries, replace_linears
+from pipeline.models.precision import Hardware
+from pipeline.models.prefix import prefix_suffices
+
+BOTH = frozenset({"mkl", "onednn"})
+INTEL, AMD = Hardware(cpu_vendor="GenuineIntel"), Hardware(cpu_vendor="AuthenticAMD")
+NONE: frozenset[str] = frozenset()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "hardware", "libraries", "expected"),
+    [
+        ("float32", "cpu", INTEL, BOTH, "mkl"),
+        ("float32", "cpu", AMD, BOTH, "onednn"),
+        ("float32", "cpu", INTEL, frozenset({"onednn"}), "onednn"),
+        ("float32", "cpu", Hardware(), NONE, "plain"),
+        ("bfloat16", "cpu", INTEL, BOTH, "onednn"),
+        ("bfloat16", "cpu", Hardware(), NONE, "plain"),
+        ("float16", "cpu", INTEL, BOTH, "plain"),
+        ("int8", "cpu", INTEL, BOTH, "int8"),
+        ("bfloat16", "cuda", INTEL, BOTH, "plain"),
+        ("float32", "cuda", INTEL, BOTH, "plain"),
+        ("float8", "cuda", INTEL, BOTH, "float8"),
+    ],
+)
+def test_choice(dtype: str, device: str, hardware: Hardware, libraries: frozenset[str], expected: str) -> None:
+    assert choose_linear(dtype, device, hardware, libraries) == expected
+
+
+def random_pixels(count: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", ["vit-classifier", "beit", "dinov2-registers", "clip"])
+@pytest.mark.parametrize("linear", ["mkl", "onednn"])
+def test_every_kind_gives_the_same(kind: str, linear: str, tmp_path: Path) -> None:
+    if linear not in cpu_libraries():
+        pytest.skip(f"this torch has no {linear}")
+    info = inspect_model(str(make_checkpoint(tmp_path / kind, kind)))
+    plain, replaced = load_model(info, packed=False), load_model(info, packed=False)
+    replace_linears(replaced.trunk, linear)  # type: ignore[arg-type]
+    # A full batch, the smaller one at the end of a block, and the full one again.
+    for count in (3, 2, 3):
+        pixels = random_pixels(count)
+        ours, theirs = replaced.last_hidden_state(pixels), plain.last_hidden_state(pixels)
+        assert worst_error(ours.flatten(0, 1), theirs.flatten(0, 1)) < 1e-4
+        assert worst_error(replaced(pixels).pooled, plain(pixels).pooled) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "outputs", "enough"),
+    [
+        ("vit", {"cls", "pooled"}, True),
+        ("vit-classifier", {"cls", "pooled"}, False),
+        ("vit-classifier", {"cls", "logits"}, True),
+        ("vit-classifier", {"logits"}, True),
+        ("beit", {"cls", "pooled"}, False),
+        ("beit", {"cls"}, True),
+        ("beit-cls", {"cls", "pooled"}, True),
+        ("deit-distilled", {"cls", "logits"}, True),
+        ("dinov2-classifier", {"logits"}, False),
+        ("dinov2-registers", {"cls"}, True),
+        ("siglip", {"pooled"}, False),
+        ("clip-projection", {"pooled"}, True),
+    ],
+)
+def test_the_last_block_computes_only_what_is_read(kind: str, outputs: set[str], enough: bool, tmp_path: Path) -> None:
+    info = inspect_model(str(make_checkpoint(tmp_path / kind, kind)))
+    assert prefix_suffices(info.network, frozenset(outputs)) == enough
+    pixels = random_pixels(2)
+    whole, read = load_model(info, packed=False), load_model(info, outputs=outputs)
+    assert (read.trunk.prefix_block is not None) == enough
+    whole.trunk.prefix_block = None
+    expected, got = whole(pixels), read(pixels)
+    for name in outputs:
+        assert worst_error(getattr(got, name), getattr(expected, name)) < 1e-4, name
+    assert got.pooled is None or "pooled" in outputs or info.network.head_input == "pooled"
+    full = read.last_hidden_state(pixels)
+    assert worst_error(full.flatten(0, 1), whole.last_hidden_state(pixels).flatten(0, 1)) < 1e-4

@@ -1,0 +1,104 @@
+"""From measured costs to bottleneck, rate and advice: arithmetic, the same on every machine."""
+
+from itertools import pairwise
+
+import pytest
+
+from pipeline.advice import Forward, Measured, Shape, advise, bottleneck, cpus_for_a_gpu, ideal_rate, stage_costs
+from pipeline.preflight import stretches
+from pipeline.rehearsal import steady_rate
+
+LAPTOP = Shape(cpus=2, gpus=0, actors=2, decode="exact")
+GPU_BOX = Shape(cpus=8, gpus=1, actors=1, decode="exact")
+
+
+def measured(**changes: object) -> Measured:
+    """On a laptop: 4 ms to decode, 96 ms to predict on one core, and next to nothing else."""
+    values: dict[str, object] = {
+        "sampled": 48, "listed": 1000, "failed": 0, "file_bytes": 1e5, "fetch_s": 1e-4, "fetch_core_s": 1e-4,
+        "decode_core_s": {"exact": 4e-3, "fast": 2e-3}, "fast_cosines": [0.999] * 10, "transfer_core_s": 1e-4,
+        "forward": [Forward("float32", 8, 1, 0.0957, [])], "write_s": 1e-4,
+    }  # fmt: skip
+    return Measured(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def on_gpu(image_s: float, **changes: object) -> Measured:
+    return measured(forward=[Forward("bfloat16", 256, 0, image_s, [])], **changes)
+
+
+def test_on_cores_the_stages_add_up() -> None:
+    costs = stage_costs(measured(), LAPTOP)
+    assert ideal_rate(costs, LAPTOP) == pytest.approx(2 / 0.1)
+    assert bottleneck(costs, LAPTOP) == "forward"
+    assert [cost.name for cost in costs] == ["fetch", "decode", "transfer", "forward", "write"]
+    assert "nothing to change" in advise(measured(), LAPTOP)[0]
+
+
+def test_a_slow_source_is_named() -> None:
+    slow = measured(fetch_s=1.0)
+    costs = stage_costs(slow, LAPTOP)
+    assert bottleneck(costs, LAPTOP) == "fetch"
+    assert ideal_rate(costs, LAPTOP) == pytest.approx(2.0)
+    assert "the source is what is waited for (0.1 MB/s" in advise(slow, LAPTOP)[0]
+
+
+def test_a_gpu_that_starves_is_told_how_many_cores_it_needs() -> None:
+    starving = on_gpu(1 / 4000)
+    costs = stage_costs(starving, GPU_BOX)
+    assert bottleneck(costs, GPU_BOX) == "decode"
+    assert ideal_rate(costs, GPU_BOX) == pytest.approx(8 / 4.3e-3)
+    assert cpus_for_a_gpu(starving, GPU_BOX) == pytest.approx(4000 * 4.3e-3)
+    sentences = advise(starving, GPU_BOX)
+    assert "8 CPUs feed 1,860 of the 4,000 images/s they could do; have 17 CPUs" in sentences[0]
+    assert any("--decode fast: 1.87 times the images/s" in sentence for sentence in sentences)
+
+
+def test_a_gpu_with_cores_enough_is_the_bottleneck_itself() -> None:
+    fed = on_gpu(1 / 500)
+    costs = stage_costs(fed, GPU_BOX)
+    assert bottleneck(costs, GPU_BOX) == "forward"
+    assert ideal_rate(costs, GPU_BOX) == pytest.approx(500)
+
+
+def test_a_faster_precision_comes_with_its_distance() -> None:
+    base = measured().forward[0]
+    both = [base, base._replace(dtype="bfloat16", image_s=0.0257, cosines=[0.9999, 0.9990, 0.9998])]
+    (sentence,) = advise(measured(forward=both), LAPTOP)
+    assert "--dtype bfloat16: 3.33 times the images/s" in sentence
+    assert "0.99980 (least 0.99900)" in sentence
+    slower = [base, base._replace(dtype="bfloat16", image_s=0.3, cosines=[0.9999])]
+    assert "nothing to change" in advise(measured(forward=slower), LAPTOP)[0]
+
+
+def test_a_better_batch_size_is_named_only_if_it_matters() -> None:
+    base = measured().forward[0]
+    assert advise(measured(forward=[base, base._replace(batch_size=32, image_s=0.06)]), LAPTOP) == [
+        "--batch-size 32: 1.56 times the images/s of 8"
+    ]
+    assert "nothing" in advise(measured(forward=[base, base._replace(batch_size=32, image_s=0.092)]), LAPTOP)[0]
+
+
+def test_fast_decoding_that_changes_features_is_advised_against() -> None:
+    large = {"decode_core_s": {"exact": 0.2, "fast": 0.08}}
+    assert "--decode fast: 1.68 times" in advise(measured(**large), LAPTOP)[0]
+    (sentence,) = advise(measured(**large, fast_cosines=[0.99, 0.98, 0.999]), LAPTOP)
+    assert "stay exact" in sentence
+    assert "0.99000 (least 0.98000)" in sentence
+
+
+@pytest.mark.parametrize("rows", [1, 47, 48, 49, 100, 1000])
+def test_the_sample_lies_in_stretches_over_the_whole(rows: int) -> None:
+    chosen = stretches(rows, 48, 8)
+    assert len(set(chosen)) == len(chosen) <= 48
+    assert chosen[0] == 0
+    assert chosen[-1] == rows - 1
+    if rows >= 100:
+        assert sum(b - a == 1 for a, b in pairwise(chosen)) >= len(chosen) * 7 // 8 - 1
+
+
+def test_the_rate_leaves_out_start_and_tail() -> None:
+    seen = [(10.0, 16), (11.0, 26), (12.0, 36), (17.0, 40)]
+    assert steady_rate(seen, 36) == pytest.approx(10.0)
+    assert steady_rate(seen, 16) == pytest.approx(24 / 7)
+    assert steady_rate([(1.0, 5)], 5) == 0.0
+    assert steady_rate([], 5) == 0.0
