@@ -45,9 +45,9 @@ def test_small_and_large_pictures(tmp_path: Path, model: Path) -> None:
     for file in sorted((tmp_path / "small").iterdir())[:2]:
         if file.name != "broken.jpg":
             with Image.open(file) as image:
-                image.convert("RGB").resize((4000, 3000)).save(tmp_path / "large" / f"{file.stem}.jpg")
+                image.convert("RGB").resize((2000, 1500)).save(tmp_path / "large" / f"{file.stem}.jpg")
     large = look(str(tmp_path / "large"), model)
-    assert large["stages"]["decode"]["core_ms"] > 5 * small["stages"]["decode"]["core_ms"]
+    assert large["stages"]["decode"]["core_ms"] > 3 * small["stages"]["decode"]["core_ms"]
     assert large["bottleneck"] == "decode"
     fast = [sentence for sentence in large["advice"] if "--decode fast" in sentence]
     assert len(fast) == 1
