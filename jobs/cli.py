@@ -7,8 +7,8 @@ import os
 import sys
 import traceback
 from importlib import import_module
+from typing import Any
 
-import click
 import typer
 
 from schemas.errors import PatchstreamError
@@ -43,6 +43,10 @@ for _module in _MODULES:
         app.command(_name)(_function)
 
 
+# Wrong options. Older versions of typer raise click's exceptions, newer ones their own copies of them.
+_USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
 def run_command(arguments: list[str]) -> int:
     """Run one command; returns the exit code. Errors are one message on standard error."""
     verbose = "--verbose" in arguments or bool(os.environ.get("PATCHSTREAM_VERBOSE"))
@@ -51,13 +55,13 @@ def run_command(arguments: list[str]) -> int:
         return code if isinstance(code, int) else 0
     except PatchstreamError as error:
         return _fail(error, str(error), error.exit_code, verbose)
-    except click.exceptions.Abort:
+    except typer.Abort:
         return _fail(None, "interrupted", 130, False)
     except KeyboardInterrupt as error:
         return _fail(error, "interrupted", 130, verbose)
-    except click.exceptions.Exit as done:
+    except typer.Exit as done:
         return done.exit_code
-    except click.ClickException as error:
+    except _USAGE_ERROR as error:
         error.show()
         return 2
     except BrokenPipeError:

@@ -123,7 +123,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
-def plain_summary(summary: "Summary", report: str | None) -> dict[str, Any]:
+def plain_summary(summary: "Summary", report: str | None, attention: str | None = None) -> dict[str, Any]:
     """The summary as JSON-ready values."""
     return {
         "out": summary.out,
@@ -131,11 +131,12 @@ def plain_summary(summary: "Summary", report: str | None) -> dict[str, Any]:
         "images": summary.images,
         "failures": summary.failures,
         "report": report,
+        **({"attention": attention} if attention else {}),
         "attempt": summary.attempt.model_dump(mode="json"),
     }
 
 
-def print_summary(summary: "Summary", report: str | None) -> None:
+def print_summary(summary: "Summary", report: str | None, attention: str | None = None) -> None:
     """What was done, how fast, and what to type next."""
     console = Console(highlight=False, file=sys.stdout)
     attempt = summary.attempt
@@ -155,6 +156,8 @@ def print_summary(summary: "Summary", report: str | None) -> None:
     table.add_row("dataset", f"{summary.out}/images/*.parquet")
     if report:
         table.add_row("report", report)
+    if attention:
+        table.add_row("attention maps", attention)
     console.print(table)
     if summary.failures:
         console.print(f"next: patchstream status {summary.out}", style="bold", markup=False, soft_wrap=True)

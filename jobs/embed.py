@@ -77,6 +77,10 @@ def job(
     ] = None,
     config: Annotated[str | None, typer.Option(help="TOML file with the same keys; options win over it.")] = None,
     report: Annotated[bool, typer.Option(help="Write report.html at the end.")] = True,
+    attention_maps: Annotated[
+        str | None, typer.Option(help="Afterwards, write attention rollout of some images to this folder, with a page.")
+    ] = None,
+    attention_images: Annotated[int, typer.Option(min=1, help="Of how many images at most.")] = 16,
     json_output: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show tracebacks and Ray's own output.")] = False,
 ) -> int:
@@ -84,7 +88,10 @@ def job(
     values = _values(given, context.info_name or "embed")
     from jobs.run import run_job
 
-    return run_job(values, address=address, report=report, json_output=json_output, verbose=verbose)
+    attention = (attention_maps, attention_images) if attention_maps else None
+    return run_job(
+        values, address=address, report=report, json_output=json_output, verbose=verbose, attention=attention
+    )
 
 
 def _values(given: dict[str, Any], task: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Run a job for a person: spec, session, progress, report, summary, exit code. `run` is the same for Python."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,21 +18,46 @@ def run(spec: JobSpec, *, address: str | None = None) -> Any:
     return run_flow(spec, partial(ray_session, address))
 
 
-def run_job(values: Mapping[str, Any], *, address: str | None, report: bool, json_output: bool, verbose: bool) -> int:
-    """Run the job that `values` describe and tell the person about it; returns the exit code."""
+def run_job(
+    values: Mapping[str, Any],
+    *,
+    address: str | None,
+    report: bool,
+    json_output: bool,
+    verbose: bool,
+    attention: tuple[str, int] | None = None,
+) -> int:
+    """Run the job that `values` describe and tell the person about it; returns the exit code.
+
+    `attention`: a folder for attention maps, and of how many images.
+    """
     spec = build_spec(dict(values))
+    write_maps = _attention_writer(spec, *attention) if attention else None
     from cluster.session import ray_session
     from pipeline.flow import run as run_flow
 
     with native_messages_aside(verbose), Screen(quiet=json_output) as screen:
         summary = run_flow(spec, partial(ray_session, address, verbose=verbose), screen.show)
     page = _report(spec, screen) if report else None
-    if json_output:
-        print(json.dumps(plain_summary(summary, page)))  # noqa: T201 - this is the output
-    else:
-        print_summary(summary, page)
+    maps = None
+    try:
+        maps = write_maps() if write_maps else None
+    finally:
+        if json_output:
+            print(json.dumps(plain_summary(summary, page, maps)))  # noqa: T201 - this is the output
+        else:
+            print_summary(summary, page, maps)
     _check_rate(spec, summary.rows, summary.failures)
     return 0
+
+
+def _attention_writer(spec: JobSpec, directory: str, images: int) -> Callable[[], str]:
+    """What writes the maps once the run is done; whether there can be any is checked before the run begins."""
+    from pipeline.attention import AttentionMaps, check_attention, write_attention_maps
+
+    maps = AttentionMaps(directory, images)
+    info = check_attention(spec, maps)
+    return lambda: write_attention_maps(spec, info, maps)
 
 
 def _report(spec: JobSpec, screen: Screen) -> str | None:

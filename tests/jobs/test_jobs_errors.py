@@ -46,6 +46,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (("--model", MODEL, "--out", "OUT", "--features", "patches", "--backend", "null"), "leave out patches"),
         (("--model", MODEL, "--out", "OUT", "--image-size", "big"), "expected pixels as N or HEIGHTxWIDTH"),
         (("--model", MODEL, "--out", "OUT", "--image-size", "64x65"), "does not divide into patches"),
+        (("--limit", "some"), "--limit"),
+        (("--no-such-option",), "--no-such-option"),
         (("--model", "/no/such/model", "--out", "OUT"), "/no/such/model"),
         (("--model", "nobody/nothing", "--out", "OUT"), "nobody/nothing"),
     ],
