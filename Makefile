@@ -10,7 +10,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint types format kills clean
+.PHONY: help install demo test test-fast lint types format kills kills-nodes clean
 
 help:  ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -53,6 +53,9 @@ format: $(STAMP)-dev  ## let ruff put the code in order
 
 kills: $(STAMP)-dev  ## long campaign: kill drivers, actors and workers at random moments, KILLS times
 	@PATCHSTREAM_KILLS=$${KILLS:-200} $(BIN)/python -m pytest --timeout 36000 tests/flow/test_flow_kills.py
+
+kills-nodes: $(STAMP)-dev  ## the same with whole nodes of a cluster: kill -9 of a raylet while another node joins
+	@PATCHSTREAM_NODE_KILLS=$${KILLS:-10} $(BIN)/python -m pytest --timeout 36000 tests/cluster/test_cluster_kills.py
 
 clean:  ## remove what is built, not what is downloaded
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache demo-output

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import ray
 
+from cluster.check import check_nodes
 from schemas.errors import ClusterError
 from schemas.machines import Machines
 
@@ -25,7 +26,8 @@ def ray_session(address: str | None = None, *, verbose: bool = False, cpus: int 
     """Ray for the duration of the block.
 
     Attaches to `address` or `RAY_ADDRESS` when given, uses a session that is already open, or else starts a local
-    one and shuts it down at the end. Raises ClusterError when an address does not answer.
+    one and shuts it down at the end. Raises ClusterError when an address does not answer, or a node of the cluster
+    does not run the code that this process runs.
     """
     if ray.is_initialized():
         yield machines()
@@ -41,6 +43,8 @@ def ray_session(address: str | None = None, *, verbose: bool = False, cpus: int 
             raise ClusterError(f"Ray could not be started on this machine: {error}") from error
         raise _nobody(address, str(error).splitlines()[0]) from error
     try:
+        if address:
+            check_nodes()
         yield machines()
     finally:
         ray.shutdown()
@@ -99,10 +103,12 @@ def _logging(verbose: bool) -> dict[str, Any]:
 def machines() -> Machines:
     """What the attached cluster has in all."""
     total: dict[str, float] = ray.cluster_resources()
+    alive = [node for node in ray.nodes() if node["Alive"]]
     return Machines(
         cpus=total.get("CPU", 0.0),
         gpus=total.get("GPU", 0.0),
         memory_bytes=total.get("memory", 0.0),
         object_store_bytes=total.get("object_store_memory", 0.0),
-        nodes=sum(node["Alive"] for node in ray.nodes()),
+        nodes=len(alive),
+        node_cpus=tuple(node["Resources"]["CPU"] for node in alive if node["Resources"].get("CPU")),
     )

@@ -19,6 +19,7 @@ _MODULES = (
     "jobs.models",
     "jobs.plan",
     "jobs.benchmark",
+    "jobs.submit",
     "jobs.retrieve",
     "jobs.retrieve_groups",
     "jobs.retrieve_labels",

@@ -11,8 +11,19 @@ Options = Annotated[str | None, typer.Option("--storage-options", help="JSON for
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def status(directory: Directory, storage_options: Options = None, as_json: AsJson = False) -> int:
-    """How far a run has come: rows done, failed and pending, parts and attempts."""
+def status(
+    directory: Annotated[str, typer.Argument(help="The --out of a run, or with --address a job.", metavar="DIR|JOB")],
+    storage_options: Options = None,
+    address: Annotated[str | None, typer.Option(help="http://HEAD:8265, to look at a job that was submitted.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """How far a run has come: rows done, failed and pending, parts and attempts. Or how a submitted job stands."""
+    if address:
+        from jobs.submit import show_job
+
+        shown = show_job(directory, address)
+        emit(json.dumps(dict(shown))) if as_json else show_rows(shown)
+        return 0
     from pipeline.maintenance import status as look
 
     found = look(directory, parse_options(storage_options))

@@ -17,6 +17,7 @@ from pipeline.sources.manifest import ManifestPart, read_rows
 from pipeline.storage import redact
 from schemas.errors import OutputError
 from schemas.preprocessing import Preprocessing
+from schemas.release import Release, check_release
 from schemas.spec import FetchSpec
 
 
@@ -32,11 +33,13 @@ class DecodeJob(NamedTuple):
     storage_options: dict[str, Any]
     block_rows: int
     run_id: str
+    driver: Release
     null: bool
 
 
 def decode_rows(ranges: pa.Table, job: DecodeJob) -> Iterator[pa.Table]:
     """Decoded tables for `ranges`, a table of `start` and `stop` rows."""
+    check_release(job.driver)
     spans = np.stack([ranges["start"].to_numpy(), ranges["stop"].to_numpy()], axis=1)
     manifest = _manifest_rows(job, spans)
     if job.null:

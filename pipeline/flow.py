@@ -31,6 +31,7 @@ from pipeline.storage import absolute, redact
 from schemas.attempt import AttemptRecord
 from schemas.errors import Interrupted, OutputError
 from schemas.machines import Machines
+from schemas.release import release
 from schemas.spec import JobSpec
 
 Connect = Callable[[], AbstractContextManager[Machines]]
@@ -151,6 +152,7 @@ def build(question: Question, opened: Opened, placement: Placement, rest: Spans)
         storage_options=spec.storage_options,
         block_rows=placement.block_rows,
         run_id=opened.record.run_id,
+        driver=release(),
         null=question.info is None,
     )
     actor = ActorJob(
@@ -163,6 +165,7 @@ def build(question: Question, opened: Opened, placement: Placement, rest: Spans)
         cuda=spec.gpus_per_actor > 0 and spec.backend == "torch",
         triton=spec.triton,
         storage_options=spec.storage_options,
+        driver=release(),
     )
     return (
         ray.data.from_arrow(cut(rest, placement.task_rows))

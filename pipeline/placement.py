@@ -66,12 +66,11 @@ def place(
         threads, actor_cpus, decode_cpus = 0, 1.0, 1.0
         chosen = actors or ActorRange(min=1, max=max(1, int(machines.gpus / gpus_per_actor)))
     else:
-        wanted = actors.max if actors else None
-        threads = _threads(cpus, wanted)
+        nodes = [max(1, int(cores)) for cores in machines.node_cpus] or [cpus]
+        threads, now = _share(nodes, actors)
         decode_cpus = _DECODE_CPUS
-        most = wanted or max(1, cpus // threads)
-        actor_cpus = min(threads * _ACTOR_CPUS_A_CORE, (cpus - _DECODE_CPUS) / most)
-        chosen = actors or ActorRange(min=most, max=most)
+        chosen = actors or ActorRange(min=now, max=now)
+        actor_cpus = _book(nodes, threads, now, grows=chosen.max > now)
     row_bytes = max(pixel_bytes, output_bytes)
     batch = batch_size or _automatic_batch(256 if gpus_per_actor else 8, row_bytes)
     if actors is None:
@@ -102,12 +101,33 @@ def place(
     )
 
 
-def _threads(cpus: int, actors: int | None) -> int:
-    """Threads of a CPU actor. One thread needs no barriers, so it loses nothing to a decoder on the same core;
-    on larger machines four share the weights, which would otherwise be copied for every core."""
-    if actors:
-        return max(1, cpus // actors)
-    return 1 if cpus <= _SMALL_MACHINE_CPUS else _THREADS_ON_LARGER
+def _share(nodes: list[int], actors: ActorRange | None) -> tuple[int, int]:
+    """Threads of a CPU actor, and how many actors nodes of so many cores are to carry as they are now.
+
+    Never more threads than the smallest node has cores, because an actor lives on one. One thread needs no barriers,
+    so it loses nothing to a decoder on the same core; on larger machines four share the weights, which would otherwise
+    be copied for every core.
+    """
+    usual = 1 if min(nodes) <= _SMALL_MACHINE_CPUS else _THREADS_ON_LARGER
+    carried = sum(cores // usual for cores in nodes)
+    if actors is None:
+        return usual, carried
+    now = min(max(carried, actors.min), actors.max)
+    return min(max(1, sum(nodes) // now), min(nodes)), now
+
+
+def _book(nodes: list[int], threads: int, now: int, *, grows: bool) -> float:
+    """CPUs that an actor books, so that `now` of them fit on `nodes` with a decoder beside them on each.
+
+    Where their number `grows` when nodes come, one more must not fit where the decoder is to run.
+    """
+    cores = min(nodes)
+    beside = cores - _DECODE_CPUS
+    most = max(1, -(-now * cores // sum(nodes)))
+    booked = min(threads * _ACTOR_CPUS_A_CORE, beside / most)
+    fit = int(beside / booked + 1e-9)
+    keeps_out = cores / (fit + 1) + 1e-3
+    return max(booked, keeps_out) if grows and keeps_out * fit <= beside else booked
 
 
 def _automatic_batch(usual: int, row_bytes: int) -> int:

@@ -17,11 +17,12 @@ from pydantic import ValidationError
 
 from pipeline.storage import Options, create_bytes, filesystem, is_local, join, put_bytes, read_json, redact
 from schemas.errors import OutputError
+from schemas.release import VERSION
 from schemas.run import ModelRecord, RunRecord, difference
 from schemas.spec import RESULT_FIELDS, JobSpec
 from schemas.tables import FeatureSize
 
-_RECORDED_VERSIONS = ("patchstream", "torch", "ray", "pyarrow", "pillow", "pi-heif", "simplejpeg", "numpy")
+_RECORDED_VERSIONS = ("torch", "ray", "pyarrow", "pillow", "pi-heif", "simplejpeg", "numpy")
 # What must agree between two runs on one directory; the rest of the model record follows from these.
 _MODEL_IDENTITY = ("digest", "dtype", "pooled", "preprocessing")
 _FREEZE_WAIT_S = 3600.0
@@ -177,7 +178,7 @@ def _identity(record: RunRecord) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "patchstream": VERSION}
     for name in _RECORDED_VERSIONS:
         versions[name] = importlib.metadata.version(name)
     return versions

@@ -11,3 +11,4 @@ class Machines(NamedTuple):
     memory_bytes: float
     object_store_bytes: float
     nodes: int = 1
+    node_cpus: tuple[float, ...] = ()  # of each node that takes tasks; empty where only the totals are known

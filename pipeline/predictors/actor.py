@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from pipeline.models import ModelInfo
 from pipeline.predictors.batches import Wanted
+from schemas.release import Release, check_release
 from schemas.spec import TritonSpec
 
 Predictor = Callable[[pa.Table], pa.Table]
@@ -25,12 +26,14 @@ class ActorJob(NamedTuple):
     cuda: bool
     triton: TritonSpec | None
     storage_options: dict[str, Any]
+    driver: Release
 
 
 class PredictActor:
     """Callable class for `Dataset.map_batches`."""
 
     def __init__(self, job: ActorJob) -> None:
+        check_release(job.driver)
         if job.threads:
             os.environ["OMP_NUM_THREADS"] = str(job.threads)
         self._predict = build_predictor(job)

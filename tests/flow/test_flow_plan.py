@@ -45,10 +45,29 @@ def test_tasks_cover_every_pending_row_once(rows: int) -> None:
 @pytest.mark.parametrize("cpus", [1, 2, 4, 8, 16, 96])
 def test_actors_and_a_decoder_always_fit_on_cpus(cpus: int) -> None:
     machines = LAPTOP._replace(cpus=cpus)
-    for actors in (None, ActorRange(min=1, max=1), ActorRange(min=2, max=3)):
+    for actors in (None, ActorRange(min=1, max=1), ActorRange(min=2, max=3), ActorRange(min=1, max=64)):
         placement = placed(machines, actors=actors)
-        booked = placement.actor_cpus * placement.actors.max + placement.decode_cpus
-        assert booked <= cpus + 1e-9
+        carried = max(placement.actors.min, min(placement.actors.max, int(cpus / placement.actor_cpus + 1e-9)))
+        assert carried * placement.actor_cpus + placement.decode_cpus <= cpus + 1e-9
+
+
+@pytest.mark.parametrize("nodes", [(1.0, 1.0), (2.0, 2.0, 2.0), (3.0,) * 4, (16.0, 16.0), (4.0, 8.0, 64.0)])
+@pytest.mark.parametrize("actors", [None, ActorRange(min=1, max=3), ActorRange(min=4, max=4)])
+def test_an_actor_fits_on_every_node_beside_a_decoder(nodes: tuple[float, ...], actors: ActorRange | None) -> None:
+    cluster = LAPTOP._replace(cpus=sum(nodes), nodes=len(nodes), node_cpus=nodes)
+    placement = placed(cluster, actors=actors, rows=100_000)
+    assert placement.actor_cpus + placement.decode_cpus <= min(nodes)
+    assert placement.threads <= min(nodes)
+    carried = [int((cpus - placement.decode_cpus) / placement.actor_cpus + 1e-9) for cpus in nodes]
+    assert sum(carried) >= placement.actors.min
+
+
+def test_actors_that_may_grow_wait_for_nodes_to_come() -> None:
+    """Eight actors on two nodes of today would leave nothing to ask further nodes for."""
+    two = LAPTOP._replace(cpus=2, nodes=2, node_cpus=(1.0, 1.0))
+    placement = placed(two, actors=ActorRange(min=1, max=8))
+    assert placement.actors == ActorRange(min=1, max=8)
+    assert int(1 / placement.actor_cpus) == 1
 
 
 def test_two_cores_carry_two_actors_of_one_thread() -> None:

@@ -1,0 +1,98 @@
+"""Before the first row: does every node of the cluster run the code that the driver runs, and has what it needs?"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from schemas.errors import ClusterError
+from schemas.release import PACKAGES, Release, release
+
+# Holds names of variables that every node must have set: how a job that was submitted asks for credentials.
+NEEDED_VARIABLES = "PATCHSTREAM_NEEDS_ENV"
+# A node may have to unpack a working directory or start its first worker process.
+_ANSWER_S = 300.0
+_GONE = (
+    ray.exceptions.TaskUnschedulableError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.LocalRayletDiedError,
+)
+
+
+def check_nodes() -> None:
+    """Ask every node for its release. Raises ClusterError naming each node that cannot import the packages, that has
+    other ones, or that lacks a variable which the job was said to need.
+
+    A node that dies meanwhile is no longer asked; one that joins later is checked by its workers.
+    """
+    mine = release()
+    needed = os.environ.get(NEEDED_VARIABLES, "").split()
+    task = ray.remote(num_cpus=0, max_retries=1)(_looker())
+    asked = {
+        node["NodeID"]: task.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(PACKAGES, needed)
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+    ray.wait(list(asked.values()), num_returns=len(asked), timeout=_ANSWER_S)
+    wrong = [text for node, reference in asked.items() if (text := _problem(node, reference, mine))]
+    if wrong:
+        raise ClusterError(
+            f"{len(wrong)} of {len(asked)} nodes cannot work on this job:\n  "
+            + "\n  ".join(wrong)
+            + f"\nThe driver on {mine.host} has {mine}. Install the same on every node, use one image, or submit with "
+            "--working-dir; variables are set where `ray start` runs"
+        )
+
+
+class _Answer(NamedTuple):
+    """What a node says. `why` is set where the packages cannot be imported."""
+
+    host: str
+    missing: list[str]
+    found: tuple[str, ...]
+    why: str
+
+
+def _looker() -> Callable[[Sequence[str], Sequence[str]], tuple[Any, ...]]:
+    """The function that a node runs. A nested one, because it travels by value: a node without the packages could not
+    import it, nor the class of its result."""
+
+    def look(packages: Sequence[str], needed: Sequence[str]) -> tuple[Any, ...]:
+        import importlib
+        import os
+        import socket
+        import traceback
+
+        missing = [name for name in needed if not os.environ.get(name)]
+        try:
+            for package in packages:
+                importlib.import_module(package)
+            found = tuple(importlib.import_module("schemas.release").release())
+        except Exception:  # noqa: BLE001 - whatever a broken installation raises is what the driver must hear
+            return socket.gethostname(), missing, (), traceback.format_exc(limit=0).strip().splitlines()[-1]
+        return socket.gethostname(), missing, found, ""
+
+    return look
+
+
+def _problem(node: str, reference: Any, mine: Release) -> str | None:
+    """What is wrong with a node, or None."""
+    try:
+        answer = _Answer(*ray.get(reference, timeout=0))
+    except _GONE:
+        return None
+    except ray.exceptions.GetTimeoutError:
+        return f"node {node[:12]}: no worker process answered within {_ANSWER_S:g} s"
+    except ray.exceptions.RayError as error:
+        return f"node {node[:12]}: no worker process starts there ({str(error).strip().splitlines()[-1]})"
+    name = f"node {node[:12]} on {answer.host}"
+    if answer.why:
+        return f"{name}: cannot import patchstream ({answer.why})"
+    if answer.found[:2] != mine[:2]:
+        return f"{name}: has {Release(*answer.found)}"
+    return f"{name}: {', '.join(answer.missing)} not set in its environment" if answer.missing else None

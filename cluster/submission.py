@@ -1,0 +1,167 @@
+"""A command as a Ray job: handed to a cluster's dashboard, followed, stopped, asked for its exit code."""
+
+import asyncio
+import shlex
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, NamedTuple
+
+import aiohttp
+import ray
+import requests
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from cluster.check import NEEDED_VARIABLES
+from schemas.errors import ClusterError
+from schemas.release import VERSION
+
+# Ray kills a job 3 s after it was told to stop. Ours wants to write what it holds, for at most 15 s.
+_STOP_WAIT_S = 30
+_LOST_S = 120.0
+_AGAIN_S = 2.0
+_REFUSED = (ConnectionError, RuntimeError, ValueError, requests.exceptions.RequestException, ray.exceptions.RayError)
+
+
+class Job(NamedTuple):
+    """What the cluster knows of a job. `exit_code` is None while it runs; times are seconds since 1970."""
+
+    id: str
+    status: str
+    entrypoint: str
+    message: str
+    exit_code: int | None
+    started: float | None
+    ended: float | None
+
+    @property
+    def is_over(self) -> bool:
+        over: bool = JobStatus(self.status).is_terminal()
+        return over
+
+
+class Jobs:
+    """The jobs of the cluster whose dashboard is at `address`, such as http://HEAD:8265.
+
+    Every method raises ClusterError where the cluster does not answer, wants another token or refuses.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._client = self._asked(lambda: JobSubmissionClient(address))
+
+    def submit(
+        self,
+        command: Sequence[str],
+        *,
+        working_dir: str | None = None,
+        image: str | None = None,
+        needs: Sequence[str] = (),
+    ) -> str:
+        """Start `patchstream COMMAND...` on the cluster; gives the job's id.
+
+        The code is that of `working_dir`, of the container `image`, or what is installed on the cluster. `needs` are
+        names of variables that the cluster's machines must have; no value leaves this machine.
+        """
+        variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S), "PYTHONUNBUFFERED": "1"}
+        if needs:
+            variables[NEEDED_VARIABLES] = " ".join(needs)
+        environment: dict[str, Any] = {"env_vars": variables}
+        if working_dir:
+            environment["working_dir"] = working_dir
+        if image:
+            environment["image_uri"] = image
+        entrypoint = shlex.join(["python", "-m", "jobs", *command])
+        metadata = {"patchstream": VERSION}
+        job: str = self._asked(
+            lambda: self._client.submit_job(entrypoint=entrypoint, runtime_env=environment, metadata=metadata)
+        )
+        return job
+
+    def look(self, job: str) -> Job:
+        """How `job` stands. Raises ClusterError where there is none of that id."""
+        found = self._asked(lambda: self._client.get_job_info(job))
+        return Job(
+            id=job,
+            status=str(found.status.value),
+            entrypoint=found.entrypoint,
+            message=found.message or "",
+            exit_code=_exit_code(found),
+            started=found.start_time / 1e3 if found.start_time else None,
+            ended=found.end_time / 1e3 if found.end_time else None,
+        )
+
+    def stop(self, job: str) -> Job:
+        """Tell `job` to stop, and wait until it has written what it held."""
+        self._asked(lambda: self._client.stop_job(job))
+        deadline = time.monotonic() + _STOP_WAIT_S + _LOST_S
+        while not (found := self.look(job)).is_over:
+            if time.monotonic() > deadline:
+                raise ClusterError(f"{job} was told to stop but has not; look at it in {self.address}")
+            time.sleep(_AGAIN_S / 4)
+        return found
+
+    def follow(self, job: str, show: Callable[[str], None]) -> Job:
+        """Pass on the job's log as it grows, until the job is over. A connection that breaks is made again."""
+        shown, silent_since = 0, time.monotonic()
+        while True:
+            try:
+                for_sure = self.look(job)
+                shown = asyncio.run(_pass_on(self._client.tail_job_logs(job), shown, show))
+                silent_since = time.monotonic()
+            except (ClusterError, RuntimeError, aiohttp.ClientError, OSError) as error:
+                if time.monotonic() - silent_since > _LOST_S:
+                    raise ClusterError(
+                        f"{self.address} has not answered for {_LOST_S:g} s ({error}). The job may well go on: "
+                        f"patchstream status {job} --address {self.address}"
+                    ) from error
+                time.sleep(_AGAIN_S)
+                continue
+            if for_sure.is_over:
+                return for_sure
+            time.sleep(_AGAIN_S / 4)
+
+    def _asked(self, question: Callable[[], Any]) -> Any:
+        try:
+            return question()
+        except _REFUSED as error:
+            raise ClusterError(_explained(self.address, error)) from error
+
+
+async def _pass_on(texts: AsyncIterator[str], shown: int, show: Callable[[str], None]) -> int:
+    """Show what follows the first `shown` characters; gives how many there are now."""
+    seen = 0
+    async for text in texts:
+        seen += len(text)
+        if seen > shown:
+            show(text[shown - seen :])
+            shown = seen
+    return shown
+
+
+def _exit_code(found: Any) -> int | None:
+    """The exit code of a job that is over: its own; 128 + N where signal N ended it; 143 where it was stopped."""
+    if not found.status.is_terminal():
+        return None
+    if found.status == JobStatus.SUCCEEDED:
+        return 0
+    code: int | None = found.driver_exit_code
+    if code is None:
+        return 143 if found.status == JobStatus.STOPPED else 2
+    return 128 - code if code < 0 else code
+
+
+def _explained(address: str, error: BaseException) -> str:
+    text = str(error).strip()
+    if any(word in text for word in ("401", "403", "Unauthenticated", "Authentication", "authentication token")):
+        return (
+            f"{address} wants a token that this machine does not have: set RAY_AUTH_MODE=token and put the cluster's "
+            "token into RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        )
+    if "does not exist" in text:
+        return f"{address} knows no such job ({text.splitlines()[-1]})"
+    if isinstance(error, ConnectionError | requests.exceptions.RequestException):
+        return (
+            f"no Ray dashboard answers at {address} ({text.splitlines()[0] if text else type(error).__name__}); give "
+            "--address http://HEAD:8265, through `ray dashboard` or `kubectl port-forward` where it is not exposed"
+        )
+    return f"{address} does not take the job: {text[-1500:]}"
