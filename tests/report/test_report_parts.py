@@ -79,7 +79,8 @@ def test_report_numbers() -> None:
     assert [rate(value) for value in (None, 2.345, 1234.5)] == ["–", "2.3", "1\u202f234"]
 
 
-def test_report_projection_is_the_principal_components() -> None:
+def test_report_projection_is_the_principal_components(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projection, "_has_umap", lambda: False)
     rng = np.random.default_rng(0)
     features = (rng.standard_normal((200, 3)) @ rng.standard_normal((3, 12)) + 3).astype(np.float32)
     found = project(np.arange(200), features, 0)
@@ -90,6 +91,19 @@ def test_report_projection_is_the_principal_components() -> None:
     assert found.points.min() == 0
     assert found.points.max() == 1
     assert found.method.startswith("PCA, ")
+
+
+@pytest.mark.slow
+def test_report_projection_by_umap_keeps_clusters_together() -> None:
+    pytest.importorskip("umap", reason="an optional dependency: pip install 'patchstream[umap]'")
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((5, 96))
+    features = (np.repeat(centres, 20, axis=0) + 0.2 * rng.standard_normal((100, 96))).astype(np.float32)
+    found = project(np.arange(100), features, 0)
+    assert found.method == "UMAP, cosine distance"
+    away = np.linalg.norm(found.points[:, None] - found.points[None], axis=2)
+    np.fill_diagonal(away, np.inf)
+    assert (away.argmin(axis=1) // 20 == np.arange(100) // 20).all()
 
 
 def test_report_projection_of_equal_points_is_finite() -> None:
