@@ -1,9 +1,11 @@
 """Time and memory by the number of manifest rows, without pictures and without a model.
 
-    python benchmarks/scale.py [--rows 1000 10000 100000 1000000] [--json F]
+    python benchmarks/scale.py [--rows 1000 10000 ... 10000000] [--planning 100000000] [--json F]
+    python benchmarks/scale.py --picture F.json docs/pictures/scale.svg
 
 For each size, in a process of its own: freeze a manifest from a Parquet table of addresses, run the job with the null
 predictor while the driver's memory is sampled, then plan a resume of the finished run and of one with holes in it.
+`--planning` does only the last, for a size that would take hours to run.
 """
 
 import argparse
@@ -18,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from common import environment, write
+
+_PART_ROWS = 44_000
 
 
 def sample_memory(samples: list[tuple[int, int]], done: list[int], stop: threading.Event) -> None:
@@ -78,7 +82,10 @@ def measure(rows: int) -> dict[str, Any]:
 
 
 def plan_with_holes(out: str, rows: int) -> dict[str, Any]:
-    """Resume planning when every tenth row is missing and no part is dense: every part has to be opened."""
+    """Resume planning when every tenth row is missing and no part is dense: every part has to be opened.
+
+    Parts are as large as compaction leaves them for ViT-B/16 with `cls` and `pooled`: 256 MiB at about 6 KB a row.
+    """
     import fsspec
     import numpy as np
     import pyarrow as pa
@@ -87,23 +94,47 @@ def plan_with_holes(out: str, rows: int) -> dict[str, Any]:
     from pipeline.sinks.ledger import pending, read_ledger
     from pipeline.sinks.parts import write_part
 
-    numbers = np.flatnonzero(np.arange(rows) % 10)
-    for chunk in np.array_split(numbers, max(1, rows // 50_000)):
-        table = pa.table({"row": chunk, "uri": pa.array([""] * len(chunk))})
+    written = 0
+    for start in range(0, rows, _PART_ROWS):
+        numbers = np.arange(start, min(start + _PART_ROWS, rows))
+        numbers = numbers[numbers % 10 > 0]
+        table = pa.table({"row": numbers, "uri": pa.nulls(len(numbers), pa.string())})
         write_part(fsspec.filesystem("file"), out, "images", table, b"{}")
+        written += len(numbers)
     started = time.monotonic()
     missing = count(pending(read_ledger(out, {}), 0, rows))
     seconds = time.monotonic() - started
-    assert missing == rows - len(numbers)
-    return {"pending": missing, "resume_planning_s": seconds}
+    assert missing == rows - written
+    return {"rows": rows, "parts": -(-rows // _PART_ROWS), "pending": missing, "resume_planning_s": seconds}
+
+
+def picture(results: list[dict[str, Any]]) -> str:
+    """Time of the stream and the driver's memory by rows, as SVG."""
+    from math import log10
+
+    from pipeline.retrieval.plots import line_charts
+
+    rows = [log10(result["rows"]) for result in results]
+    seconds = [log10(result["seconds"]) for result in results]
+    peak = [result["driver_last_mib"] or 0.0 for result in results]
+    charts = [
+        ("whole job, log₁₀ of seconds", rows, seconds, rows[0]),
+        ("driver at the end of the stream, MiB", rows, [0.0, *peak[1:]] if not peak[0] else peak, rows[0]),
+    ]
+    return line_charts(charts, "log₁₀ of rows")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--json")
+    parser.add_argument("--planning", type=int, help="also plan a resume of so many rows, without running them")
+    parser.add_argument("--picture", nargs=2, metavar=("JSON", "SVG"), help="draw what an earlier call measured")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.picture:
+        Path(options.picture[1]).write_text(picture(json.loads(Path(options.picture[0]).read_text())["results"]))
+        return
     if options.one:
         print(json.dumps(measure(options.one)))
         return
@@ -113,7 +144,11 @@ def main() -> None:
         command = [sys.executable, str(Path(__file__)), "--one", str(rows)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         results.append(json.loads(done.stdout.splitlines()[-1]))
-    write(options.json, {"benchmark": "scale", "environment": before, "results": results})
+    found: dict[str, Any] = {"benchmark": "scale", "environment": before, "results": results}
+    if options.planning:
+        with tempfile.TemporaryDirectory() as folder:
+            found["planning"] = plan_with_holes(folder, options.planning)
+    write(options.json, found)
 
 
 if __name__ == "__main__":
