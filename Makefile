@@ -35,7 +35,7 @@ demo: $(STAMP)  ## run the whole job on drawn pictures with the small model that
 	@$(BIN)/patchstream demo
 
 test: $(STAMP)-dev lint types  ## everything: lint, types, import rules, all tests (under 15 minutes on 2 cores)
-	@$(BIN)/python -m pytest $(TESTS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15 $(TESTS)
 
 test-fast: $(STAMP)-dev  ## the tests that take seconds
 	@$(BIN)/python -m pytest -m "not slow" $(TESTS)
