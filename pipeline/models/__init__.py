@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pipeline.models.outputs import Outputs
     from pipeline.models.precision import choose_dtype, describe_hardware
     from pipeline.models.preprocessing import read_preprocessing
+    from pipeline.models.zero_shot import load_text, with_labels
 
 __all__ = [
     "ModelInfo",
@@ -21,7 +22,9 @@ __all__ = [
     "describe_hardware",
     "inspect_model",
     "load_model",
+    "load_text",
     "read_preprocessing",
+    "with_labels",
 ]
 
 _MODULES = {
@@ -32,7 +35,9 @@ _MODULES = {
     "describe_hardware": "precision",
     "inspect_model": "inspect",
     "load_model": "load",
+    "load_text": "zero_shot",
     "read_preprocessing": "preprocessing",
+    "with_labels": "zero_shot",
 }
 
 

@@ -26,7 +26,7 @@ Pooled = Literal[
     "attention_pool",
     "projected_cls",
 ]
-HeadInput = Literal["none", "cls", "pooled", "cls_and_mean", "cls_and_distillation"]
+HeadInput = Literal["none", "cls", "pooled", "unit_pooled", "cls_and_mean", "cls_and_distillation"]
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,7 @@ def _readout_shapes(a: Architecture) -> dict[str, Shape]:
         shapes |= _affine("attention_pool.norm", (d,))
         shapes |= _affine("attention_pool.fc1", (a.mlp_width, d)) | _affine("attention_pool.fc2", (d, a.mlp_width))
     if a.head_input != "none":
-        read = {"pooled": a.feature_width, "cls_and_mean": 2 * d}.get(a.head_input, d)
-        shapes |= _affine("head", (a.num_labels, read))
+        shapes |= _affine("head", (a.num_labels, head_input_width(a)))
     if a.head_input == "cls_and_distillation":
         shapes |= _affine("distillation_head", (a.num_labels, d))
     if a.token_norm:
@@ -223,6 +222,12 @@ def _readout_shapes(a: Architecture) -> dict[str, Shape]:
     if a.visual_tokens:
         shapes |= _affine("token_head", (a.visual_tokens, d))
     return shapes
+
+
+def head_input_width(a: Architecture) -> int:
+    """How many numbers the classifier reads."""
+    widths = {"pooled": a.feature_width, "unit_pooled": a.feature_width, "cls_and_mean": 2 * a.width}
+    return widths.get(a.head_input, a.width)
 
 
 def parameter_count(shapes: Mapping[str, Shape]) -> int:

@@ -7,14 +7,17 @@ from pipeline.models.formats import (
     hf_deit,
     hf_dinov2,
     hf_mae,
+    hf_text,
     hf_vit,
     npz_hybrid,
     npz_mixer,
+    npz_text,
     npz_vit,
     timm_beit,
     timm_vit,
 )
 from pipeline.models.formats.format import Config, Format, Shapes
+from pipeline.models.text_architecture import TextFormat
 from schemas.errors import CheckpointError
 
 FORMATS: tuple[Format, ...] = (
@@ -33,6 +36,14 @@ FORMATS: tuple[Format, ...] = (
     npz_mixer.FORMAT,
 )
 
+# Text towers beside an image tower of the table above.
+TEXT_FORMATS: tuple[TextFormat, ...] = (
+    hf_text.CLIP,
+    hf_text.SIGLIP,
+    npz_text.TRANSFORMER,
+    npz_text.BERT_TOWER,
+)
+
 
 TABLE_START, TABLE_END = "<!-- table: pipeline/models/families.py -->", "<!-- end of table -->"
 
@@ -40,7 +51,9 @@ TABLE_START, TABLE_END = "<!-- table: pipeline/models/families.py -->", "<!-- en
 def markdown_table() -> str:
     """The families as a Markdown table: what loads, from which layout, and the test that holds it."""
     lines = ["| family | layout | such as | held by |", "| --- | --- | --- | --- |"]
-    lines += [f"| {row.family} | {row.layout} | {row.examples} | `{row.test}` |" for row in FORMATS]
+    rows: list[Format | TextFormat] = [*FORMATS, *TEXT_FORMATS]
+    for row in rows:
+        lines.append(f"| {row.family} | {row.layout} | {row.examples} | `{row.test}` |")
     return "\n".join(lines)
 
 
@@ -61,3 +74,12 @@ def recognise(config: Config, shapes: Shapes, where: str) -> tuple[Format, str]:
     raise CheckpointError(
         f"{where}: this checkpoint is of a family that is not supported ({given}). Supported are: {known}."
     )
+
+
+def recognise_text(config: Config, shapes: Shapes) -> tuple[TextFormat, str] | None:
+    """The format of a checkpoint's text tower, and why it is taken for it; None without one."""
+    for candidate in TEXT_FORMATS:
+        reason = candidate.recognise(config, shapes)
+        if reason:
+            return candidate, reason
+    return None

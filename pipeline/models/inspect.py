@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.models.architecture import Architecture, parameter_count, tensor_shapes
 from pipeline.models.families import recognise
@@ -17,7 +17,23 @@ from pipeline.models.weights import Weights, find_weights, read_json, read_shape
 from schemas.errors import CheckpointError
 from schemas.preprocessing import Preprocessing
 
+if TYPE_CHECKING:
+    import numpy as np
+
 HASH_CHUNK_BYTES = 8 * 1024 * 1024
+
+
+class ZeroShot(NamedTuple):
+    """A classifier made of words. `weights` are float32 (labels, pooled_size) in C order, each row of length 1.
+
+    `digest` is the SHA-256 over what they were made from besides the checkpoint: labels, templates and vocabulary.
+    """
+
+    templates: tuple[str, ...]
+    digest: str
+    weights: bytes
+    scale: float
+    bias: float
 
 
 @dataclass(frozen=True)
@@ -26,7 +42,8 @@ class ModelInfo:
 
     `name` is what the user gave; `revision` the commit of a hub model. `digest` is the SHA-256 over config and
     weights. `pooled` says which image-level representation `pooled` is, and `pooled_size` its width. `labels` are in
-    the order of the logits, empty without a classifier. `plan` says how the tensors map to ours.
+    the order of the logits, empty without a classifier. `plan` says how the tensors map to ours. `zero_shot` is set
+    where the labels are the user's own words.
     """
 
     name: str
@@ -49,6 +66,7 @@ class ModelInfo:
     image_size: tuple[int, int]
     network: Architecture
     plan: Plan
+    zero_shot: ZeroShot | None = None
 
 
 def inspect_model(
@@ -114,11 +132,15 @@ def _described(folder: Path, weights: Weights) -> tuple[Config, Shapes]:
     shapes = read_shapes(weights)
     if weights.kind != "npz":
         return read_json(folder / "config.json"), shapes
+    normalised = {name: array.shape for name, array in npz_vit.normalise(stand_ins(shapes)).items()}
+    return {"raw_shapes": shapes, "file_name": weights.files[0].name}, normalised
+
+
+def stand_ins(shapes: Shapes) -> "dict[str, np.ndarray[Any, Any]]":
+    """Zeros of these shapes that take no memory."""
     import numpy as np
 
-    stand_ins = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
-    normalised = {name: array.shape for name, array in npz_vit.normalise(stand_ins).items()}
-    return {"raw_shapes": shapes, "file_name": weights.files[0].name}, normalised
+    return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
 
 
 def _sides(size: int | tuple[int, int]) -> tuple[int, int]:

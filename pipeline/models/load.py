@@ -47,6 +47,7 @@ def load_model(
         state = fold(
             remap(_tensors(weights), info.plan), info.network, info.preprocessing, TRUNK_DTYPES.get(dtype, dtype)
         )
+        state |= _word_classifier(info)
     with torch.device("meta"):
         model = VisionModel(info.network, info.image_size).eval().requires_grad_(False)
     model.load_state_dict(state, assign=True)
@@ -61,6 +62,15 @@ def load_model(
     elif dtype in TRUNK_DTYPES:
         raise ValueError(f"{dtype_name(dtype)} is a kind of packed layer: packed=False leaves none")
     return model
+
+
+def _word_classifier(info: ModelInfo) -> dict[str, torch.Tensor]:
+    """The head of a zero-shot classifier; it reads `pooled` at length 1."""
+    if info.zero_shot is None:
+        return {}
+    vectors = torch.frombuffer(bytearray(info.zero_shot.weights), dtype=torch.float32).view(info.num_labels, -1)
+    bias = torch.full((info.num_labels,), info.zero_shot.bias)
+    return {"readout.head.weight": vectors * info.zero_shot.scale, "readout.head.bias": bias}
 
 
 def _tensors(weights: Weights) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.models.architecture import Architecture
+from pipeline.models.architecture import Architecture, head_input_width
 from pipeline.models.layers import ACTIVATIONS
 from pipeline.models.outputs import Outputs
 
@@ -24,8 +24,7 @@ class Readout(nn.Module):
         projected = a.pooled == "projected_cls" and a.projection_width > 0
         self.projection = nn.Linear(a.width, a.projection_width, a.projection_bias) if projected else nn.Identity()
         self.attention_pool = AttentionPool(a) if a.pooled == "attention_pool" else None
-        read = {"pooled": a.feature_width, "cls_and_mean": 2 * a.width}.get(a.head_input, a.width)
-        self.head = nn.Linear(read, a.num_labels) if a.head_input != "none" else None
+        self.head = nn.Linear(head_input_width(a), a.num_labels) if a.head_input != "none" else None
         distilled = a.head_input == "cls_and_distillation"
         self.distillation_head = nn.Linear(a.width, a.num_labels) if distilled else None
         self.token_norm = nn.LayerNorm(a.width, a.epsilon) if a.token_norm else nn.Identity()
@@ -72,6 +71,8 @@ class Readout(nn.Module):
             return None
         if self.distillation_head is not None:
             return (self.head(tokens[:, 0]) + self.distillation_head(tokens[:, 1])) / 2  # type: ignore[no-any-return]
+        if self.a.head_input == "unit_pooled":
+            return self.head(F.normalize(pooled, dim=1))  # type: ignore[no-any-return]
         if self.a.head_input == "pooled":
             return self.head(pooled)  # type: ignore[no-any-return]
         if self.a.head_input == "cls_and_mean":

@@ -26,10 +26,15 @@ Plan = Mapping[str, tuple[Piece, ...]]
 
 def plan(a: Architecture, spelling: Spelling) -> Plan:
     """Our name → the pieces it is put together from, in order along the first axis."""
-    return {name: _pieces(a, spelling, name, shape) for name, shape in tensor_shapes(a).items()}
+    return plan_shapes(tensor_shapes(a), spelling, keyless=a.qkv_bias == "query_value")
 
 
-def _pieces(a: Architecture, spelling: Spelling, name: str, shape: Shape) -> tuple[Piece, ...]:
+def plan_shapes(shapes: Shapes, spelling: Spelling, *, keyless: bool = False) -> Plan:
+    """The same for the tensors of `shapes`, in our names. `keyless`: queries and values have biases, keys zeros."""
+    return {name: _pieces(spelling, name, shape, keyless) for name, shape in shapes.items()}
+
+
+def _pieces(spelling: Spelling, name: str, shape: Shape, keyless: bool) -> tuple[Piece, ...]:
     block = re.match(r"blocks\.(\d+)\.", name)
     template = f"blocks.{{i}}.{name[block.end() :]}" if block else name
     module, _, parameter = template.rpartition(".")
@@ -37,7 +42,7 @@ def _pieces(a: Architecture, spelling: Spelling, name: str, shape: Shape) -> tup
     if theirs is None:
         theirs = _with_suffix(spelling[module], parameter)
     names = (theirs,) if isinstance(theirs, str) else theirs
-    if a.qkv_bias == "query_value" and template == "blocks.{i}.qkv.bias" and len(names) == 3:
+    if keyless and template == "blocks.{i}.qkv.bias" and len(names) == 3:
         names = (names[0], None, names[2])
     index = block[1] if block else ""
     parts = _part_rows(shape[0], len(names), fused=".qkv." in name)

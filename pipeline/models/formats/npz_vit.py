@@ -2,7 +2,8 @@
 
 Arrays are in JAX's axis order, heads apart, under one of several prefixes, blocks stacked or not. `normalise` brings
 them into torch's order and one spelling. MLPs use the exact GELU, as timm and transformers do with these weights;
-flax's own default is the tanh approximation. Positions are resized with order 1 and corners kept, as the library does.
+flax's own default is the tanh approximation, which stands in towers under `img/`, that only flax runs. Positions are
+resized with order 1 and corners kept, as the library does.
 """
 
 import re
@@ -16,7 +17,7 @@ from schemas.errors import CheckpointError
 if TYPE_CHECKING:
     import numpy as np
 
-PREFIXES = ("opt/target/", "params/img/", "params/", "img/", "")
+PREFIXES = ("opt/target/img/", "opt/target/", "params/img/", "params/", "img/", "")
 BLOCK = "Transformer/encoderblock_{i}/"
 
 # The architecture in a file's name → width, depth, and pixels of a patch.
@@ -54,24 +55,37 @@ def prefix_of(names: Mapping[str, Any]) -> str:
 
 def normalise(arrays: Mapping[str, "np.ndarray[Any, Any]"]) -> dict[str, "np.ndarray[Any, Any]"]:
     """The image tower's arrays in torch's axis order, without prefix, one set of names for each block."""
-    prefix, out = prefix_of(arrays), {}
+    prefix, out = prefix_of(arrays), dict[str, Any]()
     for full_name, array in arrays.items():
         name = full_name.removeprefix(prefix)
-        if not full_name.startswith(prefix) or name.startswith(("opt/", "txt/", "state/")):
-            continue
-        stacked = re.match(r"Transformer/encoderblock/(.*)", name)
-        if stacked:
-            for i, one in enumerate(array):
-                out[BLOCK.format(i=i) + stacked[1]] = _in_torch_order(name, one)
-        else:
-            out[name] = _in_torch_order(name, array)
+        if full_name.startswith(prefix) and not name.startswith(("opt/", "txt/", "state/")):
+            out |= in_torch_order(name, array)
     return out
+
+
+def normalise_text(arrays: Mapping[str, "np.ndarray[Any, Any]"]) -> dict[str, "np.ndarray[Any, Any]"]:
+    """The text tower's arrays likewise, under `txt/`, and the scale `t` and bias `b` of the cosines."""
+    prefix, out = prefix_of(arrays).removesuffix("img/"), dict[str, Any]()
+    for full_name, array in arrays.items():
+        name = full_name.removeprefix(prefix)
+        if full_name.startswith(prefix) and (name.startswith("txt/") or name in ("t", "b")):
+            out |= in_torch_order(name, array)
+    return out
+
+
+def in_torch_order(name: str, array: "np.ndarray[Any, Any]") -> dict[str, "np.ndarray[Any, Any]"]:
+    """One array, or one for each block where they are stacked."""
+    stacked = re.match(r"(.*/encoderblock)/(.*)", name)
+    if stacked is None:
+        return {name: _in_torch_order(name, array)}
+    return {f"{stacked[1]}_{i}/{stacked[2]}": _in_torch_order(name, one) for i, one in enumerate(array)}
 
 
 def _in_torch_order(name: str, array: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
     if re.search(r"(query|key|value)/kernel$", name):  # (D, heads, head_dim) → (heads · head_dim, D)
         return array.reshape(array.shape[0], -1).T
-    if name.endswith("out/kernel"):  # (heads, head_dim, D) → (D, heads · head_dim)
+    # (heads, head_dim, D) → (D, heads · head_dim)
+    if name.endswith(("out/kernel", "attention_block/dense_layer/kernel")):
         return array.reshape(-1, array.shape[-1]).T
     if name.endswith("kernel"):  # HWIO → OIHW, and (in, out) → (out, in)
         return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
@@ -85,36 +99,46 @@ def architecture(config: Config, shapes: Shapes, stem: Stem | None = None) -> Ar
     width, _, *kernel = shapes["embedding/kernel"]
     patch = [side * (stem.stride if stem else 1) for side in kernel]
     depth = 1 + max(int(found[1]) for name in shapes if (found := re.match(r"Transformer/encoderblock_(\d+)/", name)))
-    query = next(shape for name, shape in config["raw_shapes"].items() if name.endswith("query/kernel"))
+    prefix = prefix_of(config["raw_shapes"])
+    attention = {name: shape for name, shape in config["raw_shapes"].items() if name.endswith("query/kernel")}
+    heads = next(shape[-2] for name, shape in attention.items() if name.startswith(f"{prefix}Transformer/"))
     table = shapes.get("pos_embedding") or shapes.get("Transformer/posembed_input/pos_embedding") or (1, 0, width)
     class_token = "cls" in shapes
     side = round((table[1] - class_token) ** 0.5)
-    pooled, head_input = read_out(shapes, class_token)
+    shared = prefix.endswith("img/")
+    pooled, head_input = read_out(shapes, class_token, shared)
+    classes = shapes.get("head/kernel", (0,))[0]
     size = (side * patch[0], side * patch[1])
     check_name(config["file_name"], (width, depth, patch[0]), size)
     return Architecture(
         network="vit",
         width=width,
         depth=depth,
-        heads=query[-2],
+        heads=heads,
         mlp_width=next(shape[0] for name, shape in shapes.items() if name.endswith("Dense_0/kernel")),
         patch_size=(patch[0], patch[1]),
         trained_size=size,
         epsilon=1e-6,
+        activation="gelu_tanh" if shared else "gelu",
         class_token=class_token,
         positions="all" if class_token else "patches",
         position_resize="bilinear_corners",
         pooled=pooled,
-        projection_width=shapes.get("pre_logits/kernel", (0,))[0],
+        projection_width=classes if shared else shapes.get("pre_logits/kernel", (0,))[0],
         head_input=head_input,
-        num_labels=shapes.get("head/kernel", (0,))[0],
+        num_labels=0 if shared else classes,
         stem=stem,
     )
 
 
-def read_out(shapes: Shapes, class_token: bool) -> tuple[Pooled, HeadInput]:
-    """`pre_logits` is a pooler on CLS that the head reads; big_vision pools by attention or by mean."""
+def read_out(shapes: Shapes, class_token: bool, shared: bool) -> tuple[Pooled, HeadInput]:
+    """`pre_logits` is a pooler on CLS that the head reads; big_vision pools by attention or by mean.
+
+    In a tower `shared` with text the head, if there is one, is the projection into the common space.
+    """
     head = "head/kernel" in shapes
+    if shared and class_token:
+        return "projected_cls" if head else "cls", "none"
     if "pre_logits/kernel" in shapes:
         return "pooler", "pooled" if head else "none"
     if "MAPHead_0/probe" in shapes:
@@ -157,6 +181,7 @@ def spell(a: Architecture, shapes: Shapes) -> Spelling:
         "blocks.{i}.fc2": f"{BLOCK}MlpBlock_{mlp}/Dense_1",
         "pooler": "pre_logits",
         "head": "head",
+        "projection": "head",
         "attention_pool.qkv": tuple(
             f"{pool}MultiHeadDotProductAttention_0/{each}" for each in ("query", "key", "value")
         ),
@@ -206,5 +231,5 @@ FORMAT = Format(
     recognise=recognise,
     architecture=architecture,
     spell=spell,
-    ignored=(r"(opt|state)/.*", r"step", r"t"),
+    ignored=(r"(opt|state)/.*", r"step", r"[tb]"),
 )
