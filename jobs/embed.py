@@ -17,7 +17,7 @@ _SOURCE_HELP = (
 # Options whose value goes into the spec under the same name.
 _SPEC_KEYS = (
     "model", "out", "revision", "labels", "feature_dtype", "dtype", "decode", "image_size", "beit_final_norm", "limit",
-    "uri_column", "image_column", "backend", "gpus_per_actor", "max_failure_rate", "update",
+    "uri_column", "image_column", "backend", "vocabulary", "gpus_per_actor", "max_failure_rate", "update",
 )  # fmt: skip
 _FETCH_KEYS = {"timeout_s": "timeout", "max_bytes": "max_bytes", "max_pixels": "max_pixels"}
 _TRITON_KEYS = {"url": "triton_url", "model_name": "triton_model"}
@@ -46,6 +46,17 @@ def job(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     beit_final_norm: Annotated[
         bool | None, typer.Option("--beit-final-norm", help="BEiT pt22k: apply its trained final norm.")
+    ] = None,
+    zero_shot: Annotated[
+        str | None,
+        typer.Option(help="Labels in your own words, one a line, for CLIP, SigLIP and LiT.", metavar="FILE"),
+    ] = None,
+    templates: Annotated[
+        str | None,
+        typer.Option(help="Sentences with {} for the label, one a line (default: a photo of a {}.).", metavar="FILE"),
+    ] = None,
+    vocabulary: Annotated[
+        str | None, typer.Option(help="The text tower's vocabulary, if not beside the model.", metavar="FILE")
     ] = None,
     decode: Annotated[
         str | None, typer.Option(help="exact (as the reference processor, bit for bit) or fast (scaled JPEG decoding).")
@@ -111,6 +122,9 @@ def _values(given: dict[str, Any], task: str) -> dict[str, Any]:
     if given["batch_size"] is not None:
         values["batch_size"] = _whole_number(given["batch_size"])
     values |= nested_values(given, values)
+    for name, option in (("zero_shot", "--zero-shot"), ("templates", "--templates")):
+        if given[name] is not None:
+            values[name] = read_lines(given[name], option, values.get("storage_options", {}))
     missing = [name for name in ("sources", "model", "out") if not values.get(name)]
     if missing and not (missing == ["model"] and values.get("backend") == "null"):
         shown = {"sources": "SOURCE", "model": "--model", "out": "--out"}
@@ -143,6 +157,19 @@ def nested_values(given: Mapping[str, Any], base: Mapping[str, Any] | None = Non
     if triton:
         values["triton"] = {**base.get("triton", {}), **triton}
     return values
+
+
+def read_lines(path: str, option: str, storage_options: Mapping[str, Any]) -> list[str]:
+    """The lines of a text file, local or on an object store, without empty ones. Raises SpecError naming `option`."""
+    from pipeline.storage import filesystem, redact
+
+    fs, inside = filesystem(path, storage_options)
+    try:
+        text = fs.cat_file(inside).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error
+        raise SpecError(f"{option} {redact(path)}: cannot be read as text in UTF-8 ({reason})") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.directory import AsJson, Directory, Options, emit, parse_options, show_rows
-from jobs.retrieve_embed import embedder
+from jobs.retrieve_embed import Embedders, check_text, embedder, text_embedder
 from jobs.retrieve_screen import (
     LOCAL_RAY,
     Features,
@@ -21,7 +21,7 @@ from jobs.retrieve_screen import (
 from schemas.errors import SpecError
 
 if TYPE_CHECKING:
-    from pipeline.retrieval.search import Embed, Example, Hit
+    from pipeline.retrieval.search import Example, Hit
     from pipeline.retrieval.store import FeatureStore
 
 _DEFAULT_K = 10
@@ -38,7 +38,7 @@ def search(
     text: Annotated[list[str] | None, typer.Option(help="Words, for a model with a text tower.", metavar="T")] = None,
     minus: Annotated[
         list[str] | None,
-        typer.Option(help="Less like this: row=N, uri=U, image=FILE or vector=F.npy.", metavar="KIND=VALUE"),
+        typer.Option(help="Less like this: row=N, uri=U, image=FILE, vector=F.npy or text=T.", metavar="KIND=VALUE"),
     ] = None,
     k: Annotated[int | None, typer.Option("-k", help="How many; 10 if not said.")] = None,
     features: Features = "cls",
@@ -54,20 +54,23 @@ def search(
         bool, typer.Option("--with-examples", help="Let rows given as examples be found.")
     ] = False,
     model: Annotated[str | None, typer.Option(help="Where the run's model is, if it has moved.")] = None,
+    vocabulary: Annotated[
+        str | None, typer.Option(help="For --text: the vocabulary, if not beside the model.", metavar="FILE")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda, for the exact search.")] = "cpu",
     html: Annotated[str | None, typer.Option(help="Write a page with thumbnails.", metavar="F")] = None,
     storage_options: Options = None,
     as_json: AsJson = False,
 ) -> int:
     """Find the pictures most like some examples, exactly or by an index."""
-    if text:
-        raise SpecError(
-            f"--text {text[0]}: ViT and BEiT have no text tower; search by --image, --row, --uri or --vector"
-        )
-    examples = [*_examples(image, row, uri, vector), *(_minus(value) for value in minus or ())]
+    examples = [*_examples(image, row, uri, vector, text), *(_minus(value) for value in minus or ())]
+    texts = [example.value for example in examples if example.kind == "text"]
     with opened(directory, storage_options) as store:
+        if texts:
+            check_text(store, features, texts[0])
         warn_left_out(store, features)
-        embed = embedder(store, features, model, parse_options(storage_options))
+        place = (model, parse_options(storage_options))
+        embed = Embedders(embedder(store, features, *place), text_embedder(store, features, vocabulary, *place))
         options = {"where": where, "keep_examples": with_examples, "device": device}
         hits = _find(store, examples, embed, features, k, index, centre, options)
     if html:
@@ -82,7 +85,7 @@ def search(
 def _find(
     store: "FeatureStore",
     examples: "list[Example]",
-    embed: "Embed",
+    embed: Embedders,
     feature: str,
     k: int | None,
     index: str | None,
@@ -97,7 +100,7 @@ def _find(
     wanted = min(_DEFAULT_K, int(matrix.usable.sum())) if k is None else k
     if index is None:
         prepare = store.preparation(feature, centre=centre)
-        query = build_query(store, feature, examples, embed, prepare)
+        query = build_query(store, feature, examples, embed.images, prepare, embed.texts)
         return find(store, query, wanted, feature=feature, prepare=prepare, **options)
     built = indexes.load(store, index)
     if built.record.feature != feature or not built.record.normalise or centre:
@@ -105,7 +108,7 @@ def _find(
             f"--index {index} holds `{built.record.feature}`, normalised: {built.record.normalise}, centred: "
             f"{built.record.mean is not None}; leave out --centre, and give --features as it was built"
         )
-    query = build_query(store, feature, examples, embed, built.prepare)
+    query = build_query(store, feature, examples, embed.images, built.prepare, embed.texts)
     return find(
         store,
         query,
@@ -117,7 +120,11 @@ def _find(
 
 
 def _examples(
-    image: list[str] | None, row: list[int] | None, uri: list[str] | None, vector: list[str] | None
+    image: list[str] | None,
+    row: list[int] | None,
+    uri: list[str] | None,
+    vector: list[str] | None,
+    text: list[str] | None,
 ) -> "list[Example]":
     from pipeline.retrieval.search import Example
 
@@ -126,6 +133,7 @@ def _examples(
         *(Example("row", str(value)) for value in row or ()),
         *(Example("uri", value) for value in uri or ()),
         *(Example("vector", value) for value in vector or ()),
+        *(Example("text", value) for value in text or ()),
     ]
 
 
@@ -135,7 +143,7 @@ def _minus(text: str) -> "Example":
 
     kind, equals, value = text.partition("=")
     match kind if equals else "":
-        case "image" | "row" | "uri" | "vector" as known:
+        case "image" | "row" | "uri" | "vector" | "text" as known:
             return Example(known, value, minus=True)
     if text.lstrip("-").isdigit():
         return Example("row", text, minus=True)

@@ -1,7 +1,7 @@
-"""Pictures to vectors for `search --image`: by the very model, precision and preprocessing of the run."""
+"""Pictures and texts to vectors for `search`: by the very model, precision and preprocessing of the run."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from schemas.errors import CheckpointError, SpecError
 
@@ -22,6 +22,46 @@ def embedder(store: "FeatureStore", feature: str, model: str | None, storage_opt
         return _embed(store, feature, _model_of(store, model, storage_options), images, storage_options)
 
     return embed
+
+
+# What `pooled` is where images and texts have a space in common: CLIP and LiT, SigLIP, LiT without a projection.
+_SHARED_WITH_TEXT = ("projected_cls", "attention_pool", "cls")
+
+
+class Embedders(NamedTuple):
+    """For `--image` and for `--text`."""
+
+    images: "Embed"
+    texts: "Embed"
+
+
+def text_embedder(
+    store: "FeatureStore", feature: str, vocabulary: str | None, model: str | None, storage_options: dict[str, Any]
+) -> "Embed":
+    """A function from texts to vectors (n, D) by the text tower of the run's model, read when it is first called.
+
+    It raises SpecError for a model without one, and CheckpointError as `embedder`'s does.
+    """
+
+    def embed(texts: list[str]) -> Any:
+        from pipeline.models import load_text
+
+        info = _model_of(store, model, storage_options)
+        return load_text(info, vocabulary or store.record.spec.get("vocabulary")).embed(texts)
+
+    return embed
+
+
+def check_text(store: "FeatureStore", feature: str, text: str) -> None:
+    """Raise SpecError where `feature` is in no space that the run's model has in common with texts."""
+    model = store.record.model
+    if model.pooled not in _SHARED_WITH_TEXT:
+        raise SpecError(
+            f"--text {text}: {model.name} has no text tower (ViT, BEiT and the like have none; CLIP, SigLIP and LiT "
+            "do); search by --image, --row, --uri or --vector"
+        )
+    if feature != "pooled":
+        raise SpecError(f"--text: texts share a space with `pooled`, not with `{feature}`; add --features pooled")
 
 
 def _model_of(store: "FeatureStore", model: str | None, storage_options: dict[str, Any]) -> "ModelInfo":

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from pipeline.models import ModelInfo, choose_dtype, inspect_model
+from pipeline.models import ModelInfo, choose_dtype, inspect_model, with_labels
 from pipeline.predictors.batches import Wanted
 from pipeline.predictors.null import NULL_DIM
 from pipeline.record import check_empty, check_same, freezing, new_record, read_record, require_record, write_record
@@ -82,10 +82,13 @@ def ask(spec: JobSpec) -> Question:
         beit_final_norm=spec.beit_final_norm,
         storage_options=spec.storage_options,
     )
+    if spec.zero_shot is not None:
+        info = with_labels(info, spec.zero_shot, spec.templates, spec.vocabulary)
     if spec.labels and not info.num_labels:
         raise SpecError(
             f"labels are asked for, but {spec.model} ({info.architecture}) has no classifier. "
-            "Leave out --labels, or use a fine-tuned checkpoint of the same model"
+            "Leave out --labels, use a fine-tuned checkpoint of the same model, or, if it has a text tower, say the "
+            "labels with --zero-shot"
         )
     spec = _without_cls(spec, info) if "cls" in spec.features and not info.has_cls else spec
     if "visual_tokens" in spec.features and not info.network.visual_tokens:
@@ -215,5 +218,6 @@ def _model_record(question: Question) -> ModelRecord:
         num_labels=info.num_labels,
         pooled=info.pooled,
         multi_label=info.multi_label,
+        zero_shot=info.zero_shot.digest if info.zero_shot else None,
         preprocessing=info.preprocessing,
     )

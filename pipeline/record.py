@@ -19,12 +19,12 @@ from pipeline.storage import Options, create_bytes, filesystem, is_local, join, 
 from schemas.errors import OutputError
 from schemas.release import VERSION
 from schemas.run import ModelRecord, RunRecord, difference
-from schemas.spec import RESULT_FIELDS, JobSpec
+from schemas.spec import RECORDED_FIELDS, RESULT_FIELDS, JobSpec
 from schemas.tables import FeatureSize
 
 _RECORDED_VERSIONS = ("torch", "ray", "pyarrow", "pillow", "pi-heif", "simplejpeg", "numpy")
 # What must agree between two runs on one directory; the rest of the model record follows from these.
-_MODEL_IDENTITY = ("digest", "dtype", "pooled", "preprocessing")
+_MODEL_IDENTITY = ("digest", "dtype", "pooled", "preprocessing", "zero_shot")
 _FREEZE_WAIT_S = 3600.0
 _BEAT_S = 5.0
 _SILENT_BEATS = 4
@@ -70,8 +70,8 @@ def new_record(spec: JobSpec, model: ModelRecord, feature_dims: dict[str, Featur
 
 
 def recorded_spec(spec: JobSpec) -> dict[str, Any]:
-    """The part of a spec that decides the result, with addresses redacted and without credentials."""
-    values = spec.model_dump(mode="json", include=set(RESULT_FIELDS))
+    """The part of a spec that decides the result, and where the vocabulary is; redacted and without credentials."""
+    values = spec.model_dump(mode="json", include=set(RECORDED_FIELDS))
     values["sources"] = [redact(source) for source in spec.sources]
     return values
 
@@ -174,7 +174,8 @@ def _remove(fs: AbstractFileSystem, path: str) -> None:
 
 def _identity(record: RunRecord) -> dict[str, Any]:
     model = record.model.model_dump(mode="json")
-    return {"spec": record.spec, "model": {name: model[name] for name in _MODEL_IDENTITY}}
+    spec = {name: value for name, value in record.spec.items() if name in RESULT_FIELDS}
+    return {"spec": spec, "model": {name: model[name] for name in _MODEL_IDENTITY}}
 
 
 def _versions() -> dict[str, str]:

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from schemas.preprocessing import Preprocessing
 from schemas.tables import SCHEMA_VERSION, FeatureSize
 
+_SHOWN = 200
+
 
 class ModelRecord(BaseModel):
     """The checkpoint, and what this run computes with it."""
@@ -28,6 +30,7 @@ class ModelRecord(BaseModel):
     num_labels: int
     pooled: str
     multi_label: bool = False
+    zero_shot: str | None = None  # digest of labels, templates and vocabulary, where the labels are the user's words
     preprocessing: Preprocessing
 
 
@@ -70,5 +73,11 @@ def difference(recorded: dict[str, Any], wanted: dict[str, Any], prefix: str = "
         if isinstance(old, dict) and isinstance(new, dict):
             lines += difference(old, new, f"{prefix}{key}.")
         elif old != new:
-            lines.append(f"{prefix}{key}: there {json.dumps(old)} → now {json.dumps(new)}")
+            lines.append(f"{prefix}{key}: there {_shown(old)} → now {_shown(new)}")
     return lines
+
+
+def _shown(value: Any) -> str:
+    """JSON, cut where it is long: a list of labels may have thousands."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(value):,} in all)"

@@ -145,6 +145,13 @@ class JobSpec(Strict):
     beit_final_norm: bool = Field(
         default=False, description="apply the trained final norm of a BEiT pre-training checkpoint"
     )
+    zero_shot: tuple[str, ...] | None = Field(
+        default=None, description="labels in the user's own words, for a model with a text tower"
+    )
+    templates: tuple[str, ...] | None = Field(
+        default=None, description='sentences with {} where a label goes; default: "a photo of a {}."'
+    )
+    vocabulary: str | None = Field(default=None, description="the text tower's, where it is not beside the checkpoint")
     limit: Annotated[int, Field(ge=1)] | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -173,6 +180,12 @@ class JobSpec(Strict):
             raise ValueError("neither features nor labels are asked for: the output would hold no result")
         if (self.backend == "triton") != (self.triton is not None):
             raise ValueError("backend triton needs --triton-url, and only it takes one")
+        if self.zero_shot is not None and not self.labels:
+            raise ValueError("zero-shot labels are given, but no labels are asked for; add --labels K, or use classify")
+        if self.zero_shot is not None and self.backend != "torch":
+            raise ValueError(f"zero-shot labels need --backend torch; a {self.backend} back end has no text tower")
+        if self.zero_shot is None and (self.templates or self.vocabulary):
+            raise ValueError("templates and a vocabulary are for zero-shot labels; give those with --zero-shot")
         others = [name for name in self.features if name not in VECTOR_NAMES]
         if others and self.backend != "torch":
             raise ValueError(f"backend {self.backend} gives cls and pooled only; leave out {', '.join(others)}")
@@ -189,6 +202,8 @@ RESULT_FIELDS = (
     "decode",
     "image_size",
     "beit_final_norm",
+    "zero_shot",
+    "templates",
     "limit",
     "include",
     "exclude",
@@ -204,6 +219,10 @@ def parse_image_size(text: str | None) -> int | tuple[int, int] | None:
         return value
     except ValidationError:
         raise SpecError(f"--image-size {text}: expected pixels as N or HEIGHTxWIDTH, such as 384 or 224x320") from None
+
+
+# What run.json keeps, so that a later command can run the same again. A vocabulary may move; its digest may not.
+RECORDED_FIELDS = (*RESULT_FIELDS, "vocabulary")
 
 
 def build_spec(values: dict[str, Any]) -> JobSpec:

@@ -14,7 +14,7 @@ from pipeline.retrieval.store import FeatureStore
 from pipeline.storage import redact
 from schemas.errors import SpecError
 
-# Paths or URLs of pictures to their vectors (n, D) float32, by the model and the preprocessing of the run.
+# Paths or URLs of pictures, or texts, to their vectors (n, D) float32, by the model of the run.
 Embed = Callable[[list[str]], Floats]
 # Prepared queries (Q, D) and k to scores and positions in the matrix (Q, k), as an index finds them.
 Finder = Callable[[Floats, int], tuple[Floats, Ints]]
@@ -30,9 +30,9 @@ class Hit(TypedDict):
 
 @dataclass(frozen=True)
 class Example:
-    """One `--image`, `--row`, `--uri` or `--vector`, or one `--minus…`."""
+    """One `--image`, `--row`, `--uri`, `--vector` or `--text`, or one `--minus…`."""
 
-    kind: Literal["image", "row", "uri", "vector"]
+    kind: Literal["image", "row", "uri", "vector", "text"]
     value: str
     minus: bool = False
 
@@ -46,23 +46,35 @@ class Query:
 
 
 def build_query(
-    store: FeatureStore, feature: str, examples: Sequence[Example], embed: Embed | None, prepare: Preparation
+    store: FeatureStore,
+    feature: str,
+    examples: Sequence[Example],
+    embed: Embed | None,
+    prepare: Preparation,
+    embed_texts: Embed | None = None,
 ) -> Query:
     """The mean direction of the examples less that of the `minus` ones.
 
     Raises SpecError for an example that is not there, has another dimension or no direction, or if all cancel out.
     """
     if not any(not example.minus for example in examples):
-        raise SpecError("nothing to search for: give --image, --row, --uri or --vector at least once")
+        raise SpecError("nothing to search for: give --image, --row, --uri, --vector or --text at least once")
     images = [example.value for example in examples if example.kind == "image"]
     if images and embed is None:
         raise SpecError("--image needs the model of the run, which is not at hand here; search by --row or --vector")
-    embedded = iter(embed(images)) if images and embed is not None else iter(())
+    texts = [example.value for example in examples if example.kind == "text"]
+    if texts and embed_texts is None:
+        raise SpecError("--text needs the text tower of the run's model, which is not at hand here")
+    embedded = {
+        "image": iter(embed(images)) if images and embed is not None else iter(()),
+        "text": iter(embed_texts(texts)) if texts and embed_texts is not None else iter(()),
+    }
     sums = {False: np.zeros(store.check_feature(feature)), True: np.zeros(store.check_feature(feature))}
     counts = {False: 0, True: 0}
     rows: list[int] = []
     for example in examples:
-        vector = next(embedded) if example.kind == "image" else _vector(store, feature, example, rows)
+        found = next(embedded.get(example.kind, iter(())), None)
+        vector = _vector(store, feature, example, rows) if found is None else found
         sums[example.minus] += _direction(vector, prepare, example)
         counts[example.minus] += 1
     wanted = sums[False] / counts[False] - sums[True] / max(1, counts[True])

@@ -164,6 +164,8 @@ def spread_out(model: torch.nn.Module, seed: int) -> None:
 
     for name, tensor in model.named_parameters():
         last = name.rpartition(".")[2]
+        if tensor.ndim == 0:  # a temperature
+            continue
         if "lambda" in last or "layer_scale" in name or "gamma" in last:
             tensor.copy_(0.1 + 0.9 * torch.rand(tensor.shape, generator=generator))
         elif "relative_position_bias_table" in name:

@@ -16,26 +16,7 @@ Arrays = dict[str, Array]
 
 WIDTH, HEADS, DEPTH, MLP, PATCH, SIZE, SHARED = 48, 4, 3, 96, 16, 64, 40
 TEXT_WIDTH, TEXT_HEADS, LENGTH = 64, 1, 16
-WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *"a photo of the . , dog cat house ##s red !".split())
-    *[
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "a",
-        "photo",
-        "of",
-        "the",
-        ".",
-        ",",
-        "dog",
-        "cat",
-        "house",
-        "##s",
-        "red",
-        "!",
-    ],
-)
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "photo", "of", "the", ".", ",", "dog", "cat", "house", "red", "!")
 
 
 def random_pair(text: str, *, projected: bool = True, vocabulary: int = 0) -> Arrays:
