@@ -13,12 +13,13 @@ from pipeline.models.layers import Block
 
 PREFIX_POOLED = frozenset({"pooler", "cls", "layernormed_cls", "projected_cls"})
 PREFIX_HEADS = frozenset({"cls", "cls_and_distillation"})
+POOLED_HEADS = frozenset({"pooled", "unit_pooled"})
 
 
 def prefix_suffices(a: Architecture, outputs: frozenset[str]) -> bool:
     """Whether `outputs` (of `cls`, `pooled`, `logits`) can be computed from the prefix tokens alone."""
-    pooled_needed = "pooled" in outputs or ("logits" in outputs and a.head_input == "pooled")
-    head_reads_prefix = a.head_input in PREFIX_HEADS | {"none", "pooled"}
+    pooled_needed = "pooled" in outputs or ("logits" in outputs and a.head_input in POOLED_HEADS)
+    head_reads_prefix = a.head_input in PREFIX_HEADS | POOLED_HEADS | {"none"}
     return (
         a.class_token
         and (a.pooled in PREFIX_POOLED or not pooled_needed)

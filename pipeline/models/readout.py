@@ -35,7 +35,7 @@ class Readout(nn.Module):
         """`also` names the outputs that are made only on request: `patches`, `visual_tokens`."""
         cls = tokens[:, 0] if self.a.class_token else None
         wants_logits = "logits" in self.outputs and self.head is not None
-        head_reads_pooled = wants_logits and self.a.head_input == "pooled"
+        head_reads_pooled = wants_logits and self.a.head_input in ("pooled", "unit_pooled")
         pooled = self.pool(tokens) if "pooled" in self.outputs or head_reads_pooled else None
         patches = tokens[:, self.a.prefix_tokens :]
         return Outputs(
@@ -71,7 +71,7 @@ class Readout(nn.Module):
             return None
         if self.distillation_head is not None:
             return (self.head(tokens[:, 0]) + self.distillation_head(tokens[:, 1])) / 2  # type: ignore[no-any-return]
-        if self.a.head_input == "unit_pooled":
+        if self.a.head_input == "unit_pooled" and pooled is not None:
             return self.head(F.normalize(pooled, dim=1))  # type: ignore[no-any-return]
         if self.a.head_input == "pooled":
             return self.head(pooled)  # type: ignore[no-any-return]
