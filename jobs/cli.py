@@ -17,6 +17,7 @@ _MODULES = (
     "jobs.embed",
     "jobs.directory",
     "jobs.models",
+    "jobs.predict",
     "jobs.plan",
     "jobs.benchmark",
     "jobs.submit",

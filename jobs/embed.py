@@ -16,8 +16,9 @@ _SOURCE_HELP = (
 
 # Options whose value goes into the spec under the same name.
 _SPEC_KEYS = (
-    "model", "out", "revision", "labels", "feature_dtype", "dtype", "decode", "image_size", "beit_final_norm", "limit",
-    "uri_column", "image_column", "backend", "vocabulary", "gpus_per_actor", "max_failure_rate", "update",
+    "model", "out", "revision", "labels", "label_file", "feature_dtype", "dtype", "decode", "image_size",
+    "beit_final_norm", "limit", "uri_column", "image_column", "backend", "vocabulary", "gpus_per_actor",
+    "max_failure_rate", "update",
 )  # fmt: skip
 _FETCH_KEYS = {"timeout_s": "timeout", "max_bytes": "max_bytes", "max_pixels": "max_pixels"}
 _TRITON_KEYS = {"url": "triton_url", "model_name": "triton_model"}
@@ -34,6 +35,9 @@ def job(
     labels: Annotated[
         int | None,
         typer.Option("--labels", "--top-k", help="How many labels an image, best first (embed: 0, classify: 5)."),
+    ] = None,
+    label_file: Annotated[
+        str | None, typer.Option(help="Names of the classes in the model's order: one a line, or JSON id2label.")
     ] = None,
     feature_dtype: Annotated[str | None, typer.Option(help="float32 or float16 in the output.")] = None,
     dtype: Annotated[

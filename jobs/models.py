@@ -12,15 +12,24 @@ from jobs.directory import AsJson, Options, emit, parse_options, show_rows
 def models(
     model: Annotated[str, typer.Argument(help="A folder, an object-store prefix or a hub name.", metavar="MODEL")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="As for embed.")] = None,
+    image_size: Annotated[str | None, typer.Option(help="As for embed.")] = None,
+    label_file: Annotated[str | None, typer.Option(help="As for embed.")] = None,
+    beit_final_norm: Annotated[bool, typer.Option("--beit-final-norm", help="As for embed.")] = False,
     storage_options: Options = None,
     as_json: AsJson = False,
 ) -> int:
-    """What a checkpoint is: family, sizes, preprocessing, labels, pooling, parameters, cost and digest."""
+    """What a checkpoint is: family, sizes, preprocessing, heads, labels, pooling, parameters, cost and digest."""
     from pipeline.models import inspect_model
+    from schemas.spec import parse_image_size
 
-    options = parse_options(storage_options)
-    info = inspect_model(model, revision=revision, image_size=image_size, storage_options=options)
+    info = inspect_model(
+        model,
+        revision=revision,
+        image_size=parse_image_size(image_size),
+        beit_final_norm=beit_final_norm,
+        label_file=label_file,
+        storage_options=parse_options(storage_options),
+    )
     facts = describe(info)
     if as_json:
         emit(json.dumps(facts))
@@ -38,6 +47,10 @@ def describe(info: Any) -> dict[str, Any]:
 
     net = info.network
     pixels = info.preprocessing
+    down, across = net.grid(info.image_size)
+    features = [f"cls {info.hidden_size}"] * info.has_cls
+    features += [f"pooled {info.pooled_size} ({info.pooled})", f"patches {down * across} x {info.hidden_size}"]
+    features += [f"visual_tokens {down}x{across}"] if net.visual_tokens else []
     return {
         "model": info.name,
         "revision": info.revision,
@@ -47,14 +60,32 @@ def describe(info: Any) -> dict[str, Any]:
         + f"MLP {net.mlp_width}, patch {net.patch_size[0]}x{net.patch_size[1]}"
         + (f", ResNet stem {net.stem.units}" if net.stem else ""),
         "input": f"{info.image_size[0]}x{info.image_size[1]}",
+        "trained_at": f"{net.trained_size[0]}x{net.trained_size[1]}",
         "preprocessing": pixels.model_dump(mode="json"),
-        "features": f"cls {info.hidden_size}, " * info.has_cls + f"pooled {info.pooled_size} ({info.pooled})",
+        "features": ", ".join(features),
+        "heads": ", ".join(heads(net)) or "none",
         "labels": f"{info.num_labels:,} ({', '.join(info.labels[:3])}, …)" if info.num_labels else "none",
         "multi_label": info.multi_label,
         "parameters": info.parameters,
         "gflop_an_image": round(forward_flop(net, info.image_size) / 1e9, 1),
         "digest": info.digest,
     }
+
+
+def heads(net: Any) -> list[str]:
+    """What stands behind the blocks of an Architecture, in words."""
+    reads = {
+        "cls": "CLS",
+        "pooled": "pooled",
+        "cls_and_mean": "CLS beside the mean of the patches",
+        "cls_and_distillation": "CLS, and a second one the distillation token",
+    }
+    found = [f"classifier of {net.num_labels:,} classes, reads {reads[net.head_input]}"] if net.num_labels else []
+    found += [f"pooler {net.feature_width}"] if net.pooled == "pooler" else []
+    found += [f"projection {net.projection_width}"] if net.pooled == "projected_cls" and net.projection_width else []
+    found += ["attention pool"] if net.pooled == "attention_pool" else []
+    found += [f"codebook of {net.visual_tokens:,} visual tokens"] if net.visual_tokens else []
+    return found
 
 
 def _shown(value: Any) -> str:

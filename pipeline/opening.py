@@ -80,6 +80,7 @@ def ask(spec: JobSpec) -> Question:
         revision=spec.revision,
         image_size=spec.image_size,
         beit_final_norm=spec.beit_final_norm,
+        label_file=spec.label_file if spec.labels else None,
         storage_options=spec.storage_options,
     )
     if spec.zero_shot is not None:
@@ -220,4 +221,5 @@ def _model_record(question: Question) -> ModelRecord:
         multi_label=info.multi_label,
         zero_shot=info.zero_shot.digest if info.zero_shot else None,
         preprocessing=info.preprocessing,
+        label_digest=info.label_digest,
     )

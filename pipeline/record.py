@@ -15,7 +15,7 @@ from typing import Any
 from fsspec import AbstractFileSystem
 from pydantic import ValidationError
 
-from pipeline.storage import Options, create_bytes, filesystem, is_local, join, put_bytes, read_json, redact
+from pipeline.storage import Options, absolute, create_bytes, filesystem, is_local, join, put_bytes, read_json, redact
 from schemas.errors import OutputError
 from schemas.release import VERSION
 from schemas.run import ModelRecord, RunRecord, difference
@@ -24,7 +24,7 @@ from schemas.tables import FeatureSize
 
 _RECORDED_VERSIONS = ("torch", "ray", "pyarrow", "pillow", "pi-heif", "simplejpeg", "numpy")
 # What must agree between two runs on one directory; the rest of the model record follows from these.
-_MODEL_IDENTITY = ("digest", "dtype", "pooled", "preprocessing", "zero_shot")
+_MODEL_IDENTITY = ("digest", "dtype", "pooled", "preprocessing", "label_digest", "zero_shot")
 _FREEZE_WAIT_S = 3600.0
 _BEAT_S = 5.0
 _SILENT_BEATS = 4
@@ -70,8 +70,10 @@ def new_record(spec: JobSpec, model: ModelRecord, feature_dims: dict[str, Featur
 
 
 def recorded_spec(spec: JobSpec) -> dict[str, Any]:
-    """The part of a spec that decides the result, and where the vocabulary is; redacted and without credentials."""
+    """The part of a spec that decides the result, and where vocabulary and label file are; without credentials."""
     values = spec.model_dump(mode="json", include=set(RECORDED_FIELDS))
+    if spec.label_file:
+        values["label_file"] = redact(absolute(spec.label_file))
     values["sources"] = [redact(source) for source in spec.sources]
     return values
 

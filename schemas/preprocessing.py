@@ -8,15 +8,17 @@ from pydantic import BaseModel, ConfigDict, Field
 class Preprocessing(BaseModel):
     """Resize, optional centre crop, then `(pixel * rescale_factor - mean) / std`, in this order.
 
-    Exactly one of `resize` (height, width) and `shortest_edge` (pixels, aspect ratio kept) is set, unless the
-    checkpoint does not resize at all. `resample` is Pillow's filter number: 0 nearest, 1 Lanczos, 2 bilinear,
-    3 bicubic, 4 box, 5 Hamming. `crop` (height, width) is a centre crop; the result is always `height × width`.
+    At most one of these is set: `resize` (height, width); `shortest_edge` (pixels, aspect ratio kept); `cover` (height,
+    width: aspect ratio kept, just large enough to cover this); none where the checkpoint does not resize at all.
+    `resample` is Pillow's filter number: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 Hamming. `crop` (height,
+    width) is a centre crop; the result is always `height × width`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     resize: tuple[int, int] | None = None
     shortest_edge: int | None = None
+    cover: tuple[int, int] | None = None
     resample: Literal[0, 1, 2, 3, 4, 5] = 2
     crop: tuple[int, int] | None = None
     rescale_factor: float = Field(default=1 / 255, gt=0)

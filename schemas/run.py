@@ -16,7 +16,7 @@ _SHOWN = 200
 
 
 class ModelRecord(BaseModel):
-    """The checkpoint, and what this run computes with it."""
+    """The checkpoint, and what this run computes with it. `label_digest` is the SHA-256 of a `--label-file`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -32,6 +32,7 @@ class ModelRecord(BaseModel):
     multi_label: bool = False
     zero_shot: str | None = None  # digest of labels, templates and vocabulary, where the labels are the user's words
     preprocessing: Preprocessing
+    label_digest: str | None = None
 
 
 class RunRecord(BaseModel):

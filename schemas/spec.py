@@ -138,6 +138,7 @@ class JobSpec(Strict):
     task: Literal["embed", "classify"] = "embed"
     features: tuple[FeatureName, ...] = ("cls", "pooled")
     labels: int = Field(default=0, ge=0, description="how many labels an image, best first; 0 for none")
+    label_file: str | None = Field(default=None, description="names of the classes: one a line, or JSON id2label")
     feature_dtype: Literal["float32", "float16"] = "float32"
     dtype: DTypeName = "auto"
     decode: Literal["exact", "fast"] = "exact"
@@ -178,6 +179,10 @@ class JobSpec(Strict):
     def _asks_for_something(self) -> "JobSpec":
         if not self.features and not self.labels:
             raise ValueError("neither features nor labels are asked for: the output would hold no result")
+        if self.label_file and not self.labels:
+            raise ValueError("a label file is given, but no labels are asked for: add --labels K")
+        if self.label_file and self.zero_shot is not None:
+            raise ValueError("a label file and zero-shot labels both say what the classes are: give one of the two")
         if (self.backend == "triton") != (self.triton is not None):
             raise ValueError("backend triton needs --triton-url, and only it takes one")
         if self.zero_shot is not None and not self.labels:
@@ -221,8 +226,9 @@ def parse_image_size(text: str | None) -> int | tuple[int, int] | None:
         raise SpecError(f"--image-size {text}: expected pixels as N or HEIGHTxWIDTH, such as 384 or 224x320") from None
 
 
-# What run.json keeps, so that a later command can run the same again. A vocabulary may move; its digest may not.
-RECORDED_FIELDS = (*RESULT_FIELDS, "vocabulary")
+# What run.json keeps, so that a later command can run the same again. Vocabulary and label file may move; their
+# digests may not.
+RECORDED_FIELDS = (*RESULT_FIELDS, "vocabulary", "label_file")
 
 
 def build_spec(values: dict[str, Any]) -> JobSpec:

@@ -20,10 +20,14 @@ MAX_INTERMEDIATE_PIXELS = 50_000_000
 def resized_size(width: int, height: int, preprocessing: Preprocessing) -> tuple[int, int]:
     """Width and height after the resize and before the crop.
 
-    With `shortest_edge`, the longer edge is `int(shortest_edge * long / short)`: truncated, never rounded.
+    With `shortest_edge`, the longer edge is `int(shortest_edge * long / short)`: truncated, never rounded. With
+    `cover`, both are rounded, as timm's evaluation transform does it for a crop that is not square.
     """
     if preprocessing.resize is not None:
         return preprocessing.resize[1], preprocessing.resize[0]
+    if preprocessing.cover is not None:
+        ratio = min(height / preprocessing.cover[0], width / preprocessing.cover[1])
+        return max(1, round(width / ratio)), max(1, round(height / ratio))
     edge = preprocessing.shortest_edge
     if edge is None:
         return width, height

@@ -5,7 +5,8 @@ from pipeline.models.architecture import Architecture, stem_shapes
 
 def forward_flop(a: Architecture, image_size: tuple[int, int]) -> float:
     """Floating-point operations for one image of (height, width) pixels: two for each multiplication of the patch
-    embedding, the blocks and the classifier."""
+    embedding, the blocks, the pooling and the classifier. As torch's FlopCounterMode counts them; visual tokens, which
+    are computed only on request, are left out."""
     rows, columns = a.grid(image_size)
     patches = rows * columns
     tokens = patches + a.prefix_tokens
@@ -18,7 +19,21 @@ def forward_flop(a: Architecture, image_size: tuple[int, int]) -> float:
     else:
         pixels = image_size[0] * image_size[1]
         embedding = pixels // a.stem.stride**2 * a.stem.channels * a.width + _stem_multiplications(a, pixels)
-    return 2.0 * (a.depth * (mixing + mlp) + embedding + a.num_labels * a.width)
+    return 2.0 * (a.depth * (mixing + mlp) + embedding + _readout_multiplications(a, patches))
+
+
+def _readout_multiplications(a: Architecture, patches: int) -> int:
+    d = a.width
+    total = 0
+    if a.pooled in ("pooler", "projected_cls"):
+        total += d * a.feature_width if a.pooled == "pooler" or a.projection_width else 0
+    if a.pooled == "attention_pool":
+        total += 2 * d**2 + 2 * patches * d**2 + 2 * patches * d + 2 * d * a.mlp_width
+    if a.head_input != "none":
+        total += a.num_labels * {"pooled": a.feature_width, "cls_and_mean": 2 * d}.get(a.head_input, d)
+    if a.head_input == "cls_and_distillation":
+        total += a.num_labels * d
+    return total
 
 
 def _stem_multiplications(a: Architecture, pixels: int) -> int:

@@ -10,6 +10,7 @@ from pipeline.models.architecture import Architecture, parameter_count, tensor_s
 from pipeline.models.families import recognise
 from pipeline.models.formats import npz_vit
 from pipeline.models.formats.format import Config, Shapes
+from pipeline.models.labels import config_labels, read_label_file
 from pipeline.models.preprocessing import read_preprocessing
 from pipeline.models.remap import Plan, check, plan
 from pipeline.models.resolve import resolve
@@ -42,8 +43,9 @@ class ModelInfo:
 
     `name` is what the user gave; `revision` the commit of a hub model. `digest` is the SHA-256 over config and
     weights. `pooled` says which image-level representation `pooled` is, and `pooled_size` its width. `labels` are in
-    the order of the logits, empty without a classifier. `plan` says how the tensors map to ours. `zero_shot` is set
-    where the labels are the user's own words.
+    the order of the logits, empty without a classifier; `label_digest` is the SHA-256 of the file they come from, if it
+    was one of the user's. `plan` says how the tensors map to ours. `zero_shot` is set where the labels are the user's
+    own words.
     """
 
     name: str
@@ -67,6 +69,7 @@ class ModelInfo:
     network: Architecture
     plan: Plan
     zero_shot: ZeroShot | None = None
+    label_digest: str | None = None
 
 
 def inspect_model(
@@ -75,12 +78,14 @@ def inspect_model(
     revision: str | None = None,
     image_size: int | tuple[int, int] | None = None,
     beit_final_norm: bool = False,
+    label_file: str | None = None,
     storage_options: Mapping[str, Any] = {},
 ) -> ModelInfo:
     """Describe the checkpoint `model`: a folder, an object-store prefix or a hub name.
 
     Reads config, preprocessor and the headers of the weights; the weights themselves only to hash them. `image_size`
-    is in pixels, one number or (height, width). Raises CheckpointError if it cannot be found or read, is of an
+    is in pixels, one number or (height, width); `label_file` names the classes.
+    Raises SpecError for a label file that does not fit, CheckpointError if the model cannot be found or read, is of an
     unsupported family, or if tensors are missing, unexpected or of another shape.
     """
     if image_size is not None:
@@ -99,6 +104,9 @@ def inspect_model(
         preprocessing = Preprocessing(resize=_sides(image_size or network.trained_size))
     else:
         preprocessing = read_preprocessing(place.folder, image_size=image_size)
+    file = None
+    if label_file and network.num_labels:
+        file = read_label_file(label_file, network.num_labels, storage_options)
     _require_whole_patches(preprocessing.output_size, network, place.name)
     return ModelInfo(
         name=place.name,
@@ -112,7 +120,7 @@ def inspect_model(
         pooled_size=network.feature_width,
         has_cls=network.class_token,
         num_labels=network.num_labels,
-        labels=_labels(config, network.num_labels, place.name),
+        labels=file.names if file else config_labels(config, network.num_labels, place.name),
         multi_label=config.get("problem_type") == "multi_label_classification",
         pooled=network.pooled,
         preprocessing=preprocessing,
@@ -121,6 +129,7 @@ def inspect_model(
         image_size=preprocessing.output_size,
         network=network,
         plan=wanted,
+        label_digest=file.digest if file else None,
     )
 
 
@@ -166,19 +175,6 @@ def _require_whole_patches(size: tuple[int, int], a: Architecture, name: str) ->
             f"{name}: an MLP-Mixer's weights hold the number of its patches, so it runs at "
             f"{a.trained_size[0]}×{a.trained_size[1]} only; leave out --image-size"
         )
-
-
-def _labels(config: Config, count: int, where: str) -> tuple[str, ...]:
-    """Class names in the order of the logits: from `id2label`, `LABEL_i` where the config has none."""
-    names = config.get("id2label")
-    if isinstance(config.get("label_names"), list):  # timm
-        names = dict(enumerate(config["label_names"]))
-    if not names:
-        return tuple(f"LABEL_{i}" for i in range(count))
-    if count and (not isinstance(names, dict) or sorted(map(int, names)) != list(range(count))):
-        raise CheckpointError(f"{where}: the config names {len(names)} classes, but the classifier has {count}")
-    by_index = {int(index): str(label) for index, label in names.items()}
-    return tuple(by_index[i] for i in range(count))
 
 
 def digest_of(folder: Path, weights: Weights) -> str:

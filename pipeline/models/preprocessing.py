@@ -7,6 +7,7 @@ processor's class: the table below.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +57,7 @@ def read_preprocessing(folder: str | Path, *, image_size: int | Size | None = No
     path = Path(folder) / "preprocessor_config.json"
     config_path = Path(folder) / "config.json"
     if not path.is_file() and config_path.is_file() and "pretrained_cfg" in read_json(config_path):
-        return _read(config_path, _from_timm, image_size)
+        return _read(config_path, partial(_from_timm, image_size=image_size), None)
     if not path.is_file():
         raise CheckpointError(
             f"{folder}: has no preprocessor_config.json, so how to resize and normalise images is unknown. Copy the "
@@ -105,10 +106,10 @@ def _from_processor(config: Mapping[str, Any], path: Path) -> Preprocessing:
 TIMM_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
 
-def _from_timm(config: Mapping[str, Any], path: Path) -> Preprocessing:
+def _from_timm(config: Mapping[str, Any], path: Path, image_size: int | Size | None = None) -> Preprocessing:
     """timm's evaluation transform: resize to size / crop_pct, then crop the centre.
 
-    `crop_mode` center keeps the aspect ratio, squash does not.
+    `crop_mode` center keeps the aspect ratio, squash does not. `image_size` takes the place of the size given.
     """
     given = config["pretrained_cfg"]
     absent = [key for key in ("input_size", "interpolation", "mean", "std") if key not in given]
@@ -117,14 +118,14 @@ def _from_timm(config: Mapping[str, Any], path: Path) -> Preprocessing:
     mode, filter_name = given.get("crop_mode", "center"), given["interpolation"]
     if mode not in ("center", "squash") or filter_name not in TIMM_FILTERS:
         raise CheckpointError(f"{path}: crop_mode {mode!r} with interpolation {filter_name!r} is not supported")
-    _, height, width = given["input_size"]
+    height, width = given["input_size"][1:] if image_size is None else _pair(image_size)
     share = given.get("crop_pct") or 0.875
-    if mode == "center" and height != width:
-        raise CheckpointError(f"{path}: a centre crop of {height}×{width}, not square, is not supported")
     scaled = (int(height / share), int(width / share))
+    keep = mode == "center"
     return Preprocessing(
-        resize=scaled if mode == "squash" else None,
-        shortest_edge=scaled[0] if mode == "center" else None,
+        resize=None if keep else scaled,
+        shortest_edge=scaled[0] if keep and scaled[0] == scaled[1] else None,
+        cover=scaled if keep and scaled[0] != scaled[1] else None,
         resample=TIMM_FILTERS[filter_name],
         crop=(height, width),
         mean=given["mean"],
@@ -162,7 +163,11 @@ def _size(value: Any, square: bool, path: Path) -> tuple[Size | None, int | None
 
 
 def resized(p: Preprocessing, image_size: int | Size | None, where: Path) -> Preprocessing:
-    """`p` with another output size. Raises CheckpointError if the images would not all come out at one size."""
+    """`p` with another output size. Raises CheckpointError if the images would not all come out at one size.
+
+    A shortest edge before a crop that is not square becomes a size to cover, in the same proportion to the crop:
+    otherwise upright pictures would not fill a broad crop.
+    """
     if image_size is None:
         if p.crop is None and p.resize is None:
             raise CheckpointError(
@@ -170,10 +175,18 @@ def resized(p: Preprocessing, image_size: int | Size | None, where: Path) -> Pre
                 "say which with --image-size"
             )
         return p
-    new = (image_size, image_size) if isinstance(image_size, int) else image_size
+    new = _pair(image_size)
     if p.crop is None:
         return p.model_copy(update={"resize": new, "shortest_edge": None})
     old = p.crop
     grown = tuple(side * to // of for side, to, of in zip(p.resize, new, old, strict=True)) if p.resize else None
-    edge = p.shortest_edge * min(new) // min(old) if p.shortest_edge else None
-    return p.model_copy(update={"crop": new, "resize": grown, "shortest_edge": edge})
+    edge, cover = None, None
+    if p.shortest_edge and new[0] == new[1]:
+        edge = p.shortest_edge * new[0] // min(old)
+    elif p.shortest_edge:
+        cover = tuple(p.shortest_edge * side // min(old) for side in new)
+    return p.model_copy(update={"crop": new, "resize": grown, "shortest_edge": edge, "cover": cover})
+
+
+def _pair(size: int | Size) -> Size:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

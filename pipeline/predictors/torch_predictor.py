@@ -14,6 +14,7 @@ from pipeline.models import ModelInfo, load_model
 from pipeline.models.precision import torch_dtype
 from pipeline.predictors.batches import Predictions, Wanted, good_rows, pixels_of, predicted_table
 from schemas.errors import ClusterError
+from schemas.spec import VECTOR_NAMES
 
 _BFLOAT16_SINCE = (8, 0)
 
@@ -45,6 +46,8 @@ class TorchPredictor:
             info, dtype=precision, device=self._device, storage_options=storage_options, outputs=outputs
         )
         self._wanted = wanted
+        # Asking for no more than is needed lets the last block compute the prefix tokens alone.
+        self._on_request = [name for name in wanted.features if name not in VECTOR_NAMES]
         self._batch = batch_size
         self._height, self._width = info.preprocessing.output_size
         self._copies = torch.cuda.Stream() if cuda else None  # type: ignore[no-untyped-call]
@@ -107,7 +110,7 @@ class TorchPredictor:
 
     def _forward(self, batch: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
         """The features that are wanted, then scores and indices where labels are wanted; `count` rows each."""
-        outputs = self._model(batch, self._wanted.features)
+        outputs = self._model(batch, self._on_request)
         tensors = [getattr(outputs, name)[:count] for name in self._wanted.features]
         if self._wanted.labels:
             logits = outputs.logits[:count].float()

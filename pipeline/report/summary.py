@@ -85,6 +85,8 @@ def _preprocessing(model: ModelRecord) -> str:
         steps.append(f"resized to {wanted.resize[0]}×{wanted.resize[1]}")
     if wanted.shortest_edge:
         steps.append(f"shortest edge to {wanted.shortest_edge}")
+    if wanted.cover:
+        steps.append(f"resized to cover {wanted.cover[0]}×{wanted.cover[1]}")
     if wanted.crop:
         steps.append(f"centre crop {wanted.crop[0]}×{wanted.crop[1]}")
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (wanted.mean, wanted.std))

@@ -155,3 +155,21 @@ def test_every_odd_file_ends_in_one_place(tmp_path: Path, connect: Connect) -> N
     uris = table(tmp_path / "o")["uri"].to_pylist() + table(tmp_path / "o", "failures")["uri"].to_pylist()
     assert Counter(str(Path(uri).resolve()) for uri in uris) == Counter(files)
     assert maintenance.verify(spec.out, {}).problems == []
+
+
+def test_the_names_of_classes_belong_to_the_run(
+    tmp_path: Path, connect: Connect, pictures: Path, checkpoint: Path
+) -> None:
+    """Another file with the same content is the same run; other names are another."""
+    for name, word in (("a.txt", "class"), ("same.txt", "class"), ("other.txt", "kind")):
+        (tmp_path / name).write_text("\n".join(f"{word} {i}" for i in range(37)))
+    values = {"sources": [str(pictures)], "model": str(checkpoint), "limit": 6, "features": [], "labels": 2}
+    run(spec_for(tmp_path / "o", **values, label_file=str(tmp_path / "a.txt")), connect)
+    for labels in table(tmp_path / "o")["labels"].to_pylist():
+        assert [label["label"] for label in labels] == [f"class {label['index']}" for label in labels]
+    again = run(spec_for(tmp_path / "o", **values, label_file=str(tmp_path / "same.txt")), connect)
+    assert again.attempt.rows_planned == 0
+    for extra in ({"label_file": str(tmp_path / "other.txt")}, {}):
+        with pytest.raises(OutputError, match=r"model\.label_digest: there"):
+            run(spec_for(tmp_path / "o", **values, **extra), connect)
+    assert maintenance.verify(str(tmp_path / "o"), {}).problems == []

@@ -98,7 +98,8 @@ def test_matches_transformers_at_another_resolution(kind: str, size: tuple[int, 
     expected = reference_outputs(folder, values, interpolate=True)
     info = inspect_model(str(folder), image_size=size)
     assert info.image_size == size
-    compare(load_model(info)(pixels), expected, torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        compare(load_model(info, dtype=dtype)(pixels), expected, dtype)
 
 
 def resized(folder: Path, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:

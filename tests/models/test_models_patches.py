@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.checkpoints import (
@@ -101,3 +102,19 @@ def test_only_a_pretraining_head_gives_visual_tokens(tmp_path: Path) -> None:
     assert info.network.visual_tokens == 0
     pretrained = inspect_model(str(make_checkpoint(tmp_path / "mim", "beit-mim")))
     assert (pretrained.network.visual_tokens, pretrained.network.grid(pretrained.image_size)) == (8192, (14, 14))
+
+
+@pytest.mark.parametrize(("features", "whole"), [(("cls",), False), (("cls", "patches"), True)])
+def test_a_job_for_cls_alone_runs_the_short_last_block(features: tuple[str, ...], whole: bool, tmp_path: Path) -> None:
+    from pipeline.predictors.batches import Wanted
+    from pipeline.predictors.torch_predictor import TorchPredictor
+
+    info = inspect_model(str(make_checkpoint(tmp_path / "vit", "vit-classifier")))
+    sizes = {"cls": 96, "patches": (196, 96)}
+    wanted = Wanted(features, tuple(sizes[name] for name in features), "float32", 0, (), False)  # type: ignore[misc]
+    predictor = TorchPredictor(info, wanted, dtype="float32", batch_size=2)
+    asked: list[bool] = []
+    trunk = predictor._model.trunk
+    trunk.register_forward_pre_hook(lambda _, args, options: asked.append(options["whole"]), with_kwargs=True)
+    predictor.predict(np.zeros((2, 224, 224, 3), np.uint8))
+    assert asked == [whole]

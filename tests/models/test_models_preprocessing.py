@@ -11,6 +11,7 @@ import transformers
 from PIL import Image
 from support import checkpoints  # noqa: F401  (declares what transformers' image processors need)
 
+from pipeline.images.transform import resized_size
 from pipeline.models import read_preprocessing
 from schemas.errors import CheckpointError
 from schemas.preprocessing import Preprocessing
@@ -96,6 +97,25 @@ def test_another_image_size(tmp_path: Path) -> None:
     write(tmp_path, image_processor_type="CLIPImageProcessor", size={"shortest_edge": 256}, crop_size=224)
     bigger = read_preprocessing(tmp_path, image_size=448)
     assert (bigger.shortest_edge, bigger.crop) == (512, (448, 448))
+    broad = read_preprocessing(tmp_path, image_size=(224, 336))
+    assert (broad.shortest_edge, broad.cover, broad.crop) == (None, (256, 384), (224, 336))
+
+
+@pytest.mark.parametrize("size", [(224, 320), (320, 224), (384, 384)])
+@pytest.mark.parametrize("crop_pct", [0.9, 0.875, 1.0])
+def test_timm_resizes_another_size_alike(tmp_path: Path, size: tuple[int, int], crop_pct: float) -> None:
+    """Upright and broad pictures get the size that timm's own transform gives them before its crop."""
+    from timm.data.transforms_factory import transforms_imagenet_eval
+
+    published = {"input_size": [3, 224, 224], "interpolation": "bicubic", "crop_pct": crop_pct}
+    published |= {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "x", "pretrained_cfg": published}))
+    ours = read_preprocessing(tmp_path, image_size=size)
+    resize = transforms_imagenet_eval(size, crop_pct=crop_pct, interpolation="bicubic").transforms[0]
+    for picture in ((640, 427), (427, 640), (500, 500), (3000, 171)):
+        theirs = resize(Image.new("RGB", picture)).size
+        assert resized_size(*picture, ours) == theirs
+    assert ours.output_size == size
 
 
 @pytest.mark.parametrize(

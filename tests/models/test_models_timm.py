@@ -80,17 +80,36 @@ def test_matches_timm(case: str, tmp_path: Path) -> None:
 
 @needs_testdata
 @pytest.mark.parametrize("case", ["vit", "deit-distilled", "dinov2-registers", "siglip", "so150m", "beit"])
-@pytest.mark.parametrize("factor", [0.5, 1.5])
-def test_matches_timm_at_another_resolution(case: str, factor: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("factors", [(0.5, 0.5), (1.5, 1.5), (1.0, 1.5), (1.5, 0.5)])
+def test_matches_timm_at_another_resolution(case: str, factors: tuple[float, float], tmp_path: Path) -> None:
+    """timm resizes position embeddings and BEiT's tables by `set_input_size`."""
     architecture, args = CASES[case]
     reference = make_timm_checkpoint(tmp_path, architecture, **args)
-    side = int(reference.patch_embed.img_size[0] * factor)
-    reference.set_input_size(img_size=(side, side))
-    reference.pretrained_cfg = {**reference.pretrained_cfg, "input_size": (3, side, side)}
+    side = reference.patch_embed.img_size[0]
+    size = (int(side * factors[0]), int(side * factors[1]))
+    reference.set_input_size(img_size=size)
+    reference.pretrained_cfg = {**reference.pretrained_cfg, "input_size": (3, *size)}
     pixels, values = timm_preprocessed(reference, photos(2))
-    info = inspect_model(str(tmp_path), image_size=side)
+    info = inspect_model(str(tmp_path), image_size=size)
     has_cls = reference.num_prefix_tokens > reference.__dict__.get("num_reg_tokens", 0)
-    compare(load_model(info)(pixels), timm_outputs(reference, values), torch.float32, has_cls)
+    expected = timm_outputs(reference, values)
+    for dtype in (torch.float32, torch.bfloat16):
+        compare(load_model(info, dtype=dtype)(pixels), expected, dtype, has_cls)
+
+
+@needs_testdata
+@pytest.mark.parametrize("case", ["vit", "dinov2-registers"])
+@pytest.mark.parametrize("size", [(336, 336), (224, 308)])
+def test_matches_timm_with_dynamic_img_size(case: str, size: tuple[int, int], tmp_path: Path) -> None:
+    """The same model of timm at whatever size comes in."""
+    architecture, args = CASES[case]
+    reference = make_timm_checkpoint(tmp_path, architecture, **args, dynamic_img_size=True)
+    patch = reference.patch_embed.patch_size[0]
+    size = (size[0] // patch * patch, size[1] // patch * patch)
+    reference.pretrained_cfg = {**reference.pretrained_cfg, "input_size": (3, *size)}
+    pixels, values = timm_preprocessed(reference, photos(2))
+    info = inspect_model(str(tmp_path), image_size=size)
+    compare(load_model(info)(pixels), timm_outputs(reference, values), torch.float32, has_cls=True)
 
 
 def test_clip_projection_is_the_image_embedding(tmp_path: Path) -> None:
