@@ -16,6 +16,8 @@ SIZES = {
     "vit-small": (384, 12, 6, 1536),
     "vit-base": (768, 12, 12, 3072),
     "vit-large": (1024, 24, 16, 4096),
+    "beit-base": (768, 12, 12, 3072),
+    "beit-large": (1024, 24, 16, 4096),
 }
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
@@ -57,6 +59,32 @@ def make_vit(folder: Path, size: str) -> Path:
         preprocessing = {
             "image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True,
             "size": {"height": 224, "width": 224}, "resample": 2, "rescale_factor": 1 / 255,
+            "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        }  # fmt: skip
+        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+    return folder
+
+
+def make_model(folder: Path, size: str) -> Path:
+    """`make_vit`, or a BEiT with random weights and a position table shared by its blocks."""
+    if size.startswith("vit"):
+        return make_vit(folder, size)
+    import torch
+
+    from jobs.demo.train import load_transformers
+
+    transformers = load_transformers()
+    if not (folder / "model.safetensors").exists():
+        hidden, layers, heads, mlp = SIZES[size]
+        torch.manual_seed(0)
+        config = transformers.BeitConfig(
+            hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=mlp,
+            use_shared_relative_position_bias=True, use_mask_token=True,
+        )  # fmt: skip
+        transformers.BeitForMaskedImageModeling(config).save_pretrained(folder)
+        preprocessing = {
+            "image_processor_type": "BeitImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True,
+            "do_center_crop": False, "size": {"height": 224, "width": 224}, "resample": 2, "rescale_factor": 1 / 255,
             "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
         }  # fmt: skip
         (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))

@@ -151,6 +151,13 @@ def print_summary(summary: "Summary", report: str | None, attention: str | None 
         work = attempt.stage_seconds
         stages = ", ".join(f"{name} {duration(value)}" for name, value in work.model_dump().items())
         table.add_row("work by stage", stages)
+        if attempt.distance:
+            off = attempt.distance
+            table.add_row(
+                "precision",
+                f"{off.dtype}: cosine to float32 {off.median:.5f} in the median, {off.least:.5f} at least, over "
+                f"{off.images} of these images",
+            )
     else:
         table.add_row("this attempt", "nothing was left to do")
     table.add_row("dataset", f"{summary.out}/images/*.parquet")

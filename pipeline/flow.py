@@ -16,9 +16,12 @@ import pyarrow as pa
 import ray
 
 from pipeline.decoding import DecodeJob, decode_rows, forget_crashes
+from pipeline.distance import IMAGES, measure_distance
+from pipeline.models.precision import MEASURED
 from pipeline.opening import Opened, Question, ask, open_directory
 from pipeline.placement import Placement, place
-from pipeline.predictors.actor import ActorJob, PredictActor
+from pipeline.predicting import actor_job
+from pipeline.predictors.actor import PredictActor
 from pipeline.progress import Listener, Meter, Progress
 from pipeline.signals import interruptible
 from pipeline.sinks import attempts, intervals
@@ -27,8 +30,9 @@ from pipeline.sinks.compaction import compact, drop_repeats, recover, remove_row
 from pipeline.sinks.intervals import Spans
 from pipeline.sinks.ledger import pending, read_ledger, shard_rows
 from pipeline.sinks.ray_writer import Committed, Received, WriteJob, commit_stream, unwrap
+from pipeline.sources.manifest import read_rows
 from pipeline.storage import absolute, redact
-from schemas.attempt import AttemptRecord
+from schemas.attempt import AttemptRecord, Distance
 from schemas.errors import Interrupted, OutputError
 from schemas.machines import Machines
 from schemas.release import release
@@ -111,6 +115,8 @@ def _work(
     meter = Meter(stop - first, stop - first - intervals.count(rest), 0, placement, int(machines.cpus))
     job = WriteJob(fence, opened.schema, opened.record.part_metadata())
     try:
+        if question.dtype in MEASURED:
+            attempt.distance = _distance(question, opened, placement, rest)
         for _ in range(_MAX_PASSES):
             dataset = build(question, opened, placement, rest)
             for event in commit_stream(_bundles(dataset), job, spec.sink):
@@ -131,6 +137,17 @@ def _work(
         "workers keep dying on them, most likely for want of memory. Run the same command with a smaller "
         "--batch-size or fewer --actors; what was committed stays"
     )
+
+
+def _distance(question: Question, opened: Opened, placement: Placement, rest: Spans) -> Distance | None:
+    """How far this precision is from float32, measured where an actor would run."""
+    spec = question.spec
+    spans = rest[:1].copy()
+    spans[0, 1] = min(spans[0, 1], spans[0, 0] + IMAGES)
+    manifest = pa.concat_tables(read_rows(spec.out, opened.parts, spans, spec.storage_options))
+    measure = ray.remote(num_cpus=placement.actor_cpus, num_gpus=placement.actor_gpus)(measure_distance)
+    found: Distance | None = ray.get(measure.remote(question, placement, manifest))
+    return found
 
 
 def build(question: Question, opened: Opened, placement: Placement, rest: Spans) -> ray.data.Dataset:
@@ -155,18 +172,7 @@ def build(question: Question, opened: Opened, placement: Placement, rest: Spans)
         driver=release(),
         null=question.info is None,
     )
-    actor = ActorJob(
-        backend=spec.backend,
-        model=question.info,
-        wanted=question.wanted,
-        dtype=question.dtype,
-        batch_size=placement.batch_size,
-        threads=placement.threads,
-        cuda=spec.gpus_per_actor > 0 and spec.backend == "torch",
-        triton=spec.triton,
-        storage_options=spec.storage_options,
-        driver=release(),
-    )
+    actor = actor_job(question, placement, intervals.count(rest))
     return (
         ray.data.from_arrow(cut(rest, placement.task_rows))
         .map_batches(

@@ -16,17 +16,21 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.advice import Forward, Measured
+from pipeline.distance import cosines
 from pipeline.images.decode import DecodeMode, DecodeSpec, decode_into
 from pipeline.images.fetch import Fetched, fetch_rows
 from pipeline.images.formats import prepare_process
 from pipeline.images.stage import fetch_and_decode
+from pipeline.models import choose_dtype
 from pipeline.opening import Question
 from pipeline.placement import Placement
+from pipeline.predicting import actor_job
 from pipeline.predictors.actor import ActorJob, build_predictor
 from pipeline.sinks.parts import split, write_part
 from pipeline.sources.manifest import read_sources
 from pipeline.storage import filesystem
-from schemas.errors import ImageError, SourceError
+from schemas.errors import ImageError, SourceError, SpecError
+from schemas.spec import DTypeName
 from schemas.tables import decoded_schema, images_schema, user_fields
 
 LISTED = 1000
@@ -98,7 +102,7 @@ def measure(question: Question, placement: Placement, *, seconds: float = 20.0) 
         fetch_s=fetch_s,
         fetch_core_s=fetch_core_s,
         decode_core_s={str(mode): cost for mode, cost in decode_s.items()},
-        fast_cosines=cosines(outputs["fast"], outputs["exact"]) if "fast" in outputs else [],
+        fast_cosines=cosines(outputs["fast"], outputs["exact"]).tolist() if "fast" in outputs else [],
         transfer_core_s=measure_transfer(decoded),
         forward=forward,
         write_s=measure_write(question, predict(decoded)),
@@ -177,17 +181,7 @@ def measure_forward(
     Also gives the first feature of the sample for the pixels of each way to decode, and the predictor itself.
     """
     cuda = question.spec.gpus_per_actor > 0
-    job = ActorJob(
-        backend="torch",
-        model=question.info,
-        wanted=question.wanted,
-        dtype=question.dtype,
-        batch_size=placement.batch_size,
-        threads=placement.threads,
-        cuda=cuda,
-        triton=None,
-        storage_options=question.spec.storage_options,
-    )
+    job = actor_job(question, placement)
     predictor: Any = build_predictor(job)
     found = [timed_forward(predictor, job, pixels["exact"])]
     outputs = {"exact": first_output(predictor, pixels["exact"])}
@@ -202,15 +196,26 @@ def measure_forward(
             other = job._replace(dtype=dtype)
             candidate: Any = build_predictor(other)
             result = timed_forward(candidate, other, pixels["exact"])
-            likeness = cosines(first_output(candidate, pixels["exact"]), outputs["exact"])
+            likeness = cosines(first_output(candidate, pixels["exact"]), outputs["exact"]).tolist()
             found.append(result._replace(cosines=likeness))
     return found, outputs, predictor
 
 
 def other_precisions(dtype: str, *, cuda: bool) -> tuple[str, ...]:
-    """What else might be worth it, likeliest first; what the machine has no units for shows in its time."""
-    candidates = ("bfloat16", "float16") if cuda else ("bfloat16",)
-    return tuple(name for name in candidates if name != dtype)
+    """What else might be worth it here, likeliest first."""
+    candidates: tuple[DTypeName, ...] = ("bfloat16", "float8") if cuda else ("bfloat16", "int8")
+    return tuple(name for name in candidates if name != dtype and possible(name, cuda=cuda))
+
+
+def possible(dtype: DTypeName, *, cuda: bool) -> bool:
+    """Whether this machine would compute in `dtype`."""
+    if dtype == "bfloat16" and not cuda:
+        return choose_dtype("auto", cuda=False) == "bfloat16"
+    try:
+        choose_dtype(dtype, cuda=cuda)
+    except SpecError:
+        return False
+    return True
 
 
 def timed_forward(predictor: Any, job: ActorJob, pixels: Pixels) -> Forward:
@@ -231,13 +236,6 @@ def first_output(predictor: Any, pixels: Pixels) -> npt.NDArray[np.floating[Any]
     features = list(predictions.features.values())
     found: npt.NDArray[np.floating[Any]] = features[0] if features else predictions.scores
     return found
-
-
-def cosines(a: npt.NDArray[np.floating[Any]], b: npt.NDArray[np.floating[Any]]) -> list[float]:
-    """Cosine between corresponding rows."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    products = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
-    return [float(value) for value in products]
 
 
 def measure_write(question: Question, predicted: pa.Table) -> float:

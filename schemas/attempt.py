@@ -22,6 +22,17 @@ class StageSeconds(BaseModel):
     write: float = 0.0
 
 
+class Distance(BaseModel):
+    """Cosine of the features in `dtype` to those in float32, over `images` of the run's own."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dtype: str
+    images: int
+    median: float
+    least: float
+
+
 class AttemptRecord(BaseModel):
     """One attempt. Times are ISO 8601 in UTC; `startup_s` ends with the first finished batch."""
 
@@ -48,3 +59,4 @@ class AttemptRecord(BaseModel):
     decode_tasks: int | None = None
     bottleneck: str | None = None
     message: str | None = None
+    distance: Distance | None = None  # for the 8-bit precisions

@@ -3,7 +3,10 @@
 Pure functions on dicts. Arithmetic is in float64 or float32, whatever precision the network then runs in.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,7 +15,9 @@ from pipeline.models.architecture import Architecture
 from pipeline.models.beit import relative_bias
 from pipeline.models.hybrid import fold_stem
 from pipeline.models.positions import resize_grid, resize_relative_table
-from schemas.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from schemas.preprocessing import Preprocessing
 
 Tensors = Mapping[str, Tensor]
 READOUT = (

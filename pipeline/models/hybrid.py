@@ -5,14 +5,19 @@ TensorFlow's SAME, in which the odd pixel goes to the right and the bottom. The 
 weights with: 1e-8 on the variance of a filter and 1e-5 in group norm (flax: 1e-5 on the deviation, 1e-6).
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.models.architecture import Architecture, Stem
-from schemas.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from schemas.preprocessing import Preprocessing
 
 GROUPS = 32
 GROUP_EPSILON = 1e-5

@@ -6,22 +6,16 @@ from typing import Any
 
 import torch
 
-from pipeline.models.fold import fold
+from pipeline.models.assemble import assemble
 from pipeline.models.formats import npz_vit
 from pipeline.models.inspect import ModelInfo, digest_of
-from pipeline.models.kernels import choose_linear, cpu_libraries, replace_linears
 from pipeline.models.network import VisionModel
 from pipeline.models.npz import read_npz
-from pipeline.models.precision import describe_hardware, dtype_name
-from pipeline.models.prefix import prefix_suffices, read_prefix_only
 from pipeline.models.readout import OUTPUTS
 from pipeline.models.remap import remap
 from pipeline.models.resolve import resolve
 from pipeline.models.weights import Weights, find_weights, read_tensors
 from schemas.errors import CheckpointError
-
-# What stands between the products where those are in 8 bits.
-TRUNK_DTYPES = {torch.int8: torch.float32, torch.float8_e4m3fn: torch.bfloat16}
 
 
 def load_model(
@@ -44,24 +38,17 @@ def load_model(
     """
     weights = find_weights(_folder(info, storage_options))
     with torch.no_grad():
-        state = fold(
-            remap(_tensors(weights), info.plan), info.network, info.preprocessing, TRUNK_DTYPES.get(dtype, dtype)
-        )
-        state |= _word_classifier(info)
-    with torch.device("meta"):
-        model = VisionModel(info.network, info.image_size).eval().requires_grad_(False)
-    model.load_state_dict(state, assign=True)
-    model.to(device)
-    model.readout.outputs = frozenset(outputs)
-    if prefix_suffices(info.network, model.readout.outputs):
-        model.trunk.prefix_block = read_prefix_only(model.trunk.blocks, info.network.prefix_tokens)
-    if packed:
-        kind = torch.device(device).type
-        hardware = describe_hardware(cuda=kind == "cuda")
-        replace_linears(model.trunk, choose_linear(dtype_name(dtype), kind, hardware, cpu_libraries()))
-    elif dtype in TRUNK_DTYPES:
-        raise ValueError(f"{dtype_name(dtype)} is a kind of packed layer: packed=False leaves none")
-    return model
+        tensors = remap(_tensors(weights), info.plan)
+    return assemble(
+        tensors,
+        info.network,
+        info.preprocessing,
+        dtype=dtype,
+        device=device,
+        packed=packed,
+        outputs=outputs,
+        head=_word_classifier(info),
+    )
 
 
 def _word_classifier(info: ModelInfo) -> dict[str, torch.Tensor]:

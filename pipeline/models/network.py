@@ -12,6 +12,8 @@ from pipeline.models.outputs import Outputs
 from pipeline.models.readout import Readout
 from pipeline.models.vit import ViT
 
+# Outputs that hold something for each patch.
+TOKEN_OUTPUTS = frozenset({"patches", "visual_tokens"})
 TRUNKS: dict[str, type[ViT] | type[Beit] | type[Mixer]] = {"vit": ViT, "beit": Beit, "mixer": Mixer}
 
 
@@ -30,8 +32,9 @@ class VisionModel(nn.Module):
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor, also: Collection[str] = ()) -> Outputs:
-        """`also` names outputs that are made only on request: `patches`, `visual_tokens`."""
-        return self.readout(self.trunk(pixels, whole=bool(also)), also)  # type: ignore[no-any-return]
+        """`also` names outputs that are made only on request: `patches`, `visual_tokens`; others are ignored."""
+        whole = not TOKEN_OUTPUTS.isdisjoint(also)
+        return self.readout(self.trunk(pixels, whole), also)  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def last_hidden_state(self, pixels: Tensor) -> Tensor:

@@ -1,15 +1,18 @@
 """Which precision to compute in. The choice is a pure function of described hardware; reading it is apart."""
 
+from __future__ import annotations
+
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from schemas.errors import SpecError
-from schemas.spec import DTypeName
 
 if TYPE_CHECKING:
     import torch
+
+    from schemas.spec import DTypeName
 
 BFLOAT16_CPU_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})
 BFLOAT16_SINCE_SM = (8, 0)
@@ -58,7 +61,7 @@ def choose_dtype(requested: DTypeName, *, cuda: bool, hardware: Hardware | None 
     return requested
 
 
-def torch_dtype(name: str) -> "torch.dtype":
+def torch_dtype(name: str) -> torch.dtype:
     """The dtype that stands for a precision: that of the trunk, or for `int8` and `float8` that of its products."""
     import torch
 
@@ -66,7 +69,7 @@ def torch_dtype(name: str) -> "torch.dtype":
     return found
 
 
-def dtype_name(dtype: "torch.dtype") -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """The other way round: `float32`, `bfloat16`, `float16`, `int8` or `float8`."""
     name = str(dtype).removeprefix("torch.")
     return "float8" if name == "float8_e4m3fn" else name

@@ -15,7 +15,9 @@ Predictor = Callable[[pa.Table], pa.Table]
 
 
 class ActorJob(NamedTuple):
-    """Everything an actor needs to build its predictor. `dtype` is resolved, never `auto`."""
+    """Everything an actor needs to build its predictor. `dtype` is resolved, never `auto`.
+
+    `work_gflop`: about what one actor has before it, in billions of operations."""
 
     backend: str
     model: ModelInfo | None
@@ -27,6 +29,7 @@ class ActorJob(NamedTuple):
     triton: TritonSpec | None
     storage_options: dict[str, Any]
     driver: Release
+    work_gflop: float = 0.0
 
 
 class PredictActor:
@@ -66,5 +69,6 @@ def build_predictor(job: ActorJob) -> Predictor:
         batch_size=job.batch_size,
         threads=job.threads,
         cuda=job.cuda,
+        work_gflop=job.work_gflop,
         storage_options=job.storage_options,
     )

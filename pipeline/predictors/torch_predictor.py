@@ -2,17 +2,21 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.models import ModelInfo, load_model
+from pipeline.models.gpu import GpuPlan, choose_batch, plan_gpu
 from pipeline.models.precision import torch_dtype
 from pipeline.predictors.batches import Predictions, Wanted, good_rows, pixels_of, predicted_table
+from pipeline.predictors.torch_runner import Runner
 from schemas.errors import ClusterError
 from schemas.spec import VECTOR_NAMES
 
@@ -33,6 +37,7 @@ class TorchPredictor:
         batch_size: int,
         threads: int = 0,
         cuda: bool = False,
+        work_gflop: float = 0.0,
         storage_options: Mapping[str, Any] = {},
     ) -> None:
         if threads:
@@ -40,24 +45,32 @@ class TorchPredictor:
         if cuda:
             _check_gpu(dtype)
         self._device = torch.device("cuda" if cuda else "cpu")
-        precision = torch_dtype(dtype)
         outputs = (*wanted.features, *(("logits",) if wanted.labels else ()))
         self._model = load_model(
-            info, dtype=precision, device=self._device, storage_options=storage_options, outputs=outputs
+            info, dtype=torch_dtype(dtype), device=self._device, storage_options=storage_options, outputs=outputs
         )
         self._wanted = wanted
         # Asking for no more than is needed lets the last block compute the prefix tokens alone.
         self._on_request = [name for name in wanted.features if name not in VECTOR_NAMES]
         self._batch = batch_size
-        self._height, self._width = info.preprocessing.output_size
-        self._copies = torch.cuda.Stream() if cuda else None  # type: ignore[no-untyped-call]
-        self._warm_up()
+        self._shape = (*info.preprocessing.output_size, 3)
+        self._plan: GpuPlan | None = None
+        self._runner: Runner | None = None
+        if cuda:
+            bias = info.network.relative_positions != "none"
+            capability = torch.cuda.get_device_capability()
+            self._plan = plan_gpu(capability, dtype, attention_bias=bias, work_gflop=work_gflop)
+            if self._plan.compiled:
+                self._model.trunk.compile(dynamic=False)
+            self._runner = self._fastest()
+        else:
+            self.predict(np.zeros((batch_size, *self._shape), np.uint8))
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
         """Predicted table for a decoded one."""
         started = time.perf_counter()
         good = good_rows(decoded)
-        pixels = pixels_of(decoded, self._height, self._width)
+        pixels = pixels_of(decoded, *self._shape[:2])
         predictions = self.predict(pixels)
         return predicted_table(decoded, good, predictions, self._wanted, time.perf_counter() - started)
 
@@ -65,65 +78,74 @@ class TorchPredictor:
     def predict(self, pixels: npt.NDArray[np.uint8]) -> Predictions:
         """Features and labels for `pixels`, (n, H, W, 3) uint8.
 
-        When the device runs out of memory the batch size is halved and the batch is run again.
+        When the device runs out of memory the batch size is halved and the pixels are run again.
         """
-        done: list[tuple[torch.Tensor, ...]] = []
-        position = 0
-        while position < len(pixels):
+        if not len(pixels):
+            return self._collect([])
+        while self._runner is not None:
             try:
-                for outputs in self._run(pixels[position:]):
-                    done.append(outputs)
-                    position += len(outputs[0])
+                return self._collect([tuple(self._runner.run(pixels))])
             except torch.OutOfMemoryError:
-                if self._batch == 1:
-                    raise
-                self._batch = max(1, self._batch // 2)
-                torch.cuda.empty_cache()
-                _log.warning("out of device memory: batch size is %d from here on", self._batch)
-        return self._collect(done)
+                self._runner = self._smaller()
+        batches = (pixels[start : start + self._batch] for start in range(0, len(pixels), self._batch))
+        return self._collect([self._forward(_tensor(batch)) for batch in batches])
 
-    def _run(self, pixels: npt.NDArray[np.uint8]) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Outputs batch by batch. On CUDA the next batch is copied over while this one computes."""
-        starts = range(0, len(pixels), self._batch)
-        staged = self._stage(pixels, 0)
-        for start in starts:
-            batch, count = staged
-            if self._copies is not None:
-                torch.cuda.current_stream().wait_stream(self._copies)
-                batch.record_stream(torch.cuda.current_stream())
-            outputs = self._forward(batch, count)
-            if start + self._batch < len(pixels):
-                staged = self._stage(pixels, start + self._batch)
-            yield outputs
+    @torch.inference_mode()
+    def _fastest(self) -> Runner:
+        """The runner whose batch size was measured to be best, of the one asked for and its half."""
+        largest = self._fitting()
+        rates = {largest.batch: _images_per_s(largest, self._shape)}
+        if largest.batch > 1:
+            half = self._made(largest.batch // 2)
+            rates[half.batch] = _images_per_s(half, self._shape)
+            chosen = choose_batch(rates)
+            _log.info("images/s by batch size: %s; taking %d", rates, chosen)
+            return largest if chosen == largest.batch else half
+        return largest
 
-    def _stage(self, pixels: npt.NDArray[np.uint8], start: int) -> tuple[torch.Tensor, int]:
-        """The batch at `start` on the device, and how many of its rows are real: the last one is padded on CUDA."""
-        part = pixels[start : start + self._batch]
-        if self._copies is None:
-            # The array may view a read-only Arrow buffer; torch wants to be told that nobody writes to it.
-            return torch.from_numpy(part if part.flags.writeable else part.copy()), len(part)
-        pinned = torch.empty((self._batch, *part.shape[1:]), dtype=torch.uint8, pin_memory=True)
-        pinned[: len(part)] = torch.from_numpy(part if part.flags.writeable else part.copy())
-        pinned[len(part) :] = 0
-        with torch.cuda.stream(self._copies):
-            return pinned.to(self._device, non_blocking=True), len(part)
+    def _fitting(self) -> Runner:
+        while True:
+            try:
+                return self._made(self._batch)
+            except torch.OutOfMemoryError:
+                self._halve()
 
-    def _forward(self, batch: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
-        """The features that are wanted, then scores and indices where labels are wanted; `count` rows each."""
-        outputs = self._model(batch, self._on_request)
-        tensors = [getattr(outputs, name)[:count] for name in self._wanted.features]
+    def _smaller(self) -> Runner:
+        self._runner = None
+        self._halve()
+        return self._fitting()
+
+    def _halve(self) -> None:
+        if self._batch == 1:
+            raise ClusterError("the GPU lacks the memory for a batch of one image; use a larger GPU or a smaller model")
+        self._batch //= 2
+        torch.cuda.empty_cache()
+        _log.warning("out of device memory: batch size is %d from here on", self._batch)
+
+    def _made(self, batch: int) -> Runner:
+        graphs = self._plan is not None and self._plan.graphs
+        return Runner(self._forward, batch=batch, shape=self._shape, device=self._device, graphs=graphs)
+
+    def _forward(self, batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The features that are wanted, then scores and indices where labels are wanted; a row for each image."""
+        with self._attention():
+            outputs = self._model(batch, self._on_request)
+        tensors = [getattr(outputs, name) for name in self._wanted.features]
         if self._wanted.labels:
-            logits = outputs.logits[:count].float()
+            logits = outputs.logits.float()
             scores = torch.sigmoid(logits) if self._wanted.multi_label else torch.softmax(logits, dim=-1)
             best = torch.topk(scores, self._wanted.labels, dim=-1)
             tensors += [best.values, best.indices]
-        if self._copies is None:
-            return tuple(tensors)
-        return tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors)
+        return tuple(tensors)
+
+    def _attention(self) -> AbstractContextManager[Any]:
+        """Names the kernels in the order in which torch may take them; on a CPU it knows best itself."""
+        if self._plan is None:
+            return nullcontext()
+        backends = [getattr(SDPBackend, name) for name in self._plan.attention]
+        return sdpa_kernel(backends, set_priority=True)
 
     def _collect(self, done: list[tuple[torch.Tensor, ...]]) -> Predictions:
-        if self._copies is not None:
-            torch.cuda.synchronize()
         names = self._wanted.features
         if not done:
             none = np.empty((0, self._wanted.labels))
@@ -136,10 +158,19 @@ class TorchPredictor:
             return Predictions(features)
         return Predictions(features, columns[-2], columns[-1])
 
-    def _warm_up(self) -> None:
-        blank = np.zeros((self._batch, self._height, self._width, 3), np.uint8)
-        with torch.inference_mode():
-            self.predict(blank)
+
+def _tensor(batch: npt.NDArray[np.uint8]) -> torch.Tensor:
+    # The array may view a read-only Arrow buffer; torch wants to be told that nobody writes to it.
+    return torch.from_numpy(batch if batch.flags.writeable else batch.copy())
+
+
+def _images_per_s(runner: Runner, shape: tuple[int, ...]) -> float:
+    """Over four batches, copies included."""
+    pixels = np.zeros((4 * runner.batch, *shape), np.uint8)
+    runner.run(pixels)
+    started = time.perf_counter()
+    runner.run(pixels)
+    return len(pixels) / (time.perf_counter() - started)
 
 
 def _check_gpu(dtype: str) -> None:

@@ -1,0 +1,204 @@
+"""Writes docs/benchmarks.md from benchmarks/results/*.json.
+
+    python benchmarks/document.py [--check]
+
+Every figure on the page comes from a file; a file of a kind that has no section here is listed at the end. With
+`--check` nothing is written, and a page that is not current is an error.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
+RESULTS = ROOT / "benchmarks" / "results"
+Result = dict[str, Any]
+
+HEAD = """# How fast it is
+
+Written by `python benchmarks/document.py` from `benchmarks/results/*.json`; do not edit it by hand. The machines of
+these figures are shared with other work, so ratios within one run count, not single times.
+
+| question | command |
+| --- | --- |
+| What will a job do on my machine, and what should I change? | `patchstream benchmark SOURCE --model M` |
+| Does the real run then keep to that? | `python benchmarks/preflight.py PHOTOS --model M` |
+| What can this machine do at best, and how near is our forward pass? | `python benchmarks/ceilings.py PHOTOS` |
+| How do others do on the same photos and weights? | `python benchmarks/peers.py PHOTOS` |
+| How close does the whole job come to decode + bare forward? | `python benchmarks/end_to_end.py PHOTOS` |
+| How do time and memory grow with the manifest? | `python benchmarks/scale.py` |
+| What do search, clusters, duplicates and probes cost at 1,000,000 × 384? | `python benchmarks/retrieval.py` |
+| What do listing and updating cost? | `python -m benchmarks.sources --rows 1000000` |
+| What does decoding cost, and what does `--decode fast` change? | `python benchmarks/decode.py PHOTOS` |
+| What does a GPU do? | `python benchmarks/gpu/run.py` |
+"""
+
+NO_GPU = """## GPUs
+
+**There are no GPU figures yet.** No machine with a GPU could be reached while this was written. The code for GPUs (two
+page-locked buffers and a copy stream for each direction, CUDA graphs at a fixed batch size, the choice of the attention
+kernel, torch.compile for long jobs, float8 products, a batch size found by measurement) has not run on one: its choices
+and its arithmetic are tested without. `benchmarks/gpu/run.py` takes less than eight minutes and needs torch and numpy;
+its JSON in `benchmarks/results/` becomes this section.
+"""
+
+
+def main() -> None:
+    page = compose(load(RESULTS))
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(page)
+    elif PAGE.read_text() != page:
+        raise SystemExit("docs/benchmarks.md is not what the results give; run python benchmarks/document.py")
+
+
+def load(folder: Path) -> dict[str, Result]:
+    """Results by file name."""
+    return {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def compose(results: dict[str, Result]) -> str:
+    """The page for `results`."""
+    parts = [HEAD]
+    for kind, section in SECTIONS.items():
+        parts += [section(name, found) for name, found in results.items() if found.get("benchmark") == kind]
+    if not any(found.get("benchmark") == "gpu" for found in results.values()):
+        parts.append(NO_GPU)
+    others = [name for name, found in results.items() if found.get("benchmark") not in SECTIONS]
+    if others:
+        parts.append("## Other results\n\n" + "\n".join(f"- `benchmarks/results/{name}`" for name in others) + "\n")
+    return "\n".join(parts)
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def origin(name: str, found: Result) -> str:
+    """Where the figures of a section come from."""
+    machine = found["environment"]
+    where = machine.get("cpu") or machine.get("device")
+    cores = f", {machine['cores']} cores" if "cores" in machine else ""
+    flags = f" ({', '.join(machine['flags'])})" if machine.get("flags") else ""
+    return f"`benchmarks/results/{name}`, commit {machine['commit']}: {where}{cores}{flags}.\n"
+
+
+def ceilings(name: str, found: Result) -> str:
+    parts = [f"## Ceilings\n\n{origin(name, found)}"]
+    if "product_gflop_per_s" in found:
+        products = ", ".join(f"{dtype} {value:,.0f}" for dtype, value in found["product_gflop_per_s"].items())
+        parts.append(f"A product of two 2,048 × 2,048 matrices on one thread, GFLOP/s: {products}.")
+    if "copy_gb_per_s" in found:
+        parts[-1] += f" Copying memory: {found['copy_gb_per_s']:.1f} GB/s."
+    if "write" in found:
+        parts[-1] += f" Encoding and storing a part: {found['write']['mb_per_s']:,.0f} MB/s."
+    if "forward" in found:
+        rows = [
+            (
+                row["model"], row["dtype"], str(row["batch"]), str(row["threads"]), f"{row['ours_ms']:,.0f}",
+                f"{row['transformers_ms']:,.0f}"
+                + ("" if row["transformers_dtype"] == row["dtype"] else f" ({row['transformers_dtype']})"),
+                f"{row['ratio']:.2f}",
+            )
+            for row in found["forward"]
+        ]  # fmt: skip
+        head = ("model", "precision", "batch", "threads", "ours, ms an image", "transformers, ms", "ratio")
+        parts.append("The bare forward pass, in turn with transformers on the same weights:\n\n" + table(head, rows))
+    if "decode" in found:
+        rows = [
+            (f"{row['width']} × {row['height']}", *(f"{row['ms'][key]:.1f}" for key in ("pillow", "exact", "fast")))
+            for row in found["decode"]
+        ]
+        parts.append("Decoding one JPEG to 224 × 224, ms:\n\n" + table(("size", "Pillow", "exact", "fast"), rows))
+    return "\n".join(parts)
+
+
+def peers(name: str, found: Result) -> str:
+    rows = [
+        (
+            peer, f"{row['images_per_s']:.2f}", f"{row['patchstream_over_it']:.2f}",
+            f"{row['least_cosine_to_patchstream']:.5f}",
+        )
+        for peer, row in found["results"].items()
+    ]  # fmt: skip
+    head = ("who", "images/s", "patchstream over it", "least cosine to patchstream")
+    return (
+        f"## Peers\n\n{origin(name, found)}\n{found['images']} photos, ViT-B/16, the same weights, each a process of "
+        f"its own from start to end, in turn, {found['rounds']} round(s); ours with `--dtype {found['dtype']}`.\n\n"
+        + table(head, rows)
+    )
+
+
+def preflight(name: str, found: Result) -> str:
+    rows = [
+        (
+            source, f"{row['predicted_images_per_s']:.1f}", f"{row['real_images_per_s']:.1f}",
+            f"{row['predicted_over_real']:.2f}", row["bottleneck"],
+        )
+        for source, row in found["results"].items()
+    ]  # fmt: skip
+    head = ("input", "predicted images/s", "real images/s", "predicted / real", "bottleneck")
+    return f"## Preflight\n\n{origin(name, found)}\nModel: {found['model']}.\n\n" + table(head, rows)
+
+
+def end_to_end(name: str, found: Result) -> str:
+    return (
+        f"## End to end, {found['model'].removeprefix('patchstream-')}, {found['dtype']}\n\n{origin(name, found)}\n"
+        f"{len(found['rounds'])} round(s) of {found['images']} photos. Decoding takes "
+        f"{found['decode_core_s'] * 1e3:.1f} ms and the bare forward pass {found['forward_core_s'] * 1e3:.1f} ms of a "
+        f"core for each image, which makes an ideal of {found['ideal_images_per_s']:.1f} images/s; the "
+        f"job ran at {found['steady_images_per_s']:.1f} in its steady "
+        f"state, {found['share_of_ideal']:.0%} of it. The first batch was there after {found['startup_s']:.1f} s.\n"
+    )
+
+
+def scale(name: str, found: Result) -> str:
+    rows = [
+        (
+            f"{row['rows']:,}", f"{row['seconds']:,.1f}", f"{row['rows_per_s'] or 0:,.0f}",
+            f"{row['resume_planning_s']:.3f}", f"{row['holes']['resume_planning_s']:.3f}" if row.get('holes') else "-",
+            *(f"{row[key]:,.0f}" if row.get(key) else "-" for key in ("driver_first_mib", "driver_last_mib",
+                                                                      "driver_peak_mib")),
+        )
+        for row in found["results"]
+    ]  # fmt: skip
+    head = ("rows", "seconds", "rows/s", "resume planning, s", "with gaps, s", "driver first, MiB", "last", "peak")
+    picture = next((path.name for path in sorted((ROOT / "docs" / "pictures").glob("*scale*"))), None)
+    shown = f"\n![time and memory by rows](pictures/{picture})\n" if picture else ""
+    return f"## Scale, null predictor\n\n{origin(name, found)}\n{table(head, rows)}{shown}"
+
+
+def gpu(name: str, found: Result) -> str:
+    ceiling = ", ".join(f"{key.replace('_', ' ')} {value:,.1f}" for key, value in found["ceilings"].items())
+    rows = [
+        (
+            row["model"], row["dtype"] + (" compiled" if row["compiled"] else ""), str(row["batch"]),
+            f"{row['model_only']:,.0f}", f"{row['end_to_end']:,.0f}",
+            f"{row['ceiling_share']:.0%}" if row["ceiling_share"] else "-",
+        )
+        for row in found["rates"]
+    ]  # fmt: skip
+    likeness = [(r["model"], r["dtype"], f"{r['cls']:.5f}", f"{r['pooled']:.5f}") for r in found["correctness"]]
+    head = ("model", "precision", "batch", "model only, images/s", "end to end", "share of the product ceiling")
+    return (
+        f"## GPUs\n\n{origin(name, found)}\nCeilings: {ceiling}.\n\n{table(head, rows)}\nLeast cosine to float32:\n\n"
+        + table(("model", "precision", "cls", "pooled"), likeness)
+    )
+
+
+SECTIONS: dict[str, Callable[[str, Result], str]] = {
+    "preflight": preflight,
+    "ceilings": ceilings,
+    "peers": peers,
+    "end_to_end": end_to_end,
+    "scale": scale,
+    "gpu": gpu,
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""How a network runs on a GPU: a pure function of the GPU, the precision, the network and the length of the job.
+
+What runs it is in `predictors/torch_runner.py`; here is only what is chosen, so that it can be tested without a GPU.
+"""
+
+from typing import NamedTuple
+
+# Names of torch.nn.attention.SDPBackend, best first.
+_FLASH = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+_HOPPER = ("CUDNN_ATTENTION", *_FLASH)
+_WITH_BIAS = ("EFFICIENT_ATTENTION", "MATH")
+_SM80, _SM90 = (8, 0), (9, 0)
+# Compiling takes about a minute and was published to give 9 to 21% (timm's benchmark tables): it pays from here on.
+COMPILE_FROM_S = 900.0
+# What a GPU surely sustains; only to tell a short job from a long one.
+_GFLOP_PER_S = 200_000.0
+# Of a larger batch: what a smaller one may lose and still be taken, as it leaves more memory and shorter blocks.
+BATCH_TOLERANCE = 0.97
+
+
+class GpuPlan(NamedTuple):
+    """`attention`: kernels to try, best first. `compiled`: torch.compile on the trunk. `graphs`: CUDA graphs."""
+
+    attention: tuple[str, ...]
+    compiled: bool
+    graphs: bool
+
+
+def plan_gpu(capability: tuple[int, int], dtype: str, *, attention_bias: bool, work_gflop: float) -> GpuPlan:
+    """The plan for one actor that has `work_gflop` before it, on a GPU of `capability`.
+
+    The flash kernels take no bias, so BEiT's relative positions leave the memory-efficient one, for which the bias is
+    stored with an aligned stride. float8 is always compiled: scaling the activations is a dozen passes over memory
+    otherwise, which cost more than the products gain. CUDA graphs cost a few seconds and save each launch.
+    """
+    attention: tuple[str, ...]
+    if attention_bias or dtype == "float32" or capability < _SM80:
+        attention = _WITH_BIAS
+    else:
+        attention = _HOPPER if capability >= _SM90 else _FLASH
+    compiled = dtype == "float8" or work_gflop / _GFLOP_PER_S >= COMPILE_FROM_S
+    return GpuPlan(attention, compiled, graphs=True)
+
+
+def choose_batch(images_per_s: dict[int, float]) -> int:
+    """The smallest batch size whose measured rate is within BATCH_TOLERANCE of the best."""
+    best = max(images_per_s.values())
+    return min(size for size, rate in images_per_s.items() if rate >= BATCH_TOLERANCE * best)

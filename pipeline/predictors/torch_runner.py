@@ -1,0 +1,112 @@
+"""Batches through a network with the copies hidden: two of everything, and a stream for each direction.
+
+While batch i computes, batch i + 1 is written into page-locked memory and copied over, and the results of batch i − 1
+are copied back. All batches have one size, so that a CUDA graph can replay the forward pass; the last is padded. On a
+CPU the same steps run one after the other on the same buffers.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Forward = Callable[[Tensor], Sequence[Tensor]]
+SLOTS = 2
+_WARM_UPS = 3
+
+
+class Runner:
+    """Runs `forward` on batches of `batch` images of `shape` (H, W, 3). Warm when the constructor returns.
+
+    Raises torch.OutOfMemoryError where the batch is too large for the device.
+    """
+
+    def __init__(
+        self, forward: Forward, *, batch: int, shape: tuple[int, ...], device: torch.device, graphs: bool
+    ) -> None:
+        self.batch = batch
+        self._cuda = device.type == "cuda"
+        self._forward = forward
+        self._host = [torch.zeros((batch, *shape), dtype=torch.uint8, pin_memory=self._cuda) for _ in range(SLOTS)]
+        self._device = [torch.zeros((batch, *shape), dtype=torch.uint8, device=device) for _ in range(SLOTS)]
+        self._in: Any = torch.cuda.Stream() if self._cuda else None  # type: ignore[no-untyped-call]
+        self._out: Any = torch.cuda.Stream() if self._cuda else None  # type: ignore[no-untyped-call]
+        # What has happened to a slot: its pixels have arrived, its results exist, its results have been fetched.
+        self._arrived, self._computed, self._fetched = ([self._event() for _ in range(SLOTS)] for _ in range(3))
+        for _ in range(_WARM_UPS):
+            self._results = [list(forward(pixels)) for pixels in self._device]
+        self._graphs = [self._capture(slot) for slot in range(SLOTS)] if graphs and self._cuda else []
+
+    def run(self, pixels: npt.NDArray[np.uint8]) -> list[Tensor]:
+        """Results for `pixels` (n, H, W, 3), n > 0: each (n, …) on the host."""
+        count = len(pixels)
+        found = [
+            torch.empty((count, *result.shape[1:]), dtype=result.dtype, pin_memory=self._cuda)
+            for result in self._results[0]
+        ]
+        starts = range(0, count, self.batch)
+        self._send(0, pixels[: self.batch])
+        for number, start in enumerate(starts):
+            slot = number % SLOTS
+            self._compute(slot)
+            following = start + self.batch
+            if following < count:
+                self._send((number + 1) % SLOTS, pixels[following : following + self.batch])
+            self._fetch(slot, [result[start:following] for result in found])
+        if self._cuda:
+            torch.cuda.synchronize()
+        return found
+
+    def _send(self, slot: int, part: npt.NDArray[np.uint8]) -> None:
+        if self._cuda:
+            self._arrived[slot].synchronize()  # the page-locked buffer is read until then
+        host = self._host[slot].numpy()
+        host[: len(part)] = part
+        host[len(part) :] = 0
+        with self._on(self._in):
+            self._wait(self._in, self._computed[slot])  # the device's buffer is read until then
+            self._device[slot].copy_(self._host[slot], non_blocking=True)
+            self._record(self._arrived[slot], self._in)
+
+    def _compute(self, slot: int) -> None:
+        current = torch.cuda.current_stream() if self._cuda else None
+        self._wait(current, self._arrived[slot])
+        self._wait(current, self._fetched[slot])  # the results of two batches ago lie in the same place
+        if self._graphs:
+            self._graphs[slot].replay()
+        else:
+            self._results[slot] = list(self._forward(self._device[slot]))
+        self._record(self._computed[slot], current)
+
+    def _fetch(self, slot: int, targets: list[Tensor]) -> None:
+        with self._on(self._out):
+            self._wait(self._out, self._computed[slot])
+            for target, result in zip(targets, self._results[slot], strict=True):
+                target.copy_(result[: len(target)], non_blocking=True)
+            self._record(self._fetched[slot], self._out)
+
+    def _capture(self, slot: int) -> Any:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._results[slot] = list(self._forward(self._device[slot]))
+        return graph
+
+    def _event(self) -> Any:
+        return torch.cuda.Event() if self._cuda else None  # type: ignore[no-untyped-call]
+
+    def _on(self, stream: Any) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(stream) if stream is not None else nullcontext()
+
+    @staticmethod
+    def _wait(stream: Any, event: Any) -> None:
+        if stream is not None:
+            stream.wait_event(event)
+
+    @staticmethod
+    def _record(event: Any, stream: Any) -> None:
+        if stream is not None:
+            event.record(stream)

@@ -1,0 +1,60 @@
+"""`--dtype int8` through the whole job: its distance from float32 is measured first, recorded, and can stop the run."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.checkpoints import make_checkpoint
+from support.commands import table
+from support.testdata import needs_testdata, photos, trained_vit
+
+from pipeline.flow import Connect, run
+from pipeline.models import describe_hardware
+from pipeline.models.precision import INT8_CPU_FLAGS
+from schemas.errors import SpecError
+from schemas.spec import build_spec
+
+pytestmark = [
+    pytest.mark.slow,
+    needs_testdata,
+    pytest.mark.skipif(not describe_hardware(cuda=False).cpu_flags & INT8_CPU_FLAGS, reason="no int8 units here"),
+]
+
+
+def test_the_distance_is_measured_and_recorded(tmp_path: Path, connect: Connect) -> None:
+    values = {"sources": list(map(str, photos(24))), "model": str(trained_vit())}
+    features = {}
+    for dtype in ("int8", "float32"):
+        summary = run(build_spec({**values, "out": str(tmp_path / dtype), "dtype": dtype}), connect)
+        assert summary.images == 24
+        features[dtype] = np.array(table(tmp_path / dtype)["cls"].to_pylist())
+        if dtype == "int8":
+            distance = summary.attempt.distance
+            assert distance is not None
+            assert distance.images == 16
+            assert 0.995 < distance.least <= distance.median < 0.99999
+        else:
+            assert summary.attempt.distance is None
+    a, b = features["int8"], features["float32"]
+    cosines = (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    assert 0.995 < cosines.min() < 0.99999
+
+
+def test_a_model_that_cannot_bear_it_stops_the_run(tmp_path: Path, connect: Connect) -> None:
+    """In float32 the same function as before; in eight bits one channel leaves room for no other."""
+    from safetensors.torch import load_file, save_file
+
+    folder = make_checkpoint(tmp_path / "model", "vit")
+    weights = load_file(folder / "model.safetensors")
+    for name, tensor in weights.items():
+        if "layernorm_before" in name or "layernorm_after" in name:
+            tensor[0] *= 3000
+        elif name.endswith(("query.weight", "key.weight", "value.weight", "intermediate.dense.weight")):
+            tensor[:, 0] /= 3000
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    spec = build_spec(
+        {"sources": list(map(str, photos(4))), "model": str(folder), "out": str(tmp_path / "o"), "dtype": "int8"}
+    )
+    with pytest.raises(SpecError, match=r"median cosine of .* less than 0.99; use --dtype auto"):
+        run(spec, connect)
+    assert not list((tmp_path / "o" / "images").glob("*"))

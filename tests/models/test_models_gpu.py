@@ -1,0 +1,44 @@
+"""What is chosen for a GPU: the same on every machine, with or without one."""
+
+import pytest
+from torch.nn.attention import SDPBackend
+
+from pipeline.models.gpu import COMPILE_FROM_S, choose_batch, plan_gpu
+
+T4, A100, L4, H200 = (7, 5), (8, 0), (8, 9), (9, 0)
+LONG = 1e12
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "bias", "first"),
+    [
+        (H200, "bfloat16", False, "CUDNN_ATTENTION"),
+        (A100, "bfloat16", False, "FLASH_ATTENTION"),
+        (L4, "float8", False, "FLASH_ATTENTION"),
+        (T4, "float16", False, "EFFICIENT_ATTENTION"),
+        (H200, "bfloat16", True, "EFFICIENT_ATTENTION"),
+        (H200, "float32", False, "EFFICIENT_ATTENTION"),
+    ],
+)
+def test_attention(capability: tuple[int, int], dtype: str, bias: bool, first: str) -> None:
+    plan = plan_gpu(capability, dtype, attention_bias=bias, work_gflop=0)
+    assert plan.attention[0] == first
+    assert plan.attention[-1] == "MATH", "one that takes everything must be left"
+    assert all(hasattr(SDPBackend, name) for name in plan.attention)
+    assert plan.graphs
+
+
+def test_compiling_is_for_long_jobs_and_for_float8() -> None:
+    def compiled(dtype: str, work_gflop: float) -> bool:
+        return plan_gpu(H200, dtype, attention_bias=False, work_gflop=work_gflop).compiled
+
+    assert not compiled("bfloat16", 0)
+    assert not compiled("bfloat16", 0.99 * COMPILE_FROM_S * 200_000)
+    assert compiled("bfloat16", 1.01 * COMPILE_FROM_S * 200_000)
+    assert compiled("float8", 0)
+
+
+def test_the_smallest_batch_that_loses_nothing() -> None:
+    assert choose_batch({64: 900.0, 128: 1000.0, 256: 1010.0}) == 128
+    assert choose_batch({64: 900.0, 128: 1000.0, 256: 1200.0}) == 256
+    assert choose_batch({256: 10.0}) == 256

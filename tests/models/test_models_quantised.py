@@ -1,0 +1,108 @@
+"""The arithmetic of 8-bit layers, and how far a trained network in 8 bits is from float32."""
+
+import numpy as np
+import pytest
+import torch
+from support.testdata import needs_testdata, photos, trained_vit
+
+from pipeline.models import choose_dtype, inspect_model, load_model
+from pipeline.models.kernels import replace_linears
+from pipeline.models.precision import Hardware, dtype_name, torch_dtype
+from pipeline.models.quantised import Float8Linear, Int8Linear, quantise_float8, quantise_int8, scaled_product
+from schemas.errors import SpecError
+
+H100 = Hardware(compute_capability=(9, 0))
+
+
+def rows(count: int, width: int, seed: int = 0) -> torch.Tensor:
+    """Rows of very different size."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, width, generator=generator) * torch.logspace(-3, 3, count)[:, None]
+
+
+def test_int8_is_the_nearest_number_for_each_row() -> None:
+    x = torch.cat([rows(9, 64), torch.zeros(1, 64)])
+    q, scale = quantise_int8(x)
+    assert q.dtype == torch.int8
+    assert scale.shape == (10, 1)
+    assert q[:9].abs().amax(dim=1).eq(127).all()
+    assert ((q * scale - x).abs() <= scale / 2 * 1.0001).all()
+    assert q[9].eq(0).all()
+
+
+def test_float8_keeps_three_bits_of_every_number_and_uses_the_whole_range() -> None:
+    x = torch.cat([rows(9, 64), torch.zeros(1, 64)])
+    q, scale = quantise_float8(x)
+    assert q.dtype == torch.float8_e4m3fn
+    assert q.float()[:9].abs().amax(dim=1).eq(448).all()
+    error = (q.float() * scale - x).abs()
+    # Half a unit in the last of four significant bits; below 2⁻⁶ the steps are 2⁻⁹.
+    assert (error <= torch.maximum(x.abs() / 16, scale * 2**-10) * 1.001).all()
+    assert torch.isfinite(q.float()).all()
+
+
+@pytest.mark.parametrize("layer", [Int8Linear, Float8Linear])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_are_near_the_plain_one(layer: type[torch.nn.Module], bias: bool) -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(96, 64, bias=bias).requires_grad_(False)
+    x, residual = torch.randn(2, 17, 96), torch.randn(2, 17, 64)
+    dtype = torch.bfloat16 if layer is Float8Linear else torch.float32
+    if layer is Float8Linear:
+        plain, x, residual = plain.to(dtype), x.to(dtype), residual.to(dtype)
+    eight = layer(plain)
+    expected = plain(x).float()
+    allowed = 0.06 if layer is Float8Linear else 0.02
+    assert (eight(x).float() - expected).norm() < allowed * expected.norm()
+    assert (eight.plus(x, residual).float() - expected - residual.float()).norm() < allowed * expected.norm()
+    activated = layer(plain, "gelu")(x).float()
+    assert (activated - torch.nn.functional.gelu(expected)).norm() < allowed * expected.norm()
+
+
+def test_the_emulated_product_is_that_of_the_numbers() -> None:
+    a, scale_a = quantise_float8(rows(5, 32))
+    b, scale_b = quantise_float8(rows(7, 32, seed=1))
+    product = scaled_product(a, scale_a, b.t(), scale_b.reshape(1, -1), None)
+    exact = (a.double() * scale_a.double()) @ (b.double() * scale_b.double()).T
+    assert product.dtype == torch.bfloat16
+    assert torch.allclose(product.double(), exact, rtol=2**-7, atol=0)
+
+
+def test_where_eight_bits_are_allowed() -> None:
+    vnni = Hardware(frozenset({"avx512f", "avx512_vnni"}))
+    assert choose_dtype("int8", cuda=False, hardware=vnni) == "int8"
+    assert choose_dtype("float8", cuda=True, hardware=H100) == "float8"
+    assert dtype_name(torch_dtype("float8")) == "float8"
+    for dtype, cuda, hardware, said in (
+        ("int8", False, Hardware(frozenset({"avx512f"})), "no VNNI or AMX"),
+        ("int8", True, H100, "use float8 or bfloat16"),
+        ("float8", False, vnni, "runs on GPUs only"),
+        ("float8", True, Hardware(compute_capability=(8, 0)), "8.9 or later"),
+    ):
+        with pytest.raises(SpecError, match=said):
+            choose_dtype(dtype, cuda=cuda, hardware=hardware)  # type: ignore[arg-type]
+
+
+@needs_testdata
+@pytest.mark.parametrize(("dtype", "least"), [("int8", 0.996), ("float8", 0.985)])
+def test_distance_of_a_trained_network_on_photos(dtype: str, least: float) -> None:
+    from pipeline.images.decode import DecodeSpec, decode_into
+    from pipeline.images.formats import prepare_process
+
+    prepare_process()
+    info = inspect_model(str(trained_vit()))
+    pixels = np.empty((12, 224, 224, 3), np.uint8)
+    for out, file in zip(pixels, photos()[::17], strict=False):
+        decode_into(file.read_bytes(), out, DecodeSpec(info.preprocessing, "exact", 10**9))
+    exact, eight = (load_model(info, dtype=torch_dtype(name)) for name in ("float32", dtype))
+    ours, theirs = eight(torch.from_numpy(pixels)), exact(torch.from_numpy(pixels))
+    for name in ("cls", "pooled", "logits"):
+        cosines = torch.cosine_similarity(getattr(ours, name), getattr(theirs, name), dim=1)
+        assert least < cosines.min() < 0.9999, name
+
+
+def test_a_mixer_has_no_layers_for_it() -> None:
+    from pipeline.models.mixer import Mixer
+
+    with pytest.raises(SpecError, match="MLP-Mixer runs in float32"):
+        replace_linears(Mixer.__new__(Mixer), "int8")

@@ -1,0 +1,97 @@
+"""Batches through two buffers: every image once, in order, whatever the counts; and what happens without memory."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.checkpoints import make_checkpoint
+
+from pipeline.models import inspect_model
+from pipeline.predictors.batches import Wanted
+from pipeline.predictors.torch_predictor import TorchPredictor
+from pipeline.predictors.torch_runner import Runner
+from schemas.errors import ClusterError
+
+SHAPE = (4, 6, 3)
+
+
+def numbered(count: int) -> np.ndarray:
+    pixels = np.zeros((count, *SHAPE), np.uint8)
+    pixels[:, 0, 0, 0], pixels[:, 0, 0, 1] = np.arange(count) % 256, np.arange(count) // 256
+    return pixels
+
+
+def identify(batch: torch.Tensor) -> Sequence[torch.Tensor]:
+    first = batch[:, 0, 0].int()
+    return first[:, 0] + 256 * first[:, 1], batch.float().mean(dim=(1, 2))
+
+
+def runner(batch: int) -> Runner:
+    return Runner(identify, batch=batch, shape=SHAPE, device=torch.device("cpu"), graphs=True)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 16, 23, 300])
+def test_every_image_once_in_order(count: int) -> None:
+    number, mean = runner(8).run(numbered(count))
+    assert number.tolist() == list(range(count))
+    assert mean.shape == (count, 3)
+
+
+def test_a_runner_is_used_again_and_again() -> None:
+    used = runner(8)
+    for count in (20, 3, 8, 1):
+        assert used.run(numbered(count))[0].tolist() == list(range(count))
+
+
+def test_batches_have_one_size_and_are_padded_with_black() -> None:
+    seen: list[torch.Tensor] = []
+
+    def remember(batch: torch.Tensor) -> Sequence[torch.Tensor]:
+        seen.append(batch.clone())
+        return (batch[:, 0, 0, 0],)
+
+    used = Runner(remember, batch=8, shape=SHAPE, device=torch.device("cpu"), graphs=False)
+    seen.clear()
+    used.run(np.full((11, *SHAPE), 9, np.uint8))
+    assert [tuple(batch.shape) for batch in seen] == [(8, *SHAPE)] * 2
+    assert seen[1][:3].eq(9).all()
+    assert seen[1][3:].eq(0).all()
+
+
+def wanting(info: object) -> Wanted:
+    return Wanted(("cls", "pooled"), (info.hidden_size, info.pooled_size), "float32", 3, info.labels, False)  # type: ignore[attr-defined]
+
+
+def test_without_memory_the_batch_is_halved_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of a GPU on this device: its runner, and a device that has no room for more than three images."""
+    info = inspect_model(str(make_checkpoint(tmp_path / "vit", "vit-classifier")))
+    predictor = TorchPredictor(info, wanting(info), dtype="float32", batch_size=16)
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 224, 224, 3), dtype=np.uint8)
+    expected = predictor.predict(pixels)
+    forward = predictor._forward
+
+    def small(batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(batch)
+
+    monkeypatch.setattr(predictor, "_forward", small)
+    runner = predictor._fastest()
+    assert runner.batch in (1, 2)
+    predictor._runner = runner
+    got = predictor.predict(pixels)
+    assert np.abs(got.features["cls"] - expected.features["cls"]).max() < 1e-4
+    assert got.indices is not None
+    assert expected.indices is not None
+    assert (got.indices == expected.indices).all()
+
+    def none(batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(predictor, "_forward", none)
+    with pytest.raises(ClusterError, match="batch of one image"):
+        predictor._smaller()
