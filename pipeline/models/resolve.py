@@ -1,7 +1,8 @@
 """From what the user calls a model to a folder on this machine.
 
     a folder                    used where it lies
-    s3://bucket/models/vit      downloaded once into the cache, under a name that changes when the files do
+    s3://bucket/models/vit      downloaded once into the cache, under a name that changes when the files do;
+    https://host/B_16.npz       so is a single file, with the vocabulary of that name beside it
     google/vit-base-patch16-224 through huggingface_hub, in its own cache; HF_HUB_OFFLINE is honoured
 
 The cache of object-store checkpoints is `$PATCHSTREAM_CACHE`, by default `~/.cache/patchstream`.
@@ -18,12 +19,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.models.weights import SAFETENSORS, TORCH
+from fsspec import AbstractFileSystem
+
+from pipeline.models.weights import SAFETENSORS, TORCH, WEIGHT_SUFFIXES
 from pipeline.storage import filesystem, redact, scheme
 from schemas.errors import CheckpointError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SMALL_FILES = ("config.json", "preprocessor_config.json")
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model")
 
 
 class Place(NamedTuple):
@@ -59,12 +63,19 @@ def _download(url: str, storage_options: Mapping[str, Any]) -> Path:
     """Copy the files under `url` into the cache, once for all processes of this machine."""
     fs, prefix = filesystem(url, storage_options)
     try:
-        listing = fs.find(prefix, maxdepth=1, detail=True)
+        files = _one_file(fs, prefix) if prefix.endswith(tuple(WEIGHT_SUFFIXES)) else _in_folder(fs, prefix)
+    except FileNotFoundError:
+        raise CheckpointError(f"{redact(url)}: no such file") from None
     except Exception as error:
         raise CheckpointError(f"{redact(url)}: cannot be listed: {type(error).__name__}: {error}") from error
-    files = {path: facts for path, facts in listing.items() if _wanted(path.rpartition("/")[2])}
     if not files:
         raise CheckpointError(f"{redact(url)}: no checkpoint there; expected config.json and model.safetensors")
+    archives = [path.rpartition("/")[2] for path in files if path.endswith(".npz")]
+    if len(archives) > 1:
+        raise CheckpointError(
+            f"{redact(url)}: {len(archives)} checkpoints there; name one, such as "
+            f"{redact(url).rstrip('/')}/{archives[0]}"
+        )
     folder = cache_folder() / "models" / _version(redact(url), files)
     with _locked(folder):
         if folder.exists():
@@ -81,8 +92,27 @@ def _download(url: str, storage_options: Mapping[str, Any]) -> Path:
     return folder
 
 
+def _in_folder(fs: AbstractFileSystem, prefix: str) -> dict[str, Any]:
+    """Path → facts of what makes up a checkpoint under `prefix`."""
+    listing = fs.find(prefix, maxdepth=1, detail=True)
+    return {path: facts for path, facts in listing.items() if _wanted(path.rpartition("/")[2])}
+
+
+def _one_file(fs: AbstractFileSystem, path: str) -> dict[str, Any]:
+    """Path → facts of a weight file, and of what it needs that lies beside it: a config, or the vocabulary of a LiT."""
+    folder, _, name = path.rpartition("/")
+    stem, _, suffix = name.rpartition(".")
+    beside = (f"{stem}.txt", f"{stem}.model") if suffix == "npz" else (*SMALL_FILES, *TEXT_FILES)
+    found = {path: fs.info(path)}
+    for other in beside:
+        if fs.exists(f"{folder}/{other}"):
+            found[f"{folder}/{other}"] = fs.info(f"{folder}/{other}")
+    return found
+
+
 def _wanted(name: str) -> bool:
-    return name.endswith((".json", ".safetensors", ".bin", ".pth", ".npz")) and not name.startswith("training_args")
+    suffixes = (".json", ".safetensors", ".bin", ".pth", ".npz", ".model")
+    return (name.endswith(suffixes) or name in TEXT_FILES) and not name.startswith("training_args")
 
 
 def _version(url: str, files: Mapping[str, Mapping[str, Any]]) -> str:
@@ -140,8 +170,8 @@ def _on_the_hub(name: str, revision: str | None) -> tuple[str | None, list[str]]
     info = HfApi().model_info(name, revision=revision)
     names = {sibling.rfilename for sibling in info.siblings or []}
     if any(each in names for each in SAFETENSORS):
-        return info.sha, [*SMALL_FILES, *SAFETENSORS, "model-*-of-*.safetensors"]
-    return info.sha, [*SMALL_FILES, *TORCH, "pytorch_model-*-of-*.bin"]
+        return info.sha, [*SMALL_FILES, *TEXT_FILES, *SAFETENSORS, "model-*-of-*.safetensors"]
+    return info.sha, [*SMALL_FILES, *TEXT_FILES, *TORCH, "pytorch_model-*-of-*.bin"]
 
 
 def _unreachable(name: str) -> str:

@@ -1,5 +1,8 @@
 """google-research `.npz`: every spelling gives what timm computes with the same arrays."""
 
+import io
+import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -259,19 +262,43 @@ def test_size_table(name: str) -> None:
         described(tuned, f"{file_name}-i21k-300ep-lr_0.001--imagenet2012-steps_20k-lr_0.03-res_224.npz")
 
 
+def whole_header(shape: tuple[int, ...]) -> bytes:
+    """A `.npy` header that says float32 of `shape`."""
+    file = io.BytesIO()
+    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
 def test_refusals(reference: Any, tmp_path: Path) -> None:
     path = tmp_path / "model.npz"
     arrays = arrays_of(reference)
     np.savez(path, **arrays)
     whole = path.read_bytes()
-    path.write_bytes(whole[:-5000])
-    with pytest.raises(CheckpointError, match=f"truncated.*{len(whole) - 5000} bytes"):
+    for kept in (len(whole) - 5000, len(whole) // 2, 100_000):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(CheckpointError, match="truncated") as found:
+            inspect_model(str(path))
+        assert f"it has {kept}" in str(found.value)
+        expected = int(re.findall(r"expected at least (\d+)", str(found.value))[0])
+        assert kept < expected <= len(whole)
+        assert expected == len(whole) or kept < len(whole) - 5000
+    path.write_bytes(b"not an archive at all")
+    with pytest.raises(CheckpointError, match=r"no \.npz archive.*21 bytes"):
         inspect_model(str(path))
+    middle = whole.index(b"\x93NUMPY", len(whole) // 2) + 5000
+    path.write_bytes(whole[:middle] + bytes(64) + whole[middle + 64 :])
+    with pytest.raises(CheckpointError, match="is damaged: Bad CRC-32"):
+        load_model(inspect_model(str(path)))
     np.savez(path, **arrays, secret=np.array([{"a": 1}], dtype=object))
     with pytest.raises(CheckpointError, match="secret is object"):
         inspect_model(str(path))
     np.savez_compressed(path, **{name: np.zeros_like(array) for name, array in arrays.items()})
     with pytest.raises(CheckpointError, match="unpacks to"):
+        inspect_model(str(path))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("cls.npy", whole_header((1, 1, 10**9)) + bytes(400))
+    with pytest.raises(CheckpointError, match=r"cls says float32 \[1, 1, 1000000000\], which is 4000000000 bytes"):
         inspect_model(str(path))
     del arrays["Transformer/encoderblock_1/LayerNorm_2/bias"]
     np.savez(path, **arrays)
