@@ -1,10 +1,12 @@
 """A checkpoint that cannot be used says what was given, what is wrong with it and what to do."""
 
+import io
 import json
 import pickle
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -142,6 +144,34 @@ def test_compressed_archive_is_refused(folder: Path) -> None:
     with zipfile.ZipFile(folder / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data/0", bytes(10_000_000))
     assert "unpacks to 10000000" in refusal(folder)
+
+
+def test_archive_of_another_kind_is_refused(folder: Path) -> None:
+    """torch read tar archives once; one that unpacks to more than there is memory must not be looked into."""
+    (folder / "model.safetensors").unlink()
+    with tarfile.open(folder / "pytorch_model.bin", "w") as archive:
+        member = tarfile.TarInfo("storages")
+        member.size = 10_000_000
+        archive.addfile(member, io.BytesIO(bytes(10_000_000)))
+    assert "pytorch_model.bin" in refusal(folder)
+    with tarfile.open(folder / "pytorch_model.bin", "w:gz") as archive:
+        archive.addfile(member, io.BytesIO(bytes(10_000_000)))
+    assert "pytorch_model.bin" in refusal(folder)
+
+
+def test_json_bombs_are_refused(folder: Path) -> None:
+    config = (folder / "config.json").read_text()
+    with (folder / "config.json").open("wb") as file:
+        file.truncate(65 * 1024 * 1024)
+    assert "a config of more than 67108864 bytes is refused" in refusal(folder)
+    (folder / "config.json").write_text('{"a":' * 100_000)
+    assert "config.json: not JSON" in refusal(folder)
+    (folder / "config.json").write_text(config)
+    nested = b'{"a":' * 100_000
+    (folder / "model.safetensors").write_bytes(len(nested).to_bytes(8, "little") + nested)
+    assert "its header cannot be read" in refusal(folder)
+    (folder / "model.safetensors").write_bytes((2**40).to_bytes(8, "little") + b"{}")
+    assert "not a safetensors file" in refusal(folder)
 
 
 def test_truncated_bin(folder: Path) -> None:

@@ -129,20 +129,27 @@ def test_pre_logits_are_the_pooler(reference: Any, tmp_path: Path) -> None:
         assert worst_error(outputs.logits, reference.head(pooled)) < 1e-4
 
 
-def test_positions_are_zoomed_as_google_research_does(reference: Any, tmp_path: Path) -> None:
+@needs_testdata
+@pytest.mark.parametrize("side", [96, 320])
+def test_positions_are_zoomed_as_google_research_does(side: int, reference: Any, tmp_path: Path) -> None:
     from scipy.ndimage import zoom
 
     np.savez(tmp_path / "model.npz", **arrays_of(reference))
-    pixels = torch.randint(0, 256, (1, 320, 320, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    table = reference.pos_embed.detach().numpy()[0]
-    grid = zoom(table[1:].reshape(14, 14, -1), (20 / 14, 20 / 14, 1), order=1).reshape(400, -1)
-    bigger = make_timm_checkpoint(
-        tmp_path / "big", "vit_base_patch16_224", embed_dim=96, depth=3, num_heads=4, num_classes=37, img_size=320
+    pixels, _ = preprocessed(trained_vit(), photos(2), size={"height": side, "width": side})
+    table, rows = reference.pos_embed.detach().numpy()[0], side // 16
+    grid = zoom(table[1:].reshape(14, 14, -1), (rows / 14, rows / 14, 1), order=1).reshape(rows * rows, -1)
+    other = make_timm_checkpoint(
+        tmp_path / "other", "vit_base_patch16_224", embed_dim=96, depth=3, num_heads=4, num_classes=37, img_size=side
     )
     state = reference.state_dict() | {"pos_embed": torch.from_numpy(np.concatenate([table[:1], grid]))[None]}
-    bigger.load_state_dict(state)
-    ours = load_model(inspect_model(str(tmp_path / "model.npz"), image_size=320))(pixels)
-    assert_equal(ours, timm_outputs(bigger, to_values(pixels)))
+    other.load_state_dict(state)
+    info = inspect_model(str(tmp_path / "model.npz"), image_size=side)
+    expected = timm_outputs(other, to_values(pixels))
+    assert_equal(load_model(info)(pixels), expected)
+    low = load_model(info, dtype=torch.bfloat16)(pixels)
+    for got, wanted in ((low.cls, expected.cls), (low.pooled, expected.pooled), (low.logits, expected.logits)):
+        assert got is not None
+        assert worst_cosine(got, wanted) > 0.999
 
 
 @pytest.mark.slow
@@ -178,8 +185,8 @@ def test_trained_vit_is_the_same_in_three_formats(tmp_path: Path) -> None:
 
     save_file(model.state_dict(), folder / "model.safetensors")
     np.savez(tmp_path / "Ti_16-i21k-300ep--imagenet2012-res_224.npz", **arrays_of(model))
-    files = photos()[:60]
-    pixels, _ = preprocessed(trained_vit(), files)
+    pixels, _ = preprocessed(trained_vit(), photos())
+    assert len(pixels) == 200
     places = [trained_vit(), folder, next(tmp_path.glob("*.npz"))]
     infos = [inspect_model(str(place)) for place in places]
     assert [info.parameters for info in infos] == [5_717_416] * 3

@@ -75,30 +75,42 @@ def test_matches_transformers_at_base_size(kind: str, tmp_path: Path) -> None:
         compare(load_model(info, dtype=dtype)(pixels), expected, dtype)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "vit",
-        "beit",
-        "beit-mim",
-        "beit-absolute",
-        "mae",
-        "clip",
-        "siglip",
-        "deit",
-        "dinov2",
-        "dinov2-registers",
-        "data2vec",
-    ],
+# A family each, with a classifier where there is one.
+AT_ANOTHER_RESOLUTION = (
+    "vit",
+    "vit-classifier",
+    "beit-cls",
+    "beit-classifier",
+    "beit-mim",
+    "beit-absolute",
+    "mae",
+    "clip",
+    "clip-projection",
+    "siglip",
+    "deit-classifier",
+    "deit-distilled",
+    "dinov2-classifier",
+    "dinov2-registers",
+    "dinov2-registers-classifier",
+    "data2vec-classifier",
 )
-@pytest.mark.parametrize("size", [(336, 336), (112, 224)], ids=str)
-def test_matches_transformers_at_another_resolution(kind: str, size: tuple[int, int], tmp_path: Path) -> None:
+
+
+@pytest.mark.parametrize("kind", AT_ANOTHER_RESOLUTION)
+@pytest.mark.parametrize(
+    ("size", "dtypes"),
+    [((336, 336), (torch.float32,)), ((112, 224), (torch.float32, torch.bfloat16))],
+    ids=["336x336", "112x224"],
+)
+def test_matches_transformers_at_another_resolution(
+    kind: str, size: tuple[int, int], dtypes: tuple[torch.dtype, ...], tmp_path: Path
+) -> None:
     folder = make_checkpoint(tmp_path / kind, kind)
     pixels, values = resized(folder, size)
     expected = reference_outputs(folder, values, interpolate=True)
     info = inspect_model(str(folder), image_size=size)
     assert info.image_size == size
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dtypes:
         compare(load_model(info, dtype=dtype)(pixels), expected, dtype)
 
 

@@ -25,9 +25,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit-fc-norm": ("vit_base_patch16_224", {**SMALL, "num_classes": 37, "global_pool": "avg"}),
     "vit-gap": ("vit_base_patch16_reg4_gap_256", {**SMALL, "num_classes": 37}),
     "vit-no-classifier": ("vit_base_patch16_224", {**SMALL, "num_classes": 0}),
+    "deit": ("deit_base_patch16_224", {**SMALL, "num_classes": 37}),
     "deit-distilled": ("deit_base_distilled_patch16_224", {**SMALL, "num_classes": 37}),
     "deit3": ("deit3_base_patch16_224", {**SMALL, "num_classes": 37}),
     "dino": ("vit_base_patch8_224", {**SMALL, "num_classes": 0, "img_size": 96}),
+    "dino-16": ("vit_base_patch16_224.dino", {**SMALL, "num_classes": 0}),
+    "mae": ("vit_base_patch16_224.mae", {**SMALL, "num_classes": 0}),
     "dinov2": ("vit_base_patch14_dinov2", {**SMALL, "num_classes": 0, "img_size": 224}),
     "dinov2-registers": ("vit_base_patch14_reg4_dinov2", {**SMALL, "num_classes": 0, "img_size": 224}),
     "dinov2-giant": ("vit_giant_patch14_reg4_dinov2", {**SMALL, "num_classes": 0, "img_size": 224}),
@@ -78,9 +81,22 @@ def test_matches_timm(case: str, tmp_path: Path) -> None:
     assert worst_error(full.flatten(0, 1), expected.tokens.flatten(0, 1)) < 1e-4
 
 
+# A family each at half its size; of these also larger, and not square.
+AT_ANOTHER_RESOLUTION = (
+    *("vit", "vit-fc-norm", "deit", "deit-distilled", "deit3", "dino-16", "mae", "dinov2", "dinov2-registers"),
+    *("dinov2-giant", "clip", "clip-classifier", "siglip", "so150m", "beit", "beitv2"),
+)
+AT_MANY = ("vit", "deit-distilled", "dinov2-registers", "siglip", "so150m", "beit")
+
+
 @needs_testdata
-@pytest.mark.parametrize("case", ["vit", "deit-distilled", "dinov2-registers", "siglip", "so150m", "beit"])
-@pytest.mark.parametrize("factors", [(0.5, 0.5), (1.5, 1.5), (1.0, 1.5), (1.5, 0.5)])
+@pytest.mark.parametrize(
+    ("case", "factors"),
+    [
+        *((case, (0.5, 0.5)) for case in AT_ANOTHER_RESOLUTION),
+        *((case, factors) for case in AT_MANY for factors in ((1.5, 1.5), (1.0, 1.5), (1.5, 0.5))),
+    ],
+)
 def test_matches_timm_at_another_resolution(case: str, factors: tuple[float, float], tmp_path: Path) -> None:
     """timm resizes position embeddings and BEiT's tables by `set_input_size`."""
     architecture, args = CASES[case]
