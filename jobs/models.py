@@ -64,12 +64,24 @@ def describe(info: Any) -> dict[str, Any]:
         "preprocessing": pixels.model_dump(mode="json"),
         "features": ", ".join(features),
         "heads": ", ".join(heads(net)) or "none",
+        "text_tower": text_tower(info) or "none",
         "labels": f"{info.num_labels:,} ({', '.join(info.labels[:3])}, …)" if info.num_labels else "none",
         "multi_label": info.multi_label,
         "parameters": info.parameters,
         "gflop_an_image": round(forward_flop(net, info.image_size) / 1e9, 1),
         "digest": info.digest,
     }
+
+
+def text_tower(info: Any) -> str:
+    """The text tower beside the image tower; "" without one."""
+    from pipeline.models import inspect_text
+
+    text = inspect_text(info)
+    if text is None:
+        return ""
+    net = text.network
+    return f"{net.depth} layers, {net.width} wide, {net.heads} heads, {net.length} tokens of {net.vocabulary:,}"
 
 
 def heads(net: Any) -> list[str]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pipeline.models.outputs import Outputs
     from pipeline.models.precision import choose_dtype, describe_hardware
     from pipeline.models.preprocessing import read_preprocessing
-    from pipeline.models.zero_shot import load_text, with_labels
+    from pipeline.models.zero_shot import inspect_text, load_text, with_labels
 
 __all__ = [
     "ModelInfo",
@@ -21,6 +21,7 @@ __all__ = [
     "choose_dtype",
     "describe_hardware",
     "inspect_model",
+    "inspect_text",
     "load_model",
     "load_text",
     "read_preprocessing",
@@ -34,6 +35,7 @@ _MODULES = {
     "choose_dtype": "precision",
     "describe_hardware": "precision",
     "inspect_model": "inspect",
+    "inspect_text": "zero_shot",
     "load_model": "load",
     "load_text": "zero_shot",
     "read_preprocessing": "preprocessing",

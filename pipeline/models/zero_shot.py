@@ -40,20 +40,17 @@ class TextInfo(NamedTuple):
     plan: Plan
 
 
-def inspect_text(info: ModelInfo) -> TextInfo:
-    """Describe the text tower of `info`.
+def inspect_text(info: ModelInfo) -> TextInfo | None:
+    """Describe the text tower of `info`; None where the checkpoint has none.
 
-    Raises SpecError if the checkpoint has none, or one whose space `pooled` is not in; CheckpointError if tensors are
-    missing, unexpected or of another shape.
+    Raises SpecError for one whose space `pooled` is not in, CheckpointError if tensors are missing, unexpected or of
+    another shape.
     """
     weights = find_weights(Path(info.folder))
     config, shapes = _described(Path(info.folder), weights)
     found = recognise_text(config, shapes)
     if found is None:
-        raise SpecError(
-            f"{info.name} ({info.architecture}) has no text tower; texts need one of CLIP, SigLIP or LiT, image and "
-            "text tower in one checkpoint"
-        )
+        return None
     row, reason = found
     network = row.architecture(config, shapes)
     wanted = plan_shapes(text_shapes(network), row.spell(network, shapes))
@@ -94,12 +91,20 @@ class TextModel(NamedTuple):
 
 
 def load_text(info: ModelInfo, vocabulary: str | None = None) -> TextModel:
-    """The text tower of `info` in float32 on the CPU. Errors are those of `inspect_text` and `tokenizing`."""
+    """The text tower of `info` in float32 on the CPU.
+
+    Raises SpecError where there is none; else the errors are those of `inspect_text` and `tokenizing`.
+    """
     import torch
 
     from pipeline.models.text import TextTower
 
     text = inspect_text(info)
+    if text is None:
+        raise SpecError(
+            f"{info.name} ({info.architecture}) has no text tower; texts need one of CLIP, SigLIP or LiT, image and "
+            "text tower in one checkpoint"
+        )
     tokenizer = load_tokenizer(find_vocabulary(Path(info.folder), vocabulary), text.network)
     tensors = _tensors(text)
     if text.row.scale not in tensors:
@@ -126,7 +131,7 @@ def with_labels(
 ) -> ModelInfo:
     """`info` with a classifier of `labels`, in their order, in place of its own.
 
-    Raises SpecError for labels or templates that cannot be, and as `inspect_text` does.
+    Raises SpecError for labels or templates that cannot be, and as `load_text` does.
     """
     labels, templates = check_labels(labels), check_templates(templates or DEFAULT_TEMPLATES)
     text = load_text(info, vocabulary)

@@ -86,7 +86,11 @@ def write_python_model(info: ModelInfo, folder: Path, serving: Serving) -> None:
     version = folder / "1"
     version.mkdir(parents=True)
     shutil.copy(Path(__file__).with_name("torch_triton_model.py"), version / "model.py")
-    shutil.copytree(info.folder, version / "checkpoint", ignore=shutil.ignore_patterns(".*"))
+    if Path(info.folder).is_file():
+        (version / "checkpoint").mkdir()
+        shutil.copy(info.folder, version / "checkpoint")
+    else:
+        shutil.copytree(info.folder, version / "checkpoint", ignore=shutil.ignore_patterns(".*"))
     package = version / "package"
     shutil.copytree(Path(schemas.__file__).parent, package / "schemas", ignore=_SKIPPED)
     shutil.copytree(Path(models.__file__).parent, package / "pipeline/models", ignore=_SKIPPED)

@@ -114,7 +114,9 @@ OTHER_KINDS: dict[str, Kind] = {
     ),
     "mae": Kind("ViTMAEForPreTraining", "ViTMAEConfig", options=_SMALL_DECODER, embedded="ViTMAEModel"),
     "clip": Kind("CLIPVisionModel", "CLIPVisionConfig", _CLIP, {"patch_size": 16}),
-    "clip-projection": Kind("CLIPVisionModelWithProjection", "CLIPVisionConfig", _CLIP, embedded="CLIPVisionModel"),
+    "clip-projection": Kind(
+        "CLIPVisionModelWithProjection", "CLIPVisionConfig", _CLIP, {"patch_size": 16}, embedded="CLIPVisionModel"
+    ),
     "siglip": Kind("SiglipVisionModel", "SiglipVisionConfig", "SiglipImageProcessorPil"),
     "data2vec": Kind("Data2VecVisionModel", "Data2VecVisionConfig", "BeitImageProcessorPil", _SHARED),
     "data2vec-classifier": Kind(
