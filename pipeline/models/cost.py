@@ -1,6 +1,6 @@
 """What one forward pass costs."""
 
-from pipeline.models.architecture import Architecture, stem_shapes
+from pipeline.models.architecture import Architecture, head_input_width, stem_shapes
 
 
 def forward_flop(a: Architecture, image_size: tuple[int, int]) -> float:
@@ -30,7 +30,7 @@ def _readout_multiplications(a: Architecture, patches: int) -> int:
     if a.pooled == "attention_pool":
         total += 2 * d**2 + 2 * patches * d**2 + 2 * patches * d + 2 * d * a.mlp_width
     if a.head_input != "none":
-        total += a.num_labels * {"pooled": a.feature_width, "cls_and_mean": 2 * d}.get(a.head_input, d)
+        total += a.num_labels * head_input_width(a)
     if a.head_input == "cls_and_distillation":
         total += a.num_labels * d
     return total

@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from support import lit
 from support.checkpoints import KINDS, OTHER_KINDS, make_checkpoint
+from support.npz import arrays_of, mixer_arrays_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,6 +40,33 @@ def test_cost_and_parameters(kind: str, tmp_path: Path) -> None:
             model(torch.zeros(1, size, size, 3, dtype=torch.uint8), ["patches"])
         assert forward_flop(info.network, info.image_size) == pytest.approx(counter.get_total_flops(), rel=1e-6)
     assert info.parameters == parameter_count(tensor_shapes(info.network))
+
+
+@pytest.mark.parametrize("kind", ["r26", "root", "mixer"])
+def test_cost_of_hybrids_and_mixers(kind: str, tmp_path: Path) -> None:
+    import timm
+    from timm.models.mlp_mixer import MlpMixer
+
+    small = {"embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 7}
+    if kind == "mixer":
+        arrays = mixer_arrays_of(MlpMixer(patch_size=16, embed_dim=48, num_blocks=2, num_classes=7))
+    else:
+        name = {"r26": "vit_small_r26_s32_224", "root": "vit_tiny_r_s16_p8_224"}[kind]
+        arrays = arrays_of(timm.create_model(name, pretrained=False, **small))
+    np.savez(tmp_path / "model.npz", **arrays)
+    info = inspect_model(str(tmp_path))
+    model = load_model(info, packed=False)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(torch.zeros(1, 224, 224, 3, dtype=torch.uint8), ["patches"])
+    assert forward_flop(info.network, info.image_size) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+def test_text_tower_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    np.savez(tmp_path / "LiT-X.npz", **lit.random_pair("bert"))
+    facts = described(capsys, tmp_path / "LiT-X.npz")
+    assert facts["text_tower"] == "3 layers, 64 wide, 1 heads, 16 tokens of 15"
+    assert facts["labels"] == "none"
+    assert facts["heads"] == "projection 40"
 
 
 @pytest.mark.parametrize(
