@@ -93,6 +93,6 @@ def _problem(node: str, reference: Any, mine: Release) -> str | None:
     name = f"node {node[:12]} on {answer.host}"
     if answer.why:
         return f"{name}: cannot import patchstream ({answer.why})"
-    if answer.found[:2] != mine[:2]:
-        return f"{name}: has {Release(*answer.found)}"
-    return f"{name}: {', '.join(answer.missing)} not set in its environment" if answer.missing else None
+    wrong = [f"has {Release(*answer.found)}"] if answer.found[:2] != mine[:2] else []
+    wrong += [f"{', '.join(answer.missing)} not set in its environment"] if answer.missing else []
+    return f"{name}: {'; '.join(wrong)}" if wrong else None

@@ -108,7 +108,7 @@ class LocalCluster:
 
     def start_head(self, size: NodeSize) -> Node:
         """Start the node that the others join."""
-        fixed = ["--head", "--port=0", "--dashboard-host=127.0.0.1", "--dashboard-port=0", f"--temp-dir={self.folder}"]
+        fixed = ["--head", "--port=0", "--dashboard-host=127.0.0.1", "--dashboard-port=0"]
         (node,) = self._start([(fixed, size, {})])
         self.address, self.dashboard = _said(node, _JOIN), _said(node, _DASHBOARD)
         return node
@@ -151,11 +151,13 @@ class LocalCluster:
         return nodes
 
     def _launch(self, arguments: list[str], size: NodeSize, environment: Mapping[str, str]) -> Node:
-        log_path = self.folder / f"node-{len(self.nodes)}.log"
+        place = self.folder / str(len(self.nodes))
+        place.mkdir()
+        log_path = place / "node.log"
         command = [
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--log-color=false", *arguments),
             *(f"--num-cpus={size.cpus}", f"--num-gpus={size.gpus}", f"--object-store-memory={size.store_bytes}"),
-            *(*_OWN_PORTS, "--include-log-monitor=false"),
+            *(*_OWN_PORTS, "--include-log-monitor=false", f"--temp-dir={place}"),
         ]
         with log_path.open("wb") as log:
             process = subprocess.Popen(

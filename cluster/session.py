@@ -4,11 +4,13 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import psutil
 import ray
+from ray.autoscaler.sdk import request_resources
 
 from cluster.check import check_nodes
 from schemas.errors import ClusterError
@@ -19,15 +21,24 @@ _MIB = 1 << 20
 _STORE_BYTES = 2048 * _MIB
 _STORE_SHARE = 0.2
 _KNOCK_S = 10.0
+_LOOK_S = 1.0
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None = None, *, verbose: bool = False, cpus: int | None = None) -> Iterator[Machines]:
+def ray_session(
+    address: str | None = None,
+    *,
+    verbose: bool = False,
+    cpus: int | None = None,
+    bundles: Sequence[Mapping[str, float]] = (),
+    wait_s: float = 0.0,
+) -> Iterator[Machines]:
     """Ray for the duration of the block.
 
     Attaches to `address` or `RAY_ADDRESS` when given, uses a session that is already open, or else starts a local
     one and shuts it down at the end. Raises ClusterError when an address does not answer, or a node of the cluster
-    does not run the code that this process runs.
+    does not run the code that this process runs. With `wait_s` a cluster that lacks `bundles` (what each actor needs)
+    is asked to grow, and given that long; the job then starts with what there is.
     """
     if ray.is_initialized():
         yield machines()
@@ -43,11 +54,29 @@ def ray_session(address: str | None = None, *, verbose: bool = False, cpus: int 
             raise ClusterError(f"Ray could not be started on this machine: {error}") from error
         raise _nobody(address, str(error).splitlines()[0]) from error
     try:
+        if address and wait_s:
+            _wait_for_machines(bundles, wait_s)
         if address:
             check_nodes()
         yield machines()
     finally:
         ray.shutdown()
+
+
+def _wait_for_machines(bundles: Sequence[Mapping[str, float]], wait_s: float) -> None:
+    """Ask the cluster's autoscaler for room, and wait for it. A cluster without one does not change by being asked."""
+    wanted = [dict(bundle) for bundle in bundles] or [{"CPU": 1.0}]
+    gpus = sum(bundle.get("GPU", 0.0) for bundle in wanted)
+    deadline = time.monotonic() + wait_s
+    request_resources(bundles=wanted)
+    try:
+        while (now := machines()).gpus < gpus or now.cpus < 1:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_LOOK_S)
+    finally:
+        # A request stands until it is taken back, and would keep idle machines.
+        request_resources(bundles=[])
 
 
 def quiet(verbose: bool) -> None:

@@ -81,6 +81,9 @@ def job(
     gpus_per_actor: Annotated[float | None, typer.Option(help="GPUs for each replica; fractions share one.")] = None,
     shard: Annotated[str | None, typer.Option(help="I/N: only the I-th of N equal parts of the manifest.")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to use (default: RAY_ADDRESS, else local).")] = None,
+    cluster_wait: Annotated[
+        float, typer.Option(help="Seconds to wait for machines that the cluster's autoscaler has yet to bring.")
+    ] = 0.0,
     timeout: Annotated[float | None, typer.Option(help="Seconds for fetching one image, all tries together.")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Files above this become failures.")] = None,
     max_pixels: Annotated[int | None, typer.Option(help="Pictures above this become failures.")] = None,
@@ -105,7 +108,13 @@ def job(
 
     attention = (attention_maps, attention_images) if attention_maps else None
     return run_job(
-        values, address=address, report=report, json_output=json_output, verbose=verbose, attention=attention
+        values,
+        address=address,
+        report=report,
+        json_output=json_output,
+        verbose=verbose,
+        attention=attention,
+        wait_s=cluster_wait,
     )
 
 

@@ -26,18 +26,20 @@ def run_job(
     json_output: bool,
     verbose: bool,
     attention: tuple[str, int] | None = None,
+    wait_s: float = 0.0,
 ) -> int:
     """Run the job that `values` describe and tell the person about it; returns the exit code.
 
-    `attention`: a folder for attention maps, and of how many images.
+    `attention`: a folder for attention maps, and of how many images. `wait_s`: for machines that have yet to come.
     """
     spec = build_spec(dict(values))
     write_maps = _attention_writer(spec, *attention) if attention else None
     from cluster.session import ray_session
     from pipeline.flow import run as run_flow
 
+    connect = partial(ray_session, address, verbose=verbose, bundles=_bundles(spec), wait_s=wait_s)
     with native_messages_aside(verbose), Screen(quiet=json_output) as screen:
-        summary = run_flow(spec, partial(ray_session, address, verbose=verbose), screen.show)
+        summary = run_flow(spec, connect, screen.show)
     page = _report(spec, screen) if report else None
     maps = None
     try:
@@ -58,6 +60,12 @@ def _attention_writer(spec: JobSpec, directory: str, images: int) -> Callable[[]
     maps = AttentionMaps(directory, images)
     info = check_attention(spec, maps)
     return lambda: write_attention_maps(spec, info, maps)
+
+
+def _bundles(spec: JobSpec) -> list[dict[str, float]]:
+    """What the first actors need, for a cluster that has yet to grow."""
+    least = spec.actors.min if spec.actors else 1
+    return [{"GPU": spec.gpus_per_actor, "CPU": 1.0} if spec.gpus_per_actor else {"CPU": 1.0}] * least
 
 
 def _report(spec: JobSpec, screen: Screen) -> str | None:

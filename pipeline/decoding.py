@@ -3,12 +3,14 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline import logs, metrics
 from pipeline.images.guard import CrashGuard, forget
 from pipeline.images.stage import fetch_and_decode
 from pipeline.predictors.null import no_pixels
@@ -41,6 +43,7 @@ def decode_rows(ranges: pa.Table, job: DecodeJob) -> Iterator[pa.Table]:
     """Decoded tables for `ranges`, a table of `start` and `stop` rows."""
     check_release(job.driver)
     spans = np.stack([ranges["start"].to_numpy(), ranges["stop"].to_numpy()], axis=1)
+    logs.working_on(job.run_id, "decode", spans[0, 0], spans[-1, 1] - 1)
     manifest = _manifest_rows(job, spans)
     if job.null:
         yield from no_pixels(manifest, job.block_rows)
@@ -55,7 +58,9 @@ def decode_rows(ranges: pa.Table, job: DecodeJob) -> Iterator[pa.Table]:
             storage_options=job.storage_options,
             batch_rows=job.block_rows,
             guard=guard,
+            fetched_bytes=partial(metrics.count, "patchstream_bytes_total"),
         )
+    logs.event("decoded", rows=manifest.num_rows)
 
 
 def _manifest_rows(job: DecodeJob, spans: Spans) -> pa.Table:

@@ -113,7 +113,7 @@ def _work(
     first, stop = shard_rows(opened.record.manifest_rows, spec.shard.index, spec.shard.count)
     placement = place_job(question, machines, intervals.count(rest))
     meter = Meter(stop - first, stop - first - intervals.count(rest), 0, placement, int(machines.cpus))
-    job = WriteJob(fence, opened.schema, opened.record.part_metadata())
+    job = WriteJob(fence, opened.schema, opened.record.part_metadata(), opened.record.run_id)
     try:
         if question.dtype in MEASURED:
             attempt.distance = _distance(question, opened, placement, rest)
@@ -184,7 +184,7 @@ def build(question: Question, opened: Opened, placement: Placement, rest: Spans)
         )
         .map_batches(
             PredictActor,
-            fn_constructor_args=(actor,),
+            fn_constructor_args=(actor, release(), opened.record.run_id),
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=placement.actor_cpus,

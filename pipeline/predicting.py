@@ -3,7 +3,6 @@
 from pipeline.opening import Question
 from pipeline.placement import Placement
 from pipeline.predictors.actor import ActorJob
-from schemas.release import release
 
 
 def actor_job(question: Question, placement: Placement, rows: int = 0) -> ActorJob:
@@ -19,6 +18,5 @@ def actor_job(question: Question, placement: Placement, rows: int = 0) -> ActorJ
         cuda=spec.gpus_per_actor > 0 and spec.backend == "torch",
         triton=spec.triton,
         storage_options=spec.storage_options,
-        driver=release(),
         work_gflop=rows * question.image_gflop / placement.actors.max,
     )

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -30,11 +30,13 @@ def fetch_and_decode(
     storage_options: Mapping[str, Any],
     batch_rows: int,
     guard: CrashGuard | None = None,
+    fetched_bytes: Callable[[int], None] = lambda count: None,
 ) -> Iterator[pa.Table]:
     """Tables of `decoded_schema` with at most `batch_rows` rows, every manifest row once and in order.
 
     Later files are fetched while earlier ones are decoded in the calling thread. With a `guard`, an image that
-    kills the process costs its worker once and becomes a failure row afterwards.
+    kills the process costs its worker once and becomes a failure row afterwards. `fetched_bytes` is told how many bytes
+    of files arrived, batch by batch.
     """
     prepare_process()
     height, width = preprocessing.output_size
@@ -44,8 +46,12 @@ def fetch_and_decode(
     for start in range(0, manifest.num_rows, batch_rows):
         rows = manifest.slice(start, batch_rows)
         builder = BatchBuilder(rows.num_rows, height, width)
+        arrived = 0
         for row in rows.column("row").to_pylist():
-            _decode_row(row, next(fetched), builder, spec, guard)
+            file = next(fetched)
+            arrived += len(file.result) if isinstance(file.result, bytes) else 0
+            _decode_row(row, file, builder, spec, guard)
+        fetched_bytes(arrived)
         yield builder.table(rows)
 
 

@@ -1,11 +1,14 @@
 """The Ray actor around a predictor: made once, warm before its first batch, then called block by block."""
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from pipeline import logs, metrics
 from pipeline.models import ModelInfo
 from pipeline.predictors.batches import Wanted
 from schemas.release import Release, check_release
@@ -28,21 +31,30 @@ class ActorJob(NamedTuple):
     cuda: bool
     triton: TritonSpec | None
     storage_options: dict[str, Any]
-    driver: Release
     work_gflop: float = 0.0
 
 
 class PredictActor:
     """Callable class for `Dataset.map_batches`."""
 
-    def __init__(self, job: ActorJob) -> None:
-        check_release(job.driver)
+    def __init__(self, job: ActorJob, driver: Release, run_id: str) -> None:
+        check_release(driver)
         if job.threads:
             os.environ["OMP_NUM_THREADS"] = str(job.threads)
+        self._job, self._run_id = job, run_id
+        logs.working_on(run_id, "predict")
+        started = time.perf_counter()
         self._predict = build_predictor(job)
+        logs.event("ready", backend=job.backend, dtype=job.dtype, seconds=time.perf_counter() - started)
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
         """Predicted table for a decoded one."""
+        rows = pc.min_max(decoded["row"]).as_py()
+        logs.working_on(self._run_id, "predict", rows["min"], rows["max"])
+        pictures = decoded.num_rows - decoded["pixels"].null_count
+        if pictures:
+            batches = -(-pictures // self._job.batch_size)
+            metrics.show("patchstream_batch_fill", pictures / (batches * self._job.batch_size))
         return self._predict(decoded)
 
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
+from pipeline import logs, metrics
 from pipeline.sinks.attempts import Fence
 from pipeline.sinks.parts import split, write_part
 from pipeline.storage import filesystem
@@ -36,6 +37,7 @@ class WriteJob(NamedTuple):
     fence: Fence
     images_schema: pa.Schema
     metadata: bytes
+    run_id: str
 
 
 class Committed(NamedTuple):
@@ -45,12 +47,15 @@ class Committed(NamedTuple):
     failures: int
     parts: int
     seconds: StageSeconds
+    failures_by_stage: dict[str, int]
 
 
 def write_blocks(job: WriteJob, *blocks: pa.Table) -> Committed:
     """Write the rows of `blocks` as at most one part of images and one of failures."""
     started = time.perf_counter()
     predicted = pa.concat_tables(blocks, promote_options="permissive")
+    rows = pc.min_max(predicted["row"]).as_py()
+    logs.working_on(job.run_id, "write", rows["min"], rows["max"])
     images, failures = split(predicted, job.images_schema)
     fs, path = filesystem(job.fence.out, job.fence.storage_options)
     job.fence.check()
@@ -64,7 +69,10 @@ def write_blocks(job: WriteJob, *blocks: pa.Table) -> Committed:
         predict=_total(predicted, "predict_s"),
         write=time.perf_counter() - started,
     )
-    return Committed(len(images), len(failures), sum(part is not None for part in written), seconds)
+    by_stage = {item["values"]: item["counts"] for item in pc.value_counts(failures["stage"]).to_pylist()}
+    parts = sum(part is not None for part in written)
+    logs.event("committed", images=len(images), failures=by_stage, parts=parts, seconds=seconds.model_dump())
+    return Committed(len(images), len(failures), parts, seconds, by_stage)
 
 
 class Received(NamedTuple):
@@ -200,6 +208,11 @@ def _result(reference: Any) -> Committed:
         committed: Committed = ray.get(reference)
     except ray.exceptions.RayError as error:
         raise unwrap(error) from error
+    metrics.count("patchstream_images_total", committed.images)
+    for stage, failures in committed.failures_by_stage.items():
+        metrics.count("patchstream_failures_total", failures, stage=stage)
+    for stage, seconds in committed.seconds.model_dump().items():
+        metrics.count("patchstream_stage_seconds_total", seconds, stage=stage)
     return committed
 
 

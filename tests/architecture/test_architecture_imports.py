@@ -17,6 +17,7 @@ ALLOWED = {
 HOMES = {
     "ray": (
         "pipeline/flow.py",
+        "pipeline/metrics.py",
         "pipeline/predictors/actor.py",
         "pipeline/sinks/ray_",
         "pipeline/retrieval/ray_",

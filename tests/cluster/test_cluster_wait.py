@@ -1,0 +1,51 @@
+"""A cluster that has yet to grow: the job waits for its machines, for as long as it was told to."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.nodes import NodeSize, local_cluster
+
+PROGRAM = """
+import sys
+from cluster.session import ray_session
+with ray_session(bundles=[{"GPU": 1.0, "CPU": 1.0}], wait_s=float(sys.argv[1])) as machines:
+    print("waiting is over", machines.gpus, machines.nodes, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_node_that_comes_later_is_waited_for(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    where = {"PYTHONPATH": str(root)}
+    with local_cluster((), head=NodeSize(cpus=0, store_bytes=100 << 20), environment=where) as cluster:
+        env = {**os.environ, **cluster.variables}
+        started = time.monotonic()
+        early = subprocess.run(
+            [sys.executable, "-c", PROGRAM, "2"],
+            cwd=root,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        assert "waiting is over 0.0 1" in early.stdout
+        assert time.monotonic() - started > 2
+        with (tmp_path / "log").open("wb") as log:
+            waiting = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, "150"], cwd=root, env=env, stdout=log, stderr=log
+            )
+        try:
+            time.sleep(1.0)
+            assert waiting.poll() is None
+            cluster.join(NodeSize(cpus=1, gpus=1, store_bytes=100 << 20))
+            assert waiting.wait(timeout=100) == 0, (tmp_path / "log").read_text()
+        finally:
+            waiting.kill()
+            waiting.wait()
+        assert "waiting is over 1.0 2" in (tmp_path / "log").read_text()
