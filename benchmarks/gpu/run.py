@@ -38,6 +38,8 @@ from pipeline.models.quantised import quantise_float8, scaled_product
 from pipeline.predictors.torch_runner import Runner
 
 MEASURE_S = 2.0
+# Precision, and whether compiled; every network in the first before any in the next, should time run out.
+PASSES = (("bfloat16", False), ("float8", True), ("bfloat16", True))
 LARGE = {"width": 1024, "depth": 24, "heads": 16, "mlp_width": 4096}
 BASE = {"width": 768, "depth": 12, "heads": 12, "mlp_width": 3072}
 TINY = {"width": 64, "depth": 2, "heads": 2, "mlp_width": 128}
@@ -72,7 +74,7 @@ def random_tensors(a: Architecture) -> dict[str, torch.Tensor]:
     found = {}
     for name, shape in tensor_shapes(a).items():
         values = torch.randn(shape, generator=generator)
-        fan_in = shape[1:].numel() if isinstance(shape, torch.Size) else int(np.prod(shape[1:]))
+        fan_in = int(np.prod(shape[1:]))
         if len(shape) == 1:
             centre = 1.0 if name.endswith(("norm1.weight", "norm2.weight", "norm.weight", "scale1", "scale2")) else 0.0
             values = centre + 0.1 * values
@@ -151,7 +153,7 @@ def correctness(a: Architecture, tensors: dict[str, torch.Tensor], dtype: str, b
 
 
 @torch.inference_mode()
-def rates(a: Architecture, model: Any, dtype: str, batch: int, bench: Bench, compiled: bool) -> dict[str, float]:
+def rates(a: Architecture, model: Any, dtype: str, batch: int, bench: Bench) -> dict[str, float]:
     """Images/s model-only and end to end."""
     plan = plan_gpu(bench.capability, dtype, attention_bias=a.relative_positions != "none", work_gflop=0)
     attention = plan.attention if bench.cuda else ("FLASH_ATTENTION", "MATH")
@@ -169,32 +171,42 @@ def rates(a: Architecture, model: Any, dtype: str, batch: int, bench: Bench, com
     return {"model_only": 1 / alone, "end_to_end": 1 / whole, "end_to_end_share": alone / whole}
 
 
-def measure(name: str, a: Architecture, found: dict[str, Any], bench: Bench, batches: list[int]) -> None:
-    """Every precision and batch size of one network; results go into `found` as they come."""
-    tensors = random_tensors(a)
-    flop = forward_flop(a, a.trained_size)
-    for dtype, compiled in (("bfloat16", False), ("float8", True), ("bfloat16", True)):
-        if bench.late or (dtype == "float8" and bench.capability < (8, 9)):
-            found["left_out"].append(f"{name} {dtype}{' compiled' if compiled else ''}")
+def measure(
+    name: str,
+    a: Architecture,
+    tensors: dict[str, torch.Tensor],
+    how: tuple[str, bool],
+    found: dict[str, Any],
+    bench: Bench,
+    batches: list[int],
+) -> None:
+    """One network in one precision at every batch size; results go into `found` as they come."""
+    dtype, compiled = how
+    kind = dtype + (" compiled" if compiled else "")
+    if bench.late or (dtype == "float8" and bench.capability < (8, 9)):
+        found["left_out"].append(f"{name} {kind}")
+        return
+    if not compiled or dtype == "float8":
+        found["correctness"].append({"model": name, "dtype": dtype, **correctness(a, tensors, dtype, bench)})
+    model = network(a, tensors, dtype, bench.device)
+    if compiled and bench.cuda:
+        model.trunk.compile(dynamic=False)
+    for batch in batches[-1:] if compiled else batches:
+        try:
+            row = rates(a, model, dtype, batch, bench)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            found["left_out"].append(f"{name} {kind} batch {batch}: out of memory")
             continue
-        if not compiled or dtype == "float8":
-            found["correctness"].append({"model": name, "dtype": dtype, **correctness(a, tensors, dtype, bench)})
-        model = network(a, tensors, dtype, bench.device)
-        if compiled and bench.cuda:
-            model.trunk.compile(dynamic=False)
-        for batch in batches[-1:] if compiled else batches:
-            try:
-                row = rates(a, model, dtype, batch, bench, compiled)
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                found["left_out"].append(f"{name} {dtype} batch {batch}: out of memory")
-                continue
-            ceiling = found["ceilings"].get(f"product_{dtype}_tflops")
-            share = row["model_only"] * flop / 1e12 / ceiling if ceiling else None
-            found["rates"].append(
-                {"model": name, "dtype": dtype, "compiled": compiled, "batch": batch, "ceiling_share": share, **row}
-            )
-            show(found["rates"][-1])
+        ceiling = found["ceilings"].get(f"product_{dtype}_tflops")
+        share = row["model_only"] * forward_flop(a, a.trained_size) / 1e12 / ceiling if ceiling else None
+        # What a copy of the pixels takes of the time that they compute: below 1 it can hide behind it.
+        pixel_gb = 3e-9 * a.trained_size[0] * a.trained_size[1]
+        row["copy_over_compute"] = pixel_gb / found["ceilings"]["copy_to_device_gb_per_s"] * row["model_only"]
+        found["rates"].append(
+            {"model": name, "dtype": dtype, "compiled": compiled, "batch": batch, "ceiling_share": share, **row}
+        )
+        show(found["rates"][-1])
 
 
 def show(row: dict[str, Any]) -> None:
@@ -234,9 +246,11 @@ def main() -> None:
     print(json.dumps(found["ceilings"], indent=1))
     print(f"{'model':<18}{'precision':<20}{'batch':>6}{'model only':>12}{'end to end':>12}{'ceiling':>8}")
     batches = options.batches or ([2, 4] if options.tiny else [64, 128, 256])
-    for name, architecture in networks(options.tiny).items():
-        if options.models is None or name in options.models:
-            measure(name, architecture, found, bench, batches)
+    chosen = {name: a for name, a in networks(options.tiny).items() if options.models is None or name in options.models}
+    tensors = {name: random_tensors(a) for name, a in chosen.items()}
+    for how in PASSES:
+        for name, architecture in chosen.items():
+            measure(name, architecture, tensors[name], how, found, bench, batches)
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
