@@ -17,7 +17,7 @@ _SOURCE_HELP = (
 # Options whose value goes into the spec under the same name.
 _SPEC_KEYS = (
     "model", "out", "revision", "labels", "label_file", "feature_dtype", "dtype", "decode", "image_size",
-    "beit_final_norm", "limit", "uri_column", "image_column", "backend", "vocabulary", "gpus_per_actor",
+    "beit_final_norm", "limit", "uri_column", "image_column", "backend", "vocabulary", "head", "gpus_per_actor",
     "max_failure_rate", "update",
 )  # fmt: skip
 _FETCH_KEYS = {"timeout_s": "timeout", "max_bytes": "max_bytes", "max_pixels": "max_pixels"}
@@ -61,6 +61,9 @@ def job(
     ] = None,
     vocabulary: Annotated[
         str | None, typer.Option(help="The text tower's vocabulary, if not beside the model.", metavar="FILE")
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(help="A classifier of your own: DIR/probes/NAME, as `probe` left it.")
     ] = None,
     decode: Annotated[
         str | None, typer.Option(help="exact (as the reference processor, bit for bit) or fast (scaled JPEG decoding).")

@@ -1,10 +1,10 @@
 """What is asked, and the directory it goes to: the model is read, the inputs are frozen, the two are compared."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 
-from pipeline.models import ModelInfo, choose_dtype, inspect_model, with_labels
+from pipeline.models import ModelInfo, choose_dtype, inspect_model, with_head, with_labels
 from pipeline.predictors.batches import Wanted
 from pipeline.predictors.null import NULL_DIM
 from pipeline.record import check_empty, check_same, freezing, new_record, read_record, require_record, write_record
@@ -85,6 +85,8 @@ def ask(spec: JobSpec) -> Question:
     )
     if spec.zero_shot is not None:
         info = with_labels(info, spec.zero_shot, spec.templates, spec.vocabulary)
+    if spec.head is not None:
+        info = _with_own_head(info, spec.head, spec.storage_options)
     if spec.labels and not info.num_labels:
         raise SpecError(
             f"labels are asked for, but {spec.model} ({info.architecture}) has no classifier. "
@@ -102,6 +104,22 @@ def ask(spec: JobSpec) -> Question:
     top = min(spec.labels, info.num_labels)
     wanted = Wanted(spec.features, dims, spec.feature_dtype, top, info.labels, info.multi_label)
     return Question(spec, info, wanted, _dtype(spec, info, wanted))
+
+
+def _with_own_head(info: ModelInfo, head: str, storage_options: Options) -> ModelInfo:
+    from pipeline.retrieval.head import read_head
+
+    linear, record, digest = read_head(head, storage_options)
+    feature: Literal["cls", "pooled"] = "cls" if record.feature == "cls" else "pooled"
+    width = info.hidden_size if feature == "cls" else info.pooled_size
+    trained = (record.model.digest, record.model.preprocessing, record.model.pooled, record.feature, record.dim)
+    if trained != (info.digest, info.preprocessing, info.pooled, feature, width):
+        raise SpecError(
+            f"--head {head}: trained on `{record.feature}` of {record.model.name} ({record.model.digest[:12]}, images "
+            f"of {record.model.preprocessing.output_size}), but the model here is {info.name} ({info.digest[:12]}, "
+            f"images of {info.preprocessing.output_size}); give the model and image size that it was trained on"
+        )
+    return with_head(info, tuple(record.labels), linear.weight, linear.bias, feature, digest)
 
 
 def _feature_sizes(info: ModelInfo) -> dict[str, FeatureSize]:
@@ -220,6 +238,7 @@ def _model_record(question: Question) -> ModelRecord:
         pooled=info.pooled,
         multi_label=info.multi_label,
         zero_shot=info.zero_shot.digest if info.zero_shot else None,
+        head=info.head.digest if info.head else None,
         preprocessing=info.preprocessing,
         label_digest=info.label_digest,
     )

@@ -24,7 +24,7 @@ from schemas.tables import FeatureSize
 
 _RECORDED_VERSIONS = ("torch", "ray", "pyarrow", "pillow", "pi-heif", "simplejpeg", "numpy")
 # What must agree between two runs on one directory; the rest of the model record follows from these.
-_MODEL_IDENTITY = ("digest", "dtype", "pooled", "preprocessing", "label_digest", "zero_shot")
+_MODEL_IDENTITY = ("digest", "dtype", "pooled", "preprocessing", "label_digest", "zero_shot", "head")
 _FREEZE_WAIT_S = 3600.0
 _BEAT_S = 5.0
 _SILENT_BEATS = 4

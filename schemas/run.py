@@ -31,6 +31,7 @@ class ModelRecord(BaseModel):
     pooled: str
     multi_label: bool = False
     zero_shot: str | None = None  # digest of labels, templates and vocabulary, where the labels are the user's words
+    head: str | None = None  # digest of the user's own classifier
     preprocessing: Preprocessing
     label_digest: str | None = None
 

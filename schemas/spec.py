@@ -153,6 +153,7 @@ class JobSpec(Strict):
         default=None, description='sentences with {} where a label goes; default: "a photo of a {}."'
     )
     vocabulary: str | None = Field(default=None, description="the text tower's, where it is not beside the checkpoint")
+    head: str | None = Field(default=None, description="a classifier that `probe` trained, in place of the model's")
     limit: Annotated[int, Field(ge=1)] | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -191,6 +192,8 @@ class JobSpec(Strict):
             raise ValueError(f"zero-shot labels need --backend torch; a {self.backend} back end has no text tower")
         if self.zero_shot is None and (self.templates or self.vocabulary):
             raise ValueError("templates and a vocabulary are for zero-shot labels; give those with --zero-shot")
+        if self.head is not None and (not self.labels or self.backend != "torch" or self.zero_shot is not None):
+            raise ValueError("a head needs --labels K (or classify) and --backend torch, and no --zero-shot")
         others = [name for name in self.features if name not in VECTOR_NAMES]
         if others and self.backend != "torch":
             raise ValueError(f"backend {self.backend} gives cls and pooled only; leave out {', '.join(others)}")
@@ -226,9 +229,9 @@ def parse_image_size(text: str | None) -> int | tuple[int, int] | None:
         raise SpecError(f"--image-size {text}: expected pixels as N or HEIGHTxWIDTH, such as 384 or 224x320") from None
 
 
-# What run.json keeps, so that a later command can run the same again. Vocabulary and label file may move; their
-# digests may not.
-RECORDED_FIELDS = (*RESULT_FIELDS, "vocabulary", "label_file")
+# What run.json keeps, so that a later command can run the same again. Vocabulary, label file and head
+# may move; their digests may not.
+RECORDED_FIELDS = (*RESULT_FIELDS, "vocabulary", "label_file", "head")
 
 
 def build_spec(values: dict[str, Any]) -> JobSpec:

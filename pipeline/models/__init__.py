@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pipeline.models.load import load_model
     from pipeline.models.network import VisionModel
     from pipeline.models.outputs import Outputs
+    from pipeline.models.own_head import with_head
     from pipeline.models.precision import choose_dtype, describe_hardware
     from pipeline.models.preprocessing import read_preprocessing
     from pipeline.models.zero_shot import inspect_text, load_text, with_labels
@@ -25,6 +26,7 @@ __all__ = [
     "load_model",
     "load_text",
     "read_preprocessing",
+    "with_head",
     "with_labels",
 ]
 
@@ -39,6 +41,7 @@ _MODULES = {
     "load_model": "load",
     "load_text": "zero_shot",
     "read_preprocessing": "preprocessing",
+    "with_head": "own_head",
     "with_labels": "zero_shot",
 }
 

@@ -13,6 +13,7 @@ from pipeline.models.precision import describe_hardware, dtype_name
 from pipeline.models.prefix import prefix_suffices, read_prefix_only
 from pipeline.models.readout import OUTPUTS
 
+_HEADS = ("readout.head.", "readout.distillation_head.")
 # What stands between the products where those are in 8 bits.
 TRUNK_DTYPES = {torch.int8: torch.float32, torch.float8_e4m3fn: torch.bfloat16}
 
@@ -31,10 +32,12 @@ def assemble(
     """A network in eval mode from `tensors`, as `architecture.tensor_shapes` names them.
 
     `preprocessing` has what `schemas.preprocessing.Preprocessing` has: `mean`, `std`, `rescale_factor` and
-    `output_size`. `head`: parameters of the readout that no checkpoint holds. For the rest see `load.load_model`.
+    `output_size`. `head`: parameters of a classifier in place of the checkpoint's. For the rest see `load.load_model`.
     """
     with torch.no_grad():
-        state = fold(tensors, network, preprocessing, TRUNK_DTYPES.get(dtype, dtype)) | dict(head)
+        state = fold(tensors, network, preprocessing, TRUNK_DTYPES.get(dtype, dtype))
+        if head:
+            state = {name: tensor for name, tensor in state.items() if not name.startswith(_HEADS)} | dict(head)
     with torch.device("meta"):
         model = VisionModel(network, preprocessing.output_size).eval().requires_grad_(False)
     model.load_state_dict(state, assign=True)

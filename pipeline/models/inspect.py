@@ -37,6 +37,14 @@ class ZeroShot(NamedTuple):
     bias: float
 
 
+class OwnHead(NamedTuple):
+    """A linear classifier that the user trained. `weight` is float32 (labels, D) in C order, `bias` (labels,)."""
+
+    digest: str
+    weight: bytes
+    bias: bytes
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """A checkpoint, described. Small and picklable: it travels to the actors, which load by it.
@@ -45,7 +53,7 @@ class ModelInfo:
     weights. `pooled` says which image-level representation `pooled` is, and `pooled_size` its width. `labels` are in
     the order of the logits, empty without a classifier; `label_digest` is the SHA-256 of the file they come from, if it
     was one of the user's. `plan` says how the tensors map to ours. `zero_shot` is set where the labels are the user's
-    own words.
+    own words, `head` where the classifier is the user's own.
     """
 
     name: str
@@ -70,6 +78,7 @@ class ModelInfo:
     plan: Plan
     zero_shot: ZeroShot | None = None
     label_digest: str | None = None
+    head: OwnHead | None = None
 
 
 def inspect_model(

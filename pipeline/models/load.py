@@ -11,6 +11,7 @@ from pipeline.models.formats import npz_vit
 from pipeline.models.inspect import ModelInfo, digest_of
 from pipeline.models.network import VisionModel
 from pipeline.models.npz import read_npz
+from pipeline.models.own_head import head_state
 from pipeline.models.readout import OUTPUTS
 from pipeline.models.remap import remap
 from pipeline.models.resolve import resolve
@@ -47,7 +48,7 @@ def load_model(
         device=device,
         packed=packed,
         outputs=outputs,
-        head=_word_classifier(info),
+        head=_word_classifier(info) | head_state(info),
     )
 
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load, save
 from pipeline.retrieval.logistic import Linear
 from pipeline.retrieval.output import check_name, list_folders
 from pipeline.retrieval.store import FeatureStore
-from pipeline.storage import join, put_bytes, redact
+from pipeline.storage import Options, filesystem, join, put_bytes, redact
 from schemas.errors import OutputError
 from schemas.run import ModelRecord
 
@@ -72,6 +72,22 @@ def load_head(store: FeatureStore, name: str) -> tuple[Linear, HeadRecord, str]:
         )
     store.check_feature(record.feature)
     return linear, record, hashlib.sha256(data).hexdigest()
+
+
+def read_head(place: str, storage_options: Options) -> tuple[Linear, HeadRecord, str]:
+    """A head by its address: the folder `DIR/probes/NAME`, or the file in it. As `load_head`, for any model.
+
+    Raises OutputError if there is none, or it cannot be read.
+    """
+    fs, path = filesystem(place, storage_options)
+    path = path if path.endswith(".safetensors") else join(path, "head.safetensors")
+    try:
+        data = fs.cat_file(path)
+    except (FileNotFoundError, IsADirectoryError):
+        raise OutputError(
+            f"no head at {redact(place)}; give a folder DIR/probes/NAME that `patchstream probe` made"
+        ) from None
+    return *parse_head(data, path), hashlib.sha256(data).hexdigest()
 
 
 def parse_head(data: bytes, path: str) -> tuple[Linear, HeadRecord]:
