@@ -10,8 +10,10 @@ from support import lit
 from support.commands import patchstream, table
 from support.testdata import needs_testdata, photos
 
+from pipeline.opening import _model_record as model_record
 from pipeline.opening import ask
-from schemas.errors import SpecError
+from pipeline.record import check_same, new_record, recorded_spec
+from schemas.errors import OutputError, SpecError
 from schemas.run import difference
 from schemas.spec import build_spec
 
@@ -105,6 +107,22 @@ def test_answer_to_what_is_asked(model: Path) -> None:
 def test_refusals(model: Path, more: dict[str, object], said: str) -> None:
     with pytest.raises(SpecError, match=said):
         ask(build_spec(values(model, **more)))
+
+
+def test_what_is_recorded_runs_the_same_again(model: Path, tmp_path: Path) -> None:
+    """`retry` has run.json alone to go by. A vocabulary may have moved, if it is the same."""
+    moved = tmp_path / "words.txt"
+    moved.write_bytes(model.with_suffix(".txt").read_bytes())
+    spec = build_spec(values(model, zero_shot=list(LABELS), templates=["the {}!"], vocabulary=str(moved)))
+    again = build_spec({**recorded_spec(spec), "model": str(model), "out": "out"})
+    assert (again.zero_shot, again.templates, again.vocabulary) == (LABELS, ("the {}!",), str(moved))
+    records = []
+    for one in (spec, again.model_copy(update={"vocabulary": None}), again.model_copy(update={"templates": None})):
+        question = ask(one)
+        records.append(new_record(one, model_record(question), {}))
+    check_same(records[0], records[1], "out")
+    with pytest.raises(OutputError, match=r"model\.zero_shot: there .* now "):
+        check_same(records[0], records[2], "out")
 
 
 def test_label_file_that_cannot_be_read(tmp_path: Path, model: Path) -> None:

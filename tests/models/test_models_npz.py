@@ -269,6 +269,32 @@ def test_size_table(name: str) -> None:
         described(tuned, f"{file_name}-i21k-300ep-lr_0.001--imagenet2012-steps_20k-lr_0.03-res_224.npz")
 
 
+@pytest.mark.parametrize(
+    ("name", "found", "side", "said"),
+    [
+        ("ViT-B_16.npz", (768, 12, 16), 384, ""),
+        ("ViT-B_16-224.npz", (768, 12, 16), 224, ""),
+        ("ViT-B_16-224.npz", (768, 12, 16), 384, "the name says 224 pixels"),
+        ("ViT-B_16.npz", (768, 12, 32), 384, "the name says width 768, depth 12, patch 16"),
+        ("R50+ViT-B_16.npz", (768, 12, 16), 384, ""),
+        ("R50+ViT-B_16.npz", (1024, 24, 32), 384, "the name says width 768"),
+        ("R26_S_32-i21k-300ep-lr_0.001-aug_light0-wd_0.03-do_0.1-sd_0.1.npz", (384, 12, 32), 224, ""),
+        ("Mixer-L_16.npz", (1024, 24, 16), 224, ""),
+        ("Mixer-L_16.npz", (768, 12, 16), 224, "the name says width 1024"),
+        ("LiT-L16S.npz", (1024, 24, 16), 224, ""),
+        ("LiT-B16B_2.npz", (1024, 24, 16), 224, "the name says width 768"),
+        ("B_16-i21k-300ep--imagenet2012-steps_20k-lr_0.01-res_384.npz", (768, 12, 16), 224, "the name says 384 pixels"),
+        ("my-own-640.npz", (48, 2, 8), 224, ""),
+    ],
+)
+def test_names_are_checked(name: str, found: tuple[int, int, int], side: int, said: str) -> None:
+    if not said:
+        npz_vit.check_name(name, found, (side, side))
+        return
+    with pytest.raises(CheckpointError, match=said):
+        npz_vit.check_name(name, found, (side, side))
+
+
 def whole_header(shape: tuple[int, ...]) -> bytes:
     """A `.npy` header that says float32 of `shape`."""
     file = io.BytesIO()
