@@ -33,6 +33,7 @@ these figures are shared with other work, so ratios within one run count, not si
 | What do search, clusters, duplicates and probes cost at 1,000,000 × 384? | `python benchmarks/retrieval.py` |
 | What do listing and updating cost? | `python -m benchmarks.sources --rows 1000000` |
 | What does decoding cost, and what does `--decode fast` change? | `python benchmarks/decode.py PHOTOS` |
+| What does predicting through a Triton server cost? | `python benchmarks/through_triton.py` |
 | What does a GPU do? | `python benchmarks/gpu/run.py` |
 """
 
@@ -172,6 +173,33 @@ def scale(name: str, found: Result) -> str:
     return f"## Scale, null predictor\n\n{origin(name, found)}\n{table(head, rows)}{shown}"
 
 
+def triton(name: str, found: Result) -> str:
+    rows = [
+        (
+            size["size"], f"{size['ms_an_image']['torch']:.1f}",
+            *(f"{size['throughput_ratio'][way]:.2f}" for way in ("triton_shared_memory", "triton_wire")),
+            *(f"{size['ms_added_to_an_image'][way]:+.2f}" for way in ("triton_shared_memory", "triton_wire")),
+            f"{size['largest_difference']:.1e}",
+        )
+        for size in found["sizes"]
+    ]  # fmt: skip
+    head = (
+        "model", "torch in the actor, ms an image", "throughput, shared memory ÷ torch", "over the wire ÷ torch",
+        "added, shared memory, ms an image", "over the wire", "largest difference of CLS",
+    )  # fmt: skip
+    rounds = len(found["sizes"][0]["rounds"])
+    return (
+        f"## Through a Triton server\n\n{origin(name, found)}\nFloat32, one thread on either side, {rounds} rounds in "
+        f"turn of {found['images']} pictures; medians, ratios within a round.\n\n{table(head, rows)}\n"
+        "What is added does not depend on the model but on the bytes: 147 KiB of pixels for a picture of 224 × 224 are "
+        "copied into shared memory, or packed into a message, sent and unpacked, and once more from the server to the "
+        "process of its Python back end; the answer goes the same way back. So the share that is lost falls as the "
+        "model grows. Beyond that the server makes its own batches from requests in flight, where the actor has whole "
+        "blocks. It pays off where a server has the GPUs already, or serves others at the same time; on one machine "
+        "that is ours alone, the actor is the shorter way.\n"
+    )
+
+
 def gpu(name: str, found: Result) -> str:
     ceiling = ", ".join(f"{key.replace('_', ' ')} {value:,.1f}" for key, value in found["ceilings"].items())
     rows = [
@@ -196,6 +224,7 @@ SECTIONS: dict[str, Callable[[str, Result], str]] = {
     "peers": peers,
     "end_to_end": end_to_end,
     "scale": scale,
+    "triton": triton,
     "gpu": gpu,
 }
 
