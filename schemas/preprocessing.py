@@ -11,7 +11,8 @@ class Preprocessing(BaseModel):
     At most one of these is set: `resize` (height, width); `shortest_edge` (pixels, aspect ratio kept); `cover` (height,
     width: aspect ratio kept, just large enough to cover this); none where the checkpoint does not resize at all.
     `resample` is Pillow's filter number: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 Hamming. `crop` (height,
-    width) is a centre crop; the result is always `height × width`.
+    width) is a centre crop; the result is always `height × width`. `crop_rounding`: of an odd margin of 2m + 1
+    pixels, m are in front (`down`, Hugging Face), or the even one of m and m + 1 (`even`, torchvision and so timm).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -21,6 +22,7 @@ class Preprocessing(BaseModel):
     cover: tuple[int, int] | None = None
     resample: Literal[0, 1, 2, 3, 4, 5] = 2
     crop: tuple[int, int] | None = None
+    crop_rounding: Literal["down", "even"] = "down"
     rescale_factor: float = Field(default=1 / 255, gt=0)
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)

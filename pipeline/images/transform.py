@@ -46,42 +46,48 @@ def resize_and_crop(
     """
     resample = Image.Resampling(preprocessing.resample)
     if preprocessing.crop is not None and size[0] * size[1] > MAX_INTERMEDIATE_PIXELS:
-        image = _resize_window(image, extent, size, preprocessing.crop, resample)
+        image = _resize_window(image, extent, size, preprocessing, resample)
     elif size != image.size or extent != image.size:
         image = image.resize(size, resample, box=(0, 0, *extent))
     pixels = np.asarray(image)
     if pixels.shape == out.shape:
         out[:] = pixels
     else:
-        _centre_crop(pixels, out)
+        _centre_crop(pixels, out, preprocessing)
 
 
 def _resize_window(
     image: Image.Image,
     extent: tuple[float, float],
     size: tuple[int, int],
-    crop: tuple[int, int],
+    preprocessing: Preprocessing,
     resample: Image.Resampling,
 ) -> Image.Image:
-    """Resize only what a centre crop of (height, width) `crop` keeps of the picture scaled to `size`."""
-    kept = min(size[0], crop[1]), min(size[1], crop[0])
-    left, top = (size[0] - kept[0]) // 2, (size[1] - kept[1]) // 2
+    """Resize only what the centre crop keeps of the picture scaled to `size`."""
+    height, width = preprocessing.output_size
+    kept = min(size[0], width), min(size[1], height)
+    left, top = (_margin(size[axis] - kept[axis], preprocessing) for axis in (0, 1))
     scale_x, scale_y = extent[0] / size[0], extent[1] / size[1]
     box = (left * scale_x, top * scale_y, (left + kept[0]) * scale_x, (top + kept[1]) * scale_y)
     return image.resize(kept, resample, box=box)
 
 
-def _centre_crop(source: Pixels, out: Pixels) -> None:
-    rows, columns = _spans(source.shape[0], out.shape[0]), _spans(source.shape[1], out.shape[1])
+def _centre_crop(source: Pixels, out: Pixels, preprocessing: Preprocessing) -> None:
+    rows, columns = (_spans(source.shape[axis], out.shape[axis], preprocessing) for axis in (0, 1))
     if source.shape[0] < out.shape[0] or source.shape[1] < out.shape[1]:
         out[:] = 0
     out[rows[1], columns[1]] = source[rows[0], columns[0]]
 
 
-def _spans(size: int, crop: int) -> tuple[slice, slice]:
-    """Where a centre crop reads and where it writes, along one axis. An odd margin is larger in front."""
+def _margin(spare: int, preprocessing: Preprocessing) -> int:
+    """Pixels cut off in front of a centre crop, of `spare` in all."""
+    return round(spare / 2) if preprocessing.crop_rounding == "even" else spare // 2
+
+
+def _spans(size: int, crop: int, preprocessing: Preprocessing) -> tuple[slice, slice]:
+    """Where a centre crop reads and where it writes, along one axis. An odd margin of padding is larger in front."""
     if size >= crop:
-        start = (size - crop) // 2
+        start = _margin(size - crop, preprocessing)
         return slice(start, start + crop), slice(0, crop)
     start = (crop - size + 1) // 2
     return slice(0, size), slice(start, start + size)

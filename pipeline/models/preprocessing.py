@@ -128,6 +128,7 @@ def _from_timm(config: Mapping[str, Any], path: Path, image_size: int | Size | N
         cover=scaled if keep and scaled[0] != scaled[1] else None,
         resample=TIMM_FILTERS[filter_name],
         crop=(height, width),
+        crop_rounding="even",
         mean=given["mean"],
         std=given["std"],
     )
