@@ -14,6 +14,8 @@ from pipeline.models.formats import (
     npz_text,
     npz_vit,
     timm_beit,
+    timm_hybrid,
+    timm_mixer,
     timm_vit,
 )
 from pipeline.models.formats.format import Config, Format, Shapes
@@ -29,8 +31,10 @@ FORMATS: tuple[Format, ...] = (
     hf_clip.CLIP,
     hf_clip.SIGLIP,
     hf_data2vec.FORMAT,
+    timm_hybrid.FORMAT,  # before timm's ViT, by whose names it goes
     timm_vit.FORMAT,
     timm_beit.FORMAT,
+    timm_mixer.FORMAT,
     npz_vit.FORMAT,
     npz_hybrid.FORMAT,
     npz_mixer.FORMAT,

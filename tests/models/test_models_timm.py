@@ -40,6 +40,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "siglip2": ("vit_so400m_patch16_siglip_256", {**SMALL, "num_classes": 0}),
     "siglip-gap": ("vit_base_patch16_siglip_gap_224", {**SMALL, "num_classes": 0}),
     "so150m": ("vit_so150m_patch16_reg4_map_256", {**SMALL, "num_classes": 37}),
+    "hybrid": ("vit_small_r26_s32_224", {**SMALL, "num_classes": 37}),
+    "hybrid-root": ("vit_tiny_r_s16_p8_224", {**SMALL, "num_classes": 37}),
     "beit": ("beit_base_patch16_224", {**SMALL, "num_classes": 37}),
     "beitv2": ("beitv2_base_patch16_224", {**SMALL, "num_classes": 37}),
 }
@@ -94,6 +96,7 @@ AT_MANY = ("vit", "deit-distilled", "dinov2-registers", "siglip", "so150m", "bei
     ("case", "factors"),
     [
         *((case, (0.5, 0.5)) for case in AT_ANOTHER_RESOLUTION),
+        ("hybrid", (6 / 7, 8 / 7)),
         *((case, factors) for case in AT_MANY for factors in ((1.5, 1.5), (1.0, 1.5), (1.5, 0.5))),
     ],
 )
@@ -102,7 +105,7 @@ def test_matches_timm_at_another_resolution(case: str, factors: tuple[float, flo
     architecture, args = CASES[case]
     reference = make_timm_checkpoint(tmp_path, architecture, **args)
     side = reference.patch_embed.img_size[0]
-    size = (int(side * factors[0]), int(side * factors[1]))
+    size = (round(side * factors[0]), round(side * factors[1]))
     reference.set_input_size(img_size=size)
     reference.pretrained_cfg = {**reference.pretrained_cfg, "input_size": (3, *size)}
     pixels, values = timm_preprocessed(reference, photos(2))
@@ -126,6 +129,21 @@ def test_matches_timm_with_dynamic_img_size(case: str, size: tuple[int, int], tm
     pixels, values = timm_preprocessed(reference, photos(2))
     info = inspect_model(str(tmp_path), image_size=size)
     compare(load_model(info)(pixels), timm_outputs(reference, values), torch.float32, has_cls=True)
+
+
+@needs_testdata
+@pytest.mark.parametrize("classes", [37, 0])
+def test_mixer_matches_timm(classes: int, tmp_path: Path) -> None:
+    reference = make_timm_checkpoint(tmp_path, "mixer_s32_224", num_classes=classes)
+    pixels, values = timm_preprocessed(reference, photos(2))
+    info = inspect_model(str(tmp_path))
+    assert (info.family, info.layout, info.has_cls) == ("mixer", "timm", False)
+    tokens = reference.forward_features(values)
+    with torch.no_grad():
+        logits = reference.forward_head(tokens) if classes else None
+        expected = Expected(tokens[:, 0], reference.forward_head(tokens, pre_logits=True), logits, tokens)
+    for dtype in (torch.float32, torch.bfloat16):
+        compare(load_model(info, dtype=dtype)(pixels), expected, dtype, has_cls=False)
 
 
 def test_clip_projection_is_the_image_embedding(tmp_path: Path) -> None:
@@ -159,6 +177,7 @@ def test_every_architecture_of_timm_is_described_or_refused() -> None:
         timm.list_models(module="vision_transformer")
         + timm.list_models(module="deit")
         + timm.list_models(module="beit")
+        + timm.list_models("vit_*_r*_s*", module="vision_transformer_hybrid")
     )
     for name in names:
         with torch.device("meta"):
@@ -183,4 +202,4 @@ def test_every_architecture_of_timm_is_described_or_refused() -> None:
         )
         assert a.depth == len(model.blocks), name
         assert (a.prefix_tokens, a.class_token) == (model.num_prefix_tokens, model.cls_token is not None), name
-    assert len(accepted) >= 149, (len(accepted), refused)
+    assert len(accepted) >= 157, (len(accepted), refused)

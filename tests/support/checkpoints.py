@@ -260,7 +260,7 @@ def make_timm_checkpoint(
 
     model = timm.create_model(architecture, pretrained=False, **args).eval()
     spread_out(model, seed)
-    side = model.patch_embed.img_size[0]
+    side = (model.stem if hasattr(model, "stem") else model.patch_embed).img_size[0]
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, side, side), **published}
     save_for_hf(model, str(folder), model_args=args, safe_serialization=safetensors)
     return model

@@ -6,7 +6,7 @@ What differs is read from the tensors that are there: CLS token, registers, Laye
 
 import re
 
-from pipeline.models.architecture import Architecture, HeadInput, Pooled, Positions
+from pipeline.models.architecture import Architecture, HeadInput, Pooled, Positions, Stem
 from pipeline.models.formats import timm
 from pipeline.models.formats.format import Config, Format, Shapes, Spelling
 from schemas.errors import CheckpointError
@@ -44,9 +44,10 @@ SPELLING: Spelling = {
 CLIP_WIDTHS = (512, 640, 768, 896, 1024, 1280)
 
 
-def architecture(config: Config, shapes: Shapes) -> Architecture:
+def architecture(config: Config, shapes: Shapes, stem: Stem | None = None) -> Architecture:
     """`pooled` is what timm hands to the head, but the mean of the patch tokens where that is just the CLS token."""
-    width, _, *patch = timm.shape_of(shapes, "patch_embed.proj.weight", 4)
+    width, _, *kernel = timm.shape_of(shapes, "patch_embed.proj.weight", 4)
+    patch = [side * (stem.stride if stem else 1) for side in kernel]
     hidden, mlp_width = shapes.get("blocks.0.mlp.fc1.weight", (0,))[0], shapes.get("blocks.0.mlp.fc2.weight", (0, 0))[1]
     size, pre_norm = timm.image_size(config), "norm_pre.weight" in shapes
     classes = shapes.get("head.weight", (0,))[0]
@@ -80,6 +81,7 @@ def architecture(config: Config, shapes: Shapes) -> Architecture:
         projection_bias="head.bias" in shapes,
         head_input=head_input,
         num_labels=0 if projects else classes,
+        stem=stem,
     )
 
 
