@@ -46,6 +46,8 @@ and its arithmetic are tested without. `benchmarks/gpu/run.py` takes less than e
 its JSON in `benchmarks/results/` becomes this section.
 """
 
+_FACTS = ("recall_at_10", "ms_a_query", "accuracy")
+
 
 def main() -> None:
     page = compose(load(RESULTS))
@@ -170,6 +172,12 @@ def scale(name: str, found: Result) -> str:
     head = ("rows", "seconds", "rows/s", "resume planning, s", "with gaps, s", "driver first, MiB", "last", "peak")
     picture = next((path.name for path in sorted((ROOT / "docs" / "pictures").glob("*scale*"))), None)
     shown = f"\n![time and memory by rows](pictures/{picture})\n" if picture else ""
+    if "planning" in found:
+        plan = found["planning"]
+        shown += (
+            f"\nPlanning a resume of {plan['rows']:,} rows in {plan['parts']:,} parts, all with gaps: "
+            f"{plan['resume_planning_s']:.1f} s.\n"
+        )
     return f"## Scale, null predictor\n\n{origin(name, found)}\n{table(head, rows)}{shown}"
 
 
@@ -200,6 +208,29 @@ def triton(name: str, found: Result) -> str:
     )
 
 
+def retrieval(name: str, found: Result) -> str:
+    notes = {
+        key: ", ".join(
+            f"{fact.replace('_', ' ')} {row[fact]:.4g}" for fact in _FACTS if isinstance(row.get(fact), float)
+        )
+        for key, row in found["commands"].items()
+    }
+    rows = [
+        (key.replace("_", " "), f"{row['wall_s']:,.1f}", f"{row['peak_mib']:,}", notes[key] or "-")
+        for key, row in found["commands"].items()
+    ]
+    exact = "\n".join(
+        f"- {key.split('_')[1]} at once: {row['search'] * 1e3:.0f} ms, {row['ratio']:.2f} times the fastest bare product "
+        f"(torch {row['torch'] * 1e3:.0f} ms, NumPy {row['numpy'] * 1e3:.0f} ms)"
+        for key, row in found.get("exact_search_s", {}).items()
+    )
+    return (
+        f"## Retrieval, {found['rows']:,} × {found['dim']} float32\n\n{origin(name, found)}\n"
+        + table(("command", "seconds", "peak memory, MiB", "result"), rows)
+        + f"\nExact search by vectors, against a bare product with the same matrix:\n\n{exact}\n"
+    )
+
+
 def gpu(name: str, found: Result) -> str:
     ceiling = ", ".join(f"{key.replace('_', ' ')} {value:,.1f}" for key, value in found["ceilings"].items())
     rows = [
@@ -225,6 +256,7 @@ SECTIONS: dict[str, Callable[[str, Result], str]] = {
     "end_to_end": end_to_end,
     "scale": scale,
     "triton": triton,
+    "retrieval": retrieval,
     "gpu": gpu,
 }
 

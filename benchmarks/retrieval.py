@@ -135,7 +135,13 @@ def main() -> None:
             code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import retrieval; "
             code += f"retrieval.make(retrieval.Path({str(folder)!r}), {given.rows}, {given.dim})"
             subprocess.run([sys.executable, "-c", code], check=True, cwd=_REPOSITORY)
-        result: dict[str, Any] = {"environment": environment(), "rows": given.rows, "dim": given.dim, "commands": {}}
+        result: dict[str, Any] = {
+            "benchmark": "retrieval",
+            "environment": environment(),
+            "rows": given.rows,
+            "dim": given.dim,
+            "commands": {},
+        }
         for name, arguments in _COMMANDS.items():
             if given.only and name not in given.only:
                 continue
