@@ -220,8 +220,8 @@ def retrieval(name: str, found: Result) -> str:
         for key, row in found["commands"].items()
     ]
     exact = "\n".join(
-        f"- {key.split('_')[1]} at once: {row['search'] * 1e3:.0f} ms, {row['ratio']:.2f} times the fastest bare product "
-        f"(torch {row['torch'] * 1e3:.0f} ms, NumPy {row['numpy'] * 1e3:.0f} ms)"
+        f"- {key.split('_')[1]} at once: {row['search'] * 1e3:.0f} ms, {row['ratio']:.2f} times the fastest bare "
+        f"product (torch {row['torch'] * 1e3:.0f} ms, NumPy {row['numpy'] * 1e3:.0f} ms)"
         for key, row in found.get("exact_search_s", {}).items()
     )
     return (

@@ -158,3 +158,15 @@ def test_page_shows_hostile_text_as_text() -> None:
     assert "script" not in tags.tags
     assert "onerror" not in tags.attributes
     assert page.count("&lt;script&gt;") == 5
+
+
+@pytest.mark.parametrize(("rows", "queries", "k"), [(100_000, 1, 10), (99_999, 5, 3), (10_247, 2, 10), (300, 3, 300)])
+def test_selection_in_two_steps_is_the_plain_one(tmp_path: Path, rows: int, queries: int, k: int) -> None:
+    rng = np.random.default_rng(rows)
+    vectors = rng.standard_normal((rows, 8)).astype(np.float32)
+    asked = rng.standard_normal((queries, 8)).astype(np.float32)
+    store = FeatureStore.open(str(write_run(tmp_path, RunContent({"cls": vectors}))))
+    scores, positions = top_k(store.load("cls"), asked, k)
+    all_scores = asked @ vectors.T / np.linalg.norm(vectors, axis=1)
+    np.testing.assert_array_equal(positions, np.argsort(-all_scores, axis=1, kind="stable")[:, :k])
+    np.testing.assert_allclose(scores, -np.sort(-all_scores, axis=1)[:, :k], rtol=1e-5)
