@@ -86,7 +86,7 @@ def _library(name: str) -> Any:
     try:
         return import_module(name)
     except ModuleNotFoundError:
-        raise SpecError(f"texts need {name}, which is not installed: pip install 'patchstream[text]'") from None
+        raise SpecError(f"texts need {name}, which is not installed here: pip install {name}") from None
 
 
 def _from_json(path: Path, a: TextArchitecture) -> tuple[Encode, int]:

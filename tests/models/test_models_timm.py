@@ -181,7 +181,8 @@ def test_every_architecture_of_timm_is_described_or_refused() -> None:
     )
     for name in names:
         with torch.device("meta"):
-            model = timm.create_model(name, pretrained=False)
+            skipped: dict[str, str] = {} if name.startswith("beit") else {"weight_init": "skip"}
+            model = timm.create_model(name, pretrained=False, **skipped)
         shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
         config = {"architecture": name, "pretrained_cfg": model.pretrained_cfg, "global_pool": model.global_pool}
         try:
