@@ -1,6 +1,6 @@
 """Whether `patchstream benchmark` predicts what the following real run then does.
 
-    python benchmarks/preflight.py PHOTOS --model FOLDER [--seconds 40] [--scale 3] [--json F]
+    python benchmarks/preflight.py PHOTOS --model FOLDER [--seconds 40] [--scale 3] [--only small] [--json F]
 
 Three inputs, made from PHOTOS: small JPEGs, the same photos enlarged to 12 megapixels, and the small ones in tar shards
 on a real S3 endpoint (moto). For each, the preflight and then a real job of `scale` times as many images as the
@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--seconds", type=float, default=40.0)
     parser.add_argument("--scale", type=float, default=3.0)
+    parser.add_argument("--only", nargs="+", choices=["small", "large", "shards"], default=["small", "large", "shards"])
     parser.add_argument("--json")
     options = parser.parse_args()
     before = environment()
@@ -118,10 +119,13 @@ def main() -> None:
         small_folder = small(photos, Path(folder) / "small")
         large_folder = large(photos, Path(folder) / "large")
         arguments = (options.model, options.seconds, options.scale)
-        results["small JPEGs"] = check(small_folder, *arguments, {})
-        results["12 megapixels"] = check(large_folder, *arguments, {})
-        with s3_shards(small_folder) as (source, env):
-            results["tar shards on S3"] = check(source, *arguments, env)
+        if "small" in options.only:
+            results["small JPEGs"] = check(small_folder, *arguments, {})
+        if "large" in options.only:
+            results["12 megapixels"] = check(large_folder, *arguments, {})
+        if "shards" in options.only:
+            with s3_shards(small_folder) as (source, env):
+                results["tar shards on S3"] = check(source, *arguments, env)
     for name, found in results.items():
         print(f"{name:<18}{found['predicted_images_per_s']:>10.1f} predicted{found['real_images_per_s']:>10.1f} real"
               f"{found['predicted_over_real']:>8.2f}  {found['bottleneck']}")  # fmt: skip
