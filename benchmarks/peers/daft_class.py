@@ -13,6 +13,10 @@ from daft import DataType, Series, col
 from daft.functions import decode_image, download
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from jobs.demo.train import load_transformers
+
+# In the main thread: instances are made in several at once, and one would see the module half imported.
+transformers = load_transformers()
 BATCH = 16
 WIDTH = 768
 
@@ -22,9 +26,6 @@ class Embedder:
     """Processor and model, made once for each instance."""
 
     def __init__(self, model: str) -> None:
-        from jobs.demo.train import load_transformers
-
-        transformers = load_transformers()
         self.processor = transformers.AutoImageProcessor.from_pretrained(model)
         self.model = transformers.ViTModel.from_pretrained(model, add_pooling_layer=False).eval()
 
