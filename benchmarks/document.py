@@ -182,29 +182,32 @@ def scale(name: str, found: Result) -> str:
 
 
 def triton(name: str, found: Result) -> str:
+    ways = ("triton_shared_memory", "triton_wire")
     rows = [
         (
-            size["size"], f"{size['ms_an_image']['torch']:.1f}",
-            *(f"{size['throughput_ratio'][way]:.2f}" for way in ("triton_shared_memory", "triton_wire")),
-            *(f"{size['ms_added_to_an_image'][way]:+.2f}" for way in ("triton_shared_memory", "triton_wire")),
+            size["size"], f"{size['wall_ms_an_image']['torch']:.1f}",
+            *(f"{size['wall_ratio'][way]:.2f}" for way in ways),
+            f"{size['core_ms_an_image']['torch']:.1f}",
+            *(f"{size['core_ms_added_to_an_image'][way]:+.2f}" for way in ways),
             f"{size['largest_difference']:.1e}",
         )
         for size in found["sizes"]
     ]  # fmt: skip
     head = (
         "model", "torch in the actor, ms an image", "throughput, shared memory ÷ torch", "over the wire ÷ torch",
-        "added, shared memory, ms an image", "over the wire", "largest difference of CLS",
+        "torch, core-ms an image", "added, shared memory", "added, over the wire", "largest difference of CLS",
     )  # fmt: skip
-    rounds = len(found["sizes"][0]["rounds"])
     return (
-        f"## Through a Triton server\n\n{origin(name, found)}\nFloat32, one thread on either side, {rounds} rounds in "
-        f"turn of {found['images']} pictures; medians, ratios within a round.\n\n{table(head, rows)}\n"
-        "What is added does not depend on the model but on the bytes: 147 KiB of pixels for a picture of 224 × 224 are "
-        "copied into shared memory, or packed into a message, sent and unpacked, and once more from the server to the "
-        "process of its Python back end; the answer goes the same way back. So the share that is lost falls as the "
-        "model grows. Beyond that the server makes its own batches from requests in flight, where the actor has whole "
-        "blocks. It pays off where a server has the GPUs already, or serves others at the same time; on one machine "
-        "that is ours alone, the actor is the shorter way.\n"
+        f"## Through a Triton server\n\n{origin(name, found)}\nFloat32, one thread on either side, "
+        f"{len(found['sizes'][0]['rounds'])} rounds in turn of {found['images']} pictures; medians, ratios within a "
+        f"round. The load of the machine was {found['environment']['load_before']:.1f} beforehand: where that is above "
+        "its cores, the clock's columns are noise and the cores' count.\n\n"
+        f"{table(head, rows)}\n"
+        "What costs: the pixels of a picture of 224 × 224 (147 KiB) are copied into shared memory, or packed into a "
+        "message, sent and unpacked; the server hands them to the process of its Python back end; the outputs go the "
+        "same way back; threads on both sides wait for each other. None of that depends on the model's size, so the "
+        "share falls as the model grows. It pays off where a server has the accelerator already, or serves "
+        "others at the same time; where the machine is the job's alone, the actor is the shorter way.\n"
     )
 
 
