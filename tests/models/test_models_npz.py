@@ -65,10 +65,6 @@ VARIANTS: dict[str, Callable[[Arrays], Arrays]] = {
     "renumbered": renumbered,
     "opt/target": with_prefix("opt/target/"),
     "params": with_prefix("params/"),
-    "LiT": lambda arrays: (
-        with_prefix("params/img/")(renumbered(arrays))
-        | {"params/txt/Embed_0/embedding": np.zeros((3, 4), np.float32), "params/t": np.zeros(1, np.float32)}
-    ),
     "stacked": lambda arrays: with_prefix("params/")(stacked(renumbered(arrays))),
 }
 
