@@ -115,6 +115,6 @@ def test_a_job_for_cls_alone_runs_the_short_last_block(features: tuple[str, ...]
     predictor = TorchPredictor(info, wanted, dtype="float32", batch_size=2)
     asked: list[bool] = []
     trunk = predictor._model.trunk
-    trunk.register_forward_pre_hook(lambda _, args, options: asked.append(options["whole"]), with_kwargs=True)
+    trunk.register_forward_pre_hook(lambda _, args: asked.append(args[1]))
     predictor.predict(np.zeros((2, 224, 224, 3), np.uint8))
     assert asked == [whole]
