@@ -1,12 +1,13 @@
 """What this machine can do at best, one part at a time, and how close our forward pass comes to it.
 
     python benchmarks/ceilings.py PHOTOS [--models vit-base beit-large] [--dtypes float32] [--batches 1 8] [--rounds 7]
-        [--threads 1 2] [--parts products memory forward decode write] [--json F]
+        [--threads 1 2] [--parts products memory forward decode write compiled] [--json F]
 
 - products: a large matrix product by precision, in GFLOP/s.
 - memory: copying an array much larger than the caches, in GB/s (read and written bytes).
 - forward: our bare forward pass beside that of transformers, in turn, same weights, precision and batch; its share of
   the large product in the same precision.
+- compiled: the first of the models through torch.compile, and how long that takes; only where asked for.
 - decode: one photo by size and method, in ms.
 - write: encoding and storing 10,000 rows as a part.
 
@@ -126,6 +127,26 @@ def forward(name: str, dtypes: list[str], batches: list[int], rounds: int, threa
     return found
 
 
+def compiled(name: str, rounds: int) -> dict[str, Any]:
+    """What torch.compile with frozen weights would give in float32 on one thread, beside ours; batch 4."""
+    from torch._inductor import config
+
+    from pipeline.models import inspect_model, load_model
+
+    torch.set_num_threads(1)
+    info = inspect_model(str(make_model(Path(tempfile.gettempdir()) / f"patchstream-{name}", name)))
+    pixels = torch.randint(0, 256, (4, 224, 224, 3), dtype=torch.uint8)
+    ours, plain = load_model(info).trunk, load_model(info, packed=False).trunk
+    with torch.no_grad(), config.patch(freezing=True):
+        theirs = torch.compile(plain, dynamic=False)
+        started = time.perf_counter()
+        theirs(pixels)
+        compile_s = time.perf_counter() - started
+        works: dict[str, Callable[[], Any]] = {"ours": lambda: ours(pixels), "compiled": lambda: theirs(pixels)}
+        seconds = {key: median(value) / len(pixels) for key, value in interleaved(works, rounds, 1).items()}
+    return {"model": name, "compile_s": compile_s, **{f"{key}_ms": value * 1e3 for key, value in seconds.items()}}
+
+
 def decode(photos: list[Path], rounds: int) -> list[dict[str, Any]]:
     """Milliseconds for one photo, by size and method; median over photos of the least time of the rounds."""
     from decode import measure
@@ -195,6 +216,8 @@ def main() -> None:
             for name in options.models
             for row in forward(name, options.dtypes, options.batches, options.rounds, threads)
         ]
+    if "compiled" in options.parts:
+        result["compiled"] = compiled(options.models[0], options.rounds)
     write(options.json, result)
 
 

@@ -111,6 +111,12 @@ def ceilings(name: str, found: Result) -> str:
         ]  # fmt: skip
         head = ("model", "precision", "batch", "threads", "ours, ms an image", "transformers, ms", "ratio")
         parts.append("The bare forward pass, in turn with transformers on the same weights:\n\n" + table(head, rows))
+    if "compiled" in found:
+        row = found["compiled"]
+        parts.append(
+            f"torch.compile with frozen weights, {row['model']}, float32, one thread: {row['compile_s']:.0f} s to "
+            f"compile, then {row['compiled_ms']:.0f} ms an image, ours {row['ours_ms']:.0f}.\n"
+        )
     if "decode" in found:
         rows = [
             (f"{row['width']} × {row['height']}", *(f"{row['ms'][key]:.1f}" for key in ("pillow", "exact", "fast")))
