@@ -101,10 +101,14 @@ class HybridEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(a.width, stem.channels, *self.kernel))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        dtype = self.weight.dtype
-        with torch.backends.cudnn.flags(allow_tf32=dtype != torch.float32):
-            features = self.stem(pixels)
-        return F.conv2d(features.to(dtype), self.weight, stride=self.kernel).flatten(2).transpose(1, 2)
+        if pixels.is_cuda and self.weight.dtype == torch.float32:
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 is cuDNN's default
+                return self.tokens(pixels)
+        return self.tokens(pixels)
+
+    def tokens(self, pixels: Tensor) -> Tensor:
+        features = self.stem(pixels).to(self.weight.dtype)
+        return F.conv2d(features, self.weight, stride=self.kernel).flatten(2).transpose(1, 2)
 
 
 def _norm(channels: int) -> nn.GroupNorm:
