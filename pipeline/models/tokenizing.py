@@ -2,10 +2,11 @@
 
 tokenizer.json   Hugging Face: normalisation, merges and special tokens are in the file
 *.txt            BERT's wordpieces, lower case: [CLS] in front, zeros behind
-*.model          sentencepiece: `</s>` behind, as often as it takes
+*.model          sentencepiece: `</s>` behind, as often as it takes; for SigLIP the text is cleaned first
 """
 
 import hashlib
+import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 NAMES = ("tokenizer.json", "vocab.txt", "spiece.model", "sentencepiece.model")
 SUFFIXES = (".json", ".txt", ".model")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 Encode = Callable[[str], list[int]]
 
 
@@ -131,5 +133,10 @@ def _sentencepieces(path: Path, a: TextArchitecture) -> tuple[Encode, int]:
         pieces = library.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise CheckpointError(f"{path}: no sentencepiece model that can be read: {error}") from error
-    end = pieces.piece_to_id("</s>")
-    return (lambda text: [*pieces.encode(text)[: a.length - 1], end]), end
+    end, clean = pieces.piece_to_id("</s>"), canonical if a.sigmoid else str
+    return (lambda text: [*pieces.encode(clean(text))[: a.length - 1], end]), end
+
+
+def canonical(text: str) -> str:
+    """A text as SigLIP was trained on it: lower case, no punctuation, single spaces."""
+    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())

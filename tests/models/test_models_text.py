@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from support import lit
 from support.checkpoints import SIZES, preprocessed, spread_out, transformers, worst_error
 from support.testdata import needs_testdata, photos
 from tokenizers import models, pre_tokenizers, processors
@@ -101,6 +102,17 @@ def test_zero_shot_scores_match_transformers(kind: str, tmp_path: Path) -> None:
     theirs = logits.sigmoid() if kind == "siglip" else logits.softmax(1)
     assert worst_error(probabilities, theirs) < 1e-4
     assert float(theirs.max() - theirs.min()) > 0.1
+
+
+def test_sentencepiece_of_siglip_as_transformers_cuts(tmp_path: Path) -> None:
+    """With spiece.model alone: lower case and no punctuation, whatever the model itself would make of them."""
+    make(tmp_path, "siglip", max_position_embeddings=24)
+    (tmp_path / "tokenizer.json").unlink()
+    pieces = lit.train_pieces(tmp_path / "spiece.model")
+    theirs = transformers.SiglipTokenizer(vocab_file=str(pieces))
+    texts = ["a photo of a dog.", "The  RED house!  (of a dog)", "a dog " * 40, ""]
+    expected = theirs(texts, padding="max_length", max_length=24, truncation=True)["input_ids"]
+    assert load_text(inspect_model(str(tmp_path))).tokenizer(texts).tolist() == expected
 
 
 def test_padding_of_siglip_must_be_said(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_big_vision_stacks_its_blocks(tmp_path: Path) -> None:
     assert info.zero_shot.bias == -1.5
     np.testing.assert_allclose(
         np.frombuffer(info.zero_shot.weights, np.float32).reshape(3, -1),
-        lit.texts(arrays, [piece_ids(pieces, f"a photo of a {label}.") for label in LABELS]),
+        lit.texts(arrays, [piece_ids(pieces, f"a photo of a {label}") for label in LABELS]),
         atol=1e-5,
     )
 
