@@ -204,7 +204,8 @@ def triton(name: str, found: Result) -> str:
         "torch, core-ms an image", "added, shared memory", "added, over the wire", "largest difference of CLS",
     )  # fmt: skip
     return (
-        f"## Through a Triton server\n\n{origin(name, found)}\nFloat32, one thread on either side, "
+        f"## Through a Triton server\n\n{origin(name, found)}{found.get('note', '')}\n"
+        "Float32, one thread on either side, "
         f"{len(found['sizes'][0]['rounds'])} rounds in turn of {found['images']} pictures; medians, ratios within a "
         f"round. The load of the machine was {found['environment']['load_before']:.1f} beforehand: where that is above "
         "its cores, the clock's columns are noise and the cores' count.\n\n"

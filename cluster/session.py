@@ -52,11 +52,6 @@ def ray_session(
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         if not address:
             raise ClusterError(f"Ray could not be started on this machine: {error}") from error
-        if isinstance(error, ray.exceptions.AuthenticationError):
-            raise ClusterError(
-                f"the Ray cluster at {address} wants a token that this machine does not have: set RAY_AUTH_MODE=token "
-                "and put the cluster's token into RAY_AUTH_TOKEN or ~/.ray/auth_token"
-            ) from error
         raise _nobody(address, str(error).splitlines()[0]) from error
     try:
         if address and wait_s:
