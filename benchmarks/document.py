@@ -48,6 +48,12 @@ its JSON in `benchmarks/results/` becomes this section.
 
 _FACTS = ("recall_at_10", "ms_a_query", "accuracy")
 
+NO_PEERS = """## Peers
+
+No figures yet: `benchmarks/peers.py` ran here (Ray Data's documented way, Daft, timm and transformers), but never on a
+machine quiet enough for the ratios of one run to mean something.
+"""
+
 
 def main() -> None:
     page = compose(load(RESULTS))
@@ -67,6 +73,8 @@ def compose(results: dict[str, Result]) -> str:
     parts = [HEAD]
     for kind, section in SECTIONS.items():
         parts += [section(name, found) for name, found in results.items() if found.get("benchmark") == kind]
+    if not any(found.get("benchmark") == "peers" for found in results.values()):
+        parts.append(NO_PEERS)
     if not any(found.get("benchmark") == "gpu" for found in results.values()):
         parts.append(NO_GPU)
     others = [name for name, found in results.items() if found.get("benchmark") not in SECTIONS]
@@ -151,7 +159,8 @@ def preflight(name: str, found: Result) -> str:
         for source, row in found["results"].items()
     ]  # fmt: skip
     head = ("input", "predicted images/s", "real images/s", "predicted / real", "bottleneck")
-    return f"## Preflight\n\n{origin(name, found)}\nModel: {found['model']}.\n\n" + table(head, rows)
+    note = f" {found['note']}" if found.get("note") else ""
+    return f"## Preflight\n\n{origin(name, found)}\nModel: {found['model']}.{note}\n\n" + table(head, rows)
 
 
 def end_to_end(name: str, found: Result) -> str:
