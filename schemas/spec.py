@@ -182,8 +182,8 @@ class JobSpec(Strict):
             raise ValueError("neither features nor labels are asked for: the output would hold no result")
         if self.label_file and not self.labels:
             raise ValueError("a label file is given, but no labels are asked for: add --labels K")
-        if self.label_file and self.zero_shot is not None:
-            raise ValueError("a label file and zero-shot labels both say what the classes are: give one of the two")
+        if self.label_file and (self.zero_shot is not None or self.head is not None):
+            raise ValueError("a label file names the model's own classes: leave it out with zero-shot labels or a head")
         if (self.backend == "triton") != (self.triton is not None):
             raise ValueError("backend triton needs --triton-url, and only it takes one")
         if self.zero_shot is not None and not self.labels:

@@ -10,6 +10,8 @@ import pyarrow.compute as pc
 
 from schemas.tables import LABEL, FeatureSize, output_fields, predicted_schema, user_fields
 
+_EXPONENT = np.uint16(0x7C00)
+
 Floats = npt.NDArray[np.floating]
 Numbers = npt.NDArray[np.number]
 
@@ -123,10 +125,19 @@ def failed_table(
 def _finite(predictions: Predictions, count: int) -> npt.NDArray[np.bool_]:
     finite = np.ones(count, bool)
     for values in predictions.features.values():
-        finite &= np.isfinite(values.reshape(count, -1)).all(axis=1)
+        finite &= _finite_rows(values.reshape(count, -1))
     if predictions.scores is not None:
         finite &= np.isfinite(predictions.scores).all(axis=1)
     return finite
+
+
+def _finite_rows(values: Numbers) -> npt.NDArray[np.bool_]:
+    """For each row of (n, D), whether all of it is finite. Of patch features, a fifth of NumPy's own time: in float16
+    exactly infinities and NaN have all five bits of the exponent set."""
+    if values.dtype != np.float16 or not values.shape[1]:
+        return np.asarray(np.isfinite(values).all(axis=1))
+    exponents = np.ascontiguousarray(values).view(np.uint16) & _EXPONENT
+    return np.asarray(exponents.max(axis=1) < _EXPONENT)
 
 
 def _mark_failed(

@@ -67,6 +67,29 @@ def test_rows_hold_what_the_model_gives(finished: tuple[Path, Path]) -> None:
         assert np.mean(np.array(row["visual_tokens"]) == expected.visual_tokens[0].numpy()) > 0.99
 
 
+def test_a_size_that_is_not_square(
+    tmp_path: Path, connect: Connect, pictures: Path, finished: tuple[Path, Path]
+) -> None:
+    _, path = finished
+    values = {"sources": [str(pictures)], "model": str(path), "limit": 3, "features": ["pooled", "visual_tokens"]}
+    run(build_spec({**values, "out": str(tmp_path / "o"), "image_size": "160x224"}), connect)
+    prepare_process()
+    info = inspect_model(str(path), image_size=(160, 224))
+    model = load_model(info)
+    written = table(tmp_path / "o").to_pylist()
+    assert written
+    for row in written:
+        pixels = np.empty((160, 224, 3), np.uint8)
+        decode_into(Path(row["uri"]).read_bytes(), pixels, DecodeSpec(info.preprocessing, "exact", 1 << 30))
+        expected = model(torch.from_numpy(pixels)[None], ["visual_tokens"])
+        assert expected.pooled is not None
+        assert expected.visual_tokens is not None
+        np.testing.assert_allclose(row["pooled"], expected.pooled[0].numpy(), atol=1e-4)
+        assert len(row["visual_tokens"]) == 10 * 14
+        assert np.mean(np.array(row["visual_tokens"]) == expected.visual_tokens[0].numpy()) > 0.98
+    assert maintenance.verify(str(tmp_path / "o"), {}).problems == []
+
+
 def test_the_directory_verifies_and_its_files_stay_small(finished: tuple[Path, Path]) -> None:
     out, _ = finished
     assert maintenance.verify(str(out), {}).problems == []

@@ -1,0 +1,34 @@
+"""What becomes of values that are not finite, in each kind of column."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.predictors.batches import Predictions, Wanted, predicted_table
+from schemas.tables import decoded_schema
+
+ROWS = 5
+
+
+def decoded() -> pa.Table:
+    schema = decoded_schema([])
+    known = {"row": pa.array(range(ROWS)), "uri": pa.array([f"file:///{i}.jpg" for i in range(ROWS)])}
+    known["pixels"] = pa.array([b"x", b"x", None, b"x", b"x"])
+    return pa.table([known.get(field.name, pa.nulls(ROWS, field.type)) for field in schema], schema=schema)
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_a_patch_that_is_not_finite_fails_its_image_alone(bad: float) -> None:
+    patches = np.full((4, 6, 3), 65_504, np.float16)
+    patches[0] = -65_504
+    patches[1] = 6e-8
+    patches[2, 5, 2] = bad
+    tokens = np.arange(24, dtype=np.int32).reshape(4, 6)
+    wanted = Wanted(("patches", "visual_tokens"), ((6, 3), 6), "float32", 0, (), False)
+    good = np.array([0, 1, 3, 4])
+    table = predicted_table(decoded(), good, Predictions({"patches": patches, "visual_tokens": tokens}), wanted, 1.0)
+    assert table["error"].to_pylist() == [None, None, None, "NotFinite", None]
+    assert table["patches"].is_valid().to_pylist() == [True, True, False, False, True]
+    assert table["visual_tokens"].to_pylist()[4] == tokens[3].tolist()
+    np.testing.assert_array_equal(np.array(table["patches"].to_pylist()[4], np.float16), patches[3])
+    assert str(table.schema.field("patches").type) == str(wanted.fields[0].type)
