@@ -46,9 +46,12 @@ def credential() -> str:
     return "wJalrXUtnFEMI/K7MDENG/EXAMPLEKEY"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def head(credential: str) -> Iterator[LocalCluster]:
-    """A head with its dashboard and a node of two CPUs, where the package is installed and SOME_SECRET is set."""
+    """A head with its dashboard and a node of two CPUs, where the package is installed and SOME_SECRET is set.
+
+    One for each file of tests: its metrics count what ran on it before.
+    """
     size = NodeSize(cpus=2, store_bytes=STORE_BYTES)
     where = {"PYTHONPATH": str(ROOT), "SOME_SECRET": credential, "RAY_metrics_report_interval_ms": "1000"}
     with local_cluster((size,), head=NodeSize(cpus=0, store_bytes=STORE_BYTES), environment=where) as cluster:
