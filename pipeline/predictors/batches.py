@@ -1,5 +1,6 @@
 """Arrow on the outside, NumPy on the inside: what every predictor shares."""
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -125,7 +126,8 @@ def failed_table(
 def _finite(predictions: Predictions, count: int) -> npt.NDArray[np.bool_]:
     finite = np.ones(count, bool)
     for values in predictions.features.values():
-        finite &= _finite_rows(values.reshape(count, -1))
+        # NumPy cannot tell the width of nothing, and a batch may hold broken pictures alone.
+        finite &= _finite_rows(values.reshape(count, math.prod(values.shape[1:])))
     if predictions.scores is not None:
         finite &= np.isfinite(predictions.scores).all(axis=1)
     return finite

@@ -19,7 +19,8 @@ TEXT_SUFFIXES = frozenset({"csv", "tsv", "jsonl", "ndjson"})
 _BATCH_ROWS = 16_384
 # Arrow settles the types of a CSV on its first block; a file that fits into one needs no second look.
 _BLOCK_BYTES = 4 << 20
-_MISFIT = re.compile(r"In CSV column #(\d+): CSV conversion error")
+# Arrow names the row as well where it happens to know it.
+_MISFIT = re.compile(r"In CSV column #(\d+): (?:Row #\d+: )?CSV conversion error")
 
 
 def read_text(source: str, kind: str, uri_column: str, storage_options: Options) -> Iterator[pa.Table]:
