@@ -10,7 +10,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint types format kills kills-nodes clean
+.PHONY: help install demo test test-long test-fast lint types format kills kills-nodes clean
 
 help:  ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -34,8 +34,13 @@ install: $(STAMP)  ## make the virtual environment with pinned dependencies
 demo: $(STAMP)  ## run the whole job on drawn pictures with the small model that ships here
 	@$(BIN)/patchstream demo
 
-test: $(STAMP)-dev lint types  ## everything: lint, types, import rules, all tests (under 15 minutes on 2 cores)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15 $(TESTS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15
+
+test: $(STAMP)-dev lint types  ## lint, types, import rules and the tests (under 15 minutes on 2 cores)
+	@$(PYTEST) -m "not long" $(TESTS)
+
+test-long: $(STAMP)-dev  ## the rest: clusters of several nodes, submitted jobs, servers that die, measurements
+	@$(PYTEST) -m long $(TESTS)
 
 test-fast: $(STAMP)-dev  ## the tests that take seconds
 	@$(BIN)/python -m pytest -m "not slow" $(TESTS)

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_job_is_followed_to_its_end_and_resumed(
     head: LocalCluster, env: dict[str, str], pictures: Path, tmp_path: Path, credential: str
 ) -> None:
@@ -53,6 +54,7 @@ def test_a_job_is_followed_to_its_end_and_resumed(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_exit_code_of_the_job_is_ours(head: LocalCluster, env: dict[str, str], tmp_path: Path) -> None:
     job = ("embed", str(tmp_path / "nothing"), "--backend", "null", "--out", str(tmp_path / "out"))
     done = patchstream("submit", "--address", head.dashboard, "--", *job, env=env)
@@ -68,6 +70,7 @@ def test_the_exit_code_of_the_job_is_ours(head: LocalCluster, env: dict[str, str
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_code_from_a_working_directory_and_a_variable_that_is_missing(
     head: LocalCluster, env: dict[str, str], tmp_path: Path
 ) -> None:
@@ -90,6 +93,7 @@ def test_code_from_a_working_directory_and_a_variable_that_is_missing(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_interrupted_the_job_goes_on_until_it_is_stopped(
     head: LocalCluster, env: dict[str, str], slow_job: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -113,6 +117,7 @@ def test_interrupted_the_job_goes_on_until_it_is_stopped(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_stopped_from_the_terminal(
     head: LocalCluster, env: dict[str, str], slow_job: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -139,6 +144,7 @@ def test_stopped_from_the_terminal(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_without_the_token_nothing_is_accepted(head: LocalCluster, env: dict[str, str]) -> None:
     wrong = {**env, "RAY_AUTH_TOKEN": "b" * 64}
     without = {name: value for name, value in env.items() if not name.startswith("RAY_AUTH")}

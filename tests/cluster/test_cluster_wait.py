@@ -19,6 +19,7 @@ with ray_session(bundles=[{"GPU": 1.0, "CPU": 1.0}], wait_s=float(sys.argv[1])) 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_node_that_comes_later_is_waited_for(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     where = {"PYTHONPATH": str(root)}

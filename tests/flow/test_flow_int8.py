@@ -15,6 +15,7 @@ from schemas.errors import SpecError
 from schemas.spec import build_spec
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.slow,
     needs_testdata,
     pytest.mark.skipif(not describe_hardware(cuda=False).cpu_flags & INT8_CPU_FLAGS, reason="no int8 units here"),

@@ -10,13 +10,15 @@ from support.commands import attempt_records, end, patchstream, rows_in, start
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)]
+)
 def test_stopped_and_resumed(tmp_path: Path, pictures: Path, checkpoint: Path, number: int, code: int) -> None:
     config = tmp_path / "job.toml"
     # Nothing is committed by the clock or by size here: what is on disk in the end was written because of the signal.
     config.write_text("batch_size = 4\n[sink]\ncommit_s = 60\n")
     out, log = tmp_path / "out", tmp_path / "log"
-    job = ("embed", *[str(pictures)] * 6, "--model", checkpoint, "--config", config, "--no-report", "--out", out)
+    job = ("embed", *[str(pictures)] * 4, "--model", checkpoint, "--config", config, "--no-report", "--out", out)
     driver = start(*job, log=log)
     try:
         deadline = time.monotonic() + 200

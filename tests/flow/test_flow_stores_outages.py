@@ -145,7 +145,7 @@ def _logs(folder: Path) -> list[str]:
     return [path.read_text() for path in sorted(folder.glob("shard-*.log"))]
 
 
-@pytest.mark.parametrize("place", ["disk", "s3"])
+@pytest.mark.parametrize("place", [pytest.param("disk", marks=pytest.mark.long), "s3"])
 def test_two_shards_fill_one_output_at_the_same_time(
     tmp_path: Path, place: str, connect: Connect, two_jobs: Callable[..., list[str]], s3_server: S3Server
 ) -> None:

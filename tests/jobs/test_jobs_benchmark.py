@@ -14,7 +14,7 @@ from support.s3 import S3Server
 
 from jobs.demo.draw import write_pictures
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

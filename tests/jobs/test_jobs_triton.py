@@ -13,7 +13,7 @@ import pytest
 from support.commands import attempt_records, end, patchstream, rows_in, start, table
 from support.triton import TritonServer, server_folder, triton_server
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
 
 COPIES = 3
 PICTURES = 64
