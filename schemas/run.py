@@ -66,6 +66,23 @@ class RunRecord(BaseModel):
             sort_keys=True,
         ).encode()
 
+    def describes(self, metadata: bytes | None) -> bool:
+        """Whether the metadata of a part is that of this run, also if an earlier version wrote it."""
+        try:
+            there = json.loads(metadata or b"")
+            there["model"] = part_model(there)
+        except (ValueError, KeyError, TypeError):
+            return False
+        return not difference(there, json.loads(self.part_metadata()))
+
+
+def part_model(content: dict[str, Any]) -> dict[str, Any]:
+    """The model in the metadata of a part; what the version that wrote it did not know has its default.
+
+    Raises KeyError or ValueError (of which pydantic's ValidationError is one) where there is none.
+    """
+    return ModelRecord.model_validate(content["model"]).model_dump(mode="json")
+
 
 def difference(recorded: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
     """Lines `key: there … → now …` for every leaf that differs between two JSON-like dicts."""

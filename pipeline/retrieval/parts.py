@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline.retrieval.arrays import Ints
 from pipeline.storage import is_local, join, redact
 from schemas.errors import OutputError
-from schemas.run import RunRecord, difference
+from schemas.run import RunRecord, difference, part_model
 from schemas.tables import METADATA_KEY
 
 _READERS = 16
@@ -93,7 +93,11 @@ def _check_same_model(path: str, schema: pa.Schema, record: RunRecord) -> None:
     content = (schema.metadata or {}).get(METADATA_KEY)
     if content is None:
         return
-    there = json.loads(content).get("model", {})
+    found = json.loads(content)
+    try:
+        there = part_model(found)
+    except (ValueError, KeyError):
+        there = found.get("model", {})
     wanted = record.model.model_dump(mode="json")
     if there.get("digest") == wanted["digest"] and there.get("preprocessing") == wanted["preprocessing"]:
         return

@@ -1,10 +1,13 @@
 """One of several jobs freezes the inputs, also when an earlier one died over it, and leaves nothing when it fails."""
 
+import json
 import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from support.runs import RunContent, run_record
 
 from pipeline import record
 from pipeline.record import freezing
@@ -61,3 +64,16 @@ def test_a_holder_that_beats_is_waited_for(tmp_path: Path) -> None:
     holder.join()
     second.join()
     assert order == ["first", "second"]
+
+
+def test_parts_of_an_earlier_version_are_still_this_runs(tmp_path: Path) -> None:
+    """A field that came later has its default in them; another model has not."""
+    content = RunContent({"cls": np.ones((1, 4), np.float32)})
+    run = run_record(content)
+    earlier = json.loads(run.part_metadata())
+    del earlier["model"]["zero_shot"], earlier["model"]["preprocessing"]["crop_rounding"]
+    assert run.describes(json.dumps(earlier).encode())
+    earlier["model"]["digest"] = "another"
+    assert not run.describes(json.dumps(earlier).encode())
+    assert not run.describes(b"{}")
+    assert not run.describes(None)
