@@ -244,7 +244,7 @@ def retrieval(name: str, found: Result) -> str:
         for key, row in found.get("exact_search_s", {}).items()
     )
     return (
-        f"## Retrieval, {found['rows']:,} × {found['dim']} float32\n\n{origin(name, found)}\n"
+        f"## Retrieval, {found['rows']:,} × {found['dim']} float32\n\n{origin(name, found)}{found.get('note', '')}\n\n"
         + table(("command", "seconds", "peak memory, MiB", "result"), rows)
         + f"\nExact search by vectors, against a bare product with the same matrix:\n\n{exact}\n"
     )
