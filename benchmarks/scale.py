@@ -121,7 +121,7 @@ def picture(results: list[dict[str, Any]]) -> str:
         ("whole job, log₁₀ of seconds", rows, seconds, rows[0]),
         ("driver at the end of the stream, MiB", rows, [0.0, *peak[1:]] if not peak[0] else peak, rows[0]),
     ]
-    return line_charts(charts, "log₁₀ of rows")
+    return line_charts(charts, "log₁₀ of rows", from_zero=True)
 
 
 def main() -> None:

@@ -15,10 +15,12 @@ _STYLE = (
 )
 
 
-def line_charts(charts: Sequence[tuple[str, Sequence[float], Sequence[float], float]], x_name: str) -> str:
-    """Charts side by side: (title, x values, y values, x to mark)."""
+def line_charts(
+    charts: Sequence[tuple[str, Sequence[float], Sequence[float], float]], x_name: str, *, from_zero: bool = False
+) -> str:
+    """Charts side by side: (title, x values, y values, x to mark). `from_zero`: the y axis starts at 0."""
     panels = "".join(
-        f'<g transform="translate({number * _WIDTH},0)">{_panel(title, xs, ys, mark, x_name)}</g>'
+        f'<g transform="translate({number * _WIDTH},0)">{_panel(title, xs, ys, mark, x_name, from_zero)}</g>'
         for number, (title, xs, ys, mark) in enumerate(charts)
     )
     return _document(_WIDTH * len(charts), _HEIGHT + _TOP, panels, ", ".join(chart[0] for chart in charts))
@@ -32,8 +34,8 @@ def _document(width: float, height: float, body: str, title: str) -> str:
     )
 
 
-def _panel(title: str, xs: Sequence[float], ys: Sequence[float], mark: float, x_name: str) -> str:
-    low, high = min(ys), max(ys)
+def _panel(title: str, xs: Sequence[float], ys: Sequence[float], mark: float, x_name: str, from_zero: bool) -> str:
+    low, high = 0.0 if from_zero else min(ys), max(ys)
     reach, span = (max(xs) - min(xs)) or 1, (high - low) or 1
 
     def place(x: float, y: float) -> tuple[float, float]:
