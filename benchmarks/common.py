@@ -39,55 +39,37 @@ def environment() -> dict[str, Any]:
     }
 
 
-def make_vit(folder: Path, size: str) -> Path:
-    """A ViT of a published size with random weights and 1,000 labels, in Hugging Face layout."""
+def make_model(folder: Path, size: str) -> Path:
+    """A checkpoint of a published size with random weights, in Hugging Face layout.
+
+    A ViT has 1,000 labels; a BEiT has the head of its pre-training, and a position table shared by its blocks.
+    """
+    if (folder / "model.safetensors").exists():
+        return folder
     import torch
 
     # Declares torchvision's operators first, where a torchvision for CUDA lies beside a CPU torch.
     from jobs.demo.train import load_transformers
 
     transformers = load_transformers()
-
-    if not (folder / "model.safetensors").exists():
-        hidden, layers, heads, mlp = SIZES[size]
-        torch.manual_seed(0)
-        config = transformers.ViTConfig(
-            hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=mlp,
-            num_labels=1000,
-        )  # fmt: skip
-        transformers.ViTForImageClassification(config).save_pretrained(folder)
-        preprocessing = {
-            "image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True,
-            "size": {"height": 224, "width": 224}, "resample": 2, "rescale_factor": 1 / 255,
-            "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-        }  # fmt: skip
-        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
-    return folder
-
-
-def make_model(folder: Path, size: str) -> Path:
-    """`make_vit`, or a BEiT with random weights and a position table shared by its blocks."""
+    hidden, layers, heads, mlp = SIZES[size]
+    sizes = {
+        "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": mlp,
+    }  # fmt: skip
+    torch.manual_seed(0)
     if size.startswith("vit"):
-        return make_vit(folder, size)
-    import torch
-
-    from jobs.demo.train import load_transformers
-
-    transformers = load_transformers()
-    if not (folder / "model.safetensors").exists():
-        hidden, layers, heads, mlp = SIZES[size]
-        torch.manual_seed(0)
-        config = transformers.BeitConfig(
-            hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=mlp,
-            use_shared_relative_position_bias=True, use_mask_token=True,
-        )  # fmt: skip
-        transformers.BeitForMaskedImageModeling(config).save_pretrained(folder)
-        preprocessing = {
-            "image_processor_type": "BeitImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True,
-            "do_center_crop": False, "size": {"height": 224, "width": 224}, "resample": 2, "rescale_factor": 1 / 255,
-            "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-        }  # fmt: skip
-        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+        processor = {"image_processor_type": "ViTImageProcessor"}
+        model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, num_labels=1000))
+    else:
+        processor = {"image_processor_type": "BeitImageProcessor", "do_center_crop": False}
+        config = transformers.BeitConfig(**sizes, use_shared_relative_position_bias=True, use_mask_token=True)
+        model = transformers.BeitForMaskedImageModeling(config)
+    model.save_pretrained(folder)
+    processor |= {
+        "do_resize": True, "do_rescale": True, "do_normalize": True, "size": {"height": 224, "width": 224},
+        "resample": 2, "rescale_factor": 1 / 255, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
 
 

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import environment, make_vit, median, write
+from common import environment, make_model, median, write
 
 
 def decode_core_seconds(photos: list[str], model: Path) -> float:
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--json")
     options = parser.parse_args()
     photos = sorted(str(path) for path in options.photos.rglob("*") if path.is_file())
-    model = options.model or make_vit(Path(tempfile.gettempdir()) / f"patchstream-{options.size}", options.size)
+    model = options.model or make_model(Path(tempfile.gettempdir()) / f"patchstream-{options.size}", options.size)
     before = environment()
     rounds = []
     for _ in range(options.rounds):

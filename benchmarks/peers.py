@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import environment, make_vit, median, write
+from common import environment, make_model, median, write
 
 HERE = Path(__file__).parent / "peers"
 COMMANDS: dict[str, list[str]] = {
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--json")
     options = parser.parse_args()
     pythons = dict(item.split("=", 1) for item in options.python)
-    model = options.model or make_vit(Path(tempfile.gettempdir()) / "patchstream-vit-base", "vit-base")
+    model = options.model or make_model(Path(tempfile.gettempdir()) / "patchstream-vit-base", "vit-base")
     before = environment()
     seconds: dict[str, list[float]] = {name: [] for name in options.only}
     found: dict[str, np.ndarray] = {}

@@ -22,7 +22,7 @@ from unittest import mock
 import numpy as np
 import psutil
 import pyarrow as pa
-from common import environment, make_vit, median, write
+from common import environment, make_model, median, write
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -75,7 +75,7 @@ def compare(size: str, images: int, rounds: int) -> dict[str, Any]:
     from pipeline.predictors.triton_repository import Serving, export_triton
     from schemas.spec import TritonSpec
 
-    model = make_vit(Path(tempfile.gettempdir()) / f"patchstream-{size}", size)
+    model = make_model(Path(tempfile.gettempdir()) / f"patchstream-{size}", size)
     info = inspect_model(str(model))
     wanted = Wanted(("cls", "pooled"), (info.hidden_size, info.pooled_size), "float32", 5, info.labels, False)
     table = pictures(images, info.preprocessing.output_size[0])

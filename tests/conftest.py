@@ -145,6 +145,26 @@ def flaky_proxy(log_dir: Path) -> Iterator[Callable[..., FlakyProxy[Any]]]:
         yield start
 
 
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 96 drawn pictures and some broken files."""
+    from jobs.demo.draw import write_broken, write_pictures
+
+    folder = tmp_path_factory.mktemp("pictures")
+    write_pictures(folder, 96, seed=11)
+    write_broken(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random ViT classifier, slow enough (about 30 ms an image on a core) to be caught at work."""
+    from support.checkpoints import make_checkpoint
+
+    shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "vit", "vit-classifier", **shape)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     item.stash[_LOG_STARTS] = {process.log_path: process.log_path.stat().st_size for process in RUNNING}

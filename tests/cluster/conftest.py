@@ -1,4 +1,4 @@
-"""Pictures, a checkpoint, and a Ray of several nodes on this machine."""
+"""A Ray of several nodes on this machine, and a job that lasts."""
 
 import os
 from collections.abc import Iterator
@@ -11,26 +11,6 @@ from cluster.nodes import LocalCluster, NodeSize, local_cluster
 ROOT = Path(__file__).parents[2]
 STORE_BYTES = 160 << 20
 WORKER = NodeSize(cpus=1, store_bytes=STORE_BYTES)
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 96 drawn pictures and some broken files."""
-    from jobs.demo.draw import write_broken, write_pictures
-
-    folder = tmp_path_factory.mktemp("pictures")
-    write_pictures(folder, 96, seed=11)
-    write_broken(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random ViT classifier, slow enough (about 30 ms an image on a core) to be caught at work."""
-    from support.checkpoints import make_checkpoint
-
-    shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "vit", "vit-classifier", **shape)
 
 
 @pytest.fixture(scope="module")

@@ -29,9 +29,7 @@ class Job(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    from support.checkpoints import make_checkpoint
-
+def job(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Job:
     from jobs.demo.draw import write_broken, write_pictures
     from pipeline.models import inspect_model
     from pipeline.predictors.triton_repository import Serving, export_triton
@@ -42,12 +40,10 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     write_pictures(folder / "pictures", PICTURES, seed=5)
     write_broken(folder / "pictures")
     broken = len(list((folder / "pictures").iterdir())) - PICTURES
-    shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}
-    model = make_checkpoint(folder / "vit", "vit-classifier", **shape)
-    (name,) = export_triton(inspect_model(str(model)), str(folder / "repo"), Serving(max_batch_size=4), onnx=False)
+    (name,) = export_triton(inspect_model(str(checkpoint)), str(folder / "repo"), Serving(max_batch_size=4), onnx=False)
     config = folder / "job.toml"
     config.write_text("labels = 2\nbatch_size = 4\nactors = {min = 1, max = 1}\n[sink]\ncommit_s = 0.5\n")
-    arguments = ("embed", *[str(folder / "pictures")] * COPIES, "--model", str(model), "--config", str(config))
+    arguments = ("embed", *[str(folder / "pictures")] * COPIES, "--model", str(checkpoint), "--config", str(config))
     return Job(folder / "repo", name, (*arguments, "--no-report"), broken)
 
 
