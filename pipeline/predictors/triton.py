@@ -117,9 +117,7 @@ class TritonPredictor:
         """End the connections."""
         self._threads.shutdown()
         while not self._slots.empty():
-            connection = self._slots.get()
-            if connection is not None:
-                connection.close()
+            drop(self._slots.get())
 
     def _request(self, pixels: npt.NDArray[np.uint8]) -> Mapping[str, Floats] | Failed:
         """Outputs for some rows, tried until the server answers or the limits of outage and attempts are reached."""
@@ -135,14 +133,14 @@ class TritonPredictor:
                     self._outage.answered()
                     return outputs
                 except ServerAway as error:
-                    if connection is not None:
-                        connection.close()
-                        connection = None
+                    connection = drop(connection)
                     patience_s = self._outage.remaining_s()
                     misses += isinstance(error, DeadlineMissed)
                     if patience_s <= 0 or misses >= ATTEMPTS:
                         return Failed("ServerAway", f"no answer from {self._spec.url}: {error}")
                 except ServerError as error:
+                    # A server that was away while this connection slept answers too, but has none of its memory.
+                    connection = drop(connection)
                     self._outage.answered()
                     patience_s = _LONGEST_PAUSE_S
                     misses += 1
@@ -191,6 +189,12 @@ def connect(info: ModelInfo, wanted: Wanted, spec: TritonSpec, connect_s: float)
         return check_model(config, info, wanted, name)
 
     return Connection(spec, name, check, connect_s)
+
+
+def drop(connection: Connection | None) -> None:
+    """Close a connection that is not to be used again."""
+    if connection is not None:
+        connection.close()
 
 
 def check_server(info: ModelInfo, wanted: Wanted, spec: TritonSpec, connect_s: float = CONNECT_S) -> ServedModel:

@@ -238,6 +238,18 @@ def test_rows_wait_for_a_server_that_is_killed_and_comes_back(exported: Exported
         assert_same(result, with_torch(exported, table))
 
 
+def test_a_server_that_died_and_came_back_while_nobody_asked(exported: Exported, log_dir: Path) -> None:
+    table = decoded(24)
+    with contextlib.ExitStack() as servers:
+        first = servers.enter_context(triton_server(exported.repository, [exported.name], log_dir=log_dir))
+        with predicting(exported, TritonSpec(url=first.url, in_flight=3)) as predict:
+            predict(table)
+            os.killpg(first.process.pid, signal.SIGKILL)
+            servers.enter_context(triton_server(exported.repository, [exported.name], log_dir=log_dir, port=first.port))
+            for _ in range(3):
+                assert_same(predict(table), with_torch(exported, table))
+
+
 def test_a_server_stopped_in_its_tracks_misses_the_deadline_and_recovers(
     exported: Exported, server: TritonServer
 ) -> None:
