@@ -133,14 +133,16 @@ class TritonPredictor:
                     self._outage.answered()
                     return outputs
                 except ServerAway as error:
-                    connection = drop(connection)
+                    drop(connection)
+                    connection = None
                     patience_s = self._outage.remaining_s()
                     misses += isinstance(error, DeadlineMissed)
                     if patience_s <= 0 or misses >= ATTEMPTS:
                         return Failed("ServerAway", f"no answer from {self._spec.url}: {error}")
                 except ServerError as error:
                     # A server that was away while this connection slept answers too, but has none of its memory.
-                    connection = drop(connection)
+                    drop(connection)
+                    connection = None
                     self._outage.answered()
                     patience_s = _LONGEST_PAUSE_S
                     misses += 1

@@ -66,8 +66,8 @@ class Connection:
         self._client = triton.InferenceServerClient(address.target, ssl=address.tls, channel_args=_CHANNEL)
         self._region: _Region | None = None
         try:
-            config = self._ask(self._client.get_model_config, model_name, as_json=True, client_timeout=connect_s)
-            self.model = check(config["config"])
+            self._config = self._ask(self._client.get_model_config, model_name, as_json=True, client_timeout=connect_s)
+            self.model = check(self._config["config"])
             ready = self._ask(self._client.is_model_ready, model_name, client_timeout=connect_s)
             if not ready:
                 raise ServerAway(f"model {model_name} is not ready")
@@ -83,8 +83,12 @@ class Connection:
         Raises ServerAway or DeadlineMissed where the same request may succeed later, ServerError where the server
         failed on it. `deadline_s` is for one request.
         """
-        step = self.model.max_batch_size
+        step, name = self.model.max_batch_size, self.model.name
         parts = [self._infer(pixels[start : start + step], deadline_s) for start in range(0, len(pixels), step)]
+        # gRPC reconnects by itself, also to a server that holds another model by now. Asking takes 1 ms.
+        config = self._ask(self._client.get_model_config, name, as_json=True, client_timeout=deadline_s)
+        if config != self._config:
+            raise ServerAway(f"model {name} has been replaced")
         return {name: np.concatenate([part[name] for part in parts]) for name, _ in self.model.outputs}
 
     def _infer(self, pixels: npt.NDArray[np.uint8], deadline_s: float) -> dict[str, npt.NDArray[np.float32]]:
