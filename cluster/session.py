@@ -13,6 +13,7 @@ import ray
 from ray.autoscaler.sdk import request_resources
 
 from cluster.check import check_nodes
+from cluster.token import check_token
 from schemas.errors import ClusterError
 from schemas.machines import Machines
 
@@ -89,7 +90,7 @@ def quiet(verbose: bool) -> None:
 
 
 def _knock(address: str) -> None:
-    """Fail at once where nobody listens; Ray itself would try for minutes."""
+    """Fail at once where nobody listens, or our token is not the cluster's; Ray itself would try for long."""
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if not colon or not port.isdigit():
         return
@@ -97,6 +98,8 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
     except OSError as error:
         raise _nobody(address, str(error)) from error
+    if "://" not in address:
+        check_token(address, _KNOCK_S)
 
 
 def _nobody(address: str, why: str) -> ClusterError:

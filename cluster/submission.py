@@ -12,6 +12,7 @@ import requests
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.check import NEEDED_VARIABLES
+from cluster.token import no_token
 from schemas.errors import ClusterError
 from schemas.release import VERSION
 
@@ -153,10 +154,7 @@ def _exit_code(found: Any) -> int | None:
 def _explained(address: str, error: BaseException) -> str:
     text = str(error).strip()
     if any(word in text for word in ("401", "403", "Unauthenticated", "Authentication", "authentication token")):
-        return (
-            f"{address} wants a token that this machine does not have: set RAY_AUTH_MODE=token and put the cluster's "
-            "token into RAY_AUTH_TOKEN or ~/.ray/auth_token"
-        )
+        return no_token(address)
     if "does not exist" in text:
         return f"{address} knows no such job ({text.splitlines()[-1]})"
     if isinstance(error, ConnectionError | requests.exceptions.RequestException):

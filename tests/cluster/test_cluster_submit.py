@@ -1,5 +1,6 @@
 """Commands as Ray jobs, on a real head with its dashboard: log, exit code, resuming, stopping, what is refused."""
 
+import itertools
 import json
 import os
 import pty
@@ -145,14 +146,20 @@ def test_stopped_from_the_terminal(
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_without_the_token_nothing_is_accepted(head: LocalCluster, env: dict[str, str]) -> None:
+def test_without_the_token_nothing_is_accepted(
+    head: LocalCluster, env: dict[str, str], slow_job: tuple[str, ...], tmp_path: Path
+) -> None:
     wrong = {**env, "RAY_AUTH_TOKEN": "b" * 64}
     without = {name: value for name, value in env.items() if not name.startswith("RAY_AUTH")}
-    for variables in (wrong, without):
-        done = patchstream("submit", "--address", head.dashboard, "--", "embed", "x", env=variables)
+    none = {**without, "RAY_AUTH_MODE": "token"}
+    submitted = ("submit", "--address", head.dashboard, "--", "embed", "x")
+    attached = (*slow_job, "--address", head.variables["RAY_ADDRESS"], "--out", tmp_path / "out")
+    for variables, arguments in itertools.product((wrong, without, none), (submitted, attached)):
+        done = patchstream(*arguments, env=variables)
         assert done.returncode == 2
         assert "wants a token that this machine does not have" in done.stderr
         assert "Traceback" not in done.stderr
+        assert "gcs_client" not in done.stderr
     unknown = patchstream("status", "raysubmit_0000", "--address", head.dashboard, env=env)
     assert unknown.returncode == 2
     assert "knows no such job" in unknown.stderr
