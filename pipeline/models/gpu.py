@@ -3,6 +3,8 @@
 What runs it is in `predictors/torch_runner.py`; here is only what is chosen, so that it can be tested without a GPU.
 """
 
+import os
+import shutil
 from typing import NamedTuple
 
 # Names of torch.nn.attention.SDPBackend, best first.
@@ -26,20 +28,28 @@ class GpuPlan(NamedTuple):
     graphs: bool
 
 
-def plan_gpu(capability: tuple[int, int], dtype: str, *, attention_bias: bool, work_gflop: float) -> GpuPlan:
+def plan_gpu(
+    capability: tuple[int, int], dtype: str, *, attention_bias: bool, work_gflop: float, compiler: bool = True
+) -> GpuPlan:
     """The plan for one actor that has `work_gflop` before it, on a GPU of `capability`.
 
     The flash kernels take no bias, so BEiT's relative positions leave the memory-efficient one, for which the bias is
     stored with an aligned stride. float8 is always compiled: scaling the activations is a dozen passes over memory
-    otherwise, which cost more than the products gain. CUDA graphs cost a few seconds and save each launch.
+    otherwise, which cost more than the products gain. CUDA graphs cost a few seconds and save each launch. Without a
+    C `compiler` on the machine nothing can be compiled, and float8 is slow but right.
     """
     attention: tuple[str, ...]
     if attention_bias or dtype == "float32" or capability < _SM80:
         attention = _WITH_BIAS
     else:
         attention = _HOPPER if capability >= _SM90 else _FLASH
-    compiled = dtype == "float8" or work_gflop / _GFLOP_PER_S >= COMPILE_FROM_S
-    return GpuPlan(attention, compiled, graphs=True)
+    pays = dtype == "float8" or work_gflop / _GFLOP_PER_S >= COMPILE_FROM_S
+    return GpuPlan(attention, compiler and pays, graphs=True)
+
+
+def has_compiler() -> bool:
+    """Whether this machine has what torch.compile builds the callers of its kernels with: CC, gcc or clang."""
+    return any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang") if name)
 
 
 def choose_batch(images_per_s: dict[int, float]) -> int:

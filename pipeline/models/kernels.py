@@ -63,6 +63,8 @@ def replace_linears(trunk: "ViT | Beit | Mixer", kind: Linear) -> None:
     if last is not None:
         for name in ("q", "kv", "out", "fc1", "fc2"):
             setattr(last, name, linear(getattr(last, name)))
-    for i, block in enumerate(trunk.blocks):
+    # Whoever reads the prefix alone never runs the whole last block.
+    for i in range(len(trunk.blocks) - (last is not None)):
+        block = trunk.blocks[i]
         assert isinstance(block, Block)
         trunk.blocks[i] = PackedBlock(block, linear)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from pipeline.models.architecture import Architecture
 from pipeline.models.layers import Block
+from pipeline.models.readout import OUTPUTS
 
 PREFIX_POOLED = frozenset({"pooler", "cls", "layernormed_cls", "projected_cls"})
 PREFIX_HEADS = frozenset({"cls", "cls_and_distillation"})
@@ -17,11 +18,12 @@ POOLED_HEADS = frozenset({"pooled", "unit_pooled"})
 
 
 def prefix_suffices(a: Architecture, outputs: frozenset[str]) -> bool:
-    """Whether `outputs` (of `cls`, `pooled`, `logits`) can be computed from the prefix tokens alone."""
+    """Whether all of `outputs` (`cls`, `pooled`, `logits`; never those on request) can be computed from the prefix."""
     pooled_needed = "pooled" in outputs or ("logits" in outputs and a.head_input in POOLED_HEADS)
     head_reads_prefix = a.head_input in PREFIX_HEADS | POOLED_HEADS | {"none"}
     return (
         a.class_token
+        and outputs <= OUTPUTS
         and (a.pooled in PREFIX_POOLED or not pooled_needed)
         and (head_reads_prefix or "logits" not in outputs)
     )

@@ -101,7 +101,9 @@ def predicted_table(
         if field.name == "labels":
             columns["labels"] = _labels(predictions, finite, kept, rows, wanted)
         else:
-            columns[field.name] = _feature(predictions.features[field.name][finite], kept, rows, field)
+            values = predictions.features[field.name]
+            # Patch features are up to 128 MiB: copied only where a row has to go.
+            columns[field.name] = _feature(values if finite.all() else values[finite], kept, rows, field)
     seconds = np.zeros(rows, np.float32)
     seconds[good] = predict_s / max(len(good), 1)
     columns["predict_s"] = pa.array(seconds)

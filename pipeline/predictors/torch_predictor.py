@@ -13,7 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.models import ModelInfo, load_model
-from pipeline.models.gpu import GpuPlan, choose_batch, plan_gpu
+from pipeline.models.gpu import GpuPlan, choose_batch, has_compiler, plan_gpu
 from pipeline.models.precision import torch_dtype
 from pipeline.predictors.batches import Predictions, Wanted, good_rows, pixels_of, predicted_table
 from pipeline.predictors.torch_runner import Runner
@@ -57,12 +57,20 @@ class TorchPredictor:
         self._plan: GpuPlan | None = None
         self._runner: Runner | None = None
         if cuda:
-            bias = info.network.relative_positions != "none"
-            capability = torch.cuda.get_device_capability()
-            self._plan = plan_gpu(capability, dtype, attention_bias=bias, work_gflop=work_gflop)
+            self._plan = plan_gpu(
+                torch.cuda.get_device_capability(),
+                dtype,
+                attention_bias=info.network.relative_positions != "none",
+                work_gflop=work_gflop,
+                compiler=has_compiler(),
+            )
             if self._plan.compiled:
                 self._model.trunk.compile(dynamic=False)
+            elif dtype == "float8":
+                _log.warning("float8 without a C compiler on this machine: torch.compile is off, and it is slow")
             self._runner = self._fastest()
+            # What was tried and not taken, for the other actors of this GPU.
+            torch.cuda.empty_cache()
         else:
             self.predict(np.zeros((batch_size, *self._shape), np.uint8))
 
@@ -94,14 +102,18 @@ class TorchPredictor:
     def _fastest(self) -> Runner:
         """The runner whose batch size was measured to be best, of the one asked for and its half."""
         largest = self._fitting()
+        if largest.batch == 1:
+            return largest
         rates = {largest.batch: _images_per_s(largest, self._shape)}
-        if largest.batch > 1:
+        try:
             half = self._made(largest.batch // 2)
             rates[half.batch] = _images_per_s(half, self._shape)
-            chosen = choose_batch(rates)
-            _log.info("images/s by batch size: %s; taking %d", rates, chosen)
-            return largest if chosen == largest.batch else half
-        return largest
+        except torch.OutOfMemoryError:
+            # Two runners at once may be more than the device holds. The one that fits is good.
+            return largest
+        chosen = choose_batch(rates)
+        _log.info("images/s by batch size: %s; taking %d", rates, chosen)
+        return largest if chosen == largest.batch else half
 
     def _fitting(self) -> Runner:
         while True:

@@ -1,9 +1,11 @@
 """What is chosen for a GPU: the same on every machine, with or without one."""
 
+from pathlib import Path
+
 import pytest
 from torch.nn.attention import SDPBackend
 
-from pipeline.models.gpu import COMPILE_FROM_S, choose_batch, plan_gpu
+from pipeline.models.gpu import COMPILE_FROM_S, choose_batch, has_compiler, plan_gpu
 
 T4, A100, L4, H200 = (7, 5), (8, 0), (8, 9), (9, 0)
 LONG = 1e12
@@ -36,6 +38,17 @@ def test_compiling_is_for_long_jobs_and_for_float8() -> None:
     assert not compiled("bfloat16", 0.99 * COMPILE_FROM_S * 200_000)
     assert compiled("bfloat16", 1.01 * COMPILE_FROM_S * 200_000)
     assert compiled("float8", 0)
+    for dtype in ("bfloat16", "float8"):
+        plan = plan_gpu(H200, dtype, attention_bias=False, work_gflop=LONG, compiler=False)
+        assert not plan.compiled
+
+
+def test_a_compiler_is_looked_for_in_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not has_compiler()
+    (tmp_path / "gcc").touch(mode=0o755)
+    assert has_compiler()
 
 
 def test_the_smallest_batch_that_loses_nothing() -> None:

@@ -76,6 +76,7 @@ def test_every_kind_gives_the_same(kind: str, linear: str, tmp_path: Path) -> No
 def test_the_last_block_computes_only_what_is_read(kind: str, outputs: set[str], enough: bool, tmp_path: Path) -> None:
     info = inspect_model(str(make_checkpoint(tmp_path / kind, kind)))
     assert prefix_suffices(info.network, frozenset(outputs)) == enough
+    assert not prefix_suffices(info.network, frozenset({*outputs, "patches"}))
     pixels = random_pixels(2)
     whole, read = load_model(info, packed=False), load_model(info, outputs=outputs)
     assert (read.trunk.prefix_block is not None) == enough

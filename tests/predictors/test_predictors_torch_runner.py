@@ -89,6 +89,15 @@ def test_without_memory_the_batch_is_halved_and_nothing_is_lost(
     assert expected.indices is not None
     assert (got.indices == expected.indices).all()
 
+    def no_second(batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if len(batch) < 16:
+            raise torch.OutOfMemoryError("the first runner has taken it all")
+        return forward(batch)
+
+    predictor._batch = 16
+    monkeypatch.setattr(predictor, "_forward", no_second)
+    assert predictor._fastest().batch == 16
+
     def none(batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
         raise torch.OutOfMemoryError("out of memory")
 
