@@ -103,14 +103,17 @@ class Jobs:
 
     def follow(self, job: str, show: Callable[[str], None]) -> Job:
         """Pass on the job's log as it grows, until the job is over. A connection that breaks is made again."""
-        shown, silent_since = 0, time.monotonic()
+        follower, lost_since = _Follower(show), None
         while True:
             try:
                 for_sure = self.look(job)
-                shown = asyncio.run(_pass_on(self._client.tail_job_logs(job), shown, show))
-                silent_since = time.monotonic()
+                if not for_sure.is_over:
+                    lost_since = None
+                asyncio.run(follower.pass_on(self._client.tail_job_logs(job)))
             except (ClusterError, RuntimeError, aiohttp.ClientError, OSError) as error:
-                if time.monotonic() - silent_since > _LOST_S:
+                # From the moment it broke, not from the last line: a job may say nothing for hours.
+                lost_since = lost_since or time.monotonic()
+                if time.monotonic() - lost_since > _LOST_S:
                     raise ClusterError(
                         f"{self.address} has not answered for {_LOST_S:g} s ({error}). The job may well go on: "
                         f"patchstream status {job} --address {self.address}"
@@ -128,15 +131,21 @@ class Jobs:
             raise ClusterError(_explained(self.address, error)) from error
 
 
-async def _pass_on(texts: AsyncIterator[str], shown: int, show: Callable[[str], None]) -> int:
-    """Show what follows the first `shown` characters; gives how many there are now."""
-    seen = 0
-    async for text in texts:
-        seen += len(text)
-        if seen > shown:
-            show(text[shown - seen :])
-            shown = seen
-    return shown
+class _Follower:
+    """Shows a log that is read from its start again after each broken connection."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show = show
+        self._shown = 0
+
+    async def pass_on(self, texts: AsyncIterator[str]) -> None:
+        """Show what of `texts` has not been shown yet."""
+        seen = 0
+        async for text in texts:
+            seen += len(text)
+            if seen > self._shown:
+                self._show(text[self._shown - seen :])
+                self._shown = seen
 
 
 def _exit_code(found: Any) -> int | None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cluster.submission import Job, Jobs
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = re.compile(r"key|secret|token|password|credential|authorization", re.IGNORECASE)
+_SECRET = re.compile(r"key|secret|token|password|credential|authorization|connection|sas", re.IGNORECASE)
 _NOT_HERE = ("submit", "explore")
 
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import threading
 import time
@@ -19,7 +20,7 @@ from pipeline.storage import Options, absolute, create_bytes, filesystem, is_loc
 from schemas.errors import OutputError
 from schemas.release import VERSION
 from schemas.run import ModelRecord, RunRecord, difference
-from schemas.spec import RECORDED_FIELDS, RESULT_FIELDS, JobSpec
+from schemas.spec import PLACE_FIELDS, RECORDED_FIELDS, RESULT_FIELDS, JobSpec
 from schemas.tables import FeatureSize
 
 _RECORDED_VERSIONS = ("torch", "ray", "pyarrow", "pillow", "pi-heif", "simplejpeg", "numpy")
@@ -70,10 +71,11 @@ def new_record(spec: JobSpec, model: ModelRecord, feature_dims: dict[str, Featur
 
 
 def recorded_spec(spec: JobSpec) -> dict[str, Any]:
-    """The part of a spec that decides the result, and where vocabulary and label file are; without credentials."""
+    """The part of a spec that decides the result, and where the files are that go with it; without credentials."""
     values = spec.model_dump(mode="json", include=set(RECORDED_FIELDS))
-    if spec.label_file:
-        values["label_file"] = redact(absolute(spec.label_file))
+    for name in PLACE_FIELDS:
+        if values[name] is not None:
+            values[name] = redact(absolute(os.path.expanduser(values[name])))
     values["sources"] = [redact(source) for source in spec.sources]
     return values
 

@@ -229,9 +229,10 @@ def parse_image_size(text: str | None) -> int | tuple[int, int] | None:
         raise SpecError(f"--image-size {text}: expected pixels as N or HEIGHTxWIDTH, such as 384 or 224x320") from None
 
 
-# What run.json keeps, so that a later command can run the same again. Vocabulary, label file and head
-# may move; their digests may not.
-RECORDED_FIELDS = (*RESULT_FIELDS, "vocabulary", "label_file", "head")
+# Files that may move, while what they hold, which is recorded by digest, may not change.
+PLACE_FIELDS = ("vocabulary", "label_file", "head")
+# What run.json keeps, so that a later command can run the same again.
+RECORDED_FIELDS = (*RESULT_FIELDS, *PLACE_FIELDS)
 
 
 def build_spec(values: dict[str, Any]) -> JobSpec:

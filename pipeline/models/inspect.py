@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.models.architecture import Architecture, parameter_count, tensor_shapes
@@ -101,7 +100,7 @@ def inspect_model(
         image_size = _sides(image_size)
     place = resolve(model, revision, storage_options)
     weights = find_weights(place.folder)
-    config, shapes = _described(place.folder, weights)
+    config, shapes = _described(weights)
     config = {**config, "beit_final_norm": beit_final_norm}
     row, reason = recognise(config, shapes, place.name)
     if beit_final_norm and row.family != "beit":
@@ -112,7 +111,7 @@ def inspect_model(
     if weights.kind == "npz":
         preprocessing = Preprocessing(resize=_sides(image_size or network.trained_size))
     else:
-        preprocessing = read_preprocessing(place.folder, image_size=image_size)
+        preprocessing = read_preprocessing(weights.folder, image_size=image_size)
     file = None
     if label_file and network.num_labels:
         file = read_label_file(label_file, network.num_labels, storage_options)
@@ -124,7 +123,7 @@ def inspect_model(
         family=row.family,
         layout=row.layout,
         architecture=_architecture_name(config, row.family),
-        digest=digest_of(place.folder, weights),
+        digest=digest_of(weights),
         hidden_size=network.width,
         pooled_size=network.feature_width,
         has_cls=network.class_token,
@@ -142,14 +141,14 @@ def inspect_model(
     )
 
 
-def _described(folder: Path, weights: Weights) -> tuple[Config, Shapes]:
+def _described(weights: Weights) -> tuple[Config, Shapes]:
     """Config and shapes. An `.npz` has no config: its name and its arrays say what it is.
 
     Its pixels are resized to a square, bilinearly, and brought to −1 … 1, as google-research evaluates.
     """
     shapes = read_shapes(weights)
     if weights.kind != "npz":
-        return read_json(folder / "config.json"), shapes
+        return read_json(weights.folder / "config.json"), shapes
     normalised = {name: array.shape for name, array in npz_vit.normalise(stand_ins(shapes)).items()}
     return {"raw_shapes": shapes, "file_name": weights.files[0].name}, normalised
 
@@ -186,10 +185,10 @@ def _require_whole_patches(size: tuple[int, int], a: Architecture, name: str) ->
         )
 
 
-def digest_of(folder: Path, weights: Weights) -> str:
+def digest_of(weights: Weights) -> str:
     """SHA-256 over the names and contents of config and weight files: 64 hexadecimal digits."""
     total = hashlib.sha256()
-    config = [] if weights.kind == "npz" else [folder / "config.json"]
+    config = [] if weights.kind == "npz" else [weights.folder / "config.json"]
     for path in (*config, *weights.files):
         with path.open("rb") as file:
             one = hashlib.sha256()

@@ -74,7 +74,7 @@ def _folder(info: ModelInfo, storage_options: Mapping[str, Any]) -> Path:
     if folder.exists():
         return folder
     place = resolve(info.name, info.revision, storage_options)
-    digest = digest_of(place.folder, find_weights(place.folder))
+    digest = digest_of(find_weights(place.folder))
     if digest != info.digest:
         raise CheckpointError(
             f"{info.name}: the checkpoint on this machine has digest {digest[:12]}…, but the run was planned with "

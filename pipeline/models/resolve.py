@@ -27,6 +27,11 @@ from schemas.errors import CheckpointError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SMALL_FILES = ("config.json", "preprocessor_config.json")
+# What says that a file has changed: of S3, GCS, disks and HTTP.
+_VERSION_KEYS = (
+    *("size", "ETag", "etag", "mtime", "LastModified", "updated"),
+    *("Last-Modified", "Content-MD5", "Digest"),
+)
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model")
 
 
@@ -64,10 +69,12 @@ def _download(url: str, storage_options: Mapping[str, Any]) -> Path:
     fs, prefix = filesystem(url, storage_options)
     try:
         files = _one_file(fs, prefix) if prefix.endswith(tuple(WEIGHT_SUFFIXES)) else _in_folder(fs, prefix)
-    except FileNotFoundError:
-        raise CheckpointError(f"{redact(url)}: no such file") from None
     except Exception as error:
-        raise CheckpointError(f"{redact(url)}: cannot be listed: {type(error).__name__}: {error}") from error
+        # fsspec's HTTP says "not found" of everything, and why only in the cause, an aiohttp error with a status.
+        cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
+        if isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == 404:
+            raise CheckpointError(f"{redact(url)}: no such file") from None
+        raise CheckpointError(f"{redact(url)}: cannot be read: {_named(cause)}") from error
     if not files:
         raise CheckpointError(f"{redact(url)}: no checkpoint there; expected config.json and model.safetensors")
     archives = [path.rpartition("/")[2] for path in files if path.endswith(".npz")]
@@ -87,7 +94,7 @@ def _download(url: str, storage_options: Mapping[str, Any]) -> Path:
             try:
                 fs.get_file(path, str(partial / path.rpartition("/")[2]))
             except Exception as error:
-                raise CheckpointError(f"{redact(url)}: {path} cannot be read: {error}") from error
+                raise CheckpointError(f"{redact(path)}: cannot be read: {_named(error)}") from error
         partial.rename(folder)
     return folder
 
@@ -115,12 +122,13 @@ def _wanted(name: str) -> bool:
     return (name.endswith(suffixes) or name in TEXT_FILES) and not name.startswith("training_args")
 
 
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {redact(str(error))}"
+
+
 def _version(url: str, files: Mapping[str, Mapping[str, Any]]) -> str:
     """A folder name for these versions of the files: another etag, time or size gives another name."""
-    facts = {
-        path: [str(entry.get(key)) for key in ("size", "ETag", "etag", "mtime", "LastModified", "updated")]
-        for path, entry in files.items()
-    }
+    facts = {path: [str(entry.get(key)) for key in _VERSION_KEYS] for path, entry in files.items()}
     return hashlib.sha256(json.dumps([url, facts], sort_keys=True).encode()).hexdigest()[:32]
 
 

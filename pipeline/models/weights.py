@@ -33,6 +33,11 @@ class Weights(NamedTuple):
     files: tuple[Path, ...]
     index_file: Path | None = None
 
+    @property
+    def folder(self) -> Path:
+        """Where they lie, and the config and the preprocessor beside them."""
+        return self.files[0].parent
+
 
 def find_weights(folder: Path) -> Weights:
     """The weight files of a folder, or of a path that is itself a weight file. safetensors goes before `.bin`.

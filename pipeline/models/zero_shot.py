@@ -47,7 +47,7 @@ def inspect_text(info: ModelInfo) -> TextInfo | None:
     another shape.
     """
     weights = find_weights(Path(info.folder))
-    config, shapes = _described(Path(info.folder), weights)
+    config, shapes = _described(weights)
     found = recognise_text(config, shapes)
     if found is None:
         return None
@@ -65,10 +65,10 @@ def inspect_text(info: ModelInfo) -> TextInfo | None:
     return TextInfo(weights, row, network, wanted)
 
 
-def _described(folder: Path, weights: Weights) -> tuple[Config, Shapes]:
+def _described(weights: Weights) -> tuple[Config, Shapes]:
     shapes = read_shapes(weights)
     if weights.kind != "npz":
-        return read_json((folder.parent if folder.is_file() else folder) / "config.json"), shapes
+        return read_json(weights.folder / "config.json"), shapes
     arrays = npz_vit.normalise_text(stand_ins(shapes))
     return {"raw_shapes": shapes}, {name: array.shape for name, array in arrays.items()}
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import schemas
 from pipeline import models, storage
 from pipeline.models import ModelInfo
+from pipeline.models.resolve import SMALL_FILES
 from pipeline.predictors.triton_protocol import INPUT_NAME, default_model_name, identity
 from schemas.errors import OutputError, SpecError
 
@@ -86,11 +87,14 @@ def write_python_model(info: ModelInfo, folder: Path, serving: Serving) -> None:
     version = folder / "1"
     version.mkdir(parents=True)
     shutil.copy(Path(__file__).with_name("torch_triton_model.py"), version / "model.py")
-    if Path(info.folder).is_file():
+    source = Path(info.folder)
+    if source.is_file():
         (version / "checkpoint").mkdir()
-        shutil.copy(info.folder, version / "checkpoint")
+        for path in (source, *(source.with_name(name) for name in SMALL_FILES)):
+            if path.is_file():
+                shutil.copy(path, version / "checkpoint")
     else:
-        shutil.copytree(info.folder, version / "checkpoint", ignore=shutil.ignore_patterns(".*"))
+        shutil.copytree(source, version / "checkpoint", ignore=shutil.ignore_patterns(".*"))
     package = version / "package"
     shutil.copytree(Path(schemas.__file__).parent, package / "schemas", ignore=_SKIPPED)
     shutil.copytree(Path(models.__file__).parent, package / "pipeline/models", ignore=_SKIPPED)

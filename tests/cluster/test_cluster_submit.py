@@ -8,11 +8,14 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from support.commands import PATCHSTREAM, attempt_records, end, patchstream, rows_in, start
+from support.relay import relay
 
 from cluster.nodes import LocalCluster
 from cluster.submission import Jobs
@@ -91,6 +94,43 @@ def test_code_from_a_working_directory_and_a_variable_that_is_missing(
     assert "has patchstream" not in done.stdout.partition("The driver on")[0]
     assert "working_dir_files" in done.stdout
     assert "hush" not in done.stdout + done.stderr
+
+
+FOLLOW = """
+import sys
+import cluster.submission as submission
+submission._LOST_S = 3.0
+jobs = submission.Jobs(sys.argv[1])
+job = jobs.submit(sys.argv[2:])
+print("exit code", jobs.follow(job, lambda text: print(text, end="", flush=True)).exit_code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_connection_that_breaks_is_made_again(
+    head: LocalCluster, env: dict[str, str], slow_job: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Long after the first line, which is shown once all the same."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    dashboard = urlsplit(head.dashboard)
+    assert dashboard.hostname
+    assert dashboard.port
+    with relay(dashboard.hostname, dashboard.port) as between, log.open("wb") as file:
+        address = f"http://127.0.0.1:{between.port}"
+        command = [sys.executable, "-c", FOLLOW, address, *slow_job, "--out", str(out)]
+        follower = subprocess.Popen(command, stdout=file, stderr=file, env=env, cwd=ROOT, start_new_session=True)
+        try:
+            wait_until(lambda: bool(rows_in(out)), log)
+            assert between.cut() > 0
+            assert follower.wait(timeout=120) == 0, log.read_text()
+        finally:
+            end(follower.pid)
+    shown = log.read_text()
+    assert "exit code 0" in shown
+    first = next(line for line in shown.splitlines() if "job" not in line)
+    assert shown.count(first) == 1
+    assert len(rows_in(out)) + len(rows_in(out, "failures")) == attempt_records(out)[0]["rows_planned"]
 
 
 @pytest.mark.slow
@@ -200,6 +240,10 @@ def wait_until(condition: object, log: Path | None, timeout_s: float = 150) -> N
             "options holds a credential",
         ),
         (("--", "embed", "x", '--storage-options={"key": "hush"}'), "options holds a credential"),
+        (
+            ("--", "embed", "x", '--storage-options={"connection_string": "AccountKey=hush"}'),
+            "options holds a credential",
+        ),
         (("--", "embed", "x", "--triton-header", "authorization: hush"), "--triton-header holds a credential"),
         (("--", "embed", "x"), "no Ray dashboard answers at http://127.0.0.1:1"),
     ],

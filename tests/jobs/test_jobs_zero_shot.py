@@ -125,6 +125,15 @@ def test_what_is_recorded_runs_the_same_again(model: Path, tmp_path: Path) -> No
         check_same(records[0], records[2], "out")
 
 
+def test_files_of_a_run_are_recorded_whole_and_without_passwords(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model.parent)
+    places = {"head": "https://me:secret@host/head", "vocabulary": "words.txt", "label_file": "names.txt"}
+    recorded = recorded_spec(build_spec(values(model, zero_shot=list(LABELS))).model_copy(update=places))
+    assert recorded["head"] == "https://host/head"
+    assert recorded["vocabulary"] == str(model.parent / "words.txt")
+    assert recorded["label_file"] == str(model.parent / "names.txt")
+
+
 def test_label_file_that_cannot_be_read(tmp_path: Path, model: Path) -> None:
     from jobs.embed import read_lines
 

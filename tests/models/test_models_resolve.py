@@ -1,6 +1,10 @@
 """Checkpoints behind an object store: fetched once, and again when they change."""
 
+import os
+import threading
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import lit
 from support.checkpoints import make_checkpoint
+from support.faults import Rule
 from support.http_server import HttpServer
 from support.s3 import S3Server
 
 from pipeline.models import inspect_model, load_model, load_text
+from pipeline.predictors.triton_repository import Serving, export_triton
 from schemas.errors import CheckpointError
 
 
@@ -89,3 +95,44 @@ def test_single_npz_with_its_vocabulary(
         inspect_model(f"{prefix}/LiT-Z.npz", storage_options=options)
     with pytest.raises(CheckpointError, match=r"2 checkpoints there; name one, such as .*/LiT-X\.npz"):
         inspect_model(prefix, storage_options=options)
+
+
+def test_a_file_that_changes_at_a_server_without_etags(tmp_path: Path, cache: Path) -> None:
+    """Of the same size, so that its time alone tells."""
+    archive = tmp_path / "www/LiT-X.npz"
+    archive.parent.mkdir()
+    lit.write_words(archive.with_suffix(".txt"))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(archive.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            digests = set()
+            for seed in (0, 1):
+                np.savez(archive, **{name: array + seed for name, array in lit.random_pair("bert").items()})
+                os.utime(archive, (seed * 10, seed * 10))
+                digests.add(inspect_model(f"http://127.0.0.1:{server.server_port}/LiT-X.npz").digest)
+        finally:
+            server.shutdown()
+    assert len(digests) == 2
+
+
+def test_a_web_server_that_refuses_is_not_one_without_the_file(
+    tmp_path: Path, http_server: Callable[..., HttpServer], cache: Path
+) -> None:
+    np.savez(tmp_path / "LiT-X.npz", **lit.random_pair("bert"))
+    url = http_server(tmp_path, [Rule("status", status=403)]).url.replace("http://", "http://me:secret@")
+    with pytest.raises(CheckpointError, match=r"LiT-X\.npz: cannot be read: .*403") as error:
+        inspect_model(f"{url}/LiT-X.npz")
+    assert "secret" not in str(error.value)
+
+
+def test_a_weight_file_on_disk_with_its_config_beside_it(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "vit", "vit", image_size=32, hidden_size=32, num_attention_heads=2)
+    (folder / "other.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    whole, file = inspect_model(str(folder)), inspect_model(str(folder / "model.safetensors"))
+    assert (file.digest, file.preprocessing) == (whole.digest, whole.preprocessing)
+    pixels = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+    assert torch.equal(load_model(file)(pixels).pooled, load_model(whole)(pixels).pooled)
+    assert inspect_model(str(folder / "other.safetensors")).digest != whole.digest
+    (name,) = export_triton(file, str(tmp_path / "repository"), Serving(), onnx=False)
+    assert inspect_model(str(tmp_path / "repository" / name / "1/checkpoint")).digest == whole.digest
