@@ -67,11 +67,11 @@ def ray_session(
 def _wait_for_machines(bundles: Sequence[Mapping[str, float]], wait_s: float) -> None:
     """Ask the cluster's autoscaler for room, and wait for it. A cluster without one does not change by being asked."""
     wanted = [dict(bundle) for bundle in bundles] or [{"CPU": 1.0}]
-    gpus = sum(bundle.get("GPU", 0.0) for bundle in wanted)
+    gpus, cpus = (sum(bundle.get(name, 0.0) for bundle in wanted) for name in ("GPU", "CPU"))
     deadline = time.monotonic() + wait_s
     request_resources(bundles=wanted)
     try:
-        while (now := machines()).gpus < gpus or now.cpus < 1:
+        while (now := machines()).gpus < gpus or now.cpus < cpus:
             if time.monotonic() > deadline:
                 break
             time.sleep(_LOOK_S)

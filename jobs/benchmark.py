@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from schemas.spec import JobSpec
 
 _LEAST_IMAGES = 48
+# A job of a few images is placed on fewer actors; nobody measures for one.
+_PLACED_ROWS = 1_000_000
 
 
 def benchmark(
@@ -31,6 +33,9 @@ def benchmark(
     gpus_per_actor: Annotated[float, typer.Option(help="As for embed.")] = 0.0,
     address: Annotated[str | None, typer.Option(help="As for embed.")] = None,
     seconds: Annotated[float, typer.Option(min=5, help="About how long to measure, start-up of Ray apart.")] = 45.0,
+    scratch: Annotated[
+        str | None, typer.Option(help="Where to try the whole job; removed again. On a cluster, all nodes must see it.")
+    ] = None,
     storage_options: Options = None,
     as_json: AsJson = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show tracebacks and Ray's own output.")] = False,
@@ -55,7 +60,7 @@ def benchmark(
     }
     spec = build_spec(values | nested_values({"actors": actors}))
     with native_messages_aside(verbose):
-        measured, shape, placement, together = look(spec, seconds, address, verbose)
+        measured, shape, placement, together = look(spec, seconds, address, scratch, verbose)
     found = result(measured, shape, placement, together)
     if as_json:
         import json
@@ -67,7 +72,7 @@ def benchmark(
 
 
 def look(
-    spec: "JobSpec", seconds: float, address: str | None, verbose: bool
+    spec: "JobSpec", seconds: float, address: str | None, scratch: str | None, verbose: bool
 ) -> "tuple[Measured, Shape, Placement, Rehearsal]":
     """Stages apart in a worker placed like an actor, then the whole job; half of `seconds` each."""
     from cluster.remote import call
@@ -81,18 +86,23 @@ def look(
     question = ask(spec)
     connect = partial(ray_session, address, verbose=verbose)
     with connect() as machines:
-        placement = place_job(question, machines, LISTED)
+        if machines.nodes > 1 and scratch is None:
+            raise SpecError(
+                f"the cluster has {machines.nodes} nodes, and all must see the folder in which the whole job is tried: "
+                "give --scratch s3://BUCKET/PREFIX, or a folder that they share"
+            )
+        placement = place_job(question, machines, _PLACED_ROWS)
         cpus = 1.0 if spec.gpus_per_actor else min(machines.cpus, placement.threads)
         measured = call(
             measure, cpus=cpus, gpus=spec.gpus_per_actor, question=question, placement=placement, seconds=seconds / 2
         )
-        shape = Shape(int(machines.cpus), machines.gpus if spec.gpus_per_actor else 0.0, placement.actors.max,
-                      spec.decode)  # fmt: skip
+        used = min(machines.gpus, placement.actors.max * min(1.0, spec.gpus_per_actor))
+        shape = Shape(int(machines.cpus), used, placement.actors.max, spec.decode)
         expected = ideal_rate(stage_costs(measured, shape), shape)
         tail = placement.actors.max * placement.block_rows
         images = int(max(_LEAST_IMAGES, 4 * tail, expected * seconds / 2))
         available = measured.listed if measured.listed < LISTED else images
-        together = rehearse(spec, connect, images=images, available=available, tail=tail)
+        together = rehearse(spec, connect, images=images, available=available, tail=tail, scratch=scratch)
     if together.images_per_s <= 0:
         raise SpecError(f"--seconds {seconds:g} is too short for this model: only one batch came through")
     return measured, shape, placement, together

@@ -41,7 +41,7 @@ class Measured(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """How the job would be placed: cores, GPUs (0: the model runs on the cores), decoding tasks side by side."""
+    """How the job would be placed: cores, GPUs that the actors compute on (0: on the cores), actors."""
 
     cpus: int
     gpus: float
@@ -66,7 +66,8 @@ def stage_costs(measured: Measured, shape: Shape) -> list[StageCost]:
     costs = {name: StageCost(name, seconds, shape.cpus / max(seconds, 1e-9)) for name, seconds in by_core.items()}
     # One decoding task fetches for itself, and there are as many side by side as cores.
     fetching = shape.cpus / max(measured.fetch_s, 1e-9)
-    on_gpu = shape.actors / forward.image_s
+    # Actors that share a GPU share its rate.
+    on_gpu = shape.gpus / forward.image_s
     predict = StageCost("forward", forward_core_s, on_gpu if shape.gpus else shape.cpus / forward_core_s)
     fetch = StageCost("fetch", measured.fetch_core_s, fetching)
     return [fetch, costs["decode"], costs["transfer"], predict, costs["write"]]

@@ -30,7 +30,6 @@ from pipeline.sinks.compaction import compact, drop_repeats, recover, remove_row
 from pipeline.sinks.intervals import Spans
 from pipeline.sinks.ledger import pending, read_ledger, shard_rows
 from pipeline.sinks.ray_writer import Committed, Received, WriteJob, commit_stream, unwrap
-from pipeline.sources.manifest import read_rows
 from pipeline.storage import absolute, redact
 from schemas.attempt import AttemptRecord, Distance
 from schemas.errors import Interrupted, OutputError
@@ -141,25 +140,15 @@ def _work(
 
 def _distance(question: Question, opened: Opened, placement: Placement, rest: Spans) -> Distance | None:
     """How far this precision is from float32, measured where an actor would run."""
-    spec = question.spec
-    spans = rest[:1].copy()
-    spans[0, 1] = min(spans[0, 1], spans[0, 0] + IMAGES)
-    manifest = pa.concat_tables(read_rows(spec.out, opened.parts, spans, spec.storage_options))
     measure = ray.remote(num_cpus=placement.actor_cpus, num_gpus=placement.actor_gpus)(measure_distance)
-    found: Distance | None = ray.get(measure.remote(question, placement, manifest))
+    decode = _decode_job(question, opened, placement)
+    found: Distance | None = ray.get(measure.remote(question, placement, cut(rest, IMAGES)[0], decode))
     return found
 
 
-def build(question: Question, opened: Opened, placement: Placement, rest: Spans) -> ray.data.Dataset:
-    """The Ray Data pipeline over the pending rows: one block of row ranges for each decoding task.
-
-    Decoding and predicting book different resources (only actors book memory), because Ray Data would otherwise
-    fuse them and decode serially inside the actors. Ray Data repeats a task whose worker died for ever; the crash
-    guard sees to it that a picture which kills its decoder costs one repetition.
-    """
+def _decode_job(question: Question, opened: Opened, placement: Placement) -> DecodeJob:
     spec = question.spec
-    _configure(question, placement)
-    decode = DecodeJob(
+    return DecodeJob(
         out=spec.out,
         parts=opened.parts,
         preprocessing=question.preprocessing,
@@ -172,12 +161,22 @@ def build(question: Question, opened: Opened, placement: Placement, rest: Spans)
         driver=release(),
         null=question.info is None,
     )
+
+
+def build(question: Question, opened: Opened, placement: Placement, rest: Spans) -> ray.data.Dataset:
+    """The Ray Data pipeline over the pending rows: one block of row ranges for each decoding task.
+
+    Decoding and predicting book different resources (only actors book memory), because Ray Data would otherwise
+    fuse them and decode serially inside the actors. Ray Data repeats a task whose worker died for ever; the crash
+    guard sees to it that a picture which kills its decoder costs one repetition.
+    """
+    _configure(question, placement)
     actor = actor_job(question, placement, intervals.count(rest))
     return (
         ray.data.from_arrow(cut(rest, placement.task_rows))
         .map_batches(
             decode_rows,
-            fn_kwargs={"job": decode},
+            fn_kwargs={"job": _decode_job(question, opened, placement)},
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=placement.decode_cpus,

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.advice import Forward, Measured
-from pipeline.distance import cosines
+from pipeline.distance import cosines, vectors_only
 from pipeline.images.decode import DecodeMode, DecodeSpec, decode_into
 from pipeline.images.fetch import Fetched, fetch_rows
 from pipeline.images.formats import prepare_process
@@ -29,7 +29,7 @@ from pipeline.predictors.actor import ActorJob, build_predictor
 from pipeline.sinks.parts import split, write_part
 from pipeline.sources.manifest import read_sources
 from pipeline.storage import filesystem
-from schemas.errors import ImageError, SourceError, SpecError
+from schemas.errors import ImageError, PatchstreamError, SourceError, SpecError
 from schemas.spec import DTypeName
 from schemas.tables import decoded_schema, images_schema, user_fields
 
@@ -89,7 +89,7 @@ def measure(question: Question, placement: Placement, *, seconds: float = 20.0) 
     chosen, listed = sample(question)
     fetched, fetch_s, fetch_core_s = measure_fetch(question, chosen)
     files = [item.result for item in fetched if isinstance(item.result, bytes)]
-    decode_s, pixels = measure_decode(question, files)
+    decode_s, pixels, undecoded = measure_decode(question, files)
     if not len(pixels["exact"]):
         raise SourceError(f"none of {len(fetched)} sampled images could be read and decoded: {_why(fetched)}")
     decoded = _decoded(question, chosen)
@@ -97,7 +97,7 @@ def measure(question: Question, placement: Placement, *, seconds: float = 20.0) 
     return Measured(
         sampled=chosen.num_rows,
         listed=listed,
-        failed=chosen.num_rows - len(pixels["exact"]),
+        failed=len(fetched) - len(files) + undecoded,
         file_bytes=float(np.mean([len(data) for data in files])),
         fetch_s=fetch_s,
         fetch_core_s=fetch_core_s,
@@ -124,15 +124,20 @@ def measure_fetch(question: Question, chosen: pa.Table) -> tuple[list[Fetched], 
     return fetched, (time.perf_counter() - started) / count, (time.process_time() - cpu) / count
 
 
-def measure_decode(question: Question, files: Sequence[bytes]) -> tuple[dict[DecodeMode, float], dict[str, Pixels]]:
-    """Core-seconds for one image, and the pixels of the files that could be decoded, for each way to decode."""
+def measure_decode(
+    question: Question, files: Sequence[bytes]
+) -> tuple[dict[DecodeMode, float], dict[str, Pixels], int]:
+    """Core-seconds for one image and the pixels of the files that could be decoded, for each way; how many could not.
+
+    Files that are left when the time is up count as neither.
+    """
     height, width = question.preprocessing.output_size
     modes: tuple[DecodeMode, ...] = ("exact", "fast")
     seconds: dict[DecodeMode, float] = dict.fromkeys(modes, 0.0)
     pixels: dict[str, list[Pixels]] = {mode: [] for mode in modes}
     specs = {mode: DecodeSpec(question.preprocessing, mode, question.spec.fetch.max_pixels) for mode in modes}
     _open_libraries(files, specs["exact"])
-    budget = Budget(DECODE_S)
+    budget, failed = Budget(DECODE_S), 0
     for data in files:
         out = {mode: np.empty((height, width, 3), np.uint8) for mode in modes}
         try:
@@ -141,6 +146,7 @@ def measure_decode(question: Question, files: Sequence[bytes]) -> tuple[dict[Dec
                 decode_into(data, out[mode], specs[mode])
                 seconds[mode] += time.thread_time() - started
         except ImageError:
+            failed += 1
             continue
         for mode in modes:
             pixels[mode].append(out[mode])
@@ -149,7 +155,7 @@ def measure_decode(question: Question, files: Sequence[bytes]) -> tuple[dict[Dec
     count = max(1, len(pixels["exact"]))
     shape = (-1, height, width, 3)
     stacked = {mode: np.concatenate(kept or [np.empty(0, np.uint8)]).reshape(shape) for mode, kept in pixels.items()}
-    return {mode: total / count for mode, total in seconds.items()}, stacked
+    return {mode: total / count for mode, total in seconds.items()}, stacked, failed
 
 
 def _open_libraries(files: Sequence[bytes], spec: DecodeSpec) -> None:
@@ -178,15 +184,16 @@ def measure_forward(
 ) -> tuple[list[Forward], dict[str, npt.NDArray[np.floating[Any]]], Callable[[pa.Table], pa.Table]]:
     """The model at the placement's batch size and precision first, then at others while the budget lasts.
 
-    Also gives the first feature of the sample for the pixels of each way to decode, and the predictor itself.
+    Also gives the sample's vectors for the pixels of each way to decode, and the predictor itself. A precision that the
+    model does not run in is left out.
     """
     cuda = question.spec.gpus_per_actor > 0
     job = actor_job(question, placement)
     predictor: Any = build_predictor(job)
     found = [timed_forward(predictor, job, pixels["exact"])]
-    outputs = {"exact": first_output(predictor, pixels["exact"])}
+    outputs = {"exact": vectors(predictor, job, pixels["exact"])}
     if (pixels["fast"] != pixels["exact"]).any():
-        outputs["fast"] = first_output(predictor, pixels["fast"])
+        outputs["fast"] = vectors(predictor, job, pixels["fast"])
     for size in GPU_BATCHES if cuda else CPU_BATCHES:
         if size != placement.batch_size and not budget.spent:
             other = job._replace(batch_size=size)
@@ -194,10 +201,11 @@ def measure_forward(
     for dtype in other_precisions(question.dtype, cuda=cuda):
         if not budget.spent:
             other = job._replace(dtype=dtype)
-            candidate: Any = build_predictor(other)
-            result = timed_forward(candidate, other, pixels["exact"])
-            likeness = cosines(first_output(candidate, pixels["exact"]), outputs["exact"]).tolist()
-            found.append(result._replace(cosines=likeness))
+            with suppress(PatchstreamError):
+                candidate: Any = build_predictor(other)
+                result = timed_forward(candidate, other, pixels["exact"])
+                likeness = cosines(vectors(candidate, other, pixels["exact"]), outputs["exact"]).tolist()
+                found.append(result._replace(cosines=likeness))
     return found, outputs, predictor
 
 
@@ -230,11 +238,13 @@ def timed_forward(predictor: Any, job: ActorJob, pixels: Pixels) -> Forward:
     return Forward(job.dtype, job.batch_size, job.threads, image_s, [])
 
 
-def first_output(predictor: Any, pixels: Pixels) -> npt.NDArray[np.floating[Any]]:
-    """The first feature asked for, or the scores where only labels are: (n, D)."""
-    predictions = predictor.predict(pixels)
-    features = list(predictions.features.values())
-    found: npt.NDArray[np.floating[Any]] = features[0] if features else predictions.scores
+def vectors(predictor: Any, job: ActorJob, pixels: Pixels) -> npt.NDArray[np.floating[Any]]:
+    """What cosines are taken of, (n, …): the first feature asked for, or `pooled` where only labels or tokens are."""
+    name = next((name for name in job.wanted.features if name != "visual_tokens"), "pooled")
+    if name not in job.wanted.features:
+        assert job.model is not None
+        predictor = build_predictor(job._replace(wanted=vectors_only(job.model, job.wanted)))
+    found: npt.NDArray[np.floating[Any]] = predictor.predict(pixels).features[name]
     return found
 
 

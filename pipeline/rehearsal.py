@@ -2,10 +2,14 @@
 
 import tempfile
 import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from pipeline.flow import Connect, run
 from pipeline.progress import Progress
+from pipeline.storage import Options, filesystem, join
 from schemas.spec import JobSpec
 
 
@@ -17,10 +21,13 @@ class Rehearsal(NamedTuple):
     startup_s: float
 
 
-def rehearse(spec: JobSpec, connect: Connect, *, images: int, available: int, tail: int) -> Rehearsal:
+def rehearse(
+    spec: JobSpec, connect: Connect, *, images: int, available: int, tail: int, scratch: str | None = None
+) -> Rehearsal:
     """Run `spec` on `images` images, over and over again if only `available` are there, and leave nothing behind.
 
-    `tail`: rows at the end during which some workers have nothing left to do; they are not counted.
+    `tail`: rows at the end during which some workers have nothing left to do; they are not counted. `scratch`: a folder
+    or prefix that every node can write to, by default a temporary folder of this machine.
     """
     seen: list[tuple[float, int]] = []
     begun: list[float] = []
@@ -33,10 +40,25 @@ def rehearse(spec: JobSpec, connect: Connect, *, images: int, available: int, ta
             seen.append((now, progress.done))
 
     repeats = -(-images // max(1, available))
-    with tempfile.TemporaryDirectory(prefix="patchstream-rehearsal-") as folder:
-        values = {"out": f"{folder}/out", "sources": spec.sources * repeats, "limit": images}
+    with _folder(scratch, spec.storage_options) as folder:
+        values = {"out": join(folder, "out"), "sources": spec.sources * repeats, "limit": images}
         summary = run(spec.model_copy(update=values), connect, listen)
     return Rehearsal(summary.rows, steady_rate(seen, summary.rows - tail), summary.attempt.startup_s or 0.0)
+
+
+@contextmanager
+def _folder(scratch: str | None, storage_options: Options) -> Iterator[str]:
+    if scratch is None:
+        with tempfile.TemporaryDirectory(prefix="patchstream-rehearsal-") as folder:
+            yield folder
+        return
+    folder = join(scratch, f"patchstream-rehearsal-{uuid.uuid4().hex[:12]}")
+    try:
+        yield folder
+    finally:
+        fs, path = filesystem(folder, storage_options)
+        with suppress(FileNotFoundError):
+            fs.rm(path, recursive=True)
 
 
 def steady_rate(seen: list[tuple[float, int]], until: int) -> float:

@@ -96,6 +96,18 @@ def test_code_from_a_working_directory_and_a_variable_that_is_missing(
     assert "hush" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_preflight_on_several_nodes_wants_a_folder_for_all(
+    head: LocalCluster, env: dict[str, str], pictures: Path, checkpoint: Path
+) -> None:
+    address = head.variables["RAY_ADDRESS"]
+    done = patchstream("benchmark", pictures, "--model", checkpoint, "--address", address, env=env)
+    assert done.returncode == 2
+    assert "the cluster has 2 nodes" in done.stderr
+    assert "--scratch" in done.stderr
+
+
 FOLLOW = """
 import sys
 import cluster.submission as submission

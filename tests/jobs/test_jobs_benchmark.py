@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from support.checkpoints import make_checkpoint
 from support.commands import patchstream
@@ -22,8 +23,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("model") / "vit", "vit-classifier")
 
 
-def look(source: str, model: Path, env: Mapping[str, str] | None = None) -> dict[str, Any]:
-    done = patchstream("benchmark", source, "--model", model, "--seconds", "5", "--labels", "2", "--json", env=env)
+def look(source: str, model: Path, *more: str, env: Mapping[str, str] | None = None) -> dict[str, Any]:
+    arguments = ("--model", model, "--seconds", "5", "--labels", "2", "--json", *more)
+    done = patchstream("benchmark", source, *arguments, env=env)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     assert list(found["stages"]) == ["fetch", "decode", "transfer", "forward", "write"]
@@ -64,7 +66,9 @@ def test_shards_on_s3(tmp_path: Path, model: Path, s3_server: S3Server) -> None:
     s3_server.put(bucket, "shards/00000.tar", data.getvalue())
     import os
 
-    found = look(f"s3://{bucket}/shards", model, env={**os.environ, **s3_server.env})
+    scratch = ("--scratch", f"s3://{bucket}/scratch")
+    found = look(f"s3://{bucket}/shards", model, *scratch, env={**os.environ, **s3_server.env})
+    assert fsspec.filesystem("s3", **s3_server.storage_options).find(bucket) == [f"{bucket}/shards/00000.tar"]
     assert found["measured"]["listed"] == 8
     assert found["measured"]["failed"] == 0
 

@@ -1,0 +1,72 @@
+"""The preflight's measurements on a few pictures: what it compares, what it counts, what it leaves out."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.checkpoints import make_checkpoint
+from support.npz import mixer_arrays_of
+
+from jobs.demo.draw import write_pictures
+from pipeline.flow import place_job
+from pipeline.opening import Question, ask
+from pipeline.preflight import Budget, measure_decode, measure_forward
+from schemas.machines import Machines
+from schemas.spec import build_spec
+
+MACHINES = Machines(1, 0, 8e9, 1e9, 1, (1.0,))
+
+
+def question(model: Path, **values: Any) -> Question:
+    return ask(build_spec({"sources": ["x"], "model": str(model), "out": "memory://o", "batch_size": 2, **values}))
+
+
+@pytest.fixture
+def pixels() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    exact = rng.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    return {"exact": exact, "fast": 255 - exact}
+
+
+@pytest.mark.parametrize("features", [["cls"], []])
+def test_vectors_are_compared_whatever_is_asked_for(
+    tmp_path: Path, pixels: dict[str, Any], features: list[str]
+) -> None:
+    """The best scores of two pictures look alike whatever is on them."""
+    model = make_checkpoint(tmp_path / "vit", "vit-classifier", image_size=32, hidden_size=64, num_attention_heads=2)
+    asked = question(model, features=features, labels=3)
+    found, outputs, predict = measure_forward(asked, place_job(asked, MACHINES, 1000), pixels, Budget(0))
+    assert outputs["exact"].shape == outputs["fast"].shape == (4, 64)
+    assert len(found) == 1
+    assert callable(predict)
+
+
+def test_a_precision_that_the_model_does_not_run_in_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from timm.models.mlp_mixer import MlpMixer
+
+    np.savez(
+        tmp_path / "mixer.npz",
+        **mixer_arrays_of(MlpMixer(img_size=32, patch_size=8, num_blocks=1, embed_dim=32).eval()),
+    )
+    monkeypatch.setattr("pipeline.preflight.other_precisions", lambda dtype, cuda: ("int8",))
+    monkeypatch.setattr("pipeline.preflight.CPU_BATCHES", ())
+    asked = question(tmp_path / "mixer.npz", features=["pooled"])
+    alike = np.zeros((2, 32, 32, 3), np.uint8)
+    found, _, _ = measure_forward(asked, place_job(asked, MACHINES, 1000), {"exact": alike, "fast": alike}, Budget(600))
+    assert [item.dtype for item in found] == [asked.dtype]
+
+
+def test_only_files_that_were_tried_count_as_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_checkpoint(tmp_path / "vit", "vit", image_size=32, hidden_size=64, num_attention_heads=2)
+    (tmp_path / "pictures").mkdir()
+    write_pictures(tmp_path / "pictures", 3, seed=0)
+    good = [path.read_bytes() for path in sorted((tmp_path / "pictures").iterdir())]
+    asked = question(model)
+    _, pixels, failed = measure_decode(asked, [b"no picture", *good])
+    assert (len(pixels["exact"]), failed) == (3, 1)
+    monkeypatch.setattr("pipeline.preflight.DECODE_S", 0.0)
+    _, pixels, failed = measure_decode(asked, [b"no picture", *good])
+    assert (len(pixels["exact"]), failed) == (1, 1)
