@@ -236,6 +236,8 @@ def exists(store: FeatureStore, name: str) -> bool:
 
 def stale(store: FeatureStore, record: IndexRecord) -> str:
     """What changed in the run since the index was built; empty if nothing did."""
+    if record.run_id != store.record.run_id:
+        return "it was built from the vectors of another run"
     now = {part.name: part.bytes_ for part in store.parts}
     added = sum(1 for name, size in now.items() if record.parts.get(name) != size)
     gone = sum(1 for name, size in record.parts.items() if now.get(name) != size)
@@ -245,7 +247,8 @@ def stale(store: FeatureStore, record: IndexRecord) -> str:
 def update(store: FeatureStore, name: str) -> tuple[Index, int]:
     """The index NAME brought up to date with the parts, and how many vectors were added. It is not saved.
 
-    New rows are added to the trained index. Where rows are gone, or the new ones outnumber the old, it is built anew.
+    New rows are added to the trained index. It is built anew where rows are gone, where the new ones outnumber the
+    old, or where the rows are another run's.
     """
     old = load(store, name, allow_stale=True)
     matrix = store.load(old.record.feature)
@@ -253,7 +256,7 @@ def update(store: FeatureStore, name: str) -> tuple[Index, int]:
     known = stored_rows(old)
     fresh = usable[~np.isin(matrix.rows[usable], known)]
     gone = len(known) - (len(usable) - len(fresh))
-    if gone or len(fresh) > len(known):
+    if old.record.run_id != store.record.run_id or gone or len(fresh) > len(known):
         record = old.record
         centre = record.mean is not None
         index = build(store, feature=record.feature, kind=record.kind, normalise=record.normalise, centre=centre)

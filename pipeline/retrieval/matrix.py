@@ -1,15 +1,18 @@
 """All vectors of a run as one N×D matrix on disk, memory-mapped: made once from the parts, then read at memory speed.
 
-It lies under `DIR/index/_matrix/`, in a folder named by the parts it was made from, so it is never stale; where the
-run is on an object store or on a read-only disk it lies in the user's cache folder instead.
+It lies under `DIR/index/_matrix/`, in a folder named by the run, its model and the parts it was made from, so it is
+never stale; where the run is on an object store or on a read-only disk it lies in the user's cache folder instead.
+Of each feature of a run only the newest is kept.
 """
 
+import hashlib
 import mmap
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +25,8 @@ from numpy.typing import NDArray
 from pipeline.retrieval.arrays import Floats, Ints, Mask, Progress, lengths
 from pipeline.retrieval.parts import Part, fingerprint, stream_part
 from pipeline.storage import is_local, join
+from schemas.errors import OutputError
+from schemas.run import RunRecord
 
 CHUNK_BYTES = 64 * 1024 * 1024
 _READ_ROWS = 8192
@@ -133,25 +138,36 @@ class Matrix:
 
 
 def prepare_matrix(
-    fs: AbstractFileSystem, root: str, parts: list[Part], name: str, dim: int, dtype: Any, progress: Progress
+    fs: AbstractFileSystem,
+    root: str,
+    record: RunRecord,
+    parts: list[Part],
+    name: str,
+    dim: int,
+    dtype: Any,
+    progress: Progress,
 ) -> Path:
-    """The folder of the matrix of feature `name`, made from the parts if this set of parts was not seen before."""
-    key = f"{name}-{fingerprint(parts, root, name, str(dtype))[:16]}"
-    home = Path(root, "index", "_matrix") if is_local(fs) else _user_cache()
-    for base in (home, _user_cache()):
+    """The folder of the matrix of feature `name`, made from the parts if this set of parts was not seen before.
+
+    Raises OutputError naming the folder, and the bytes it takes, if it cannot be kept there.
+    """
+    key = f"{name}-{fingerprint(parts, record, root, name, str(dtype))[:16]}"
+    cache = _user_cache(fs, root)
+    home = Path(root, "index", "_matrix") if is_local(fs) else cache
+    for base in (home, cache):
         if (base / key / "norms.npy").exists():
             return base / key
-    base = home if _writable(home) else _user_cache()
-    base.mkdir(parents=True, exist_ok=True)
+    base = home if _writable(home) else cache
     _build(fs, parts, name, dim, dtype, base / key, progress)
-    if base == Path(root, "index", "_matrix"):
-        _remove_older(base, name, key)
+    _remove_older(base, name, key)
     return base / key
 
 
-def _user_cache() -> Path:
+def _user_cache(fs: AbstractFileSystem, root: str) -> Path:
+    """The folder of this run's matrices in the user's cache."""
     home = os.environ.get("XDG_CACHE_HOME") or join(str(Path.home()), ".cache")
-    return Path(home, "patchstream", "matrix")
+    address = fs.unstrip_protocol(root)
+    return Path(home, "patchstream", "matrix", hashlib.sha256(address.encode()).hexdigest()[:16])
 
 
 def _writable(folder: Path) -> bool:
@@ -167,9 +183,11 @@ def _build(
     fs: AbstractFileSystem, parts: list[Part], name: str, dim: int, dtype: Any, folder: Path, progress: Progress
 ) -> None:
     total = sum(part.rows for part in parts)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        vectors = np.lib.format.open_memmap(temporary / "vectors.npy", mode="w+", dtype=dtype, shape=(total, dim))
+    # Ids take 8 bytes a row and lengths 4.
+    size = total * (dim * np.dtype(dtype).itemsize + 12)
+    with _staged_folder(folder, size) as temporary:
+        with _explained(folder, size):
+            vectors = _reserved(temporary / "vectors.npy", (total, dim), dtype)
         rows, norms = np.empty(total, np.int64), np.empty(total, np.float32)
 
         def fill(start: int, part: Part) -> None:
@@ -184,17 +202,51 @@ def _build(
             for future, done in zip(futures, starts[1:], strict=True):
                 future.result()
                 progress(f"reading {name}", done, total)
-        vectors.flush()
-        np.save(temporary / "rows.npy", rows)
-        np.save(temporary / "norms.npy", norms)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            # Another command made the same matrix in the meantime; its content is the same.
-            if not (folder / "norms.npy").exists():
-                raise
+        with _explained(folder, size):
+            vectors.flush()
+            np.save(temporary / "rows.npy", rows)
+            np.save(temporary / "norms.npy", norms)
+
+
+@contextmanager
+def _staged_folder(folder: Path, size: int) -> Iterator[Path]:
+    """A folder to fill; it becomes `folder` when the block ends well, and vanishes when it does not."""
+    with _explained(folder, size):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield temporary
+        with _explained(folder, size):
+            try:
+                temporary.rename(folder)
+            except OSError:
+                # Another command made the same matrix in the meantime; its content is the same.
+                if not (folder / "norms.npy").exists():
+                    raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _reserved(path: Path, shape: tuple[int, int], dtype: Any) -> np.memmap[Any, Any]:
+    """A new array on disk, mapped. Raises OSError where there is no room for it."""
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    # The file is sparse as it is made: a write through the map that finds the disk full ends the process.
+    with open(path, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
+@contextmanager
+def _explained(folder: Path, size: int) -> Iterator[None]:
+    """OSError in the block becomes OutputError: what could not be kept where, how large it is, what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"cannot keep the vectors in {folder}, {size:,} bytes: {error.strerror or error}. Make room there and see "
+            "that it can be written, or name another folder for them with XDG_CACHE_HOME, which is used where the "
+            "run is on an object store or cannot be written to"
+        ) from error
 
 
 def _remove_older(base: Path, name: str, key: str) -> None:

@@ -108,9 +108,12 @@ def _check_same_model(path: str, schema: pa.Schema, record: RunRecord) -> None:
     )
 
 
-def fingerprint(parts: list[Part], *more: str) -> str:
-    """Hex digest that changes when a part is added, removed or replaced."""
-    content = [*more, *(f"{part.name}:{part.bytes_}" for part in parts)]
+def fingerprint(parts: list[Part], record: RunRecord, *more: str) -> str:
+    """Hex digest that changes when a part is added, removed or replaced, and from run to run and model to model.
+
+    The name of a part says which rows it holds, and vectors of another model take the same bytes.
+    """
+    content = [record.run_id, record.model.digest, *more, *(f"{part.name}:{part.bytes_}" for part in parts)]
     return hashlib.sha256("\n".join(content).encode()).hexdigest()
 
 

@@ -73,8 +73,8 @@ class FeatureStore:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when a part is added, removed or replaced."""
-        return fingerprint(self.parts, self.record.model.digest)
+        """Changes when a part is added, removed or replaced, and with the run and its model."""
+        return fingerprint(self.parts, self.record)
 
     @cached_property
     def replaced(self) -> Ints:
@@ -95,11 +95,14 @@ class FeatureStore:
         )
 
     def load(self, name: str = "cls") -> Matrix:
-        """Matrix, row ids and lengths of a feature, memory-mapped; made on the first call for this set of parts."""
+        """Matrix, row ids and lengths of a feature, memory-mapped; made on the first call for this set of parts.
+
+        Raises OutputError if there is no such feature, or no place on the disk to keep the matrix.
+        """
         if name not in self._matrices:
             dim = self.check_feature(name)
             dtype = self.schema.field(name).type.value_type.to_pandas_dtype()
-            folder = prepare_matrix(self.fs, self.root, self.parts, name, dim, dtype, self.progress)
+            folder = prepare_matrix(self.fs, self.root, self.record, self.parts, name, dim, dtype, self.progress)
             self._matrices[name] = map_matrix(folder, name, self.replaced)
         return self._matrices[name]
 

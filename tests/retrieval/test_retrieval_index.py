@@ -119,6 +119,25 @@ def test_index_of_another_model_or_name(tmp_path: Path) -> None:
         indexes.load(store, "main")
 
 
+def test_index_of_another_run_with_the_same_parts_is_stale_and_built_anew(tmp_path: Path) -> None:
+    run = write_run(tmp_path, RunContent({"cls": VECTORS[:100]}))
+    store = FeatureStore.open(str(run))
+    indexes.save(store, indexes.build(store, feature="cls", kind="flat"), "main")
+    write_run(run, RunContent({"cls": -VECTORS[:100]}))
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"run_id": "another"}))
+    again = FeatureStore.open(str(run))
+    # As a run leaves them, which does not compress vectors: of the same size.
+    again.parts = store.parts
+    with pytest.raises(OutputError, match=r"stale: it was built from the vectors of another run.*--update"):
+        indexes.load(again, "main")
+    updated, added = indexes.update(again, "main")
+    assert added == 100
+    indexes.save(again, updated, "main")
+    loaded = indexes.load(again, "main")
+    np.testing.assert_allclose(loaded.faiss.reconstruct(7), loaded.prepare.apply(-VECTORS[7:8])[0], atol=1e-6)
+
+
 def test_nothing_to_index_and_too_few_for_codes(tmp_path: Path) -> None:
     store = FeatureStore.open(str(write_run(tmp_path / "zeros", RunContent({"cls": np.zeros((4, 8), np.float32)}))))
     with pytest.raises(OutputError, match="no usable vector: all 4"):

@@ -1,0 +1,98 @@
+"""Where the matrix of a run is kept: whose vectors it holds, how many copies there are, and disks without room."""
+
+import errno
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.runs import RunContent, write_run
+
+from pipeline.retrieval import matrix as module
+from pipeline.retrieval.parts import stream_part
+from pipeline.retrieval.store import FeatureStore
+from schemas.errors import OutputError
+
+
+@pytest.fixture
+def content() -> RunContent:
+    vectors = np.random.default_rng(1).standard_normal((90, 8), dtype=np.float32)
+    return RunContent(features={"cls": vectors}, parts=3)
+
+
+@pytest.fixture
+def run(tmp_path: Path, content: RunContent) -> Path:
+    return write_run(tmp_path / "run", content)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def refuse_index_folder(run: Path) -> None:
+    (run / "index").write_text("a file where the folder should be")
+
+
+@pytest.mark.parametrize("other", ["run", "model"])
+def test_same_rows_and_bytes_by_another_run_or_model(run: Path, content: RunContent, other: str) -> None:
+    before = FeatureStore.open(str(run))
+    before.matrix("cls")
+    negative = {"cls": -content.features["cls"]}
+    write_run(run, replace(content, features=negative, digest="f" * 64 if other == "model" else content.digest))
+    if other == "run":
+        record = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(record | {"run_id": "another"}))
+    store = FeatureStore.open(str(run))
+    # As a run leaves them, which does not compress vectors: of the same size.
+    store.parts = before.parts
+    assert store.fingerprint != before.fingerprint
+    np.testing.assert_array_equal(store.matrix("cls"), negative["cls"])
+
+
+def test_the_cache_keeps_the_newest_matrix_of_each_run(
+    run: Path, cache: Path, tmp_path: Path, content: RunContent
+) -> None:
+    other = write_run(tmp_path / "other", content)
+    for directory in (run, other):
+        refuse_index_folder(directory)
+        FeatureStore.open(str(directory)).matrix("cls")
+    sorted((run / "images").glob("*.parquet"))[-1].unlink()
+    assert FeatureStore.open(str(run)).matrix("cls").shape == (60, 8)
+    assert sorted(np.load(path).size for path in cache.rglob("rows.npy")) == [60, 90]
+
+
+def test_space_is_reserved_before_the_parts_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write through the map to a full disk would end the process by a bus error."""
+    run = write_run(tmp_path, RunContent({"cls": np.ones((4000, 64), np.float32)}))
+    reserved: list[int] = []
+
+    def look(*arguments: Any) -> Any:
+        (file,) = (run / "index" / "_matrix").glob(".*/vectors.npy")
+        reserved.append(file.stat().st_blocks * 512)
+        return stream_part(*arguments)
+
+    monkeypatch.setattr(module, "stream_part", look)
+    FeatureStore.open(str(run)).matrix("cls")
+    assert min(reserved) >= 4000 * 64 * 4
+
+
+def test_full_disk_is_explained(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OutputError, match=r"index/_matrix/cls-\w+, 3,960 bytes: No space left on device\. Make room"):
+        FeatureStore.open(str(run)).matrix("cls")
+    assert not list((run / "index" / "_matrix").iterdir())
+
+
+def test_no_folder_that_can_be_written_is_explained(run: Path, cache: Path) -> None:
+    refuse_index_folder(run)
+    cache.write_text("a file where the folder should be")
+    with pytest.raises(OutputError, match=r"cannot keep the vectors in .*/cache/.*XDG_CACHE_HOME"):
+        FeatureStore.open(str(run)).matrix("cls")
