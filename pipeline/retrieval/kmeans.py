@@ -9,8 +9,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.retrieval.arrays import Floats, Progress, no_progress, unit
-from pipeline.retrieval.lloyd import ROUNDS, TOLERANCE, ArraySource, Clustering, Source, Totals, lloyd, totals
+from pipeline.retrieval.arrays import Floats, Ints, Progress, no_progress, unit
+from pipeline.retrieval.lloyd import (
+    ROUNDS,
+    TOLERANCE,
+    ArraySource,
+    Clustering,
+    Source,
+    Totals,
+    lloyd,
+    score_slices,
+    totals,
+)
 from schemas.errors import SpecError
 
 if TYPE_CHECKING:
@@ -56,9 +66,7 @@ def swapped(vectors: Floats, centres: Floats, rng: np.random.Generator) -> Float
 
     block = torch.from_numpy(vectors)
     squares = (block * block).sum(1)
-    partial = torch.cdist(block, torch.from_numpy(centres)).square_()
-    values, numbers = torch.topk(partial, 2, dim=1, largest=False)
-    (first, second), home = values.numpy().T, numbers[:, 0].numpy()
+    first, second, home = _nearest_two(block, torch.from_numpy(centres))
     weights = np.cumsum(first, dtype=np.float64)
     if weights[-1] <= 0:
         return centres
@@ -79,6 +87,19 @@ def swapped(vectors: Floats, centres: Floats, rng: np.random.Generator) -> Float
     fresh = centres.copy()
     fresh[best[1]] = vectors[candidates[best[0]]]
     return fresh
+
+
+def _nearest_two(block: "torch.Tensor", centres: "torch.Tensor") -> tuple[Floats, Floats, Ints]:
+    """Squared distance of each vector to its nearest centre and to the next, and the number of the nearest."""
+    import torch
+
+    best = np.empty((2, len(block)), np.float32)
+    home = np.empty(len(block), np.int64)
+    for some in score_slices(len(block), len(centres)):
+        partial = torch.cdist(block[some], centres).square_()
+        values, numbers = torch.topk(partial, 2, dim=1, largest=False)
+        best[:, some], home[some] = values.numpy().T, numbers[:, 0].numpy()
+    return best[0], best[1], home
 
 
 def improved(sample: ArraySource, start: Clustering, rng: np.random.Generator) -> Clustering:

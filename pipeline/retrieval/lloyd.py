@@ -18,6 +18,7 @@ from schemas.errors import SpecError
 ROUNDS = 100
 TOLERANCE = 1e-4
 _SLICE_ROWS = 16_384
+_SCORE_BYTES = 64 * 1024 * 1024
 
 
 class Source(Protocol):
@@ -98,16 +99,27 @@ class Clustering:
     spherical: bool
 
 
+def score_slices(rows: int, k: int) -> Iterator[slice]:
+    """Slices of `rows` vectors, in order, whose float32 scores for k centres take about 64 MiB."""
+    step = max(1, _SCORE_BYTES // (4 * k))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
 def assign(vectors: Floats, centres: Floats) -> tuple[Ints, Floats]:
     """Number of the nearest of `centres` (k, D) for each of `vectors` (n, D), and the squared distance to it."""
     import torch
 
     block, weights = torch.from_numpy(vectors), torch.from_numpy(centres)
-    # |x − c|² = |x|² − 2x·c + |c|²; the first does not change which centre is nearest.
-    partial = torch.addmm((weights * weights).sum(1), block, weights.T, alpha=-2)
-    nearest, numbers = partial.min(dim=1)
-    distances = (nearest + (block * block).sum(1)).clamp_(min=0)
-    return numbers.numpy(), distances.numpy()
+    squares = (weights * weights).sum(1)
+    numbers, distances = np.empty(len(vectors), np.int64), np.empty(len(vectors), np.float32)
+    for some in score_slices(len(vectors), len(centres)):
+        # |x − c|² = |x|² − 2x·c + |c|²; the first does not change which centre is nearest.
+        partial = torch.addmm(squares, block[some], weights.T, alpha=-2)
+        nearest, found = partial.min(dim=1)
+        numbers[some] = found.numpy()
+        distances[some] = (nearest + (block[some] * block[some]).sum(1)).clamp_(min=0).numpy()
+    return numbers, distances
 
 
 def totals(vectors: Floats, centres: Floats) -> Totals:

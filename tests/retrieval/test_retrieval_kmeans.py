@@ -1,12 +1,16 @@
 """k-means: as good as scikit-learn's, streamed as in memory, and what it writes."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+from scipy.spatial.distance import cdist
 from sklearn.cluster import KMeans
 from support.runs import RunContent, clustered, write_run
 
@@ -71,6 +75,33 @@ def test_totals_of_a_chunk() -> None:
     np.testing.assert_array_equal(found.sums, [[0, 4], [0, 0], [24, 0]])
     assert found.inertia == 1 + 9 + 1 + 9
     assert found.reach == 9
+
+
+def test_scores_of_many_centres_are_gone_through_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All 12,000 × 3,000 scores at once would be more than 64 MiB, and with k = 10,000 more than a machine has."""
+    vectors = clustered(12_000, 4, 3000, seed=8, spread=0.2)
+    centres = vectors[:3000]
+    squares = cdist(vectors.astype(np.float64), centres.astype(np.float64), "sqeuclidean")
+    made: list[int] = []
+
+    def counted(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(*arguments: Any, **options: Any) -> torch.Tensor:
+            made.append((scores := function(*arguments, **options)).nbytes)
+            return scores
+
+        return call
+
+    monkeypatch.setattr(torch, "addmm", counted(torch.addmm))
+    monkeypatch.setattr(torch, "cdist", counted(torch.cdist))
+    numbers, distances = assign(vectors, centres)
+    np.testing.assert_allclose(distances, squares.min(axis=1), atol=1e-5)
+    np.testing.assert_allclose(squares[np.arange(len(vectors)), numbers], squares.min(axis=1), atol=1e-5)
+    first, second, home = kmeans._nearest_two(torch.from_numpy(vectors), torch.from_numpy(centres))
+    nearest = np.partition(squares, 1, axis=1)[:, :2]
+    np.testing.assert_allclose(np.stack([first, second], axis=1), nearest, atol=1e-5)
+    np.testing.assert_allclose(squares[np.arange(len(vectors)), home], nearest[:, 0], atol=1e-5)
+    kmeans.swapped(vectors, centres, np.random.default_rng(0))
+    assert max(made) <= 64 * 1024**2
 
 
 def test_empty_clusters_are_filled() -> None:
