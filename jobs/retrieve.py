@@ -178,9 +178,11 @@ def index(
 ) -> int:
     """Build a faiss index for `search --index`, bring it up to date, or measure it."""
     from pipeline.retrieval import index as indexes
+    from pipeline.retrieval.output import check_name
     from pipeline.retrieval.recall import evaluate as measure
     from pipeline.retrieval.recall import tune
 
+    check_name(name)
     summary: dict[str, Any] = {"name": name}
     with opened(directory, storage_options) as store:
         asked_only = evaluate and not update and kind is None and indexes.exists(store, name)

@@ -10,6 +10,7 @@ from jobs.directory import AsJson, Directory, Options, emit
 from jobs.retrieve_screen import (
     LOCAL_RAY,
     Features,
+    name_left_out,
     opened,
     print_json,
     print_table,
@@ -49,19 +50,17 @@ def kmeans(
     as_json: AsJson = False,
 ) -> int:
     """Cluster the vectors, and say what distinguishes each cluster."""
+    from pipeline.retrieval.clusters import check_label_column
+    from pipeline.retrieval.output import check_name
+
+    check_name(name or "k")
     if (k is None) == (sweep is None):
         raise SpecError("give either -k N or --sweep LOW:HIGH")
     with opened(directory, storage_options) as store:
-        warn_left_out(store, features)
+        check_label_column(store, label_column)
         settings = {"feature": features, "centre": centre, "seed": seed, "label_column": label_column}
         if ray is not None:
-            if k is None or centre:
-                raise SpecError("--ray goes with -k, and without --centre")
-            from cluster.session import ray_session
-            from pipeline.retrieval.ray_kmeans import kmeans_on_ray
-
-            with ray_session(None if ray in LOCAL_RAY else ray):
-                summary = kmeans_on_ray(store, features, k, name or f"k{k}", spherical=spherical, settings=settings)
+            summary = _kmeans_on_ray(store, k, ray, name, spherical, settings)
         else:
             summary = _kmeans_here(store, k, sweep, name, spherical, mini_batch, settings)
     if as_json:
@@ -87,6 +86,23 @@ def _labels(labels: list[dict[str, Any]]) -> str:
     return ", ".join(f"{item['label']} ({item['share']:.0%}, {item['base']:.1%})" for item in labels[:3])
 
 
+def _kmeans_on_ray(
+    store: "FeatureStore", k: int | None, ray: str, name: str | None, spherical: bool, settings: dict[str, Any]
+) -> dict[str, Any]:
+    if k is None or settings["centre"]:
+        raise SpecError("--ray goes with -k, and without --centre")
+    from cluster.session import ray_session
+    from pipeline.retrieval.ray_kmeans import kmeans_on_ray
+
+    feature = settings["feature"]
+    store.check_feature(feature)
+    with ray_session(None if ray in LOCAL_RAY else ray):
+        summary = kmeans_on_ray(store, feature, k, name or f"k{k}", spherical=spherical, settings=settings)
+    # Counted by the tasks: only they read the vectors.
+    name_left_out(feature, summary["left_out"]["count"], summary["left_out"]["rows"])
+    return summary
+
+
 def _kmeans_here(
     store: "FeatureStore",
     k: int | None,
@@ -101,14 +117,14 @@ def _kmeans_here(
     from pipeline.retrieval.clusters import write_clusters
     from pipeline.retrieval.kmeans import fit
     from pipeline.retrieval.lloyd import MatrixSource
-    from pipeline.retrieval.output import check_name, place
+    from pipeline.retrieval.output import place
     from pipeline.retrieval.plots import line_charts
     from pipeline.retrieval.sweep import best_k, elbow, parse_sweep
     from pipeline.retrieval.sweep import sweep as try_all
     from pipeline.storage import put_bytes
 
-    check_name(name or "k")
     feature, seed = settings["feature"], settings["seed"]
+    warn_left_out(store, feature)
     matrix = store.load(feature)
     prepare = store.preparation(feature, normalise=spherical, centre=settings["centre"])
     source = MatrixSource(matrix, np.flatnonzero(matrix.usable), prepare)

@@ -45,12 +45,17 @@ def opened(directory: str, storage_options: str | None) -> "Iterator[FeatureStor
 
 
 def warn_left_out(store: "FeatureStore", feature: str) -> None:
-    """Say on standard error which rows cannot take part."""
+    """Say on standard error which rows cannot take part. It reads the whole feature."""
     rows = store.load(feature).left_out
-    if len(rows):
-        named = ", ".join(str(row) for row in rows[:_NAMED_ROWS]) + (", …" if len(rows) > _NAMED_ROWS else "")
+    name_left_out(feature, len(rows), rows[:_NAMED_ROWS].tolist())
+
+
+def name_left_out(feature: str, count: int, first: Sequence[int]) -> None:
+    """Say on standard error that `count` rows cannot take part, and name the first of them."""
+    if count:
+        named = ", ".join(str(row) for row in first[:_NAMED_ROWS]) + (", …" if count > _NAMED_ROWS else "")
         emit(
-            f"warning: {len(rows):,} rows have a zero or non-finite `{feature}` and are left out: {named}",
+            f"warning: {count:,} rows have a zero or non-finite `{feature}` and are left out: {named}",
             to_stderr=True,
         )
 

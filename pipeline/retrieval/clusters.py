@@ -107,6 +107,12 @@ def _describe(store: FeatureStore, members: Members, name: str, label_column: st
     ]
 
 
+def check_label_column(store: FeatureStore, label_column: str | None) -> None:
+    """Raise SpecError saying which columns there are unless `label_column` is one of them, or None."""
+    if label_column is not None and label_column not in store.schema.names:
+        raise SpecError(f"--label-column {label_column}: images/ has the columns {', '.join(store.schema.names)}")
+
+
 def top_labels(store: FeatureStore, name: str, label_column: str | None = None) -> dict[int, list[dict[str, Any]]]:
     """The labels that distinguish each cluster of `clusters/NAME`, best first.
 
@@ -114,8 +120,7 @@ def top_labels(store: FeatureStore, name: str, label_column: str | None = None) 
     share · ln(share / base): what makes up much of a cluster and is rare elsewhere comes first. The label is the first
     of `labels`, or the content of `label_column`. Raises SpecError if that column is not there.
     """
-    if label_column is not None and label_column not in store.schema.names:
-        raise SpecError(f"--label-column {label_column}: images/ has the columns {', '.join(store.schema.names)}")
+    check_label_column(store, label_column)
     if label_column is None and "labels" not in store.schema.names:
         return {}
     label = f"CAST({quote(label_column)} AS VARCHAR)" if label_column else "labels[1].label"

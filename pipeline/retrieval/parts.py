@@ -51,9 +51,14 @@ def open_parquet(fs: AbstractFileSystem, path: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path if is_local(fs) else fs.open(path, "rb"))
     except FileNotFoundError as error:
-        raise OutputError(f"{redact(path)} went away (compacted meanwhile?); run the command again") from error
+        raise OutputError(_not_there(fs, path)) from error
     except pa.ArrowInvalid as error:
         raise OutputError(f"{redact(path)} is not a Parquet file ({error}); run `patchstream verify`") from error
+
+
+def _not_there(fs: AbstractFileSystem, path: str) -> str:
+    shared = ". With --ray, a local folder has to be one that all nodes share" if is_local(fs) else ""
+    return f"{redact(path)} is not there (any more); if the run was compacted meanwhile, run the command again{shared}"
 
 
 def list_parts(fs: AbstractFileSystem, root: str, record: RunRecord) -> tuple[list[Part], pa.Schema]:

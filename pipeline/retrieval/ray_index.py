@@ -1,4 +1,8 @@
-"""Build an index over parts on a Ray cluster: trained here, filled part by part there, merged here."""
+"""Build an index over parts on a Ray cluster: trained here, filled part by part there, merged here.
+
+What Ray spares this machine is the filling. It still needs the matrix, to train and to measure recall, as every
+search by the index does.
+"""
 
 import faiss
 import numpy as np

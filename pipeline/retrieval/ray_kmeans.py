@@ -12,10 +12,10 @@ import pyarrow as pa
 from fsspec import AbstractFileSystem
 
 from pipeline.retrieval.arrays import Floats, Ints, Preparation
-from pipeline.retrieval.clusters import Members, clusters_table, finish, new_members
+from pipeline.retrieval.clusters import Members, check_label_column, clusters_table, finish, new_members
 from pipeline.retrieval.kmeans import fit, running_mean
 from pipeline.retrieval.lloyd import ArraySource, Clustering, Totals, add, moved, totals
-from pipeline.retrieval.output import place, remove_folder, write_table
+from pipeline.retrieval.output import check_name, place, remove_folder, write_table
 from pipeline.retrieval.parts import Part
 from pipeline.retrieval.ray_parts import PartReader, over_parts
 from pipeline.retrieval.store import FeatureStore
@@ -34,8 +34,11 @@ def kmeans_on_ray(
 ) -> dict[str, Any]:
     """Cluster feature `feature` and write `clusters/NAME/`, one file a part; returns the summary.
 
-    Ray has to be connected. Raises SpecError if k is not between 1 and the number of vectors.
+    Ray has to be connected. Raises SpecError if k is not between 1 and the number of vectors, and, before a vector is
+    read, for a name that is none or a label column that is not there.
     """
+    check_name(name)
+    check_label_column(store, settings.get("label_column"))
     reader = PartReader(
         store.fs, feature, store.check_feature(feature), Preparation(normalise=spherical), store.replaced
     )

@@ -110,6 +110,24 @@ def test_kmeans_and_sweep(run: Run, directory: Path) -> None:
     assert rows == [{"n": 4}]
 
 
+def test_kmeans_checks_before_it_computes(run: Run, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_late(*_: Any, **__: Any) -> None:
+        raise AssertionError("computed before the options were checked")
+
+    run("kmeans", directory, "-k", 4, "--name", "kept")
+    monkeypatch.setattr("pipeline.retrieval.kmeans.fit", too_late)
+    monkeypatch.setattr("cluster.session.ray_session", too_late)
+    monkeypatch.setattr(FeatureStore, "load", too_late)
+    for place in ([], ["--ray", "local"]):
+        with pytest.raises(SpecError, match="--label-column typo: images/ has the columns row, "):
+            run("kmeans", directory, "-k", 3, "--name", "kept", "--label-column", "typo", *place)
+        with pytest.raises(SpecError, match="--name 'a/b'"):
+            run("kmeans", directory, "-k", 3, "--name", "a/b", *place)
+        with pytest.raises(SpecError, match="--name 'a/b'"):
+            run("index", directory, "--name", "a/b", *place)
+    assert set(pq.read_table(directory / "clusters" / "kept").column("cluster").to_pylist()) == {0, 1, 2, 3}
+
+
 def test_duplicates_and_around(run: Run, directory: Path, tmp_path: Path) -> None:
     summary = json.loads(run("duplicates", directory, "--threshold", 0.999, "--json"))
     assert summary["groups"] == 1

@@ -1,6 +1,7 @@
 """The same over parts on a real Ray as on one machine."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,16 @@ from sklearn.cluster import KMeans
 from support.runs import RunContent, clustered, write_run
 
 from cluster.session import ray_session
+from jobs.retrieve_groups import kmeans
 from pipeline.retrieval import index as indexes
-from pipeline.retrieval.arrays import unit
+from pipeline.retrieval.arrays import Preparation, unit
 from pipeline.retrieval.lloyd import assign
 from pipeline.retrieval.ray_index import build_on_ray
-from pipeline.retrieval.ray_kmeans import kmeans_on_ray
-from pipeline.retrieval.ray_parts import over_parts
+from pipeline.retrieval.ray_kmeans import kmeans_on_ray, reader_rows
+from pipeline.retrieval.ray_parts import PartReader, over_parts
 from pipeline.retrieval.recall import evaluate, tune
 from pipeline.retrieval.store import FeatureStore
-from schemas.errors import SpecError
+from schemas.errors import OutputError, SpecError
 
 pytestmark = pytest.mark.slow
 
@@ -51,6 +53,33 @@ def test_kmeans_over_parts(store: FeatureStore, monkeypatch: pytest.MonkeyPatch)
     assert sorted(table.column("row").to_pylist()) == [row for row in range(6000) if row not in (4, 123)]
     assert len(list(Path(store.root, "clusters", "parts").glob("*.parquet"))) == 12
     assert sum(item["size"] for item in summary["clusters"]) == 5998
+
+
+def test_kmeans_names_what_is_left_out_without_reading_the_vectors_here(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read_here(*_: object) -> None:
+        raise AssertionError("the driver read all vectors")
+
+    monkeypatch.setattr(FeatureStore, "load", read_here)
+    assert kmeans(store.root, k=3, name="three", ray="local") == 0
+    assert "1 rows have a zero or non-finite `cls` and are left out: 123" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "column", "match"), [("a/b", None, "--name 'a/b'"), ("x", "typo", "has the columns")])
+def test_kmeans_checks_before_the_tasks_run(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch, name: str, column: str | None, match: str
+) -> None:
+    monkeypatch.setattr("pipeline.retrieval.ray_kmeans.over_parts", None)
+    with pytest.raises(SpecError, match=match):
+        kmeans_on_ray(store, "cls", 3, name, spherical=True, settings={"seed": 0, "label_column": column})
+
+
+def test_a_folder_that_workers_do_not_see_is_explained(store: FeatureStore, tmp_path: Path) -> None:
+    absent = [replace(part, path=str(tmp_path / part.name)) for part in store.parts]
+    reader = PartReader(store.fs, "cls", 16, Preparation(), store.replaced)
+    with pytest.raises(OutputError, match=r"is not there .* a local folder has to be one that all nodes share"):
+        list(over_parts(reader_rows, absent, reader))
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf-flat", "ivf-pq"])
