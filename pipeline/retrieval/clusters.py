@@ -123,9 +123,11 @@ def top_labels(store: FeatureStore, name: str, label_column: str | None = None) 
     check_label_column(store, label_column)
     if label_column is None and "labels" not in store.schema.names:
         return {}
-    label = f"CAST({quote(label_column)} AS VARCHAR)" if label_column else "labels[1].label"
+    # By table: the user's own columns may be named `cluster` or `distance` too.
+    label = f"CAST(i.{quote(label_column)} AS VARCHAR)" if label_column else "i.labels[1].label"
+    clusters = quote(f"clusters_{name}")
     found = store.sql(
-        f"WITH named AS (SELECT cluster, {label} AS label FROM images JOIN {quote(f'clusters_{name}')} USING (row)), "
+        f"WITH named AS (SELECT c.cluster, {label} AS label FROM images i JOIN {clusters} c ON i.row = c.row), "
         "counts AS (SELECT cluster, label, count(*) AS n FROM named WHERE label IS NOT NULL GROUP BY ALL), "
         "shares AS (SELECT cluster, label, n / sum(n) OVER (PARTITION BY cluster) AS share, "
         "sum(n) OVER (PARTITION BY label) / sum(n) OVER () AS base FROM counts) "

@@ -148,6 +148,19 @@ def test_files(tmp_path: Path) -> None:
     assert np.load(tmp_path / "clusters" / "shapes.centres.npy").shape == (3, 8)
 
 
+@pytest.mark.parametrize("column", ["cluster", "distance", "row"])
+def test_label_columns_named_as_ours(tmp_path: Path, column: str) -> None:
+    kinds = ["a", "b", "c"]
+    user = {name: [kinds[row // 20] for row in range(60)] for name in ("cluster", "distance")}
+    vectors = np.repeat(np.eye(3, 8, dtype=np.float32), 20, axis=0)
+    store = FeatureStore.open(str(write_run(tmp_path, RunContent({"cls": vectors}, user=user))))
+    found = fit(ArraySource(vectors), 3, spherical=True)
+    settings = {"label_column": column}
+    summary = write_clusters(store, store.load("cls"), store.preparation("cls"), found, "own", settings)
+    best = sorted(item["labels"][0]["label"] for item in summary["clusters"])
+    assert best == (["0", "20", "40"] if column == "row" else kinds)
+
+
 def test_sweep_finds_the_number_of_clusters() -> None:
     source = ArraySource(clustered(1500, 24, 12, seed=5, spread=0.3))
     trials = sweep(source, [4, 8, 10, 11, 12, 13, 14, 18, 24, 30], spherical=False)
