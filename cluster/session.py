@@ -3,7 +3,9 @@
 import contextlib
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -49,7 +51,8 @@ def ray_session(
     if address:
         _knock(address)
     try:
-        ray.init(**(_attach(address) if address else _start(cpus)), **_logging(verbose))
+        with _keeping_handlers():
+            ray.init(**(_attach(address) if address else _start(cpus)), **_logging(verbose))
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         if not address:
             raise ClusterError(f"Ray could not be started on this machine: {error}") from error
@@ -61,7 +64,20 @@ def ray_session(
             check_nodes()
         yield machines()
     finally:
-        ray.shutdown()
+        with _keeping_handlers():
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _keeping_handlers() -> Iterator[None]:
+    """Whoever handles SIGTERM goes on doing so: Ray installs a handler that ends the process at once when it connects,
+    and none at all when it is left."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _wait_for_machines(bundles: Sequence[Mapping[str, float]], wait_s: float) -> None:

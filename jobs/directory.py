@@ -9,6 +9,7 @@ import typer
 Directory = Annotated[str, typer.Argument(help="The --out of a run.", metavar="DIR")]
 Options = Annotated[str | None, typer.Option("--storage-options", help="JSON for fsspec.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Force = Annotated[bool, typer.Option("--force", help="Take a run that another machine began for dead, and end it.")]
 
 
 def status(
@@ -69,12 +70,13 @@ def verify(directory: Directory, storage_options: Options = None, as_json: AsJso
 def compact(
     directory: Directory,
     target_mib: Annotated[int, typer.Option(help="Size to aim at, in MiB.")] = 256,
+    force: Force = False,
     storage_options: Options = None,
 ) -> int:
     """Merge small parts into large ones; a glob over the directory never sees a row twice meanwhile."""
     from pipeline.maintenance import compact as merge
 
-    merged = merge(directory, target_mib << 20, parse_options(storage_options))
+    merged = merge(directory, target_mib << 20, parse_options(storage_options), force=force)
     emit(f"merged {merged:,} parts" if merged else "nothing to merge")
     return 0
 
@@ -87,6 +89,7 @@ def retry(
     gpus_per_actor: Annotated[float | None, typer.Option(help="As for embed.")] = None,
     actors: Annotated[str | None, typer.Option(help="As for embed.")] = None,
     address: Annotated[str | None, typer.Option(help="As for embed.")] = None,
+    force: Force = False,
     storage_options: Options = None,
     json_output: AsJson = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show tracebacks and Ray's own output.")] = False,
@@ -100,7 +103,7 @@ def retry(
     values = nested_values({"actors": actors})
     if gpus_per_actor is not None:
         values["gpus_per_actor"] = gpus_per_actor
-    reopened, spec = reopen_failures(directory, everything, options)
+    reopened, spec = reopen_failures(directory, everything, options, force=force)
     emit(f"{reopened:,} failed rows are pending again", to_stderr=True)
     return run_job(
         {**spec, **values, "storage_options": options},

@@ -7,7 +7,7 @@ Only this file composes the stages. The output is the ledger: whatever ends a ru
 the visible parts what is left, and does that.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 
@@ -50,7 +50,7 @@ _LEAST_BLOCK_BYTES = 1 << 20
 
 
 class Summary(NamedTuple):
-    """How a run ended. Row counts are of this job's shard of the manifest."""
+    """How a run ended. Row counts are of this job's shard of the manifest, without rows that newer ones replaced."""
 
     out: str
     rows: int
@@ -65,7 +65,11 @@ def run(spec: JobSpec, connect: Connect, listen: Listener = lambda progress: Non
     `connect` gives the Ray cluster and is entered only if rows are pending. Raises PatchstreamError (see
     `schemas.errors`): what was committed before that stays, and the same call goes on from there.
     """
-    spec = spec.model_copy(update={"out": absolute(spec.out)})
+    with interruptible():
+        return _run(spec.model_copy(update={"out": absolute(spec.out)}), connect, listen)
+
+
+def _run(spec: JobSpec, connect: Connect, listen: Listener) -> Summary:
     listen(Progress("model"))
     question = ask(spec)
     listen(Progress("listing"))
@@ -77,7 +81,7 @@ def run(spec: JobSpec, connect: Connect, listen: Listener = lambda progress: Non
         rest = pending(read_ledger(spec.out, spec.storage_options), first, stop, opened.superseded)
         attempt.rows_planned = intervals.count(rest)
         if attempt.rows_planned:
-            with connect() as machines, interruptible():
+            with connect() as machines:
                 _work(question, opened, machines, fence, attempt, rest, listen)
         listen(Progress("finishing"))
         _finish(spec, opened, first, stop)
@@ -93,9 +97,11 @@ def run(spec: JobSpec, connect: Connect, listen: Listener = lambda progress: Non
         with suppress(OutputError) if attempt.status == "failed" else nullcontext():
             attempts.finish(spec.out, attempt, spec.storage_options)
     ledger = read_ledger(spec.out, spec.storage_options)
-    images = intervals.count(intervals.intersect(ledger.images, first, stop))
-    failures = intervals.count(intervals.intersect(ledger.failures, first, stop))
-    return Summary(spec.out, stop - first, images, failures, attempt)
+    replaced, images, failures = (
+        intervals.count(intervals.intersect(rows, first, stop))
+        for rows in (opened.superseded, ledger.images, ledger.failures)
+    )
+    return Summary(spec.out, stop - first - replaced, images, failures, attempt)
 
 
 def _work(
@@ -142,7 +148,7 @@ def _distance(question: Question, opened: Opened, placement: Placement, rest: Sp
     """How far this precision is from float32, measured where an actor would run."""
     measure = ray.remote(num_cpus=placement.actor_cpus, num_gpus=placement.actor_gpus)(measure_distance)
     decode = _decode_job(question, opened, placement)
-    found: Distance | None = ray.get(measure.remote(question, placement, cut(rest, IMAGES)[0], decode))
+    found: Distance | None = ray.get(measure.remote(question, placement, next(cut(rest, IMAGES)), decode))
     return found
 
 
@@ -173,7 +179,7 @@ def build(question: Question, opened: Opened, placement: Placement, rest: Spans)
     _configure(question, placement)
     actor = actor_job(question, placement, intervals.count(rest))
     return (
-        ray.data.from_arrow(cut(rest, placement.task_rows))
+        ray.data.from_arrow(list(cut(rest, placement.task_rows)))
         .map_batches(
             decode_rows,
             fn_kwargs={"job": _decode_job(question, opened, placement)},
@@ -199,17 +205,15 @@ def _bundles(dataset: ray.data.Dataset) -> Generator[Any, None, None]:
     yield from dataset.iter_internal_ref_bundles()
 
 
-def cut(rest: Spans, task_rows: int) -> list[pa.Table]:
+def cut(rest: Spans, task_rows: int) -> Iterator[pa.Table]:
     """Ranges of pending rows as one small table for each decoding task, `task_rows` rows in each but the last."""
     before = np.concatenate([[0], np.cumsum(rest[:, 1] - rest[:, 0])])
-    tables = []
     for low in range(0, int(before[-1]), task_rows):
         high = min(low + task_rows, int(before[-1]))
         index = np.arange(np.searchsorted(before, low, "right") - 1, np.searchsorted(before, high, "left"))
         starts = np.maximum(rest[index, 0], rest[index, 0] + low - before[index])
         stops = np.minimum(rest[index, 1], rest[index, 0] + high - before[index])
-        tables.append(pa.table({"start": starts, "stop": stops}))
-    return tables
+        yield pa.table({"start": starts, "stop": stops})
 
 
 def place_job(question: Question, machines: Machines, rows: int) -> Placement:

@@ -47,10 +47,13 @@ def verify(out: str, storage_options: Options) -> Verification:
     return verify_parts(out, record, opened.superseded, opened.schema, storage_options)
 
 
-def compact(out: str, target_bytes: int, storage_options: Options) -> int:
-    """Merge small parts; returns how many went into larger ones. Raises OutputError while a run is writing there."""
+def compact(out: str, target_bytes: int, storage_options: Options, *, force: bool = False) -> int:
+    """Merge small parts; returns how many went into larger ones.
+
+    Raises OutputError while a run is writing there; with `force` a run on another machine is taken for dead.
+    """
     require_record(out, storage_options)
-    _, attempt = attempts.claim(out, _WHOLE, storage_options, "compact")
+    _, attempt = attempts.claim(out, _WHOLE, storage_options, "compact", take_over=force)
     try:
         merged = compaction.compact(out, target_bytes, storage_options)
         attempt.status = "done"
@@ -60,11 +63,13 @@ def compact(out: str, target_bytes: int, storage_options: Options) -> int:
     return merged
 
 
-def reopen_failures(out: str, everything: bool, storage_options: Options) -> tuple[int, dict[str, Any]]:
+def reopen_failures(
+    out: str, everything: bool, storage_options: Options, *, force: bool = False
+) -> tuple[int, dict[str, Any]]:
     """Make failed rows pending again (the retryable ones, or all), by taking them out of `failures/`.
 
     Returns how many, and the values of the spec that runs them. Should that run be cut short, they simply stay
-    pending. Raises OutputError when no row qualifies.
+    pending. Raises OutputError when no row qualifies, or while a run is writing there (as `compact`).
     """
     record = require_record(out, storage_options)
     ledger = read_ledger(out, storage_options)
@@ -80,7 +85,7 @@ def reopen_failures(out: str, everything: bool, storage_options: Options) -> tup
             else f"{redact(out)} has no failures, there is nothing to retry"
         )
     if len(again):
-        _, attempt = attempts.claim(out, _WHOLE, storage_options, "retry")
+        _, attempt = attempts.claim(out, _WHOLE, storage_options, "retry", take_over=force)
         compaction.remove_rows(out, "failures", again, storage_options)
         attempt.status = "done"
         attempts.finish(out, attempt, storage_options)

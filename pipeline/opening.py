@@ -163,9 +163,15 @@ def _dtype(spec: JobSpec, info: ModelInfo, wanted: Wanted) -> str:
 def open_directory(question: Question) -> Opened:
     """Create the run under `spec.out`, or open the one that is there; with `--update`, take up what is new.
 
-    Raises OutputError when the directory holds another computation, SourceError when nothing matches.
+    Raises OutputError when the directory holds another computation, SourceError when nothing matches, SpecError for an
+    update by one of several shards.
     """
     spec = question.spec
+    if spec.update and spec.shard.count > 1:
+        raise SpecError(
+            "--update with --shard: an update adds to the manifest, which all shards must cut alike. Run --update once "
+            "without --shard (it may be interrupted as soon as it has listed), then the shards without --update"
+        )
     dims = dict(zip(question.wanted.features, question.wanted.dims, strict=True))
     wanted = new_record(spec, _model_record(question), dims)
     found = read_record(spec.out, spec.storage_options)
@@ -197,7 +203,7 @@ def reopen(out: str, record: RunRecord, storage_options: Options) -> Opened:
 def _update(question: Question) -> RunRecord:
     spec = question.spec
     with freezing(spec.out, spec.storage_options, again=True):
-        # Read anew: another shard of the same job may just have added what there was to add.
+        # Read anew: another job may just have added what there was to add.
         record = require_record(spec.out, spec.storage_options)
         known = [part_named(name) for name in record.manifest_parts]
         fresh = new_and_changed(read_sources(spec), spec.out, known, spec.storage_options)

@@ -4,8 +4,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import threading
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +14,8 @@ from typing import Any
 from fsspec import AbstractFileSystem
 from pydantic import ValidationError
 
-from pipeline.storage import Options, absolute, create_bytes, filesystem, is_local, join, put_bytes, read_json, redact
+from pipeline.lock import locked
+from pipeline.storage import Options, absolute, filesystem, is_local, join, put_bytes, read_json, redact
 from schemas.errors import OutputError
 from schemas.release import VERSION
 from schemas.run import ModelRecord, RunRecord, difference
@@ -26,9 +25,6 @@ from schemas.tables import FeatureSize
 _RECORDED_VERSIONS = ("torch", "ray", "pyarrow", "pillow", "pi-heif", "simplejpeg", "numpy")
 # What must agree between two runs on one directory; the rest of the model record follows from these.
 _MODEL_IDENTITY = ("digest", "dtype", "pooled", "preprocessing", "label_digest", "zero_shot", "head")
-_FREEZE_WAIT_S = 3600.0
-_BEAT_S = 5.0
-_SILENT_BEATS = 4
 
 
 def read_record(out: str, storage_options: Options) -> RunRecord | None:
@@ -118,62 +114,17 @@ def freezing(out: str, storage_options: Options, *, again: bool = False) -> Iter
     """
     fs, path = filesystem(out, storage_options)
     lock = join(path, "_freezing")
-    deadline = time.monotonic() + _FREEZE_WAIT_S
-    holder = _Holder()
-    while not create_bytes(fs, lock, _now()):
-        if not again and read_record(out, storage_options) is not None and not fs.exists(lock):
-            yield False
-            return
-        if holder.silent(fs, lock):
-            _remove(fs, lock)
-        elif time.monotonic() > deadline:
-            raise OutputError(f"another job has been listing the sources for an hour; if it is dead, delete {lock}")
-        time.sleep(0.5)
-    done = threading.Event()
-    beat = threading.Thread(target=_beat, args=(fs, lock, done), daemon=True)
-    beat.start()
+
+    def frozen() -> bool:
+        return not again and read_record(out, storage_options) is not None and not fs.exists(lock)
+
     try:
-        yield read_record(out, storage_options) is None
+        with locked(fs, lock, "listing the sources", unless=frozen) as mine:
+            yield mine and read_record(out, storage_options) is None
     finally:
-        done.set()
-        beat.join()
-        _remove(fs, lock)
         if is_local(fs):
             with suppress(OSError):  # of a run that came to nothing, not even an empty folder stays
                 Path(path).rmdir()
-
-
-def _now() -> bytes:
-    return datetime.now(UTC).isoformat().encode()
-
-
-def _beat(fs: AbstractFileSystem, lock: str, done: threading.Event) -> None:
-    while not done.wait(_BEAT_S):
-        put_bytes(fs, lock, _now())
-
-
-class _Holder:
-    """Watches another job's lock. Its beats are told apart by their content and timed by the clock of this machine,
-    because the clocks of two machines need not agree."""
-
-    def __init__(self) -> None:
-        self._beat = b""
-        self._since = time.monotonic()
-
-    def silent(self, fs: AbstractFileSystem, lock: str) -> bool:
-        """Whether the holder has been silent for several beats: it was killed."""
-        try:
-            beat = fs.cat_file(lock)
-        except FileNotFoundError:
-            return False
-        if beat != self._beat:
-            self._beat, self._since = beat, time.monotonic()
-        return time.monotonic() - self._since > _SILENT_BEATS * _BEAT_S
-
-
-def _remove(fs: AbstractFileSystem, path: str) -> None:
-    with suppress(FileNotFoundError):
-        fs.rm_file(path)
 
 
 def _identity(record: RunRecord) -> dict[str, Any]:

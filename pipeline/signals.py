@@ -13,7 +13,7 @@ from schemas.errors import Interrupted
 def interruptible() -> Iterator[None]:
     """Raise Interrupted in the main thread on SIGTERM. Does nothing in another thread, where Python allows no handler.
 
-    Entered after Ray has connected, because Ray installs a handler of its own that exits at once.
+    Ray installs a handler of its own when it connects; `cluster.session` puts this one back.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -151,8 +151,8 @@ def search(
 ) -> list[Hit]:
     """The `k` rows nearest to `query`, best first, by cosine; rows given as examples are left out unless kept.
 
-    Exact unless `finder` (an index) is given. `where` is an SQL condition on `images`; with it there may be fewer
-    than k. Raises SpecError if k exceeds the number of rows.
+    Exact unless `finder` (an index) is given, which may find fewer than k in the lists that it looks through. `where`
+    is an SQL condition on `images`; with it there may be fewer too. Raises SpecError if k exceeds the number of rows.
     """
     matrix = store.load(feature)
     usable = int(matrix.usable.sum())
@@ -167,7 +167,8 @@ def search(
     else:
         chosen = None if where is None else np.sort(matrix.positions_of(store.rows(where)))
         scores, positions = top_k(matrix, query.vector[None], wanted, positions=chosen, prepare=prepare, device=device)
-    found = matrix.rows[positions[0]]
+    there = positions[0] >= 0
+    found, scores = matrix.rows[positions[0][there]], scores[:, there]
     keep = np.flatnonzero(~np.isin(found, excluded))[:k]
     uris = store.uris(found[keep])
     return [

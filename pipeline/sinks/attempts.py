@@ -45,10 +45,13 @@ class Fence:
             self._harmless = newer
 
 
-def claim(out: str, shard: Shard, storage_options: Options, command: str) -> tuple[Fence, AttemptRecord]:
+def claim(
+    out: str, shard: Shard, storage_options: Options, command: str, *, take_over: bool = True
+) -> tuple[Fence, AttemptRecord]:
     """Open a new attempt on the rows of `shard`.
 
-    Raises OutputError if an attempt on overlapping rows is alive on this machine.
+    Raises OutputError if an attempt on overlapping rows is alive on this machine, or, without `take_over`, if one on
+    another machine has not said that it ended: whether it lives cannot be seen from here.
     """
     fs, path = filesystem(out, storage_options)
     unfinished = False
@@ -59,6 +62,12 @@ def claim(out: str, shard: Shard, storage_options: Options, command: str) -> tup
                 raise OutputError(
                     f"{redact(out)}: process {record.pid} has been writing there since {record.started}. "
                     "Wait for it or stop it first; two runs must not write the same rows"
+                )
+            if record.host != socket.gethostname() and not take_over:
+                raise OutputError(
+                    f"{redact(out)}: attempt {record.attempt} (process {record.pid} on {record.host}) has been running "
+                    f"since {record.started}, and `{command}` would end it. Wait for it; if it is dead, run its own "
+                    "command again or give --force"
                 )
     number = max(_numbers(fs, path), default=0)
     while True:

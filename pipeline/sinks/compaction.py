@@ -3,16 +3,21 @@
 A swap goes: write the new parts to `_swap/`, write the plan `_swap/plan.json`, delete the old parts, move the new
 ones in, delete the plan. Once the plan is there the swap will be finished, by this process or by the next command
 on the directory (`recover`); before that it never happened. In between a reader sees fewer rows, never more.
+
+Jobs of several shards share a directory, and a part may hold rows of two of them: one swap goes on at a time, under the
+lock `_swapping`, which is held from reading the old parts to the end.
 """
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
+from pipeline.lock import locked
 from pipeline.sinks import intervals
 from pipeline.sinks.intervals import Spans
 from pipeline.sinks.parts import FOLDERS, Part, encode, list_parts, part_name, read_row_numbers
@@ -21,6 +26,7 @@ from schemas.tables import METADATA_KEY
 
 _STAGING = "_swap"
 _PLAN = "_swap/plan.json"
+_LOCK = "_swapping"
 # A part this close to the target stays as it is: rewriting it would gain nothing.
 _GOOD_FRACTION = 0.5
 
@@ -37,8 +43,11 @@ def compact(out: str, target_bytes: int, storage_options: Options, first: int = 
         mine = [part for part in list_parts(fs, path) if part.folder == folder]
         mine = [part for part in mine if part.first >= first and (stop is None or part.last < stop)]
         for group in _groups(mine, target_bytes):
-            _swap(fs, path, group, [_merge(fs, path, group)])
-            merged += len(group)
+            with _swapping(fs, path):
+                # What somebody else has rewritten meanwhile is left to the next time.
+                if set(group) <= set(list_parts(fs, path)):
+                    _swap(fs, path, group, [_merge(fs, path, group)])
+                    merged += len(group)
     return merged
 
 
@@ -47,14 +56,15 @@ def remove_rows(out: str, folder: str, rows: Spans, storage_options: Options) ->
     fs, path = filesystem(out, storage_options)
     recover(out, storage_options)
     removed = 0
-    for part in list_parts(fs, path):
-        if part.folder != folder or not len(intervals.intersect(rows, part.first, part.last + 1)):
-            continue
-        inside = intervals.contains(rows, read_row_numbers(fs, path, part))
-        if inside.any():
-            table = _read(fs, path, part)
-            _swap(fs, path, [part], [table.filter(pa.array(~inside))])
-            removed += int(inside.sum())
+    with _swapping(fs, path):
+        for part in list_parts(fs, path):
+            if part.folder != folder or not len(intervals.intersect(rows, part.first, part.last + 1)):
+                continue
+            inside = intervals.contains(rows, read_row_numbers(fs, path, part))
+            if inside.any():
+                table = _read(fs, path, part)
+                _swap(fs, path, [part], [table.filter(pa.array(~inside))])
+                removed += int(inside.sum())
     return removed
 
 
@@ -67,26 +77,34 @@ def drop_repeats(out: str, twice: Spans, storage_options: Options) -> int:
     recover(out, storage_options)
     kept = intervals.EMPTY
     removed = 0
-    for part in sorted(list_parts(fs, path), key=lambda part: (FOLDERS.index(part.folder), part.name)):
-        rows = read_row_numbers(fs, path, part)
-        mine = intervals.contains(twice, rows)
-        again = intervals.contains(kept, rows)
-        kept = intervals.union([kept, intervals.from_rows(rows[mine])])
-        if again.any():
-            _swap(fs, path, [part], [_read(fs, path, part).filter(pa.array(~again))])
-            removed += int(again.sum())
+    with _swapping(fs, path):
+        for part in sorted(list_parts(fs, path), key=lambda part: (FOLDERS.index(part.folder), part.name)):
+            rows = read_row_numbers(fs, path, part)
+            mine = intervals.contains(twice, rows)
+            again = intervals.contains(kept, rows)
+            kept = intervals.union([kept, intervals.from_rows(rows[mine])])
+            if again.any():
+                _swap(fs, path, [part], [_read(fs, path, part).filter(pa.array(~again))])
+                removed += int(again.sum())
     return removed
 
 
 def recover(out: str, storage_options: Options) -> bool:
     """Finish a swap that was cut short, or clear away one that never began. True if there was one to finish."""
     fs, path = filesystem(out, storage_options)
-    plan = read_json(fs, join(path, _PLAN))
-    if plan is None:
-        _clear(fs, path)
+    if not fs.exists(join(path, _STAGING)):
         return False
-    _carry_out(fs, path, plan)
-    return True
+    with _swapping(fs, path):
+        plan = read_json(fs, join(path, _PLAN))
+        if plan is None:
+            _clear(fs, path)
+            return False
+        _carry_out(fs, path, plan)
+        return True
+
+
+def _swapping(fs: AbstractFileSystem, out: str) -> AbstractContextManager[bool]:
+    return locked(fs, join(out, _LOCK), "rewriting parts")
 
 
 def _groups(parts: list[Part], target_bytes: int) -> Iterator[list[Part]]:

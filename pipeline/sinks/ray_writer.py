@@ -29,6 +29,8 @@ _TICK_S = 0.2
 _DRAIN_S = 15.0
 # For Ray Data to end an execution.
 _STOP_S = 5.0
+# What Ray Data appends to the message of whatever a function of ours raises.
+_RAYS_NOTE = "\nFailed to apply UDF transform"
 
 
 class WriteJob(NamedTuple):
@@ -220,7 +222,9 @@ def unwrap(error: BaseException) -> BaseException:
     """The PatchstreamError that a worker raised, if one lies at the bottom of what Ray made of it; else `error`."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, PatchstreamError):
+        # What Ray makes of ours passes for ours too, with a traceback as its message.
+        if isinstance(seen, PatchstreamError) and not isinstance(seen, ray.exceptions.RayError):
+            seen.args = (str(seen).partition(_RAYS_NOTE)[0],)
             return seen
         seen = getattr(seen, "cause", None) or seen.__cause__
     return error

@@ -14,7 +14,8 @@ from support.testdata import TESTDATA, needs_testdata, photos, trained_vit
 from pipeline import maintenance
 from pipeline.flow import Connect, run
 from pipeline.predictors.null import null_features
-from schemas.errors import OutputError
+from schemas.errors import ClusterError, OutputError
+from schemas.release import release
 from schemas.spec import JobSpec, build_spec
 
 pytestmark = pytest.mark.slow
@@ -173,3 +174,16 @@ def test_the_names_of_classes_belong_to_the_run(
         with pytest.raises(OutputError, match=r"model\.label_digest: there"):
             run(spec_for(tmp_path / "o", **values, **extra), connect)
     assert maintenance.verify(str(tmp_path / "o"), {}).problems == []
+
+
+def test_what_a_worker_refuses_is_said_in_our_own_words(
+    tmp_path: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray passes its traceback off as the message, and adds advice of its own."""
+    monkeypatch.setattr("pipeline.flow.release", lambda: release()._replace(version="0.0.1", home="/elsewhere"))
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    spec = build_spec({"sources": [str(tmp_path)], "model": "null", "backend": "null", "out": str(tmp_path / "out")})
+    with pytest.raises(ClusterError) as error:
+        run(spec, connect)
+    assert str(error.value).startswith("a worker on ")
+    assert len(str(error.value).splitlines()) == 1

@@ -36,7 +36,7 @@ def test_tasks_cover_every_pending_row_once(rows: int) -> None:
     edges = np.unique(rng.integers(0, 10 * rows, 2 * min(rows, 40)))
     spans = edges[: len(edges) // 2 * 2].reshape(-1, 2)
     want = [row for start, stop in spans.tolist() for row in range(start, stop)]
-    tables = cut(spans, 64)
+    tables = list(cut(spans, 64))
     got = [[row for span in task.to_pylist() for row in range(span["start"], span["stop"])] for task in tables]
     assert [row for task in got for row in task] == want
     assert all(len(task) == 64 for task in got[:-1])

@@ -1,6 +1,8 @@
 """Told to stop: what is held is written, the directory resumes, and it does not take long."""
 
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -40,3 +42,30 @@ def test_stopped_and_resumed(tmp_path: Path, pictures: Path, checkpoint: Path, n
     assert again.returncode == 0, again.stderr
     assert attempt_records(out)[-1]["rows_planned"] == record["rows_planned"] - kept
     assert patchstream("verify", out).returncode == 0
+
+
+TOLD_TO_STOP = """
+import os, signal, sys, time
+from cluster.session import ray_session
+from pipeline.signals import interruptible
+from schemas.errors import Interrupted
+try:
+    with interruptible():
+        with ray_session(cpus=1):
+            if sys.argv[1] == "inside":
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(10)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+except Interrupted as stopped:
+    print("stopped", stopped.exit_code)
+"""
+
+
+@pytest.mark.parametrize("when", ["inside", "behind"])
+def test_ray_does_not_answer_the_signal_itself(when: str) -> None:
+    """Its own handler ends the process at once, as failed, also long after Ray has been left."""
+    done = subprocess.run(
+        [sys.executable, "-c", TOLD_TO_STOP, when], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "stopped 143" in done.stdout, done.stderr

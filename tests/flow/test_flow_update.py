@@ -11,7 +11,7 @@ from support.s3 import S3Server
 
 from pipeline import maintenance
 from pipeline.flow import Connect, run
-from schemas.errors import OutputError
+from schemas.errors import OutputError, SpecError
 from schemas.spec import JobSpec, build_spec
 
 pytestmark = pytest.mark.slow
@@ -63,6 +63,7 @@ def test_an_update_does_what_is_new_and_drops_what_it_replaces(connect: Connect,
     fs.rm_file(f"{folder}/19.jpg")
     summary = run(update, connect)
     assert summary.attempt.rows_planned == 4
+    assert (summary.rows, summary.images, summary.failures) == (22, 22, 0), "rows that were replaced are no images"
     found = images_in(out, options)
     kept = {row: name for row, name in enumerate(names) if row not in {3, 7}}
     assert {row: name for row, name in found.items() if row < 20} == kept
@@ -79,6 +80,15 @@ def test_an_update_does_what_is_new_and_drops_what_it_replaces(connect: Connect,
     assert Counter(images_in(out, options).values())["03.jpg"] == 1
     assert run(spec, connect).attempt.rows_planned == 0
     assert maintenance.verify(out, by_scheme).problems == []
+
+
+def test_an_update_by_one_of_several_shards_is_refused(tmp_path: Path, connect: Connect) -> None:
+    """Each would cut another manifest: a row between two cuts would be done by nobody, or by both."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/0.jpg").write_bytes(b"x")
+    update = spec_for(str(tmp_path / "in"), str(tmp_path / "out"), update=True, shard={"index": 0, "count": 2})
+    with pytest.raises(SpecError, match="--update with --shard"):
+        run(update, connect)
 
 
 def test_an_update_that_was_cut_short_is_finished_by_the_next(

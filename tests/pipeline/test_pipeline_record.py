@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from support.runs import RunContent, run_record
 
-from pipeline import record
+from pipeline import lock
 from pipeline.record import freezing
 from schemas.errors import SourceError
 
 
 @pytest.fixture(autouse=True)
 def quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "_BEAT_S", 0.2)
+    monkeypatch.setattr(lock, "_BEAT_S", 0.2)
 
 
 def test_a_failed_start_leaves_no_folder(tmp_path: Path) -> None:

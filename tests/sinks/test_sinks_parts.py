@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import duckdb
@@ -161,16 +162,53 @@ compaction.compact(sys.argv[1], 1 << 20, {})
 """
 
 
-@pytest.mark.parametrize("steps", range(8))
+@pytest.mark.parametrize("steps", range(9))
 def test_a_crash_at_any_step_of_a_swap_loses_and_doubles_nothing(tmp_path: Path, steps: int) -> None:
     for start in (0, 3, 6):
         write(tmp_path, [start, start + 1, start + 2])
     done = subprocess.run([sys.executable, "-c", CRASHING, str(tmp_path), str(steps)], check=False, timeout=60)
-    assert done.returncode == (9 if steps < 7 else 0), "two writes, three removals, a move and the plan: seven steps"
+    assert done.returncode == (9 if steps < 8 else 0), "two writes, three removals, a move, plan and lock: eight steps"
     seen = rows_in(tmp_path)
     assert len(seen) == len(set(seen)), "a glob saw a row twice"
     compaction.recover(str(tmp_path), {})
     assert sorted(rows_in(tmp_path)) == list(range(9))
+
+
+def test_another_shard_that_starts_in_the_middle_of_a_swap_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for start in (0, 3, 6):
+        write(tmp_path, [start, start + 1, start + 2])
+    others: list[threading.Thread] = []
+    put_bytes = compaction.put_bytes
+
+    def disturbed(fs: object, path: str, data: bytes) -> None:
+        put_bytes(fs, path, data)
+        if "/_swap/images" in path:
+            others.append(threading.Thread(target=compaction.recover, args=(str(tmp_path), {})))
+            others[-1].start()
+            others[-1].join(1.0)
+
+    monkeypatch.setattr(compaction, "put_bytes", disturbed)
+    assert compaction.compact(str(tmp_path), 1 << 20, {}) == 3
+    for other in others:
+        other.join(30)
+    assert len(others) == 1
+    assert sorted(rows_in(tmp_path)) == list(range(9))
+    assert not (tmp_path / "_swapping").exists()
+
+
+def test_two_shards_take_their_rows_out_of_one_part(tmp_path: Path) -> None:
+    write(tmp_path, list(range(100)))
+    halves = [np.array([[0, 40]]), np.array([[60, 100]])]
+    shards = [
+        threading.Thread(target=compaction.remove_rows, args=(str(tmp_path), "images", rows, {})) for rows in halves
+    ]
+    for shard in shards:
+        shard.start()
+    for shard in shards:
+        shard.join(60)
+    assert rows_in(tmp_path) == list(range(40, 60))
 
 
 def test_rows_in_two_parts_are_found_and_mended(tmp_path: Path) -> None:
@@ -243,6 +281,20 @@ def test_a_living_attempt_is_not_overrun(tmp_path: Path) -> None:
         other.wait()
     fence, _ = attempts.claim(str(tmp_path), Shard(index=0, count=1), {}, "embed")
     assert fence.number == 2
+
+
+def test_a_run_on_another_machine_is_ended_only_on_purpose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Shard(index=0, count=1)
+    with monkeypatch.context() as there:
+        there.setattr("socket.gethostname", lambda: "another")
+        running, record = attempts.claim(str(tmp_path), whole, {}, "embed")
+    with pytest.raises(OutputError, match=r"on another\) has been running since .*`compact` would end it"):
+        attempts.claim(str(tmp_path), whole, {}, "compact", take_over=False)
+    running.check()
+    attempts.claim(str(tmp_path), whole, {}, "embed")
+    with pytest.raises(OutputError, match="has taken over"):
+        running.check()
+    attempts.finish(str(tmp_path), record, {})
 
 
 def test_a_full_disk_names_the_path(tmp_path: Path) -> None:
