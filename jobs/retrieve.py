@@ -63,6 +63,7 @@ def search(
     as_json: AsJson = False,
 ) -> int:
     """Find the pictures most like some examples, exactly or by an index."""
+    _check_device(device)
     examples = [*_examples(image, row, uri, vector, text), *(_minus(value) for value in minus or ())]
     texts = [example.value for example in examples if example.kind == "text"]
     with opened(directory, storage_options) as store:
@@ -80,6 +81,16 @@ def search(
     else:
         print_table(["row", "score", "uri"], [[hit["row"], round(hit["score"], 4), hit["uri"]] for hit in hits])
     return 0
+
+
+def _check_device(device: str) -> None:
+    if device not in ("cpu", "cuda"):
+        raise SpecError(f"--device {device}: choose cpu or cuda")
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise SpecError("--device cuda: torch finds no GPU on this machine; leave it out to search on the CPU")
 
 
 def _find(
@@ -109,7 +120,7 @@ def _find(
             f"{built.record.mean is not None}; leave out --centre, and give --features as it was built"
         )
     query = build_query(store, feature, examples, embed.images, built.prepare, embed.texts)
-    return find(
+    hits = find(
         store,
         query,
         wanted,
@@ -117,6 +128,13 @@ def _find(
         finder=lambda queries, most: indexes.find(built, matrix, queries, most),
         **options,
     )
+    if len(hits) < wanted:
+        emit(
+            f"warning: the index looks through a part of the rows and found {len(hits):,} of {wanted:,}; leave out "
+            "--index for an exact search",
+            to_stderr=True,
+        )
+    return hits
 
 
 def _examples(

@@ -129,7 +129,8 @@ def is_address(item: str) -> bool:
 
 
 def _fetched(urls: list[str], settings: Settings) -> Iterator[bytes | ImageError]:
-    rows = [{"row": row, "uri": url} for row, url in enumerate(urls)]
+    # JSON may spell half of a surrogate pair, which is no text and has no bytes.
+    rows = [{"row": row, "uri": url.encode("utf-8", "replace").decode()} for row, url in enumerate(urls)]
     manifest = pa.Table.from_pylist(rows, schema=manifest_schema([]))
     for item in fetch_rows(
         manifest, fetch=settings.fetch, image_column="image", storage_options=settings.storage_options

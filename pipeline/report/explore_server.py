@@ -23,7 +23,6 @@ from schemas.errors import OutputError, SpecError
 
 MAX_UPLOAD_BYTES = 32 * 1024 * 1024
 _REQUEST_TIMEOUT_S = 30.0
-_LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self'; style-src 'self'; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'none'",
@@ -120,7 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _guarded(self) -> Response | None:
         """Why this request is refused, None if it is not."""
-        if self.server.local and _host_name(self.headers.get("Host", "")) not in _LOOPBACK_NAMES:
+        # A name of another site may be made to point here; an address cannot.
+        if self.server.local and not is_loopback(_host_name(self.headers.get("Host", "")) or ""):
             return self._plain(421, "This server answers to localhost only.")
         if self.server.token is None:
             return None

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow.dataset as pads
@@ -119,8 +120,10 @@ def _read_vector(path: str, store: FeatureStore, feature: str) -> Floats:
         raise SpecError(f"--vector {path}: no such file")
     try:
         array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, BadZipFile) as error:
         raise SpecError(f"--vector {path}: not a .npy array ({error})") from None
+    if not isinstance(array, np.ndarray):
+        raise SpecError(f"--vector {path}: an archive of several arrays; save one with numpy.save")
     if array.ndim not in (1, 2) or array.size != dim or array.dtype.kind not in "fiu":
         raise SpecError(
             f"--vector {path}: an array of shape {array.shape} and type {array.dtype}, but `{feature}` of this run has "

@@ -100,6 +100,8 @@ def test_one_bad_image_does_not_lose_the_others(
     assert [item["stage"] for item in answers if isinstance(item, dict)] == ["fetch", "decode", "fetch", "fetch"]
     assert [answers[i]["error"] for i in (0, 3, 4)] == ["NotFound", "NotBase64", "NoBytes"]
     assert all(item["message"] for item in answers if isinstance(item, dict))
+    code, out, _ = predict({"input_data": [f"{server.url}/\ud800.jpg", coded(pictures[0])]}, "--top-k", "1")
+    assert [type(item) for item in json.loads(out)] == [dict, list], "half a surrogate pair is no text"
     assert "4 of 6 images failed" in shown
     assert predict({"input_data": ["%%%"]})[0] == 3
     assert predict({"input_data": []})[:2] == (0, "[]\n")

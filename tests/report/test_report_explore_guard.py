@@ -40,7 +40,9 @@ def test_report_explore_answers_to_localhost_only(client: Client, host: str) -> 
     assert b"localhost" in body
 
 
-@pytest.mark.parametrize("host", ["localhost:1", "127.0.0.1", "LOCALHOST", "[::1]:80"])
+@pytest.mark.parametrize(
+    "host", ["localhost:1", "127.0.0.1", "127.0.0.2:8000", "LOCALHOST", "[::1]:80", "[0:0:0:0:0:0:0:1]"]
+)
 def test_report_explore_answers_under_each_local_name(client: Client, host: str) -> None:
     assert client.request("/", headers={"Host": host})[0] == 200
 

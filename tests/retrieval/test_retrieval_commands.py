@@ -170,6 +170,7 @@ def test_sql_prints_and_writes(run: Run, directory: Path, tmp_path: Path) -> Non
         (["search", "{d}"], "nothing to search for"),
         (["search", "{d}", "--text", "a cat"], "no text tower"),
         (["search", "{d}", "--row", "1", "-k", "401"], "-k 401: 400 rows"),
+        (["search", "{d}", "--row", "1", "--device", "gpu"], "--device gpu: choose cpu or cuda"),
         (["search", "{d}", "--row", "1", "--features", "pooled"], "no feature `pooled`; it has: cls"),
         (["kmeans", "{d}"], "either -k N or --sweep"),
         (["kmeans", "{d}", "-k", "500"], "-k 500: there are 400"),

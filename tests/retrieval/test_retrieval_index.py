@@ -65,6 +65,17 @@ def test_search_through_an_index_gives_what_exact_search_gives(store: FeatureSto
         search(store, query, 5, where="row > 3", finder=lambda queries, k: (queries, np.array([[1]])))
 
 
+def test_an_index_that_finds_fewer_invents_none(store: FeatureStore) -> None:
+    """faiss fills what it could not find in the lists that it looked through with -1."""
+    built = tune(indexes.build(store, feature="cls", kind="ivf-flat"), store.load("cls"))
+    query = build_query(store, "cls", [Example("row", "77")], None, built.prepare)
+    usable = int(store.load("cls").usable.sum())
+    hits = search(store, query, usable, finder=lambda queries, k: indexes.find(built, store.load("cls"), queries, k))
+    rows = [hit["row"] for hit in hits]
+    assert len(set(rows)) == len(rows) < usable
+    assert min(hit["score"] for hit in hits) > -1
+
+
 def test_kind_follows_size() -> None:
     assert indexes.kind_for(5000, 1024) == "flat"
     assert indexes.kind_for(1_000_000, 384) == "ivf-flat"

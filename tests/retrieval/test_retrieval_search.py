@@ -125,6 +125,12 @@ def test_vector_of_another_model(store: FeatureStore, tmp_path: Path) -> None:
     np.save(tmp_path / "q.npy", np.ones(48, np.float32))
     with pytest.raises(SpecError, match=r"shape \(48,\).*`cls` of this run has 32"):
         ask(store, Example("vector", str(tmp_path / "q.npy")))
+    np.savez(tmp_path / "q.npz", np.ones(48, np.float32))
+    with pytest.raises(SpecError, match="an archive of several arrays"):
+        ask(store, Example("vector", str(tmp_path / "q.npz")))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "q.npz").read_bytes()[:100])
+    with pytest.raises(SpecError, match=r"not a \.npy array"):
+        ask(store, Example("vector", str(tmp_path / "cut.npz")))
     (tmp_path / "text.npy").write_text("hello")
     with pytest.raises(SpecError, match=r"not a \.npy array"):
         ask(store, Example("vector", str(tmp_path / "text.npy")))
