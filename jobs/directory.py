@@ -100,18 +100,12 @@ def retry(
     from pipeline.maintenance import reopen_failures
 
     options = parse_options(storage_options)
-    values = nested_values({"actors": actors})
+    placement = nested_values({"actors": actors})
     if gpus_per_actor is not None:
-        values["gpus_per_actor"] = gpus_per_actor
-    reopened, spec = reopen_failures(directory, everything, options, force=force)
+        placement["gpus_per_actor"] = gpus_per_actor
+    reopened, values = reopen_failures(directory, everything, options, placement, force=force)
     emit(f"{reopened:,} failed rows are pending again", to_stderr=True)
-    return run_job(
-        {**spec, **values, "storage_options": options},
-        address=address,
-        report=True,
-        json_output=json_output,
-        verbose=verbose,
-    )
+    return run_job(values, address=address, report=True, json_output=json_output, verbose=verbose)
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {"status": status, "verify": verify, "compact": compact, "retry": retry}

@@ -1,11 +1,13 @@
 """What can be done with a run's directory after, or between, its attempts."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.opening import reopen
+from pipeline.opening import ask, open_directory, reopen
 from pipeline.record import require_record
 from pipeline.sinks import attempts, compaction, intervals
 from pipeline.sinks.ledger import Ledger, pending, read_ledger
@@ -13,9 +15,11 @@ from pipeline.sinks.verify import Verification
 from pipeline.sinks.verify import verify as verify_parts
 from pipeline.storage import Options, filesystem, join, redact
 from schemas.errors import OutputError
-from schemas.spec import Shard
+from schemas.run import RunRecord
+from schemas.spec import Shard, build_spec
 
 _WHOLE = Shard(index=0, count=1)
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 def status(out: str, storage_options: Options) -> dict[str, Any]:
@@ -64,12 +68,19 @@ def compact(out: str, target_bytes: int, storage_options: Options, *, force: boo
 
 
 def reopen_failures(
-    out: str, everything: bool, storage_options: Options, *, force: bool = False
+    out: str,
+    everything: bool,
+    storage_options: Options,
+    placement: Mapping[str, Any] = _NONE,
+    *,
+    force: bool = False,
 ) -> tuple[int, dict[str, Any]]:
     """Make failed rows pending again (the retryable ones, or all), by taking them out of `failures/`.
 
-    Returns how many, and the values of the spec that runs them. Should that run be cut short, they simply stay
-    pending. Raises OutputError when no row qualifies, or while a run is writing there (as `compact`).
+    `placement`: values of the spec that say where the rows run. Returns how many rows, and the values of the spec that
+    runs them. Should that run be cut short, they simply stay pending. Raises OutputError when no row qualifies or while
+    a run is writing there (as `compact`), and, with nothing taken out, whatever would keep such a run from beginning:
+    SpecError, CheckpointError or OutputError.
     """
     record = require_record(out, storage_options)
     ledger = read_ledger(out, storage_options)
@@ -84,14 +95,21 @@ def reopen_failures(
             if count
             else f"{redact(out)} has no failures, there is nothing to retry"
         )
+    values = {**_same_again(record), **placement, "out": out, "storage_options": dict(storage_options)}
+    open_directory(ask(build_spec(values)))
     if len(again):
         _, attempt = attempts.claim(out, _WHOLE, storage_options, "retry", take_over=force)
         compaction.remove_rows(out, "failures", again, storage_options)
         attempt.status = "done"
         attempts.finish(out, attempt, storage_options)
+    return intervals.count(again), values
+
+
+def _same_again(record: RunRecord) -> dict[str, Any]:
+    """The values of a spec that computes what `record` says: a branch may have moved on, its commit has not."""
     model = {"model": record.model.name, "revision": record.model.revision, "dtype": record.model.dtype}
     backend = {"backend": "null"} if record.model.family == "null" else {}
-    return intervals.count(again), {**record.spec, **model, **backend, "out": out}
+    return {**record.spec, **model, **backend}
 
 
 def _failures(ledger: Ledger) -> list[Any]:

@@ -203,7 +203,6 @@ class JobSpec(Strict):
 # Fields that decide what stands in the output. Two runs may share a directory only if these agree.
 RESULT_FIELDS = (
     "sources",
-    "revision",
     "features",
     "labels",
     "feature_dtype",
@@ -231,8 +230,9 @@ def parse_image_size(text: str | None) -> int | tuple[int, int] | None:
 
 # Files that may move, while what they hold, which is recorded by digest, may not change.
 PLACE_FIELDS = ("vocabulary", "label_file", "head")
-# What run.json keeps, so that a later command can run the same again.
-RECORDED_FIELDS = (*RESULT_FIELDS, *PLACE_FIELDS)
+# What run.json keeps, so that a later command can run the same again. The revision is no result field: a branch and
+# the commit it stands for are one model, and the model's digest tells which.
+RECORDED_FIELDS = (*RESULT_FIELDS, *PLACE_FIELDS, "revision")
 
 
 def build_spec(values: dict[str, Any]) -> JobSpec:
