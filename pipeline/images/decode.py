@@ -17,6 +17,7 @@ from pipeline.images.formats import FORMATS
 from pipeline.images.jpeg import decode_jpeg, refuse_endless_scans, scale_denominator
 from pipeline.images.limits import DECODE_LIMIT_S, DecodeTimeoutError, quiet_stderr, time_limit
 from pipeline.images.modes import to_rgb
+from pipeline.images.tiff import tile_pixels
 from pipeline.images.transform import Pixels, resize_and_crop, resized_size
 from schemas.errors import ImageError
 from schemas.preprocessing import Preprocessing
@@ -82,6 +83,9 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         raise too_many_pixels(f"{image.format} of {width} × {height} pixels; the limit is {max_pixels:,}")
     if width < 1 or height < 1:
         raise ImageError("decode", "EmptyImage", f"{image.format} of {width} × {height} pixels holds no picture")
+    tile = tile_pixels(data) if image.format == "TIFF" else 0
+    if tile > max_pixels:
+        raise too_many_pixels(f"TIFF with tiles of {tile:,} pixels; the limit is {max_pixels:,}")
     return image
 
 

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -12,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.odd_images import png_chunk, png_file, zeros
+from support.odd_images import png_chunk, png_file, tiled_tiff, zeros
 
 from pipeline.images.decode import DecodeSpec, decode_into
 from pipeline.images.formats import prepare_process
 from pipeline.images.limits import DecodeTimeoutError, quiet_stderr, time_limit
+from pipeline.images.tiff import tile_pixels
 from schemas.errors import ImageError
 from schemas.preprocessing import Preprocessing
 
@@ -74,6 +76,29 @@ def test_a_slow_picture_becomes_a_failure():
     with pytest.raises(ImageError, match="time limit") as caught:
         decode_into(data, np.empty((8, 8, 3), np.uint8), spec)
     assert (caught.value.error, caught.value.retryable) == ("DecodeTimedOut", False)
+
+
+@pytest.mark.parametrize("sides", [(112,), (112, 16), (16, 112)])
+def test_a_tile_counts_as_pixels(sides):
+    """libtiff decodes a tile whole, however little of it is in the picture, and takes the first of two sizes."""
+    prepare_process()
+    pixels = np.empty((8, 8, 3), np.uint8)
+    with pytest.raises(ImageError, match=r"tiles of 12,544 pixels; the limit is 12,543") as caught:
+        decode_into(tiled_tiff(*sides), pixels, DecodeSpec(Preprocessing(resize=(8, 8)), "exact", 112 * 112 - 1))
+    assert caught.value.error == "TooManyPixels"
+    decode_into(tiled_tiff(*sides), pixels, DecodeSpec(Preprocessing(resize=(8, 8)), "exact", 112 * 112))
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_the_sides_of_tiles_are_read_in_every_layout(order):
+    mark = b"II" if order == "<" else b"MM"
+    small = struct.pack(order + "HIH", 42, 8, 2) + struct.pack(order + "HHIHxx", 322, 3, 1, 700)
+    small += struct.pack(order + "HHII", 323, 16, 1, 34) + struct.pack(order + "Q", 50)  # too long for its entry
+    assert tile_pixels(mark + small) == 700 * 50
+    big = struct.pack(order + "HHHQQ", 43, 8, 0, 16, 2) + struct.pack(order + "HHQHxxxxxx", 322, 3, 1, 700)
+    assert tile_pixels(mark + big + struct.pack(order + "HHQQ", 323, 16, 1, 50)) == 700 * 50
+    assert tile_pixels(mark + big) == 0
+    assert tile_pixels(mark + small[:4]) == 0
 
 
 def test_quiet_stderr_drops_what_c_code_writes_and_restores_the_rest(capfd):

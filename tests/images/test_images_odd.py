@@ -96,6 +96,8 @@ KNOWN_REASONS = {
     "png in an icon, 2.5 gigapixels": TOO_MANY,
     "gif of 4 gigapixels": TOO_MANY,
     "tiff of 4 gigapixels": TOO_MANY,
+    "tiff with a tile of 268 megapixels": TOO_MANY,
+    "tiff with a tile of 268 megapixels, or of 256": TOO_MANY,
     "tga of 4 gigapixels": TOO_MANY,
     "webp of 268 megapixels": TOO_MANY,
     "jpeg of 65500 × 65500": TOO_MANY,

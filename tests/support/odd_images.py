@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 from PIL import Image
 
+SHORT, LONG = 3, 4
+
 
 def png_chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -32,6 +34,18 @@ def tiff_file(*tags: tuple[int, int, int, int]) -> bytes:
     """A little-endian TIFF whose directory holds `tags`: (tag, type, count, value)."""
     entries = b"".join(struct.pack("<HHII", *tag) for tag in sorted(tags))
     return b"II*\x00\x08\x00\x00\x00" + struct.pack("<H", len(tags)) + entries + bytes(4) + bytes(64)
+
+
+def tiled_tiff(side: int, *others: int) -> bytes:
+    """A TIFF of 16 × 16 pixels in one deflated tile of `side` × `side`; `others` are further sides by the same tags."""
+    body = zeros(side * side)
+    tags = [(256, LONG, 1, 16), (257, LONG, 1, 16), (258, SHORT, 1, 8), (259, SHORT, 1, 8), (262, SHORT, 1, 1)]
+    tags += [(277, SHORT, 1, 1), *((tag, LONG, 1, given) for tag in (322, 323) for given in (side, *others))]
+    tags += [(325, LONG, 1, len(body))]
+    entries = [struct.pack("<HHII", *tag) for tag in tags]
+    start = 8 + 2 + 12 * (len(tags) + 1) + 4
+    entries[-1:] = [struct.pack("<HHII", 324, LONG, 1, start), entries[-1]]
+    return b"II*\x00\x08\x00\x00\x00" + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4) + body
 
 
 def icon(inner: bytes, side: int = 0) -> bytes:
@@ -66,7 +80,6 @@ def endless_jpeg(scans: int, side: int = 2000) -> bytes:
 
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n(/etc/passwd) (r) file\n"
-SHORT, LONG = 3, 4
 _GREY = [(258, SHORT, 1, 8), (259, SHORT, 1, 1), (262, SHORT, 1, 1), (277, SHORT, 1, 1), (273, LONG, 1, 200)]
 
 
@@ -101,6 +114,8 @@ def bombs() -> dict[str, bytes]:
         "tiff of 60,000 samples a pixel": tiff_file(
             (256, LONG, 1, 100), (257, LONG, 1, 100), *_GREY[:3], (277, SHORT, 1, 60_000), (273, LONG, 1, 8)
         ),
+        "tiff with a tile of 268 megapixels": tiled_tiff(16_384),
+        "tiff with a tile of 268 megapixels, or of 256": tiled_tiff(16_384, 16),
         "tiff with a tag of 4 gigabytes": tiff_file(
             *_GREY, (256, LONG, 1, 9), (257, LONG, 1, 9), (700, 7, 2**32 - 1, 8)
         ),
