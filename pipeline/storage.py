@@ -9,7 +9,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,6 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
 
 from schemas.errors import OutputError, SourceError, SpecError
+from schemas.redaction import redact as redact
 
 Options = Mapping[str, Any]
 
@@ -71,31 +71,6 @@ def filesystem(url: str, storage_options: Options) -> tuple[AbstractFileSystem, 
 def is_local(fs: AbstractFileSystem) -> bool:
     """Whether paths of `fs` are paths of this machine."""
     return isinstance(fs, LocalFileSystem)
-
-
-# `user:password@` after the scheme; also in the middle of a chained URL or of a message.
-_USER = re.compile(r"(?<=://)[^/?#\s]*@")
-_PARAMETER = re.compile(r"(?<=[?&;#])([^=?&;#\s]+=)[^&;#\s'\"<>]+")
-# Names that sign a request on S3 (v2, v4), Google Cloud Storage (v2, v4), Azure (SAS) and CloudFront, and common ones.
-_SECRET_NAME = re.compile(
-    r"signature|token|secret|credential|passw|accesskeyid|accessid|accountkey|apikey|key-pair-id"
-    r"|(?:^|[-_.])(?:sig|key|pwd|auth|jwt|policy|expires)=",
-    re.IGNORECASE,
-)
-
-
-def redact(text: str) -> str:
-    """`text` without user, password and the values of signed query parameters in the URLs it holds.
-
-    `text` is a URL or a message with URLs in it; what is no URL stays as it is. Safe to print and to store.
-    """
-    if "://" not in text:
-        return text
-    return _PARAMETER.sub(_redact_parameter, _USER.sub("", text))
-
-
-def _redact_parameter(match: re.Match[str]) -> str:
-    return f"{match[1]}…" if _SECRET_NAME.search(match[1]) else match[0]
 
 
 def absolute(url: str) -> str:

@@ -6,7 +6,7 @@ A key that does not exist is an error that names the nearest one that does.
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from schemas.errors import SpecError
+from schemas.redaction import redact
 
 FeatureName = Literal["cls", "pooled", "patches", "visual_tokens"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "float8"]
@@ -261,17 +262,28 @@ def _explain(item: Any) -> str:
     location = [str(part) for part in item["loc"]]
     name = ".".join(location)
     if item["type"] != "extra_forbidden":
-        return f"{name or 'spec'}: {item['msg'].removeprefix('Value error, ')} (given: {item['input']!r:.120})"
+        return f"{name or 'spec'}: {redact(item['msg'].removeprefix('Value error, '))}{_given(item)}"
     known = _known_keys(location[:-1])
     near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
     hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
     return f"unknown key `{name}` in the spec; {hint}"
 
 
+def _given(item: Any) -> str:
+    """The value at fault, in words. Only one that is no container and stands where no secret does: the input of a rule
+    about several keys is all of them, credentials included."""
+    value, location = item["input"], item["loc"]
+    secret = location[:1] == ("storage_options",) or location == ("triton",) or location[:2] == ("triton", "headers")
+    if secret or not location or item["type"] == "missing" or not isinstance(value, str | int | float | None):
+        return ""
+    return f" (given: {redact(value) if isinstance(value, str) else value!r:.120})"
+
+
 def _known_keys(location: list[str]) -> list[str]:
     model: type[BaseModel] = JobSpec
     for part in location:
         annotation = model.model_fields[part].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
+        for kind in (annotation, *get_args(annotation)):  # of `TritonSpec | None`, TritonSpec
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                model = kind
     return sorted(model.model_fields)
