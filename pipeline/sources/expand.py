@@ -73,20 +73,21 @@ def _batches(entries: Iterator[Entry], spec: JobSpec, named: bool) -> Iterator[p
 def in_order(items: Iterable[pa.Table | Callable[[], Tables]], ahead: int) -> Iterator[pa.Table]:
     """Tables as they are, and those of calls, of which up to `ahead` run in advance; all in the order of `items`."""
     waiting: deque[Future[Tables]] = deque()
-    with ThreadPoolExecutor(max(1, ahead), thread_name_prefix="patchstream-list") as pool:
-        try:
-            for item in items:
-                if isinstance(item, pa.Table) and not waiting:
-                    yield item
-                    continue
-                waiting.append(pool.submit(partial(list, [item]) if isinstance(item, pa.Table) else item))
-                while len(waiting) > ahead:
-                    yield from waiting.popleft().result()
-            while waiting:
+    pool = ThreadPoolExecutor(max(1, ahead), thread_name_prefix="patchstream-list")
+    try:
+        for item in items:
+            if isinstance(item, pa.Table) and not waiting:
+                yield item
+                continue
+            waiting.append(pool.submit(partial(list, [item]) if isinstance(item, pa.Table) else item))
+            while len(waiting) > ahead:
                 yield from waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield from waiting.popleft().result()
+    finally:
+        # Of calls that are running none is waited for: after an error or Ctrl-C nobody wants their tables, and the
+        # listing of a large shard takes minutes. At the regular end there are none.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _tar_rows(entry: Entry, spec: JobSpec) -> Tables:

@@ -2,6 +2,8 @@
 
 import io
 import tarfile
+import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from support.http_server import HttpServer
 from support.s3 import S3Server
 
 from pipeline.sources.columns import concatenated
+from pipeline.sources.expand import in_order
 from pipeline.sources.manifest import read_sources, write_manifest
 from pipeline.sources.tar import list_tar
 from schemas.errors import SourceError
@@ -206,6 +209,30 @@ def test_sidecars_may_differ_from_shard_to_shard(tmp_path: Path) -> None:
         {"user_cls": None, "txt": "two"},
     ]
     assert len(write_manifest([table], str(tmp_path / "out"), {})) == 1
+
+
+def test_who_stops_listing_waits_for_no_shard() -> None:
+    begun, never, table = threading.Event(), threading.Event(), pa.table({"uri": ["/a.jpg"]})
+
+    def endless() -> list[pa.Table]:
+        begun.set()
+        never.wait(30)
+        return []
+
+    listed = in_order([lambda: [table], *[endless] * 20], ahead=1)
+    assert next(listed) is table
+    assert begun.wait(30)
+    started = time.monotonic()
+    listed.close()
+    assert time.monotonic() - started < 5
+    never.set()
+
+
+def test_nothing_runs_on_once_all_is_listed() -> None:
+    table = pa.table({"uri": ["/a.jpg"]})
+    assert list(in_order([table, *[lambda: [table]] * 20, table], ahead=8)) == [table] * 22
+    while any(thread.name.startswith("patchstream-list") for thread in threading.enumerate()):
+        time.sleep(0.01)  # to the time limit of the test
 
 
 # --- remote shards
