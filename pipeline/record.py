@@ -15,7 +15,7 @@ from fsspec import AbstractFileSystem
 from pydantic import ValidationError
 
 from pipeline.lock import locked
-from pipeline.storage import Options, absolute, filesystem, is_local, join, put_bytes, read_json, redact
+from pipeline.storage import Options, absolute, filesystem, is_local, join, put_bytes, read_error, read_json, redact
 from schemas.errors import OutputError
 from schemas.release import VERSION
 from schemas.run import ModelRecord, RunRecord, difference
@@ -30,17 +30,19 @@ _MODEL_IDENTITY = ("digest", "dtype", "pooled", "preprocessing", "label_digest",
 def read_record(out: str, storage_options: Options) -> RunRecord | None:
     """The record under `out`, or None where no run was ever started.
 
-    Raises OutputError when the file is there but is not ours.
+    Raises OutputError when the file is there but is not ours, or the store does not let us look.
     """
     fs, path = filesystem(out, storage_options)
     try:
         content = read_json(fs, join(path, "run.json"))
         return None if content is None else RunRecord.model_validate(content)
-    except (ValidationError, json.JSONDecodeError) as error:
+    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise OutputError(
             f"{redact(out)}/run.json is not a run record of this version ({str(error).splitlines()[0]}); "
             "choose another --out"
         ) from error
+    except Exception as error:  # each driver has errors of its own, not all of them an OSError
+        raise read_error(join(out, "run.json"), error) from error
 
 
 def require_record(out: str, storage_options: Options) -> RunRecord:

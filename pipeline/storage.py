@@ -210,6 +210,15 @@ def write_error(path: str, error: Exception) -> OutputError:
     )
 
 
+def read_error(path: str, error: Exception) -> OutputError:
+    """An OutputError for what keeps us from reading a file of a run: no credentials, no such endpoint, no rights."""
+    message = redact(" ".join(str(error).split()))
+    return OutputError(
+        f"cannot read {redact(path)}: {type(error).__name__}: {message}. Check the address, the endpoint and the "
+        "credentials (environment, profile or --storage-options)"
+    )
+
+
 def _error_number(error: Exception) -> int:
     """The `errno` of an error, also of those that the drivers of object stores raise without one."""
     number = getattr(error, "errno", None)

@@ -79,12 +79,26 @@ def unified(schemas: Sequence[pa.Schema]) -> pa.Schema:
 
 
 def conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """`table` with exactly the columns of `schema`, nulls where it lacks one."""
+    """`table` with exactly the columns of `schema`, nulls where it lacks one.
+
+    Raises SourceError for a value that the column's type there cannot hold.
+    """
     if table.schema.equals(schema):
         return table
     present = set(table.column_names)
     columns = [
-        table[field.name].cast(field.type) if field.name in present else pa.nulls(len(table), field.type)
+        _cast(table[field.name], field) if field.name in present else pa.nulls(len(table), field.type)
         for field in schema
     ]
     return pa.table(columns, schema=schema)
+
+
+def _cast(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
+    try:
+        return column.cast(field.type)
+    except pa.ArrowException as error:
+        raise SourceError(
+            f"the sources do not agree on what column `{field.name}` holds: {column.type} in one, which does not fit "
+            f"into the {field.type} that all of them together need ({error}). Give it one type in all of them, or "
+            "another name in one"
+        ) from error

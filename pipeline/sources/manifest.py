@@ -113,9 +113,9 @@ def _fitted(table: pa.Table, schema: pa.Schema, out: str) -> pa.Table:
         )
     try:
         return conformed(table, schema)
-    except pa.ArrowException as error:
+    except SourceError as error:
         raise OutputError(
-            f"a column of the sources does not hold what it did when {redact(out)} was started ({error}); "
+            f"a column of the sources does not hold what it did when {redact(out)} was started ({error.__cause__}); "
             "start a new --out"
         ) from error
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -33,7 +34,7 @@ def read_text(source: str, kind: str, uri_column: str, storage_options: Options)
             yield from _read_csv(source, "\t" if kind == "tsv" else ",", uri_column, storage_options)
         else:
             yield from _read_jsonl(source, storage_options)
-    except (pa.ArrowException, ValueError, EOFError, gzip.BadGzipFile) as error:
+    except (pa.ArrowException, ValueError, EOFError, gzip.BadGzipFile, zlib.error, RecursionError) as error:
         raise SourceError(f"{redact(source)} cannot be read as {kind.upper()}: {redact(str(error))}") from error
 
 
@@ -114,5 +115,10 @@ def _object(source: str, line_number: int, line: bytes) -> dict[str, Any]:
 def _column(source: str, name: str, values: list[Any]) -> pa.Array:
     try:
         return pa.array(values)
+    except OverflowError as error:
+        raise SourceError(
+            f"{redact(source)}: column `{name}` holds a whole number beyond 64 bits with sign; write such numbers as "
+            "text, in quotes"
+        ) from error
     except (pa.ArrowException, UnicodeEncodeError) as error:
         raise SourceError(f"{redact(source)}: column `{name}` does not hold one kind of value ({error})") from error

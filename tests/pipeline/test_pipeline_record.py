@@ -10,8 +10,10 @@ import pytest
 from support.runs import RunContent, run_record
 
 from pipeline import lock
-from pipeline.record import freezing
-from schemas.errors import SourceError
+from pipeline.record import freezing, read_record
+from schemas.errors import OutputError, SourceError
+
+NOBODY = {"endpoint_url": "http://127.0.0.1:1", "key": "hidden", "secret": "hidden"}
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +79,20 @@ def test_parts_of_an_earlier_version_are_still_this_runs(tmp_path: Path) -> None
     assert not run.describes(json.dumps(earlier).encode())
     assert not run.describes(b"{}")
     assert not run.describes(None)
+
+
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [({"endpoint_url": "http://127.0.0.1:1"}, "NoCredentialsError"), (NOBODY, "EndpointConnectionError")],
+)
+def test_a_store_that_cannot_be_asked_is_told_in_words(options: dict[str, object], cause: str) -> None:
+    with pytest.raises(OutputError, match=rf"cannot read s3://nowhere/out/run\.json: {cause}: .*credentials") as error:
+        read_record("s3://nowhere/out", options)
+    assert "hidden" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00run", b"{", b"[]"])
+def test_a_file_that_is_no_record(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(OutputError, match="not a run record of this version"):
+        read_record(str(tmp_path), {})

@@ -75,9 +75,19 @@ def test_a_column_that_is_text_here_and_a_number_there_is_an_error(tmp_path: Pat
         write_manifest(read_sources(spec_of(one, two)), str(tmp_path / "out"), {})
     with pytest.raises(SourceError, match=r"column `n` does not hold one kind of value"):
         read(write(tmp_path / "c.jsonl", [{"uri": "/a", "n": 1}, {"uri": "/b", "n": "x"}]))
+    with pytest.raises(SourceError, match=r"c\.jsonl: column `n` holds a whole number beyond 64 bits"):
+        read(write(tmp_path / "c.jsonl", [{"uri": "/a", "n": 1 << 63}]))
     (tmp_path / "d.jsonl").write_text('{"uri": "/a"}\n["/b"]\n')
     with pytest.raises(SourceError, match="line 2: a JSON object is needed"):
         read(tmp_path / "d.jsonl")
+
+
+def test_a_number_that_no_common_type_holds_is_an_error(tmp_path: Path) -> None:
+    one = write(tmp_path / "a.jsonl", [{"uri": "/a.jpg", "n": (1 << 53) + 1}])
+    two = write(tmp_path / "b.jsonl", [{"uri": "/b.jpg", "n": 0.5}])
+    for tables in (read_sources(spec_of(one, two)), (read(one), read(two))):  # in one part, in two
+        with pytest.raises(SourceError, match=r"column `n` holds: int64 in one, .* the double that all"):
+            write_manifest(tables, str(tmp_path / "out"), {})
 
 
 # --- image bytes

@@ -121,6 +121,22 @@ def test_a_damaged_parquet_table(tmp_path: Path) -> None:
         read(path)
 
 
+@pytest.mark.parametrize("name", ["t.csv.gz", "t.jsonl.gz"])
+def test_a_damaged_compressed_table(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, [{"uri": f"/{hash(number)}.jpg", "n": number} for number in range(5000)])
+    data = bytearray(path.read_bytes())
+    for damaged in (data[:100] + bytes(range(256)) + data[356:], data[:-5000], data[:-8] + bytes(8)):
+        path.write_bytes(damaged)
+        with pytest.raises(SourceError, match=rf"{name} cannot be read as"):
+            read(path)
+
+
+def test_a_line_nested_without_end(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text("[" * 200_000)
+    with pytest.raises(SourceError, match=r"t\.jsonl cannot be read as JSONL"):
+        read(tmp_path / "t.jsonl")
+
+
 def test_globs_over_tables_and_the_folder_of_a_table(tmp_path: Path) -> None:
     for number in range(3):
         write(tmp_path / f"part-{number}.csv", [{"uri": f"/{number}.jpg"}])
