@@ -4,16 +4,17 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.opening import ask, open_directory, reopen
 from pipeline.record import require_record
 from pipeline.sinks import attempts, compaction, intervals
 from pipeline.sinks.ledger import Ledger, pending, read_ledger
+from pipeline.sinks.parts import Part, gone, read_columns
 from pipeline.sinks.verify import Verification
 from pipeline.sinks.verify import verify as verify_parts
-from pipeline.storage import Options, filesystem, join, redact
+from pipeline.storage import Options, filesystem, redact
 from schemas.errors import OutputError
 from schemas.run import RunRecord
 from schemas.spec import Shard, build_spec
@@ -112,24 +113,28 @@ def _same_again(record: RunRecord) -> dict[str, Any]:
     return {**record.spec, **model, **backend}
 
 
-def _failures(ledger: Ledger) -> list[Any]:
+def _failures(ledger: Ledger) -> list[Part]:
     return [part for part in ledger.parts if part.folder == "failures"]
 
 
-def _failed_rows(out: str, part: Any, everything: bool, storage_options: Options) -> Any:
-    fs, path = filesystem(out, storage_options)
-    with fs.open(join(path, part.path), "rb") as file:
-        table = pq.read_table(file, columns=["row", "retryable"])
+def _failed_rows(out: str, part: Part, everything: bool, storage_options: Options) -> Any:
+    table = _read(out, part, ["row", "retryable"], storage_options)
     return table["row"].to_numpy() if everything else table.filter(table["retryable"])["row"].to_numpy()
+
+
+def _read(out: str, part: Part, columns: list[str], storage_options: Options) -> pa.Table:
+    fs, path = filesystem(out, storage_options)
+    try:
+        return read_columns(fs, path, part, columns)
+    except FileNotFoundError as error:
+        raise gone(out, error) from error
 
 
 def _causes(out: str, ledger: Ledger, storage_options: Options) -> dict[str, int]:
     """Failures by error name, the most frequent first."""
-    fs, path = filesystem(out, storage_options)
     counts: dict[str, int] = {}
     for part in _failures(ledger):
-        with fs.open(join(path, part.path), "rb") as file:
-            found = pc.value_counts(pq.read_table(file, columns=["error"])["error"])
+        found = pc.value_counts(_read(out, part, ["error"], storage_options)["error"])
         for entry in found.to_pylist():
             counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
     return dict(sorted(counts.items(), key=lambda item: -item[1]))

@@ -1,6 +1,7 @@
 """What is done, read from what is visible: pending = manifest − superseded − images − failures."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -8,10 +9,13 @@ from fsspec import AbstractFileSystem
 
 from pipeline.sinks import intervals
 from pipeline.sinks.intervals import Spans
-from pipeline.sinks.parts import Part, list_parts, read_row_numbers
+from pipeline.sinks.parts import Part, gone, list_parts, read_row_numbers
 from pipeline.storage import Options, filesystem
+from schemas.errors import OutputError
 
 _READERS = 16
+# Another shard may compact its parts between the listing and the look into one of them.
+_LISTINGS = 5
 
 
 class Ledger(NamedTuple):
@@ -28,21 +32,39 @@ class Ledger(NamedTuple):
         return intervals.union([self.images, self.failures])
 
 
-def read_ledger(out: str, storage_options: Options) -> Ledger:
-    """List the parts under `out` and gather their rows. Only parts with gaps are opened."""
+def read_ledger(out: str, storage_options: Options, *, damaged_too: bool = False) -> Ledger:
+    """List the parts under `out` and gather their rows. Only parts with gaps are opened.
+
+    Raises OutputError naming a part that cannot be read; with `damaged_too` such a part has no rows.
+    """
     fs, path = filesystem(out, storage_options)
-    parts = list_parts(fs, path)
+    for _ in range(_LISTINGS - 1):
+        with suppress(FileNotFoundError):
+            return _gather(fs, path, damaged_too)
+    try:
+        return _gather(fs, path, damaged_too)
+    except FileNotFoundError as error:
+        raise gone(out, error) from error
+
+
+def _gather(fs: AbstractFileSystem, out: str, damaged_too: bool) -> Ledger:
+    parts = list_parts(fs, out)
     with ThreadPoolExecutor(_READERS) as pool:
-        covered = list(pool.map(lambda part: _spans(fs, path, part), parts))
+        covered = list(pool.map(lambda part: _spans(fs, out, part, damaged_too), parts))
     images = [spans for part, spans in zip(parts, covered, strict=True) if part.folder == "images"]
     failures = [spans for part, spans in zip(parts, covered, strict=True) if part.folder == "failures"]
     return Ledger(parts, intervals.union(images), intervals.union(failures), intervals.overlap(covered))
 
 
-def _spans(fs: AbstractFileSystem, out: str, part: Part) -> Spans:
+def _spans(fs: AbstractFileSystem, out: str, part: Part, damaged_too: bool) -> Spans:
     if part.dense:
         return np.array([[part.first, part.last + 1]], np.int64)
-    return intervals.from_rows(read_row_numbers(fs, out, part))
+    try:
+        return intervals.from_rows(read_row_numbers(fs, out, part))
+    except OutputError:
+        if not damaged_too:
+            raise
+        return intervals.EMPTY
 
 
 def shard_rows(total: int, index: int, count: int) -> tuple[int, int]:

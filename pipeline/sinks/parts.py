@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from pipeline.storage import join, put_bytes, redact
+from schemas.errors import OutputError
 from schemas.tables import FAILURES_SCHEMA, METADATA_KEY
 
 FOLDERS = ("images", "failures")
@@ -129,9 +130,33 @@ def _probe(schema: pa.Schema) -> pa.BufferReader:
 
 
 def read_row_numbers(fs: AbstractFileSystem, out: str, part: Part) -> npt.NDArray[np.int64]:
-    """The `row` column of a part, shape (part.rows,)."""
+    """The `row` column of a part, shape (part.rows,). Raises as `read_columns` does, unless the part is dense."""
     if part.dense:
         return np.arange(part.first, part.last + 1, dtype=np.int64)
-    with fs.open(join(out, part.path), "rb") as file:
-        rows: npt.NDArray[np.int64] = pq.read_table(file, columns=["row"])["row"].to_numpy()
+    rows: npt.NDArray[np.int64] = read_columns(fs, out, part, ["row"])["row"].to_numpy()
     return rows
+
+
+def read_columns(fs: AbstractFileSystem, out: str, part: Part, columns: list[str]) -> pa.Table:
+    """Some columns of a part.
+
+    Raises OutputError naming the part if it cannot be read, FileNotFoundError if it has gone since it was listed.
+    """
+    try:
+        with fs.open(join(out, part.path), "rb") as file:
+            return pq.read_table(file, columns=columns)
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowException) as error:
+        raise OutputError(
+            f"{redact(join(out, part.path))} cannot be read ({redact(str(error))}). If it is damaged, delete it: the "
+            "command that filled the directory, given again, then makes its rows anew"
+        ) from error
+
+
+def gone(out: str, error: FileNotFoundError) -> OutputError:
+    """For a part that another command replaces or removes while this one wants to read it."""
+    return OutputError(
+        f"{redact(out)}: a part has gone since it was listed ({redact(str(error))}); another command is writing there. "
+        "Run this one again once that has ended"
+    )

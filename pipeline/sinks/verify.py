@@ -41,7 +41,7 @@ def verify(
     `seen` is called after each part.
     """
     fs, path = filesystem(out, storage_options)
-    ledger = read_ledger(out, storage_options)
+    ledger = read_ledger(out, storage_options, damaged_too=True)
     problems: list[str] = []
     for part in ledger.parts:
         schema = images_schema if part.folder == "images" else FAILURES_SCHEMA
@@ -69,7 +69,10 @@ def _check_part(fs: AbstractFileSystem, out: str, part: Part, schema: pa.Schema,
     try:
         with fs.open(join(out, part.path), "rb") as file:
             table = pq.read_table(file, page_checksum_verification=True)
-    except (OSError, pa.ArrowInvalid, pa.ArrowException) as error:
+    except FileNotFoundError:
+        yield "has gone since it was listed; another command is writing there. Verify again once that has ended"
+        return
+    except (OSError, pa.ArrowException) as error:
         yield f"cannot be read ({error}); delete the file and run the same command again"
         return
     if not table.schema.equals(schema):

@@ -1,5 +1,6 @@
 """What `retry` asks for again is what the directory holds; where it cannot be had, the failures stay as they are."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -77,3 +78,13 @@ def test_a_refusal_leaves_the_failures_where_they_are(
     with pytest.raises(error):
         reopen_failures(str(tmp_path / "out"), False, {}, placement)
     assert status(str(tmp_path / "out"), {})["failures"] == 1
+
+
+def test_damaged_failures_are_named(tmp_path: Path, hub: Path) -> None:
+    failed_run(tmp_path)
+    out = str(tmp_path / "out")
+    (part,) = (tmp_path / "out" / "failures").iterdir()
+    os.truncate(part, 500)
+    for look in (lambda: status(out, {}), lambda: reopen_failures(out, False, {})):
+        with pytest.raises(OutputError, match=f"{part} cannot be read"):
+            look()

@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec import AbstractFileSystem
 
 from pipeline.sinks import attempts, compaction, intervals
 from pipeline.sinks.ledger import pending, read_ledger, shard_rows
-from pipeline.sinks.parts import list_parts, part_name, split, write_part
+from pipeline.sinks.parts import Part, list_parts, part_name, split, write_part
 from pipeline.sinks.verify import verify
 from schemas.errors import OutputError
 from schemas.preprocessing import Preprocessing
@@ -240,6 +241,44 @@ def test_verify_notices_a_flipped_bit(tmp_path: Path) -> None:
     (problem,) = verify(str(tmp_path), record(50), intervals.EMPTY, SCHEMA, {}).problems
     assert file.name in problem
     assert "cannot be read" in problem
+
+
+@pytest.mark.parametrize("size", [0, 3, 500])
+def test_a_damaged_part_with_gaps_is_named_and_can_be_made_anew(tmp_path: Path, size: int) -> None:
+    write(tmp_path, [0, 1, 2])
+    write(tmp_path, [4, 6, 9])
+    (file,) = (tmp_path / "images").glob("part-000000000004-*.parquet")
+    os.truncate(file, size)
+    with pytest.raises(OutputError, match=rf"{file} cannot be read .* delete it"):
+        read_ledger(str(tmp_path), {})
+    damaged, missing = verify(str(tmp_path), record(5), intervals.EMPTY, SCHEMA, {}).problems
+    assert f"images/{file.name}: cannot be read" in damaged
+    assert missing == "2 rows of the manifest are in neither place: 3–4"
+    file.unlink()
+    assert pending(read_ledger(str(tmp_path), {}), 0, 10).tolist() == [[3, 10]]
+
+
+def test_a_part_that_goes_while_the_ledger_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another shard compacts between the listing and the look into a part with gaps."""
+    for rows in ([0, 2], [1, 5]):
+        write(tmp_path, rows)
+
+    def overtaken(fs: AbstractFileSystem, out: str) -> list[Part]:
+        parts = list_parts(fs, out)
+        compaction.compact(str(tmp_path), 1 << 20, {})
+        return parts
+
+    monkeypatch.setattr("pipeline.sinks.ledger.list_parts", overtaken)
+    assert read_ledger(str(tmp_path), {}).images.tolist() == [[0, 3], [5, 6]]
+
+
+def test_a_part_that_is_never_there(tmp_path: Path) -> None:
+    write(tmp_path, [0, 2])
+    (file,) = (tmp_path / "images").glob("*.parquet")
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OutputError, match=r"a part has gone since it was listed .* another command is writing there"):
+        read_ledger(str(tmp_path), {})
 
 
 def test_verify_notices_another_run(tmp_path: Path) -> None:
