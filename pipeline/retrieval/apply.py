@@ -19,6 +19,7 @@ from pipeline.retrieval.store import FeatureStore
 from pipeline.storage import Options, filesystem, join, put_bytes, read_json, redact
 from schemas.errors import OutputError, SpecError
 from schemas.run import RunRecord, difference
+from schemas.spec import FEATURE_NAMES
 from schemas.tables import LABEL, METADATA_KEY
 
 _NAMED_ROWS = 20
@@ -30,7 +31,8 @@ def apply_head(
     """Write the labels of probe NAME for every row of `store` to the directory `out`, and return a summary.
 
     Rows whose vector is zero or not finite get no labels. Parts that are there already are kept, so an interrupted
-    command goes on where it was. Raises OutputError if `out` holds anything else.
+    command goes on where it was; those whose part the run has no more are replaced, so that the rows stay the run's.
+    Raises OutputError if `out` holds anything else.
     """
     linear, head, digest = load_head(store, name)
     if not 1 <= top_k <= len(head.labels):
@@ -39,15 +41,15 @@ def apply_head(
     root = root.rstrip("/")
     record = _new_record(store, head, digest, top_k)
     _open_out(store, fs, root, record)
+    _remove_stale(store, fs, root, record)
+    _copy_failures(store, fs, root, record)
     matrix = store.load(head.feature)
-    done = {path.rpartition("/")[2] for path, _ in list_parquet(fs, join(root, "images"))}
+    done = set(_names(fs, root, "images"))
     start = 0
     for number, part in enumerate(store.parts):
         if part.name not in done:
             table = _labelled_part(store, part, matrix, start, linear, head.labels, top_k)
-            with staged(fs, join(root, "images", part.name)) as local:
-                metadata = {METADATA_KEY: record.part_metadata()}
-                pq.write_table(table.replace_schema_metadata(metadata), local, compression="zstd")
+            _write(fs, join(root, "images", part.name), table, record)
         start += part.rows
         store.progress("labelling", number + 1, len(store.parts))
     unlabelled = matrix.left_out
@@ -69,7 +71,7 @@ def _new_record(store: FeatureStore, head: HeadRecord, digest: str, top_k: int) 
 
 
 def _open_out(store: FeatureStore, fs: Any, root: str, record: RunRecord) -> None:
-    """Make `out`, or check that it is this very result's. The manifest and the failures come along as they are."""
+    """Make `out` with the run's manifest, or check that it is this very result's."""
     there = read_json(fs, join(root, "run.json"))
     wanted = record.model_dump(mode="json")
     if there is not None and there != wanted:
@@ -79,18 +81,49 @@ def _open_out(store: FeatureStore, fs: Any, root: str, record: RunRecord) -> Non
         raise OutputError(f"{redact(root)} is not empty and no run's directory; choose another --out")
     if there is not None:
         return
-    for kind in ("manifest", "failures"):
-        for path, _ in list_parquet(store.fs, join(store.root, kind)):
-            with staged(fs, join(root, kind, path.rpartition("/")[2])) as local:
-                store.fs.get_file(path, str(local))
+    for name in _names(store.fs, store.root, "manifest"):
+        with staged(fs, join(root, "manifest", name)) as local:
+            store.fs.get_file(join(store.root, "manifest", name), str(local))
     put_bytes(fs, join(root, "run.json"), record.model_dump_json(indent=1).encode())
+
+
+def _remove_stale(store: FeatureStore, fs: Any, root: str, record: RunRecord) -> None:
+    """Delete parts of ours that the run has no more: it was retried or compacted, and their rows stand in others.
+
+    Files that this command did not write are left alone.
+    """
+    for kind in ("images", "failures"):
+        current = {part.name for part in store.parts} if kind == "images" else set(_names(store.fs, store.root, kind))
+        for name in set(_names(fs, root, kind)) - current:
+            path = join(root, kind, name)
+            with open_parquet(fs, path) as file:
+                ours = record.describes((file.schema_arrow.metadata or {}).get(METADATA_KEY))
+            if ours:
+                fs.rm_file(path)
+
+
+def _names(fs: Any, root: str, kind: str) -> list[str]:
+    return [path.rpartition("/")[2] for path, _ in list_parquet(fs, join(root, kind))]
+
+
+def _copy_failures(store: FeatureStore, fs: Any, root: str, record: RunRecord) -> None:
+    """The run's failures as they are now. A part of the same name may tell of a later attempt, so all are written."""
+    for name in _names(store.fs, store.root, "failures"):
+        with open_parquet(store.fs, join(store.root, "failures", name)) as file:
+            _write(fs, join(root, "failures", name), file.read(), record)
+
+
+def _write(fs: Any, path: str, table: pa.Table, record: RunRecord) -> None:
+    metadata = {METADATA_KEY: record.part_metadata()}
+    with staged(fs, path) as local:
+        pq.write_table(table.replace_schema_metadata(metadata), local, compression="zstd")
 
 
 def _labelled_part(
     store: FeatureStore, part: Part, matrix: Matrix, start: int, linear: Linear, names: list[str], top_k: int
 ) -> pa.Table:
-    features = set(store.features) | {"labels"}
-    columns = [name for name in store.schema.names if name not in features]
+    computed = {*FEATURE_NAMES, "labels"}
+    columns = [name for name in store.schema.names if name not in computed]
     with open_parquet(store.fs, part.path) as file:
         table = file.read(columns=columns)
     labels = pa.chunked_array(

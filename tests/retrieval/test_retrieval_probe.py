@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
@@ -20,6 +21,7 @@ from pipeline.retrieval.logistic import Linear, TrainingSet, fit_logistic
 from pipeline.retrieval.probe import describe, evaluate, run_probe
 from pipeline.retrieval.scores import calibration_error, score
 from pipeline.retrieval.store import FeatureStore
+from pipeline.sinks.compaction import compact
 from schemas.errors import OutputError, SpecError
 
 CLASSES = 8
@@ -219,6 +221,35 @@ def test_apply_resumes_and_refuses_another_directory(store: FeatureStore, labell
         apply_head(store, "again", str(tmp_path))
     with pytest.raises(SpecError, match="--top-k 9: the head has 8 labels"):
         apply_head(store, "again", str(out), top_k=9)
+
+
+def test_apply_follows_a_run_that_went_on(tmp_path: Path) -> None:
+    vectors, names = overlapping(60)
+    user, extra = {"kind": names}, np.zeros((60, 3), np.float16)
+    failed = {3: "Timeout", 40: "NotFound"}
+    done = np.array([row for row in range(60) if row not in failed])
+    before = RunContent({"cls": vectors[done], "patches": extra[done]}, user=user, failed=failed, parts=3)
+    run, out = write_run(tmp_path / "run", before), tmp_path / "out"
+    head = Linear(np.ones((2, 24), np.float32), np.zeros(2, np.float32))
+    save(FeatureStore.open(str(run)), head, ["a", "b"])
+    apply_head(FeatureStore.open(str(run)), "kinds", str(out))
+    pq.write_table(pa.table({"note": ["mine"]}), out / "images" / "notes.parquet")
+    # What `retry` and the compaction at its end leave: the same rows in other parts, and fewer failures.
+    for path in [*(run / "images").iterdir(), *(run / "failures").iterdir()]:
+        path.unlink()
+    after = RunContent(
+        {"cls": np.delete(vectors, 40, 0), "patches": np.delete(extra, 40, 0)}, user=user, failed={40: "NotFound"}
+    )
+    write_run(run, after)
+    compact(str(run), 1 << 30, {})
+    apply_head(FeatureStore.open(str(run)), "kinds", str(out))
+    assert (out / "images" / "notes.parquet").exists(), "only what apply wrote may go"
+    (out / "images" / "notes.parquet").unlink()
+    assert not verify(str(out), {}).problems
+    found = FeatureStore.open(str(out))
+    assert found.rows().tolist() == [row for row in range(60) if row != 40]
+    assert found.dataset("failures").to_table().column("row").to_pylist() == [40]
+    assert "patches" not in found.schema.names
 
 
 def test_head_of_another_model_is_refused(store: FeatureStore, labelled: Labelled, tmp_path: Path) -> None:
