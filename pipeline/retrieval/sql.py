@@ -13,12 +13,12 @@ import duckdb
 import pyarrow as pa
 
 from pipeline.retrieval.output import staged
-from pipeline.retrieval.store import FeatureStore, quote, run_query
+from pipeline.retrieval.store import FeatureStore, literal, quote, run_query
 from pipeline.storage import Options, filesystem, redact
 from schemas.errors import SpecError
 
 _MEMORY = "2GiB"
-_FORMATS = {".parquet": "parquet", ".csv": "csv"}
+_FORMATS = {".parquet": "FORMAT parquet, COMPRESSION zstd", ".csv": "FORMAT csv, HEADER"}
 
 
 class Answer(NamedTuple):
@@ -70,14 +70,14 @@ def write(store: FeatureStore, query: str, out: str, storage_options: Options | 
     fs, path = filesystem(out, storage_options or {})
     with connect(store) as connection, staged(fs, path) as local:
         try:
-            relation: Any = connection.sql(query)
-            if relation is None:
+            query_result: Any = connection.sql(query)
+            if query_result is None:
                 raise SpecError(f"the query gives no table to write: {query}")
-            if suffix == ".csv":
-                relation.write_csv(str(local), header=True)
-            else:
-                relation.write_parquet(str(local), compression="zstd")
-            counted = connection.execute(f"SELECT count(*) FROM read_{_FORMATS[suffix]}(?)", [str(local)]).fetchone()
+            # DuckDB finds the relation by the name of the variable. COPY says how many rows it wrote; reading a CSV
+            # back would guess at its quoting from the first rows.
+            counted = connection.execute(
+                f"COPY (SELECT * FROM query_result) TO {literal(str(local))} ({_FORMATS[suffix]})"
+            ).fetchone()
         except duckdb.Error as error:
             raise SpecError(f"{error}\nin: {query}") from None
     return int(counted[0]) if counted else 0

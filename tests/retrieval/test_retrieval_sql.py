@@ -1,5 +1,6 @@
 """SQL: views, cosine, nearest, and results as files."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,18 @@ def test_results_as_files(store: FeatureStore, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"ends in \.parquet or \.csv"):
         sql.write(store, query, str(tmp_path / "o.xlsx"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o.csv", "o.parquet"]
+
+
+@pytest.mark.parametrize("late", ["s3://b/a, b.jpg", 'x "y", \nz'])
+def test_csv_with_a_rare_comma_or_line_break(store: FeatureStore, tmp_path: Path, late: str) -> None:
+    # Beyond the rows that a reader of CSV looks at to guess how it is quoted.
+    address = f"CASE WHEN range = 49000 THEN '{late}' ELSE 's3://b/plain.jpg' END"
+    query = f"SELECT range AS row, {address} AS uri FROM range(50000)"
+    assert sql.write(store, query, str(tmp_path / "it's.csv")) == 50_000
+    with (tmp_path / "it's.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 50_000
+    assert rows[49_000] == {"row": "49000", "uri": late}
 
 
 @pytest.mark.parametrize("query", ["SELECT nothing FROM images", "SELEC 1", "SELECT row FROM clusters_none"])
