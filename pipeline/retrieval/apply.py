@@ -126,14 +126,12 @@ def _labelled_part(
     columns = [name for name in store.schema.names if name not in computed]
     with open_parquet(store.fs, part.path) as file:
         table = file.read(columns=columns)
+    step, stop = matrix.chunk_rows_for(len(names)), start + part.rows
     labels = pa.chunked_array(
-        [
-            _labels(linear, matrix.vectors[at : min(at + matrix.chunk_rows, start + part.rows)], names, top_k)
-            for at in range(start, start + part.rows, matrix.chunk_rows)
-        ],
+        [_labels(linear, matrix.vectors[at : min(at + step, stop)], names, top_k) for at in range(start, stop, step)],
         pa.list_(LABEL),
     )
-    matrix.release(start, start + part.rows)
+    matrix.release(start, stop)
     return table.add_column(2, pa.field("labels", pa.list_(LABEL)), labels)
 
 

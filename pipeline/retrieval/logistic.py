@@ -65,13 +65,13 @@ class TrainingSet:
 
     def chunks(self) -> Iterator[tuple[Floats, Ints]]:
         """Vectors (n, D) and codes (n,)."""
-        step = self._matrix.chunk_rows
+        step = self._matrix.chunk_rows_for(self.classes)
         if self._vectors is not None:
             for start in range(0, len(self), step):
                 yield self._vectors[start : start + step], self.codes[start : start + step]
             return
         done = 0
-        for at, vectors in self._matrix.chunks(self._positions, release=True):
+        for at, vectors in self._matrix.chunks(self._positions, step, release=True):
             yield vectors, self.codes[done : done + len(at)]
             done += len(at)
 
@@ -135,7 +135,8 @@ def _objective(flat: NDArray[np.float64], data: TrainingSet, strength: float) ->
     loss, towards, sums = 0.0, np.zeros(linear.weight.shape), np.zeros(data.classes)
     for vectors, codes in data.chunks():
         part = _chunk_gradient(torch.from_numpy(vectors), torch.from_numpy(codes), weight, bias)
-        loss, towards, sums = loss + part[0], towards + part[1], sums + part[2]
+        loss, sums = loss + part[0], sums + part[2]
+        towards += part[1]
     gradient = np.column_stack([(towards - np.outer(sums, data.mean)) / data.scale, sums]) / len(data)
     penalty = 1 / (strength * len(data))
     gradient[:, :-1] += penalty * parameters[:, :-1]
@@ -152,4 +153,4 @@ def _chunk_gradient(
     loss = -float(logs[at, codes].double().sum())
     errors = logs.exp_()
     errors[at, codes] -= 1
-    return loss, (errors.T @ vectors).double().numpy(), errors.double().sum(0).numpy()
+    return loss, (errors.T @ vectors).numpy(), errors.double().sum(0).numpy()

@@ -75,7 +75,11 @@ class Matrix:
     @property
     def chunk_rows(self) -> int:
         """Rows in a chunk of about 64 MiB of float32."""
-        return max(1, CHUNK_BYTES // (4 * self.dim))
+        return self.chunk_rows_for(0)
+
+    def chunk_rows_for(self, width: int) -> int:
+        """Rows in a chunk where each becomes `width` numbers: neither they nor the vectors exceed about 64 MiB."""
+        return max(1, CHUNK_BYTES // (4 * max(self.dim, width)))
 
     def take(self, positions: Ints) -> Floats:
         """Copies of some vectors, (n, D) float32. Positions count from 0 in the order of `rows`."""

@@ -6,17 +6,18 @@ labelled rows ─ split ─┬─ test (20%): every number that is reported
 the head that is saved gets the temperature that suits the validation rows, and is trained on all but the test rows
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pipeline.retrieval.arrays import Floats, Preparation, Progress
+from pipeline.retrieval.arrays import Floats, Ints, Preparation, Progress
 from pipeline.retrieval.labels import Labelled, shots, split
 from pipeline.retrieval.logistic import Linear, TrainingSet, fit_logistic
 from pipeline.retrieval.matrix import Matrix
 from pipeline.retrieval.nearest import top_k
-from pipeline.retrieval.scores import Scores, score
+from pipeline.retrieval.scores import Judgement, Scores, judge, score
 from schemas.errors import SpecError
 
 STRENGTHS = tuple(float(value) for value in 10.0 ** np.arange(-5, 2.1, 1))
@@ -62,7 +63,8 @@ def run_probe(
     for number, count in enumerate(few):
         few_shot[count] = _few_shot(matrix, rest, test, count, strength, seeds, rng)
         progress("few-shot", number + 1, len(few))
-    return ProbeResult(head, strength, tried, evaluate(matrix, head, test), knn, knn_k, few_shot, len(rest.codes))
+    linear = evaluate(matrix, head, test).scores(len(labelled.classes))
+    return ProbeResult(head, strength, tried, linear, knn, knn_k, few_shot, len(rest.codes))
 
 
 def _halve(rest: Labelled, rng: np.random.Generator) -> tuple[Labelled, Labelled]:
@@ -87,15 +89,16 @@ def _choose_strength(
     Each start is the solution before.
     """
     data, held = TrainingSet(matrix, _some(training, _CHOOSING_ROWS, rng)), _some(validation, _CHOOSING_ROWS, rng)
-    tried: dict[float, Scores] = {}
+    tried: dict[float, tuple[float, float]] = {}
     heads: dict[float, Linear] = {}
     linear: Linear | None = None
     for number, strength in enumerate(STRENGTHS):
         linear = fit_logistic(data, strength, linear)
-        heads[strength], tried[strength] = linear, evaluate(matrix, linear, held)
+        judged = evaluate(matrix, linear, held)
+        heads[strength], tried[strength] = linear, (judged.accuracy, -judged.log_loss)
         progress("choosing C", number + 1, len(STRENGTHS))
-    best = max(tried, key=lambda strength: (tried[strength].accuracy, -tried[strength].log_loss))
-    accuracies = {strength: scores.accuracy for strength, scores in tried.items()}
+    best = max(tried, key=lambda strength: tried[strength])
+    accuracies = {strength: accuracy for strength, (accuracy, _) in tried.items()}
     return best, heads[best], _sharpness(matrix, heads[best], held), accuracies
 
 
@@ -107,21 +110,34 @@ def _sharpness(matrix: Matrix, head: Linear, held: Labelled) -> float:
     """
     from scipy.optimize import minimize_scalar
 
-    logits = np.concatenate([head.logits(vectors) for _, vectors in matrix.chunks(held.positions, release=True)])
-    rows = np.arange(len(logits))
+    data = TrainingSet(matrix, held)
+
+    def losses(vectors: Floats, codes: Ints, factor: np.float32) -> Floats:
+        scaled = head.logits(vectors)
+        scaled *= factor
+        scaled -= scaled.max(axis=1, keepdims=True)
+        truth = scaled[np.arange(len(codes)), codes]
+        found: Floats = np.log(np.exp(scaled, out=scaled).sum(axis=1)) - truth
+        return found
 
     def loss(log_sharpness: float) -> float:
-        scaled = logits * np.float32(np.exp(log_sharpness))
-        scaled -= scaled.max(axis=1, keepdims=True)
-        return float(np.mean(np.log(np.exp(scaled).sum(axis=1)) - scaled[rows, held.codes]))
+        # The logits of all rows may be far larger than their vectors, so they are made anew each time.
+        factor = np.float32(np.exp(log_sharpness))
+        return float(np.mean(np.concatenate([losses(vectors, codes, factor) for vectors, codes in data.chunks()])))
 
     return float(np.exp(minimize_scalar(loss, bounds=(-3, 6), method="bounded").x))
 
 
-def evaluate(matrix: Matrix, head: Linear, labelled: Labelled) -> Scores:
-    """Scores of a head on labelled rows."""
-    found = [head.probabilities(vectors) for _, vectors in matrix.chunks(labelled.positions, release=True)]
-    return score(np.concatenate(found), labelled.codes)
+def evaluate(matrix: Matrix, head: Linear, labelled: Labelled) -> Judgement:
+    """How a head does on labelled rows, in memory that does not grow with rows times classes."""
+
+    def judged() -> Iterator[tuple[Floats, Ints]]:
+        done = 0
+        for at, vectors in matrix.chunks(labelled.positions, matrix.chunk_rows_for(len(head.bias)), release=True):
+            yield head.probabilities(vectors), labelled.codes[done : done + len(at)]
+            done += len(at)
+
+    return judge(judged())
 
 
 def knn_probabilities(matrix: Matrix, training: Labelled, asked: Labelled, ks: tuple[int, ...]) -> dict[int, Floats]:
@@ -141,7 +157,7 @@ def knn_probabilities(matrix: Matrix, training: Labelled, asked: Labelled, ks: t
 
 def _choose_k(matrix: Matrix, training: Labelled, validation: Labelled) -> int:
     found = knn_probabilities(matrix, training, validation, NEIGHBOURS)
-    accuracy = {k: score(probabilities, validation.codes).accuracy for k, probabilities in found.items()}
+    accuracy = {k: judge([(probabilities, validation.codes)]).accuracy for k, probabilities in found.items()}
     return max(accuracy, key=lambda k: (accuracy[k], -k))
 
 

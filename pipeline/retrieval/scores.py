@@ -1,5 +1,6 @@
 """How good a classifier's probabilities are: accuracy, calibration, confusion."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,14 +43,43 @@ class Scores:
         }
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """What the scores need of each example, (n,) each: the true class, the one predicted, and their probabilities."""
+
+    codes: Ints
+    predicted: Ints
+    truth: Floats
+    confidence: Floats
+
+    @property
+    def accuracy(self) -> float:
+        """Share of all examples that are labelled right."""
+        return float(np.mean(self.predicted == self.codes))
+
+    @property
+    def log_loss(self) -> float:
+        """Mean of −ln of the true class's probability."""
+        return float(-np.log(np.maximum(self.truth.astype(np.float64), 1e-12)).mean())
+
+    def scores(self, classes: int) -> Scores:
+        """All scores, with the confusion of `classes` classes."""
+        confusion = np.bincount(self.codes * classes + self.predicted, minlength=classes**2)
+        error = calibration_error(self.confidence, self.predicted == self.codes)
+        return Scores(confusion.reshape(classes, classes), error, self.log_loss)
+
+
+def judge(chunks: Iterable[tuple[Floats, Ints]]) -> Judgement:
+    """Compare probabilities (n, C) with the true codes (n,), a chunk at a time; there is at least one chunk."""
+    found = [
+        (codes, chunk.argmax(axis=1), chunk[np.arange(len(codes)), codes], chunk.max(axis=1)) for chunk, codes in chunks
+    ]
+    return Judgement(*(np.concatenate(column) for column in zip(*found, strict=True)))
+
+
 def score(probabilities: Floats, codes: Ints) -> Scores:
     """Compare `probabilities` (n, C) with the true `codes` (n,)."""
-    classes = probabilities.shape[1]
-    predicted = probabilities.argmax(axis=1)
-    confusion = np.bincount(codes * classes + predicted, minlength=classes**2).reshape(classes, classes)
-    truth = probabilities[np.arange(len(codes)), codes].astype(np.float64)
-    error = calibration_error(probabilities.max(axis=1), predicted == codes)
-    return Scores(confusion, error, float(-np.log(np.maximum(truth, 1e-12)).mean()))
+    return judge([(probabilities, codes)]).scores(probabilities.shape[1])
 
 
 def calibration_error(confidence: Floats, right: NDArray[np.bool_]) -> float:
