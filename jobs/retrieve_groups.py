@@ -180,7 +180,7 @@ def duplicates(
         if around is not None:
             bands = pairs_around(store, around, feature=features)
             return _show_bands(bands, directory, storage_options, html, as_json)
-        settings = {"feature": features, "threshold": None if exact_only else threshold}
+        settings = {"feature": None if exact_only else features, "threshold": None if exact_only else threshold}
         found = find_duplicates(store, threshold, feature=features, exact_only=exact_only)
         summary = write_duplicates(store, found, name, {"name": name, **settings})
     if as_json:

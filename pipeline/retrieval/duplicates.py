@@ -45,18 +45,20 @@ def find_duplicates(
 ) -> Duplicates:
     """Groups of rows with the same bytes (`sha256`) or, unless `exact_only`, a cosine of at least `threshold`.
 
-    Older versions of replaced objects do not take part. Raises SpecError for a threshold outside (0, 1].
+    Older versions of replaced objects do not take part. `exact_only` needs no vectors, so a run without features will
+    do. Raises SpecError for a threshold outside (0, 1].
     """
     check_threshold(threshold)
+    rows, originals = _same_bytes(store)
+    if exact_only:
+        return _describe(store, None, rows, originals)
     matrix = store.load(feature)
     joined = Components(len(matrix))
-    rows, originals = _same_bytes(store)
     joined.join(matrix.positions_of(rows), matrix.positions_of(originals))
-    if not exact_only:
-        _join_near(store, matrix, joined, threshold)
+    _join_near(store, matrix, joined, threshold)
     labels = joined.labels()
     members = np.flatnonzero(np.bincount(labels, minlength=len(labels))[labels] > 1)
-    return _describe(store, matrix, members, labels[members])
+    return _describe(store, matrix, matrix.rows[members], labels[members])
 
 
 def check_threshold(threshold: float) -> None:
@@ -103,21 +105,24 @@ def _hashes(matrix: Matrix) -> Any:
     return np.concatenate(found) if found else np.empty(0, np.uint64)
 
 
-def _describe(store: FeatureStore, matrix: Matrix, members: Ints, labels: Ints) -> Duplicates:
-    """Choose what is kept, score the others against it, and put all in order."""
-    rows = matrix.rows[members]
+def _describe(store: FeatureStore, matrix: Matrix | None, rows: Ints, labels: Ints) -> Duplicates:
+    """Choose what is kept, score the others against it, and put all in order.
+
+    Rows of one group have one label. Without a matrix each group is of the same bytes.
+    """
     facts = store.lookup(rows, ["width", "height", "sha256"])
     pixels = np.array([(facts[int(row)]["width"] or 0) * (facts[int(row)]["height"] or 0) for row in rows], np.int64)
     order = np.lexsort((rows, -pixels, labels))
-    members, labels, rows = members[order], labels[order], rows[order]
+    labels, rows = labels[order], rows[order]
     keep = np.ones(len(labels), np.bool_)
     keep[1:] = labels[1:] != labels[:-1]
     number = np.cumsum(keep) - 1
-    kept = members[keep][number]
     digests = np.array([facts[int(row)]["sha256"] or f"row {row}" for row in rows], dtype=object)
     exact = digests == digests[keep][number]
-    score = _cosines(matrix, members, kept)
-    score[exact] = 1.0
+    score = np.ones(len(rows), np.float32)
+    if matrix is not None:
+        near = ~exact
+        score[near] = _cosines(matrix, matrix.positions_of(rows[near]), matrix.positions_of(rows[keep][number][near]))
     # Groups are numbered by their lowest row, so that two runs of the command number them alike.
     lowest = np.minimum.reduceat(rows, np.flatnonzero(keep)) if len(rows) else rows
     group = np.argsort(np.argsort(lowest, kind="stable"), kind="stable")[number] if len(rows) else number
@@ -138,8 +143,8 @@ def _cosines(matrix: Matrix, first: Ints, second: Ints) -> Floats:
 def write_duplicates(store: FeatureStore, found: Duplicates, name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Write the groups to `duplicates/NAME/`, and beside it `NAME.delete.txt` and `NAME.json`; returns the latter.
 
-    The list to delete has one address a line. An address that some kept row has too is not in it, nor is one with a
-    line break; the summary counts both.
+    The list to delete has one address a line. An address that some kept row has too is not in it, nor is one that
+    would be read as several: with a line break, or a NUL. The summary counts both.
     """
     folder = place(store.root, "duplicates", name)
     remove_folder(store.fs, folder)
@@ -169,5 +174,6 @@ def _delete_list(store: FeatureStore, found: Duplicates) -> tuple[list[str], int
     kept = {uri for uri, keep in zip(uris, found.keep, strict=True) if keep}
     dropped = list(dict.fromkeys(uri for uri, keep in zip(uris, found.keep, strict=True) if not keep))
     free = [uri for uri in dropped if uri not in kept]
-    safe = [uri for uri in free if uri.isprintable()]
+    # All that any reader of lines takes for the end of one; names may well hold blanks that are not "printable".
+    safe = [uri for uri in free if uri.splitlines() == [uri] and "\0" not in uri]
     return safe, len(dropped) - len(free), len(free) - len(safe)

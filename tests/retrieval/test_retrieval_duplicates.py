@@ -130,6 +130,32 @@ def test_files_and_delete_list(tmp_path: Path) -> None:
     assert store.sql("SELECT count(*) AS n FROM duplicates_first WHERE keep").to_pylist() == [{"n": 3}]
 
 
+def test_odd_but_whole_addresses_are_listed(tmp_path: Path) -> None:
+    # A macOS screenshot, CJK and no-break blanks, joined emoji; then all that some reader takes for the end of a line.
+    whole = ["Shot 9.41\u202fAM.png", "a\u3000b.png", "a\u00a0b.png", "\U0001f468\u200d\U0001f469.png"]
+    broken = [f"x{end}y.png" for end in "\n\r\x0b\x0c\x85\u2028\0"] + ["x.png\n"]
+    uris = ["kept.png", *whole, *broken]
+    vectors = np.ones((len(uris), 4), np.float32)
+    store = open_run(tmp_path, RunContent({"cls": vectors}, uris=uris))
+    summary = write_duplicates(store, find_duplicates(store), "odd", {})
+    listed = (tmp_path / "duplicates" / "odd.delete.txt").read_bytes().decode()
+    assert listed == "".join(f"{uri}\n" for uri in whole)
+    assert summary["not_listed_because_of_line_breaks"] == len(broken)
+
+
+@pytest.mark.parametrize("feature", ["pooled", "visual_tokens"])
+def test_same_bytes_without_cls(tmp_path: Path, feature: str) -> None:
+    digests = [f"{row % 4:064x}" for row in range(6)]
+    sizes = [(5, 5)] * 5 + [(9, 9)]
+    content = RunContent({feature: np.zeros((7, 3), np.int32)}, sha256=[*digests, "f" * 64], sizes=[*sizes, (5, 5)])
+    found = find_duplicates(open_run(tmp_path, content), exact_only=True)
+    assert found.row.tolist() == [0, 4, 5, 1]
+    assert found.group.tolist() == [0, 0, 1, 1]
+    assert found.keep.tolist() == [True, False] * 2
+    assert found.score.tolist() == [1.0] * 4
+    assert found.exact.all()
+
+
 def test_nothing_found_is_an_empty_table(tmp_path: Path) -> None:
     store = open_run(tmp_path, RunContent({"cls": np.eye(5, dtype=np.float32)}))
     assert write_duplicates(store, find_duplicates(store), "none", {})["groups"] == 0
