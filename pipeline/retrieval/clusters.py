@@ -124,7 +124,7 @@ def top_labels(store: FeatureStore, name: str, label_column: str | None = None) 
     if label_column is None and "labels" not in store.schema.names:
         return {}
     # By table: the user's own columns may be named `cluster` or `distance` too.
-    label = f"CAST(i.{quote(label_column)} AS VARCHAR)" if label_column else "i.labels[1].label"
+    label = f"CAST(i.{quote(store.sql_name(label_column))} AS VARCHAR)" if label_column else "i.labels[1].label"
     clusters = quote(f"clusters_{name}")
     found = store.sql(
         f"WITH named AS (SELECT c.cluster, {label} AS label FROM images i JOIN {clusters} c ON i.row = c.row), "

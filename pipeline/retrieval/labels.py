@@ -33,9 +33,8 @@ def labels_from_column(store: FeatureStore, matrix: Matrix, column: str) -> Labe
     """Labels in a column of `images/`. Raises SpecError if there is no such column, or fewer than two classes."""
     if column not in store.schema.names:
         raise SpecError(f"--label-column {column}: images/ has the columns {', '.join(store.schema.names)}")
-    found = store.sql(
-        f"SELECT row, CAST({quote(column)} AS VARCHAR) AS label FROM images WHERE {quote(column)} IS NOT NULL"
-    )
+    label = quote(store.sql_name(column))
+    found = store.sql(f"SELECT row, CAST({label} AS VARCHAR) AS label FROM images WHERE {label} IS NOT NULL")
     return _labelled(matrix, found.column("row").to_numpy(), found.column("label").to_pylist(), f"column {column}")
 
 

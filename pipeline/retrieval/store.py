@@ -146,8 +146,21 @@ class FeatureStore:
         schema = pa.schema([self.schema.field(name) for name in names])
         if where is None:
             return self.dataset().to_table(columns=names)
-        selected = ", ".join(quote(name) for name in names)
-        return self.sql(f"SELECT {selected} FROM images WHERE ({where}\n)").cast(schema)
+        selected = ", ".join(quote(self.sql_name(name)) for name in names)
+        return self.sql(f"SELECT {selected} FROM images WHERE ({where}\n)").rename_columns(names).cast(schema)
+
+    def sql_name(self, column: str) -> str:
+        """What a column of `images/` is called in SQL: its name, unless one before it differs from it in case alone."""
+        return self._sql_names[column]
+
+    @cached_property
+    def _sql_names(self) -> dict[str, str]:
+        # DuckDB ignores case and numbers the later ones: of `format` and `Format` the second becomes `Format_1`.
+        names = self.schema.names
+        if len({name.casefold() for name in names}) == len(names):
+            return {name: name for name in names}
+        with self.connect() as connection:
+            return dict(zip(names, connection.sql("SELECT * FROM images").columns, strict=True))
 
     def to_pandas(self, columns: list[str] | None = None, where: str | None = None) -> "pd.DataFrame":
         """`table` as a pandas frame; a vector becomes a NumPy array in its cell."""

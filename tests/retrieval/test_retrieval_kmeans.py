@@ -7,6 +7,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,7 +17,7 @@ from support.runs import RunContent, clustered, write_run
 
 from pipeline.retrieval import kmeans
 from pipeline.retrieval.arrays import Preparation, unit
-from pipeline.retrieval.clusters import write_clusters
+from pipeline.retrieval.clusters import top_labels, write_clusters
 from pipeline.retrieval.kmeans import fit
 from pipeline.retrieval.lloyd import ArraySource, MatrixSource, assign, lloyd, totals
 from pipeline.retrieval.plots import line_charts
@@ -159,6 +160,19 @@ def test_label_columns_named_as_ours(tmp_path: Path, column: str) -> None:
     summary = write_clusters(store, store.load("cls"), store.preparation("cls"), found, "own", settings)
     best = sorted(item["labels"][0]["label"] for item in summary["clusters"])
     assert best == (["0", "20", "40"] if column == "row" else kinds)
+
+
+def test_columns_named_like_ours_say_what_clusters_hold(tmp_path: Path) -> None:
+    vectors = np.repeat(np.eye(2, 4, dtype=np.float32), 10, axis=0)
+    labels = [[(row // 10, ["cat", "dog"][row // 10], 0.9)] for row in range(20)]
+    user = {"Format": [["raw", "jpg"][row // 10] for row in range(20)], "cluster": ["theirs"] * 20}
+    store = FeatureStore.open(str(write_run(tmp_path, RunContent({"cls": vectors}, labels=labels, user=user))))
+    (tmp_path / "clusters" / "two").mkdir(parents=True)
+    table = pa.table({"row": range(20), "cluster": [row // 10 for row in range(20)]})
+    pq.write_table(table, tmp_path / "clusters" / "two" / "clusters.parquet")
+    for column, names in ((None, ["cat", "dog"]), ("Format", ["raw", "jpg"])):
+        found = top_labels(store, "two", column)
+        assert [found[number][0]["label"] for number in (0, 1)] == names
 
 
 def test_sweep_finds_the_number_of_clusters() -> None:

@@ -135,6 +135,17 @@ def test_bad_label_files(store: FeatureStore, tmp_path: Path, header: str, lines
         labels_from_column(store, store.load("cls"), "colour")
 
 
+def test_label_column_that_differs_in_case_from_ours(tmp_path: Path) -> None:
+    vectors, _ = overlapping(6)
+    user = {"Width": ["wide", "wide", "narrow", None, "narrow", "wide"]}
+    content = RunContent({"cls": vectors}, user=user, sizes=[(10 * row, 5) for row in range(6)])
+    store = FeatureStore.open(str(write_run(tmp_path, content)))
+    found = labels_from_column(store, store.load("cls"), "Width")
+    assert found.classes == ["narrow", "wide"]
+    assert found.positions.tolist() == [0, 1, 2, 4, 5]
+    assert found.codes.tolist() == [1, 1, 0, 0, 1]
+
+
 def test_split_and_shots() -> None:
     codes = np.array([0] * 50 + [1] * 5 + [2])
     labelled = Labelled(np.arange(56), codes, ["a", "b", "c"])

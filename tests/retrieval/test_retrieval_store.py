@@ -99,6 +99,17 @@ def test_filters_are_sql(run: Path) -> None:
     np.testing.assert_array_equal(store.rows("row < 5 -- a comment"), [0, 1, 2, 4])
 
 
+def test_columns_that_differ_in_case_alone_are_told_apart(tmp_path: Path) -> None:
+    mine = {"Format": ["raw", "jpg", "raw", "gif"], "Format_1": list("abcd"), "Row": [9, 8, 7, 6]}
+    store = FeatureStore.open(str(write_run(tmp_path, RunContent({"cls": np.eye(4, dtype=np.float32)}, user=mine))))
+    names = ["Row", "format", "Format", "Format_1"]
+    found = store.table(names, "row >= 2")
+    assert found.column_names == names
+    assert [column.to_pylist() for column in found.columns] == [[7, 6], ["JPEG"] * 2, ["raw", "gif"], ["c", "d"]]
+    assert found.equals(store.table(names).slice(2))
+    assert store.sql(f'SELECT "{store.sql_name("Format")}" AS f FROM images').to_pydict() == {"f": mine["Format"]}
+
+
 def test_sql_sees_all_tables(run: Path) -> None:
     store = FeatureStore.open(str(run))
     query = """SELECT count(*) AS n FROM manifest m
