@@ -41,7 +41,7 @@ def kmeans(
     label_column: Annotated[
         str | None, typer.Option(help="Column that says what clusters hold; labels if not said.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Another seed, other starts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, other starts.")] = 0,
     mini_batch: Annotated[
         bool | None, typer.Option(help="Move centres by batches; if not said, where the vectors do not fit in memory.")
     ] = None,

@@ -25,7 +25,7 @@ def probe(
     seeds: Annotated[int, typer.Option(min=1, help="Random choices of the few examples.")] = 5,
     name: Annotated[str, typer.Option(help="The name under DIR/probes/.")] = "main",
     features: Features = "cls",
-    seed: Annotated[int, typer.Option(help="Another seed, other splits.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, other splits.")] = 0,
     storage_options: Options = None,
     as_json: AsJson = False,
 ) -> int:

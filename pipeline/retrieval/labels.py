@@ -67,6 +67,8 @@ def _read_csv(path: str) -> tuple[str, dict[str, str]]:
             return key, {item[key]: item["label"] for item in reader if item["label"]}
     except FileNotFoundError:
         raise SpecError(f"--labels {path}: no such file") from None
+    except OSError as error:
+        raise SpecError(f"--labels {path}: cannot be read as a file ({error.strerror}); give a CSV file") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise SpecError(f"--labels {path}: not a CSV file in UTF-8 ({error})") from None
 

@@ -191,6 +191,12 @@ def test_bad_input_is_explained(run: Run, directory: Path, tmp_path: Path, argum
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize("command", [["kmeans", "-k", "2"], ["probe", "--label-column", "kind"]])
+def test_negative_seed_is_refused(run: Run, directory: Path, command: list[str]) -> None:
+    with pytest.raises(typer.BadParameter, match="0"):
+        run(command[0], directory, *command[1:], "--seed", -1)
+
+
 def test_few_rows_and_the_default_k(run: Run, tmp_path: Path) -> None:
     directory = write_run(tmp_path, RunContent({"cls": clustered(4, 8, 2)}))
     assert len(json.loads(run("search", directory, "--row", 1, "--json"))) == 3

@@ -131,6 +131,8 @@ def test_bad_label_files(store: FeatureStore, tmp_path: Path, header: str, lines
         labels_from_csv(store, store.load("cls"), write_csv(tmp_path / "l.csv", header, lines))
     with pytest.raises(SpecError, match="no such file"):
         labels_from_csv(store, store.load("cls"), str(tmp_path / "none.csv"))
+    with pytest.raises(SpecError, match=r"--labels .* cannot be read as a file \(Is a directory\); give a CSV file"):
+        labels_from_csv(store, store.load("cls"), str(tmp_path))
     with pytest.raises(SpecError, match=r"--label-column colour: images/ has the columns row, uri, cls"):
         labels_from_column(store, store.load("cls"), "colour")
 
