@@ -15,14 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec import AbstractFileSystem
 
-from pipeline.sinks import attempts, compaction, intervals
+from pipeline.sinks import compaction, intervals
 from pipeline.sinks.ledger import pending, read_ledger, shard_rows
 from pipeline.sinks.parts import Part, list_parts, part_name, split, write_part
 from pipeline.sinks.verify import verify
 from schemas.errors import OutputError
 from schemas.preprocessing import Preprocessing
 from schemas.run import ModelRecord, RunRecord
-from schemas.spec import Shard
 from schemas.tables import FAILURES_SCHEMA, images_schema, output_fields, predicted_schema
 
 FS = fsspec.filesystem("file")
@@ -285,55 +284,6 @@ def test_verify_notices_another_run(tmp_path: Path) -> None:
     write(tmp_path, [0])
     other = record(1).model_copy(update={"run_id": "other"})
     assert "not that of this run" in verify(str(tmp_path), other, intervals.EMPTY, SCHEMA, {}).problems[0]
-
-
-def test_the_newest_attempt_wins(tmp_path: Path) -> None:
-    whole = Shard(index=0, count=1)
-    old, first = attempts.claim(str(tmp_path), whole, {}, "embed")
-    old.check()
-    attempts.finish(str(tmp_path), first, {})
-    new, _ = attempts.claim(str(tmp_path), whole, {}, "embed")
-    new.check()
-    with pytest.raises(OutputError, match=r"attempt 2 .* has taken over from attempt 1"):
-        old.check()
-
-
-def test_shards_do_not_fence_each_other(tmp_path: Path) -> None:
-    left, _ = attempts.claim(str(tmp_path), Shard(index=0, count=2), {}, "embed")
-    right, _ = attempts.claim(str(tmp_path), Shard(index=1, count=2), {}, "embed")
-    left.check()
-    attempts.claim(str(tmp_path), Shard(index=3, count=4), {}, "embed")
-    left.check()
-    with pytest.raises(OutputError):
-        right.check()
-
-
-def test_a_living_attempt_is_not_overrun(tmp_path: Path) -> None:
-    claim = "import sys,time; from pipeline.sinks.attempts import claim; from schemas.spec import Shard; "
-    claim += "claim(sys.argv[1], Shard(index=0,count=1), {}, 'embed'); print('in', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", claim, str(tmp_path)], stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None
-        other.stdout.readline()
-        with pytest.raises(OutputError, match=f"process {other.pid} has been writing"):
-            attempts.claim(str(tmp_path), Shard(index=0, count=1), {}, "embed")
-        other.kill()
-        other.wait()
-    fence, _ = attempts.claim(str(tmp_path), Shard(index=0, count=1), {}, "embed")
-    assert fence.number == 2
-
-
-def test_a_run_on_another_machine_is_ended_only_on_purpose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Shard(index=0, count=1)
-    with monkeypatch.context() as there:
-        there.setattr("socket.gethostname", lambda: "another")
-        running, record = attempts.claim(str(tmp_path), whole, {}, "embed")
-    with pytest.raises(OutputError, match=r"on another\) has been running since .*`compact` would end it"):
-        attempts.claim(str(tmp_path), whole, {}, "compact", take_over=False)
-    running.check()
-    attempts.claim(str(tmp_path), whole, {}, "embed")
-    with pytest.raises(OutputError, match="has taken over"):
-        running.check()
-    attempts.finish(str(tmp_path), record, {})
 
 
 def test_a_full_disk_names_the_path(tmp_path: Path) -> None:
