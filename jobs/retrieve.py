@@ -63,7 +63,9 @@ def search(
     as_json: AsJson = False,
 ) -> int:
     """Find the pictures most like some examples, exactly or by an index."""
-    _check_device(device)
+    from pipeline.retrieval.nearest import check_device
+
+    check_device(device)
     examples = [*_examples(image, row, uri, vector, text), *(_minus(value) for value in minus or ())]
     texts = [example.value for example in examples if example.kind == "text"]
     with opened(directory, storage_options) as store:
@@ -81,16 +83,6 @@ def search(
     else:
         print_table(["row", "score", "uri"], [[hit["row"], round(hit["score"], 4), hit["uri"]] for hit in hits])
     return 0
-
-
-def _check_device(device: str) -> None:
-    if device not in ("cpu", "cuda"):
-        raise SpecError(f"--device {device}: choose cpu or cuda")
-    if device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise SpecError("--device cuda: torch finds no GPU on this machine; leave it out to search on the CPU")
 
 
 def _find(

@@ -6,6 +6,7 @@ import numpy as np
 
 from pipeline.retrieval.arrays import Floats, Ints, Preparation
 from pipeline.retrieval.matrix import Matrix
+from schemas.errors import SpecError
 
 if TYPE_CHECKING:
     import torch
@@ -13,6 +14,17 @@ if TYPE_CHECKING:
 
 _GROUP_ROWS = 256
 _VIEW_BYTES = 256 * 1024 * 1024
+
+
+def check_device(device: str) -> None:
+    """Raise SpecError unless `device` is `cpu`, or `cuda` where there is one."""
+    if device not in ("cpu", "cuda"):
+        raise SpecError(f"--device {device}: choose cpu or cuda")
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise SpecError("--device cuda: torch finds no GPU on this machine; leave it out to search on the CPU")
 
 
 def top_k(
