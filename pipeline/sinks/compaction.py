@@ -45,7 +45,7 @@ def compact(out: str, target_bytes: int, storage_options: Options, first: int = 
         for group in _groups(mine, target_bytes):
             with _swapping(fs, path):
                 # What somebody else has rewritten meanwhile is left to the next time.
-                if set(group) <= set(list_parts(fs, path)):
+                if all(fs.exists(join(path, part.path)) for part in group):
                     _swap(fs, path, group, [_merge(fs, path, group)])
                     merged += len(group)
     return merged
