@@ -179,7 +179,7 @@ def build(question: Question, opened: Opened, placement: Placement, rest: Spans)
     _configure(question, placement)
     actor = actor_job(question, placement, intervals.count(rest))
     return (
-        ray.data.from_arrow(list(cut(rest, placement.task_rows)))
+        ray.data.from_blocks(list(cut(rest, placement.task_rows)))
         .map_batches(
             decode_rows,
             fn_kwargs={"job": _decode_job(question, opened, placement)},

@@ -227,8 +227,12 @@ def possible(dtype: DTypeName, *, cuda: bool) -> bool:
 
 
 def timed_forward(predictor: Any, job: ActorJob, pixels: Pixels) -> Forward:
-    """Median seconds of full batches, divided by their images; at least two batches, for up to FORWARD_S."""
+    """Median seconds of full batches, divided by their images; at least two batches, for up to FORWARD_S.
+
+    A batch before them does not count: the first one lays out the weights.
+    """
     batch = np.resize(pixels, (job.batch_size, *pixels.shape[1:]))
+    predictor.predict(batch)
     seconds: list[float] = []
     while len(seconds) < 2 or (sum(seconds) < FORWARD_S and len(seconds) < 50):
         started = time.perf_counter()

@@ -61,10 +61,12 @@ class Meter:
     @property
     def rate_mean(self) -> float:
         """Images per second since the first rows arrived; with those rows only over the whole time."""
-        now = time.monotonic()
-        if self._first and self.done > self._first[1] and now > self._first[0]:
-            return (self.done - self._first[1]) / (now - self._first[0])
-        return (self.done - self._before) / max(now - self._started, 1e-9)
+        return self._rate(time.monotonic())
+
+    def _rate(self, until: float) -> float:
+        if self._first and self.done > self._first[1] and until > self._first[0]:
+            return (self.done - self._first[1]) / (until - self._first[0])
+        return (self.done - self._before) / max(time.monotonic() - self._started, 1e-9)
 
     def received(self, rows: int) -> None:
         now = time.monotonic()
@@ -105,7 +107,8 @@ class Meter:
         """Enter what was measured into the attempt's record."""
         attempt.images, attempt.failures, attempt.parts = self.images, self.failed, self.parts
         attempt.startup_s, attempt.wall_s = self.startup_s, self.wall_s
-        attempt.images_per_s = self.rate_mean
+        # Up to the last rows: writing what is still held has another pace, which in a short job would count.
+        attempt.images_per_s = self._rate(self._recent[-1][0])
         attempt.stage_seconds = self.seconds
         attempt.actors = self._placement.actors.max
         attempt.bottleneck = self.bottleneck()

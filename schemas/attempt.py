@@ -34,7 +34,10 @@ class Distance(BaseModel):
 
 
 class AttemptRecord(BaseModel):
-    """One attempt. Times are ISO 8601 in UTC; `startup_s` ends with the first finished batch."""
+    """One attempt. Times are ISO 8601 in UTC.
+
+    `startup_s` ends with the first finished batch; `images_per_s` is the rate from there to the last one.
+    """
 
     model_config = ConfigDict(extra="forbid")
 

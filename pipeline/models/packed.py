@@ -38,9 +38,9 @@ class OneDnnLinear(nn.Module):
 
 
 class MklLinear(nn.Module):
-    """A linear layer whose weight is in MKL's own layout, which holds for one number of rows: that of the first call.
+    """A linear layer whose weight is in MKL's own layout, which holds for one number of rows: the largest yet seen.
 
-    A batch of another size, such as the last one of a block, is multiplied as torch does it.
+    A smaller batch, such as the last one of a block, is multiplied as torch does it.
     """
 
     def __init__(self, linear: nn.Linear, activation: str = "") -> None:
@@ -52,8 +52,9 @@ class MklLinear(nn.Module):
         self.packed = self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.rows:
-            self.rows = x.numel() // x.shape[-1]
+        rows = x.numel() // x.shape[-1]
+        if rows > self.rows:
+            self.rows = rows
             self.packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, self.rows)
         # Gives torch's own product where the rows are not those of the packed weight.
         product: Tensor = torch.ops.mkl._mkl_linear(x, self.packed, self.weight, self.bias, self.rows)

@@ -1,4 +1,4 @@
-"""The Ray actor around a predictor: made once, warm before its first batch, then called block by block."""
+"""The Ray actor around a predictor: made once, then called block by block."""
 
 import os
 import time
@@ -59,7 +59,7 @@ class PredictActor:
 
 
 def build_predictor(job: ActorJob) -> Predictor:
-    """The predictor that `job.backend` names, loaded and warm."""
+    """The predictor that `job.backend` names, with its model loaded."""
     if job.backend == "null":
         from pipeline.predictors.null import NullPredictor
 

@@ -26,7 +26,11 @@ _log = logging.getLogger(__name__)
 
 
 class TorchPredictor:
-    """Runs `info`'s model over decoded tables. Warm (kernels chosen, memory taken) when the constructor returns."""
+    """Runs `info`'s model over decoded tables.
+
+    On a GPU it is warm (kernels chosen, memory taken) when the constructor returns. On a CPU there is next to nothing
+    to warm, and a batch of zeros would take as long as the first batch of pictures.
+    """
 
     def __init__(
         self,
@@ -71,8 +75,6 @@ class TorchPredictor:
             self._runner = self._fastest()
             # What was tried and not taken, for the other actors of this GPU.
             torch.cuda.empty_cache()
-        else:
-            self.predict(np.zeros((batch_size, *self._shape), np.uint8))
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
         """Predicted table for a decoded one."""

@@ -8,6 +8,7 @@ from support.checkpoints import make_checkpoint, worst_error
 
 from pipeline.models import inspect_model, load_model
 from pipeline.models.kernels import choose_linear, cpu_libraries, replace_linears
+from pipeline.models.packed import MklLinear
 from pipeline.models.precision import Hardware
 from pipeline.models.prefix import prefix_suffices
 
@@ -48,12 +49,20 @@ def test_every_kind_gives_the_same(kind: str, linear: str, tmp_path: Path) -> No
     info = inspect_model(str(make_checkpoint(tmp_path / kind, kind)))
     plain, replaced = load_model(info, packed=False), load_model(info, packed=False)
     replace_linears(replaced.trunk, linear)  # type: ignore[arg-type]
-    # A full batch, the smaller one at the end of a block, and the full one again.
-    for count in (3, 2, 3):
+    # A first batch that is not full, a full one, the smaller one at the end of a block, and the full one again.
+    for count in (2, 3, 1, 3):
         pixels = random_pixels(count)
         ours, theirs = replaced.last_hidden_state(pixels), plain.last_hidden_state(pixels)
         assert worst_error(ours.flatten(0, 1), theirs.flatten(0, 1)) < 1e-4
         assert worst_error(replaced(pixels).pooled, plain(pixels).pooled) < 1e-4
+
+
+@pytest.mark.skipif("mkl" not in cpu_libraries(), reason="this torch has no MKL")
+def test_a_small_first_batch_does_not_keep_full_ones_from_the_fast_layout() -> None:
+    layer = MklLinear(torch.nn.Linear(8, 4))
+    for rows, laid_out_for in ((3, 3), (8, 8), (3, 8), (8, 8)):
+        layer(torch.ones(1, rows, 8))
+        assert layer.rows == laid_out_for
 
 
 @pytest.mark.parametrize(

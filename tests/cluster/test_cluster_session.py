@@ -1,0 +1,37 @@
+"""The Ray that a job starts on its own machine."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+PROGRAM = """
+import json, os, psutil, ray, time
+from cluster.session import ray_session
+
+@ray.remote(num_cpus=0)
+def process(seconds):
+    time.sleep(seconds)
+    return os.getpid()
+
+with ray_session(cpus=1):
+    pids = set(ray.get([process.remote(2.0) for _ in range(4)]))
+    # Ray looks for idle workers every 0.2 s, and by itself ends those above one for each core after 1 s.
+    time.sleep(4)
+    alive = {pid for pid in pids if psutil.pid_exists(pid)}
+print(json.dumps([len(pids), len(alive)]))
+"""
+
+
+@pytest.mark.slow
+def test_idle_workers_are_kept() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    started, alive = json.loads(done.stdout)
+    assert started > 1
+    assert alive == started

@@ -1,0 +1,75 @@
+"""What a running job says about itself, at times that are given."""
+
+from typing import Any
+
+import pytest
+
+from pipeline import progress
+from pipeline.placement import place
+from pipeline.progress import Meter
+from schemas.attempt import AttemptRecord, StageSeconds
+from schemas.machines import Machines
+
+MACHINE = Machines(cpus=2.0, gpus=0.0, memory_bytes=8e9, object_store_bytes=1e9, nodes=1, node_cpus=(2.0,))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    now = {"s": 100.0}
+
+    class Time:
+        @staticmethod
+        def monotonic() -> float:
+            return now["s"]
+
+    monkeypatch.setattr(progress, "time", Time)
+    return now
+
+
+def meter(total: int = 100, done: int = 0) -> Meter:
+    placement = place(
+        MACHINE, rows=total, actors=None, gpus_per_actor=0.0, batch_size=8, pixel_bytes=150_528, model_bytes=1 << 20
+    )
+    return Meter(total, done, 0, placement, 2)
+
+
+def recorded(which: Meter) -> dict[str, Any]:
+    attempt = AttemptRecord(attempt=1, shard_index=0, shard_count=1, started="", host="", pid=1)
+    which.report(attempt)
+    return attempt.model_dump()
+
+
+def test_rates_count_from_the_first_rows_to_the_last_ones(clock: dict[str, float]) -> None:
+    ours = meter()
+    for at, rows in ((110.0, 10), (115.0, 50), (120.0, 40)):
+        clock["s"] = at
+        ours.received(rows)
+    clock["s"] = 126.0  # what is still held is written
+    ours.committed(100, 0, 1, StageSeconds())
+    found = recorded(ours)
+    assert (found["startup_s"], found["wall_s"], found["images_per_s"]) == (10.0, 26.0, 9.0)
+
+
+def test_a_job_that_stalls_slows_down_while_one_looks_at_it(clock: dict[str, float]) -> None:
+    ours = meter()
+    for at, rows in ((110.0, 10), (115.0, 50)):
+        clock["s"] = at
+        ours.received(rows)
+    assert ours.look().rate_mean == 10.0
+    clock["s"] = 135.0
+    assert ours.look().rate_mean == 2.0
+    assert ours.look().left_s == 20.0
+
+
+def test_one_block_is_counted_over_the_whole_time(clock: dict[str, float]) -> None:
+    ours = meter(total=30, done=20)
+    clock["s"] = 105.0
+    ours.received(10)
+    assert recorded(ours)["images_per_s"] == 2.0
+
+
+def test_nothing_came(clock: dict[str, float]) -> None:
+    ours = meter()
+    clock["s"] = 105.0
+    found = recorded(ours)
+    assert (found["startup_s"], found["images_per_s"], ours.look().left_s) == (None, 0.0, None)
