@@ -88,7 +88,10 @@ def reference(folder: Path, dtype: str) -> Callable[[torch.Tensor], Any]:
 
 @torch.inference_mode()
 def forward(name: str, dtypes: list[str], batches: list[int], rounds: int, threads: int) -> list[dict[str, Any]]:
-    """Milliseconds an image for us and transformers (in float32 where it lacks the precision), and their ratio."""
+    """Milliseconds an image for us and transformers (in float32 where it lacks the precision), and their ratio.
+
+    Ours gives every output, as theirs does; and the CLS features alone, for which the last block skips the patches.
+    """
     from pipeline.models import inspect_model, load_model
     from pipeline.models.cost import forward_flop
     from pipeline.models.precision import torch_dtype
@@ -103,10 +106,12 @@ def forward(name: str, dtypes: list[str], batches: list[int], rounds: int, threa
         theirs = reference(folder, peer_dtype)
         for batch in batches:
             ours = load_model(info, dtype=torch_dtype(dtype))
+            alone = load_model(info, dtype=torch_dtype(dtype), outputs=("cls",))
             pixels = torch.randint(0, 256, (batch, 224, 224, 3), dtype=torch.uint8)
             values = torch.randn(batch, 3, 224, 224, dtype=getattr(torch, peer_dtype))
             works: dict[str, Callable[[], Any]] = {
                 "ours": lambda ours=ours, pixels=pixels: ours(pixels),
+                "cls": lambda alone=alone, pixels=pixels: alone(pixels),
                 "transformers": lambda theirs=theirs, values=values: theirs(values),
             }
             seconds = {key: median(value) / batch for key, value in interleaved(works, rounds, threads).items()}
@@ -120,6 +125,8 @@ def forward(name: str, dtypes: list[str], batches: list[int], rounds: int, threa
                     "ours_ms": seconds["ours"] * 1e3,
                     "transformers_ms": seconds["transformers"] * 1e3,
                     "ratio": seconds["transformers"] / seconds["ours"],
+                    "cls_ms": seconds["cls"] * 1e3,
+                    "cls_ratio": seconds["transformers"] / seconds["cls"],
                     "ours_gflop_per_s": gflop / seconds["ours"],
                 }
             )

@@ -105,12 +105,18 @@ def ceilings(name: str, found: Result) -> str:
                 row["model"], row["dtype"], str(row["batch"]), str(row["threads"]), f"{row['ours_ms']:,.0f}",
                 f"{row['transformers_ms']:,.0f}"
                 + ("" if row["transformers_dtype"] == row["dtype"] else f" ({row['transformers_dtype']})"),
-                f"{row['ratio']:.2f}",
+                f"{row['ratio']:.2f}", f"{row['cls_ms']:,.0f}", f"{row['cls_ratio']:.2f}",
             )
             for row in found["forward"]
         ]  # fmt: skip
-        head = ("model", "precision", "batch", "threads", "ours, ms an image", "transformers, ms", "ratio")
-        parts.append("The bare forward pass, in turn with transformers on the same weights:\n\n" + table(head, rows))
+        head = (
+            "model", "precision", "batch", "threads", "ours, ms an image", "transformers, ms", "ratio",
+            "ours, CLS alone, ms", "ratio",
+        )  # fmt: skip
+        parts.append(
+            "The bare forward pass, in turn with transformers on the same weights; all outputs, and the CLS features "
+            "alone, for which our last block computes nothing for the patches:\n\n" + table(head, rows)
+        )
     if "compiled" in found:
         row = found["compiled"]
         parts.append(
@@ -137,7 +143,8 @@ def peers(name: str, found: Result) -> str:
     head = ("who", "images/s", "patchstream over it", "least cosine to patchstream")
     flags = found["environment"].get("flags", [])
     slow = "" if {"amx_bf16", "avx512_bf16"} & set(flags) else (
-        "This CPU does not compute in bfloat16, which is where `auto` gains most: here all ran in float32. "
+        "This CPU does not compute in bfloat16, which is where `auto` gains most: here ours ran in float32, and "
+        "bfloat16 is emulated. "
     )  # fmt: skip
     return (
         f"## Peers\n\n{origin(name, found)}\n{found['images']} photos, ViT-B/16, the same weights, each a process of "
@@ -151,11 +158,12 @@ def preflight(name: str, found: Result) -> str:
     rows = [
         (
             source, f"{row['predicted_images_per_s']:.1f}", f"{row['real_images_per_s']:.1f}",
-            f"{row['predicted_over_real']:.2f}", row["bottleneck"],
+            f"{row['predicted_over_real']:.2f} ({', '.join(f'{ratio:.2f}' for ratio in sorted(row['ratios']))})",
+            row["bottleneck"],
         )
         for source, row in found["results"].items()
     ]  # fmt: skip
-    head = ("input", "predicted images/s", "real images/s", "predicted / real", "bottleneck")
+    head = ("input", "predicted images/s", "real images/s", "predicted / real (each round)", "bottleneck")
     note = f" {found['note']}" if found.get("note") else ""
     return f"## Preflight\n\n{origin(name, found)}\nModel: {found['model']}.{note}\n\n" + table(head, rows)
 
@@ -172,8 +180,8 @@ def end_to_end(name: str, found: Result) -> str:
         f"{found['decode_core_s'] * 1e3:.1f} ms and the bare forward pass {found['forward_core_s'] * 1e3:.1f} ms of a "
         f"core for each image, which makes an ideal of {found['ideal_images_per_s']:.1f} images/s; the "
         f"job ran at {found['steady_images_per_s']:.1f} in its steady "
-        f"state, {found['share_of_ideal']:.0%} of it{above}. The first batch was there after "
-        f"{found['startup_s']:.1f} s.\n"
+        f"state, {found['share_of_ideal']:.0%} of it{above}. From the command to the first finished batch, Ray "
+        f"included, it took {found['startup_s']:.1f} s.\n"
     )
 
 

@@ -25,6 +25,7 @@ COMMANDS: dict[str, list[str]] = {
     "ray data, documented way": [str(HERE / "ray_data.py")],
     "daft": [str(HERE / "daft_class.py")],
     "timm": [str(HERE / "timm_loop.py")],
+    "patchstream int8": [],
     "patchstream": [],
 }
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -43,7 +44,8 @@ def gather(photos: Path, images: int, folder: Path) -> Path:
 def run(name: str, python: str, photos: Path, model: Path, out: Path, dtype: str) -> float:
     """Wall seconds of the whole process."""
     command = [python, *COMMANDS[name], str(photos), str(model), str(out)]
-    if name == "patchstream":
+    if not COMMANDS[name]:
+        dtype = "int8" if name.endswith("int8") else dtype
         command = [
             python, "-m", "jobs", "embed", str(photos), "--model", str(model), "--out", str(out), "--features", "cls",
             "--dtype", dtype, "--no-report", "--json",
