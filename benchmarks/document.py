@@ -143,8 +143,8 @@ def peers(name: str, found: Result) -> str:
     head = ("who", "images/s", "patchstream over it", "least cosine to patchstream")
     flags = found["environment"].get("flags", [])
     slow = "" if {"amx_bf16", "avx512_bf16"} & set(flags) else (
-        "This CPU does not compute in bfloat16, which is where `auto` gains most: here ours ran in float32, and "
-        "bfloat16 is emulated. "
+        "This CPU does not compute in bfloat16, which is where `auto` gains most: here ours ran in float32 but "
+        "for the row that says int8, and bfloat16 is emulated. "
     )  # fmt: skip
     return (
         f"## Peers\n\n{origin(name, found)}\n{found['images']} photos, ViT-B/16, the same weights, each a process of "
@@ -181,7 +181,7 @@ def end_to_end(name: str, found: Result) -> str:
         f"core for each image, which makes an ideal of {found['ideal_images_per_s']:.1f} images/s; the "
         f"job ran at {found['steady_images_per_s']:.1f} in its steady "
         f"state, {found['share_of_ideal']:.0%} of it{above}. From the command to the first finished batch, Ray "
-        f"included, it took {found['startup_s']:.1f} s.\n"
+        f"included, it took {found['command_to_first_batch_s']:.1f} s.\n"
     )
 
 

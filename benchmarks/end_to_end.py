@@ -10,6 +10,7 @@ on the same cores. Each round measures decode, forward and job in turn; medians 
 import argparse
 import multiprocessing
 import os
+import queue
 import tempfile
 import time
 from functools import partial
@@ -87,7 +88,13 @@ def job(photos: list[str], model: Path, dtype: str, images: int) -> dict[str, An
     started = time.time()
     worker = context.Process(target=_job, args=(photos, model, dtype, images, started, results))
     worker.start()
-    record: dict[str, Any] = results.get()
+    record: dict[str, Any] | None = None
+    while record is None:
+        try:
+            record = results.get(timeout=5)
+        except queue.Empty:
+            if not worker.is_alive():
+                raise SystemExit(f"the job's process ended with code {worker.exitcode}") from None
     worker.join()
     if record["images"] != images:
         raise SystemExit(f"{record['images']} of {images} images came through: {record}")
@@ -155,7 +162,7 @@ def main() -> None:
             "ideal_images_per_s": ideal,
             "steady_images_per_s": steady,
             "share_of_ideal": steady / ideal,
-            "startup_s": median([item["job"]["command_to_first_batch_s"] for item in rounds]),
+            "command_to_first_batch_s": median([item["job"]["command_to_first_batch_s"] for item in rounds]),
             "rounds": rounds,
         },
     )

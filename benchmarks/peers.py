@@ -41,6 +41,14 @@ def gather(photos: Path, images: int, folder: Path) -> Path:
     return folder
 
 
+def possible() -> list[str]:
+    """All of them, but for int8 where this CPU does not multiply in it."""
+    from pipeline.models.precision import INT8_CPU_FLAGS, describe_hardware
+
+    eight = bool(describe_hardware(cuda=False).cpu_flags & INT8_CPU_FLAGS)
+    return [name for name in COMMANDS if eight or not name.endswith("int8")]
+
+
 def run(name: str, python: str, photos: Path, model: Path, out: Path, dtype: str) -> float:
     """Wall seconds of the whole process."""
     command = [python, *COMMANDS[name], str(photos), str(model), str(out)]
@@ -82,7 +90,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="auto", help="of patchstream")
     parser.add_argument("--model", type=Path, help="a ViT-B/16 in Hugging Face layout (default: random weights)")
-    parser.add_argument("--only", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
+    parser.add_argument("--only", nargs="+", choices=list(COMMANDS), default=possible())
     parser.add_argument("--python", nargs="*", default=[], help="NAME=PATH: another interpreter for a peer")
     parser.add_argument("--json")
     options = parser.parse_args()

@@ -23,8 +23,6 @@ _MIB = 1 << 20
 # Blocks in flight are bounded far below this; more would only take memory from the models.
 _STORE_BYTES = 2048 * _MIB
 _STORE_SHARE = 0.2
-# Beside two for each core: what Ray Data runs for itself, and writers.
-_KEPT_WORKERS = 8
 _KNOCK_S = 10.0
 _LOOK_S = 1.0
 
@@ -127,9 +125,8 @@ def _nobody(address: str, why: str) -> ClusterError:
 
 
 def _keep_workers() -> None:
-    """Let idle workers live. Ray ends those above one for each core after a second without work, and starting another
-    takes three seconds of a core, which on a small machine is taken from the models. Set by hand, these stay as set."""
-    os.environ.setdefault("RAY_num_workers_soft_limit", str(_KEPT_WORKERS + 2 * (os.cpu_count() or 1)))
+    """Let idle workers live for a minute. Ray ends those above one for each core after a second, and starting another
+    takes three seconds of a core, which on a small machine the models lack. What was set by hand stays."""
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
 
 

@@ -46,13 +46,15 @@ class Meter:
         self._placement = placement
         self._decode_slots = decode_slots
         self._started = time.monotonic()
-        self._first: tuple[float, int] | None = None
+        self._first_s: float | None = None
+        self._blocks = 0
+        self._base: tuple[float, int] | None = None
         self._recent: deque[tuple[float, int]] = deque([(self._started, done)])
 
     @property
     def startup_s(self) -> float | None:
         """Seconds until the first rows arrived."""
-        return self._first[0] - self._started if self._first else None
+        return self._first_s
 
     @property
     def wall_s(self) -> float:
@@ -60,19 +62,24 @@ class Meter:
 
     @property
     def rate_mean(self) -> float:
-        """Images per second since the first rows arrived; with those rows only over the whole time."""
+        """Images per second since every actor gave its first rows; until more came, over the whole time."""
         return self._rate(time.monotonic())
 
     def _rate(self, until: float) -> float:
-        if self._first and self.done > self._first[1] and until > self._first[0]:
-            return (self.done - self._first[1]) / (until - self._first[0])
+        if self._base and self.done > self._base[1] and until > self._base[0]:
+            return (self.done - self._base[1]) / (until - self._base[0])
         return (self.done - self._before) / max(time.monotonic() - self._started, 1e-9)
 
     def received(self, rows: int) -> None:
+        """One block of `rows` arrived."""
         now = time.monotonic()
         self.done += rows
-        if self._first is None:
-            self._first = (now, self.done)
+        self._blocks += 1
+        if self._first_s is None:
+            self._first_s = now - self._started
+        # The first blocks of all actors were under way at once: those behind the first are not the work of an instant.
+        if self._blocks <= self._placement.actors.min:
+            self._base = (now, self.done)
         self._recent.append((now, self.done))
         while len(self._recent) > 2 and now - self._recent[0][0] > _WINDOW_S:
             self._recent.popleft()
@@ -92,7 +99,7 @@ class Meter:
         rate = self.rate_mean
         left = (self.total - self.done) / rate if self.done > self._before and rate > 0 else None
         return Progress(
-            phase="running" if self._first else "starting",
+            phase="running" if self._blocks else "starting",
             done=self.done,
             total=self.total,
             failures=self.failures,

@@ -26,8 +26,9 @@ def rehearse(
 ) -> Rehearsal:
     """Run `spec` on `images` images, over and over again if only `available` are there, and leave nothing behind.
 
-    `tail`: rows at the end during which some workers have nothing left to do; they are not counted. `scratch`: a folder
-    or prefix that every node can write to, by default a temporary folder of this machine.
+    `tail`: rows that all actors work on at once. So many at the beginning and at the end are not counted: the first
+    arrive together, and during the last some have nothing left to do. `scratch`: a folder or prefix that every node can
+    write to, by default a temporary folder of this machine.
     """
     seen: list[tuple[float, int]] = []
     begun: list[float] = []
@@ -43,7 +44,7 @@ def rehearse(
     with _folder(scratch, spec.storage_options) as folder:
         values = {"out": join(folder, "out"), "sources": spec.sources * repeats, "limit": images}
         summary = run(spec.model_copy(update=values), connect, listen)
-    return Rehearsal(summary.rows, steady_rate(seen, summary.rows - tail), summary.attempt.startup_s or 0.0)
+    return Rehearsal(summary.rows, steady_rate(seen, tail, summary.rows - tail), summary.attempt.startup_s or 0.0)
 
 
 @contextmanager
@@ -61,12 +62,12 @@ def _folder(scratch: str | None, storage_options: Options) -> Iterator[str]:
             fs.rm(path, recursive=True)
 
 
-def steady_rate(seen: list[tuple[float, int]], until: int) -> float:
-    """Rows a second from the first look at (time, rows done) to the last one with at most `until` rows done.
+def steady_rate(seen: list[tuple[float, int]], since: int, until: int) -> float:
+    """Rows a second from the first look at (time, rows done) with `since` rows done to the last with at most `until`.
 
     With fewer than two such looks, over all there are; 0 where there is only one.
     """
-    counted = [look for look in seen if look[1] <= until]
+    counted = [look for look in seen if since <= look[1] <= until]
     if len(counted) < 2:
         counted = seen
     (first, before), (last, after) = (counted[0], counted[-1]) if counted else ((0.0, 0), (0.0, 0))

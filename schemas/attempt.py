@@ -36,7 +36,7 @@ class Distance(BaseModel):
 class AttemptRecord(BaseModel):
     """One attempt. Times are ISO 8601 in UTC.
 
-    `startup_s` ends with the first finished batch; `images_per_s` is the rate from there to the last one.
+    `startup_s` ends with the first finished batch; `images_per_s` is the rate from each actor's first one to the last.
     """
 
     model_config = ConfigDict(extra="forbid")

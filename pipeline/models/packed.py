@@ -54,8 +54,8 @@ class MklLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
         if rows > self.rows:
+            self.packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows)
             self.rows = rows
-            self.packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, self.rows)
         # Gives torch's own product where the rows are not those of the packed weight.
         product: Tensor = torch.ops.mkl._mkl_linear(x, self.packed, self.weight, self.bias, self.rows)
         if self.in_place is not None:

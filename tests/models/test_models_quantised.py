@@ -59,6 +59,20 @@ def test_layers_are_near_the_plain_one(layer: type[torch.nn.Module], bias: bool)
     assert (activated - torch.nn.functional.gelu(expected)).norm() < allowed * expected.norm()
 
 
+@pytest.mark.parametrize("count", [1, 399, 400, 401, 1000])
+@pytest.mark.parametrize("bias", [True, False])
+def test_int8_rows_do_not_depend_on_those_beside_them(count: int, bias: bool) -> None:
+    plain = torch.nn.Linear(37, 21, bias=bias).requires_grad_(False)
+    weight, of_columns = quantise_int8(plain.weight)
+    x = rows(count, 37).view(count, 1, 37).expand(count, 2, 37)[:, :1]
+    small, of_rows = quantise_int8(x[:, 0])
+    expected = (small.double() @ weight.double().t()) * of_rows.double() * of_columns.double().t()
+    if bias:
+        expected = expected + plain.bias.double()
+    found = Int8Linear(plain)(x)[:, 0].double()
+    assert ((found - expected).abs().amax(dim=1) <= 1e-5 * expected.abs().amax(dim=1)).all()
+
+
 def test_the_emulated_product_is_that_of_the_numbers() -> None:
     a, scale_a = quantise_float8(rows(5, 32))
     b, scale_b = quantise_float8(rows(7, 32, seed=1))

@@ -97,8 +97,8 @@ def test_the_sample_lies_in_stretches_over_the_whole(rows: int) -> None:
 
 
 def test_the_rate_leaves_out_start_and_tail() -> None:
-    seen = [(10.0, 16), (11.0, 26), (12.0, 36), (17.0, 40)]
-    assert steady_rate(seen, 36) == pytest.approx(10.0)
-    assert steady_rate(seen, 16) == pytest.approx(24 / 7)
-    assert steady_rate([(1.0, 5)], 5) == 0.0
-    assert steady_rate([], 5) == 0.0
+    seen = [(9.9, 8), (10.0, 16), (11.0, 26), (12.0, 36), (17.0, 40)]
+    assert steady_rate(seen, 16, 36) == pytest.approx(10.0)
+    assert steady_rate(seen, 16, 16) == pytest.approx(32 / 7.1)
+    assert steady_rate([(1.0, 5)], 0, 5) == 0.0
+    assert steady_rate([], 0, 5) == 0.0

@@ -39,20 +39,30 @@ def recorded(which: Meter) -> dict[str, Any]:
     return attempt.model_dump()
 
 
-def test_rates_count_from_the_first_rows_to_the_last_ones(clock: dict[str, float]) -> None:
+def test_rates_count_from_the_first_rows_of_all_actors_to_the_last_ones(clock: dict[str, float]) -> None:
     ours = meter()
-    for at, rows in ((110.0, 10), (115.0, 50), (120.0, 40)):
+    for at, rows in ((110.0, 10), (110.003, 10), (115.003, 45), (120.003, 35)):
         clock["s"] = at
         ours.received(rows)
     clock["s"] = 126.0  # what is still held is written
     ours.committed(100, 0, 1, StageSeconds())
     found = recorded(ours)
-    assert (found["startup_s"], found["wall_s"], found["images_per_s"]) == (10.0, 26.0, 9.0)
+    assert (found["startup_s"], found["wall_s"]) == (10.0, 26.0)
+    assert found["images_per_s"] == pytest.approx(8.0)
+
+
+def test_blocks_that_arrive_together_are_no_rate(clock: dict[str, float]) -> None:
+    ours = meter(total=16)
+    for at in (110.0, 110.003):
+        clock["s"] = at
+        ours.received(8)
+    clock["s"] = 116.0
+    assert recorded(ours)["images_per_s"] == 1.0
 
 
 def test_a_job_that_stalls_slows_down_while_one_looks_at_it(clock: dict[str, float]) -> None:
     ours = meter()
-    for at, rows in ((110.0, 10), (115.0, 50)):
+    for at, rows in ((110.0, 5), (110.0, 5), (115.0, 50)):
         clock["s"] = at
         ours.received(rows)
     assert ours.look().rate_mean == 10.0
