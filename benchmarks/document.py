@@ -174,14 +174,21 @@ def end_to_end(name: str, found: Result) -> str:
         if found["share_of_ideal"] > 1
         else ""
     )
+    stages = found["rounds"][-1]["job"]["stage_seconds"]
+    each = ", ".join(f"{name} {seconds / found['images'] * 1e3:.1f}" for name, seconds in stages.items())
+    started = (
+        f" From the command to the first batch, Ray included, it took {found['command_to_first_batch_s']:.1f} s."
+        if "command_to_first_batch_s" in found
+        else ""
+    )
     return (
         f"## End to end, {found['model'].removeprefix('patchstream-')}, {found['dtype']}\n\n{origin(name, found)}\n"
         f"{len(found['rounds'])} round(s) of {found['images']} photos. Decoding takes "
         f"{found['decode_core_s'] * 1e3:.1f} ms and the bare forward pass {found['forward_core_s'] * 1e3:.1f} ms of a "
         f"core for each image, which makes an ideal of {found['ideal_images_per_s']:.1f} images/s; the "
         f"job ran at {found['steady_images_per_s']:.1f} in its steady "
-        f"state, {found['share_of_ideal']:.0%} of it{above}. From the command to the first finished batch, Ray "
-        f"included, it took {found['command_to_first_batch_s']:.1f} s.\n"
+        f"state, {found['share_of_ideal']:.0%} of it{above}.{started} Within the job, "
+        f"milliseconds of a worker for each image: {each}.\n"
     )
 
 

@@ -7,8 +7,9 @@ Only this file composes the stages. The output is the ledger: whatever ends a ru
 the visible parts what is left, and does that.
 """
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -148,7 +149,7 @@ def _distance(question: Question, opened: Opened, placement: Placement, rest: Sp
     """How far this precision is from float32, measured where an actor would run."""
     measure = ray.remote(num_cpus=placement.actor_cpus, num_gpus=placement.actor_gpus)(measure_distance)
     decode = _decode_job(question, opened, placement)
-    found: Distance | None = ray.get(measure.remote(question, placement, next(cut(rest, IMAGES)), decode))
+    found: Distance | None = ray.get(measure.remote(question, placement, next(cut(rest, [IMAGES])), decode))
     return found
 
 
@@ -179,7 +180,7 @@ def build(question: Question, opened: Opened, placement: Placement, rest: Spans)
     _configure(question, placement)
     actor = actor_job(question, placement, intervals.count(rest))
     return (
-        ray.data.from_blocks(list(cut(rest, placement.task_rows)))
+        ray.data.from_blocks(list(cut(rest, placement.task_sizes(intervals.count(rest)))))
         .map_batches(
             decode_rows,
             fn_kwargs={"job": _decode_job(question, opened, placement)},
@@ -205,11 +206,11 @@ def _bundles(dataset: ray.data.Dataset) -> Generator[Any, None, None]:
     yield from dataset.iter_internal_ref_bundles()
 
 
-def cut(rest: Spans, task_rows: int) -> Iterator[pa.Table]:
-    """Ranges of pending rows as one small table for each decoding task, `task_rows` rows in each but the last."""
+def cut(rest: Spans, sizes: Iterable[int]) -> Iterator[pa.Table]:
+    """Ranges of pending rows as one small table for each decoding task, of so many rows each."""
     before = np.concatenate([[0], np.cumsum(rest[:, 1] - rest[:, 0])])
-    for low in range(0, int(before[-1]), task_rows):
-        high = min(low + task_rows, int(before[-1]))
+    for low, high in pairwise(accumulate(sizes, initial=0)):
+        high = min(high, int(before[-1]))
         index = np.arange(np.searchsorted(before, low, "right") - 1, np.searchsorted(before, high, "left"))
         starts = np.maximum(rest[index, 0], rest[index, 0] + low - before[index])
         stops = np.minimum(rest[index, 1], rest[index, 0] + high - before[index])

@@ -5,6 +5,7 @@ book three quarters of every core they compute on, decoding tasks a quarter of o
 divides the time, and neither waits for the other.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from schemas.errors import ClusterError
@@ -16,6 +17,7 @@ _BLOCK_BYTES = 8 << 20
 _LARGEST_BLOCK_BYTES = 128 << 20
 _TASK_ROWS = 1024
 _MAX_TASKS = 20_000
+_TASKS_LEFT_EACH = 2
 _CPU_BLOCK_S = 2.0
 _GFLOPS_A_THREAD = 50.0
 _DECODE_CPUS = 0.25
@@ -25,7 +27,8 @@ _THREADS_ON_LARGER = 4
 
 
 class Placement(NamedTuple):
-    """Resources for each stage. `batch_size` is the model's; `block_rows` is what travels between stages at once."""
+    """Resources for each stage. `batch_size` is the model's; `block_rows` is what travels between stages at once;
+    `task_rows` is the most that a decoding task has, of which `decoders` run side by side."""
 
     actors: ActorRange
     actor_cpus: float
@@ -36,10 +39,18 @@ class Placement(NamedTuple):
     batch_size: int
     block_rows: int
     task_rows: int
+    decoders: int
 
-    def tasks(self, rows: int) -> int:
-        """Into how many decoding tasks `rows` are cut."""
-        return max(1, -(-rows // self.task_rows))
+    def task_sizes(self, rows: int) -> Iterator[int]:
+        """Rows of each decoding task, `rows` in all. Towards the end tasks shrink down to one block, so that no core is
+        left alone with a long one (guided self-scheduling: Polychronopoulos and Kuck, IEEE Trans. Comput. C-36, 1987).
+        """
+        left = rows
+        while left > 0:
+            share = max(1, left // (self.decoders * _TASKS_LEFT_EACH))
+            size = min(left, self.task_rows, -(-share // self.block_rows) * self.block_rows)
+            yield size
+            left -= size
 
 
 def place(
@@ -98,6 +109,7 @@ def place(
         batch_size=batch,
         block_rows=block_rows,
         task_rows=-(-task_rows // block_rows) * block_rows,
+        decoders=cpus,
     )
 
 

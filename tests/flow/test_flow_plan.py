@@ -36,7 +36,7 @@ def test_tasks_cover_every_pending_row_once(rows: int) -> None:
     edges = np.unique(rng.integers(0, 10 * rows, 2 * min(rows, 40)))
     spans = edges[: len(edges) // 2 * 2].reshape(-1, 2)
     want = [row for start, stop in spans.tolist() for row in range(start, stop)]
-    tables = list(cut(spans, 64))
+    tables = list(cut(spans, [64] * -(-len(want) // 64)))
     got = [[row for span in task.to_pylist() for row in range(span["start"], span["stop"])] for task in tables]
     assert [row for task in got for row in task] == want
     assert all(len(task) == 64 for task in got[:-1])
@@ -89,9 +89,23 @@ def test_gpus_that_are_not_there() -> None:
 
 
 def test_small_jobs_are_spread_and_large_ones_are_bounded() -> None:
-    assert placed(rows=64).tasks(64) >= 4
-    assert placed(rows=10**9).tasks(10**9) <= 20_000
+    assert len(list(placed(rows=64).task_sizes(64))) >= 4
+    assert len(list(placed(rows=10**9).task_sizes(10**9))) <= 20_100
     assert placed(rows=10**6).block_rows * PIXELS <= 9 * (1 << 20)
+
+
+@pytest.mark.parametrize("machines", [LAPTOP, GPU_BOX])
+@pytest.mark.parametrize("rows", [1, 9, 100, 1000, 12_345, 10**6])
+def test_tasks_shrink_towards_the_end(machines: Machines, rows: int) -> None:
+    placement = placed(machines, rows=rows)
+    sizes = list(placement.task_sizes(rows))
+    assert sum(sizes) == rows
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(size % placement.block_rows == 0 and size <= placement.task_rows for size in sizes[:-1])
+    assert sizes[-1] <= placement.block_rows
+    # What is left when the last long task begins keeps the other cores busy while it lasts.
+    for number, size in enumerate(sizes):
+        assert size <= max(placement.block_rows, sum(sizes[number:]) / machines.cpus)
 
 
 def test_slow_models_get_small_blocks() -> None:
