@@ -90,6 +90,9 @@ def origin(name: str, found: Result) -> str:
     return f"`benchmarks/results/{name}`, commit {machine['commit']}: {where}{cores}{flags}.\n"
 
 
+CLS_COLUMNS = (("cls_ms", 0), ("cls_ratio", 2))
+
+
 def ceilings(name: str, found: Result) -> str:
     parts = [f"## Ceilings\n\n{origin(name, found)}"]
     if "product_gflop_per_s" in found:
@@ -105,7 +108,8 @@ def ceilings(name: str, found: Result) -> str:
                 row["model"], row["dtype"], str(row["batch"]), str(row["threads"]), f"{row['ours_ms']:,.0f}",
                 f"{row['transformers_ms']:,.0f}"
                 + ("" if row["transformers_dtype"] == row["dtype"] else f" ({row['transformers_dtype']})"),
-                f"{row['ratio']:.2f}", f"{row['cls_ms']:,.0f}", f"{row['cls_ratio']:.2f}",
+                f"{row['ratio']:.2f}",
+                *(f"{row[key]:,.{digits}f}" if key in row else "-" for key, digits in CLS_COLUMNS),
             )
             for row in found["forward"]
         ]  # fmt: skip
