@@ -234,4 +234,6 @@ def test_from_google_cloud_storage_to_it(
     assert (summary.images, summary.failures) == (16, 0)
     done = assert_exact(summary, out, gcs_server.storage_options, {"gs": gcs_server.storage_options})
     assert_same_features(done, expected, some)
-    assert proxy.control.faults() > 5
+    # The shard's first read and the first commit fail always; which pictures do is drawn from their addresses, in
+    # which the bucket's name is new each time.
+    assert proxy.control.faults() > 2
