@@ -153,7 +153,9 @@ def peers(name: str, found: Result) -> str:
     return (
         f"## Peers\n\n{origin(name, found)}\n{found['images']} photos, ViT-B/16, the same weights, each a process of "
         f"its own from start to end, in turn, {found['rounds']} round(s); ours with `--dtype {found['dtype']}`. {slow}"
-        "Start-up is in the figures: Ray's processes make ours the longest, and weigh less in a longer job.\n\n"
+        "Start-up is in the figures: Ray's processes make ours the longest, and weigh less in a longer job."
+        + (f" {found['note']}" if found.get("note") else "")
+        + "\n\n"
         + table(head, rows)
     )
 
