@@ -46,6 +46,7 @@ and its arithmetic are tested without. `benchmarks/gpu/run.py` takes less than e
 its JSON in `benchmarks/results/` becomes this section.
 """
 
+_CLS_COLUMNS = (("cls_ms", 0), ("cls_ratio", 2))
 _FACTS = ("recall_at_10", "ms_a_query", "accuracy")
 
 
@@ -90,9 +91,6 @@ def origin(name: str, found: Result) -> str:
     return f"`benchmarks/results/{name}`, commit {machine['commit']}: {where}{cores}{flags}.\n"
 
 
-CLS_COLUMNS = (("cls_ms", 0), ("cls_ratio", 2))
-
-
 def ceilings(name: str, found: Result) -> str:
     parts = [f"## Ceilings\n\n{origin(name, found)}"]
     if "product_gflop_per_s" in found:
@@ -109,7 +107,7 @@ def ceilings(name: str, found: Result) -> str:
                 f"{row['transformers_ms']:,.0f}"
                 + ("" if row["transformers_dtype"] == row["dtype"] else f" ({row['transformers_dtype']})"),
                 f"{row['ratio']:.2f}",
-                *(f"{row[key]:,.{digits}f}" if key in row else "-" for key, digits in CLS_COLUMNS),
+                *(f"{row[key]:,.{digits}f}" if key in row else "-" for key, digits in _CLS_COLUMNS),
             )
             for row in found["forward"]
         ]  # fmt: skip

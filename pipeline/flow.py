@@ -118,7 +118,7 @@ def _work(
     spec = question.spec
     first, stop = shard_rows(opened.record.manifest_rows, spec.shard.index, spec.shard.count)
     placement = place_job(question, machines, intervals.count(rest))
-    meter = Meter(stop - first, stop - first - intervals.count(rest), 0, placement, int(machines.cpus))
+    meter = Meter(stop - first, stop - first - intervals.count(rest), 0, placement)
     job = WriteJob(fence, opened.schema, opened.record.part_metadata(), opened.record.run_id)
     try:
         if question.dtype in MEASURED:
@@ -178,9 +178,10 @@ def build(question: Question, opened: Opened, placement: Placement, rest: Spans)
     guard sees to it that a picture which kills its decoder costs one repetition.
     """
     _configure(question, placement)
-    actor = actor_job(question, placement, intervals.count(rest))
+    rows = intervals.count(rest)
+    actor = actor_job(question, placement, rows)
     return (
-        ray.data.from_blocks(list(cut(rest, placement.task_sizes(intervals.count(rest)))))
+        ray.data.from_blocks(list(cut(rest, placement.task_sizes(rows))))
         .map_batches(
             decode_rows,
             fn_kwargs={"job": _decode_job(question, opened, placement)},

@@ -16,7 +16,8 @@ _BLOCK_BYTES = 8 << 20
 # Large enough for 256 images of 384 × 384 pixels or the patch features of a ViT-L at 224.
 _LARGEST_BLOCK_BYTES = 128 << 20
 _TASK_ROWS = 1024
-_MAX_TASKS = 20_000
+# As many again may follow where they shrink towards the end.
+_MAX_LONG_TASKS = 10_000
 _TASKS_LEFT_EACH = 2
 _CPU_BLOCK_S = 2.0
 _GFLOPS_A_THREAD = 50.0
@@ -98,7 +99,7 @@ def place(
     # Small inputs: blocks small enough that every actor gets several.
     block_rows = batch * max(1, min(blocks, rows // (batch * chosen.max * 4) or 1))
     spread = -(-rows // (cpus * 4))
-    task_rows = max(block_rows, min(_TASK_ROWS, spread), -(-rows // _MAX_TASKS))
+    task_rows = max(block_rows, min(_TASK_ROWS, spread), -(-rows // _MAX_LONG_TASKS))
     return Placement(
         actors=chosen,
         actor_cpus=actor_cpus,

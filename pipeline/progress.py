@@ -34,7 +34,7 @@ Listener = Callable[[Progress], None]
 class Meter:
     """Counts rows as they arrive and are committed, and turns the counts into rates."""
 
-    def __init__(self, total: int, done: int, failures: int, placement: Placement, decode_slots: int) -> None:
+    def __init__(self, total: int, done: int, failures: int, placement: Placement) -> None:
         self.total = total
         self.done = done
         self.failures = failures
@@ -42,19 +42,14 @@ class Meter:
         self.failed = 0
         self.parts = 0
         self.seconds = StageSeconds()
+        # Seconds until the first rows arrived.
+        self.startup_s: float | None = None
         self._before = done
         self._placement = placement
-        self._decode_slots = decode_slots
         self._started = time.monotonic()
-        self._first_s: float | None = None
         self._blocks = 0
         self._base: tuple[float, int] | None = None
         self._recent: deque[tuple[float, int]] = deque([(self._started, done)])
-
-    @property
-    def startup_s(self) -> float | None:
-        """Seconds until the first rows arrived."""
-        return self._first_s
 
     @property
     def wall_s(self) -> float:
@@ -75,8 +70,8 @@ class Meter:
         now = time.monotonic()
         self.done += rows
         self._blocks += 1
-        if self._first_s is None:
-            self._first_s = now - self._started
+        if self.startup_s is None:
+            self.startup_s = now - self._started
         # The first blocks of all actors were under way at once: those behind the first are not the work of an instant.
         if self._blocks <= self._placement.actors.min:
             self._base = (now, self.done)
@@ -132,8 +127,8 @@ class Meter:
         else:
             shares = {
                 "predict": self.seconds.predict / max(self._placement.actors.min, 1),
-                "decode": self.seconds.decode / max(self._decode_slots, 1),
+                "decode": self.seconds.decode / max(self._placement.decoders, 1),
             }
         name = max(shares, key=lambda stage: shares[stage])
-        waiting = self.seconds.fetch / max(self._decode_slots, 1) > max(shares.values())
+        waiting = self.seconds.fetch / max(self._placement.decoders, 1) > max(shares.values())
         return "fetch" if waiting else name

@@ -27,8 +27,15 @@ def row_scales(rows: Tensor) -> Tensor:
 
 def quantise_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
     """float32 rows (M, K) → int8 (M, K) and float32 scales (M, 1), such that `q · scale` is nearest to the rows."""
+    quantised = torch.empty(rows.shape, dtype=torch.int8)
+    return quantised, _quantise_into(quantised, rows, torch.empty_like(rows))
+
+
+def _quantise_into(quantised: Tensor, rows: Tensor, scratch: Tensor) -> Tensor:
+    """Fill `quantised` and give the scales; `scratch` (M, K) is written over."""
     scale = row_scales(rows)
-    return (rows / scale).round_().to(torch.int8), scale
+    quantised.copy_(torch.div(rows, scale, out=scratch).round_())
+    return scale
 
 
 def quantise_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,8 +64,7 @@ class Int8Linear(nn.Module):
         product = torch.empty(shape_out, dtype=torch.int32)
         for some, result in zip(torch.split(rows, step), torch.split(out, step), strict=True):
             n = len(some)
-            scale = row_scales(some)
-            small[:n].copy_(torch.div(some, scale, out=scratch[:n]).round_())
+            scale = _quantise_into(small[:n], some, scratch[:n])
             torch._int_mm(small[:n], self.weight, out=product[:n])
             result.copy_(product[:n]).mul_(scale)
             if self.bias is None:

@@ -90,7 +90,7 @@ def test_gpus_that_are_not_there() -> None:
 
 def test_small_jobs_are_spread_and_large_ones_are_bounded() -> None:
     assert len(list(placed(rows=64).task_sizes(64))) >= 4
-    assert len(list(placed(rows=10**9).task_sizes(10**9))) <= 20_100
+    assert len(list(placed(rows=10**9).task_sizes(10**9))) <= 20_000
     assert placed(rows=10**6).block_rows * PIXELS <= 9 * (1 << 20)
 
 

@@ -226,7 +226,8 @@ def test_from_google_cloud_storage_to_it(
     (tmp_path / "in/shards").mkdir(parents=True)
     shard_of(some[8:], tmp_path / "in/shards/x.tar")
     link(some[:8], tmp_path / "in/plain")
-    bucket = gcs_server.make_bucket()
+    # Faults are drawn from addresses: under a new name each time, fewer pictures might meet one.
+    bucket = gcs_server.make_bucket("faults-on-the-way")
     base = gcs_server.upload(tmp_path / "in", bucket, "in")
     proxy = flaky_proxy(gcs_server, FAULTS, seed=7)
     options, out = {"gs": proxy.server.storage_options}, f"gs://{bucket}/out"
@@ -234,6 +235,4 @@ def test_from_google_cloud_storage_to_it(
     assert (summary.images, summary.failures) == (16, 0)
     done = assert_exact(summary, out, gcs_server.storage_options, {"gs": gcs_server.storage_options})
     assert_same_features(done, expected, some)
-    # The shard's first read and the first commit fail always; which pictures do is drawn from their addresses, in
-    # which the bucket's name is new each time.
-    assert proxy.control.faults() > 2
+    assert proxy.control.faults() > 5

@@ -30,7 +30,7 @@ def meter(total: int = 100, done: int = 0) -> Meter:
     placement = place(
         MACHINE, rows=total, actors=None, gpus_per_actor=0.0, batch_size=8, pixel_bytes=150_528, model_bytes=1 << 20
     )
-    return Meter(total, done, 0, placement, 2)
+    return Meter(total, done, 0, placement)
 
 
 def recorded(which: Meter) -> dict[str, Any]:
