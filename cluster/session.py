@@ -12,7 +12,6 @@ from typing import Any
 
 import psutil
 import ray
-from ray.autoscaler.sdk import request_resources
 
 from cluster.check import check_nodes
 from cluster.token import check_token
@@ -82,6 +81,8 @@ def _keeping_handlers() -> Iterator[None]:
 
 def _wait_for_machines(bundles: Sequence[Mapping[str, float]], wait_s: float) -> None:
     """Ask the cluster's autoscaler for room, and wait for it. A cluster without one does not change by being asked."""
+    from ray.autoscaler.sdk import request_resources  # slow to import, and few need it
+
     wanted = [dict(bundle) for bundle in bundles] or [{"CPU": 1.0}]
     gpus, cpus = (sum(bundle.get(name, 0.0) for bundle in wanted) for name in ("GPU", "CPU"))
     deadline = time.monotonic() + wait_s

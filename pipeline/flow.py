@@ -7,6 +7,8 @@ Only this file composes the stages. The output is the ledger: whatever ends a ru
 the visible parts what is left, and does that.
 """
 
+from __future__ import annotations  # a mere mention of ray.data would load it
+
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import accumulate, pairwise

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem, sync
 
-from pipeline.images.http import get_bytes
 from pipeline.images.verdict import TruncatedBodyError, too_many_bytes
 from pipeline.storage import filesystem, is_local, scheme
 from schemas.errors import ImageError
@@ -111,11 +110,15 @@ def _read_local(path: str, extent: Extent | None, max_bytes: int, need: Need) ->
 
 
 async def _read_http(fs: Any, url: str, extent: Extent | None, max_bytes: int, need: Need) -> bytes:
+    from pipeline.images.http import get_bytes  # loads aiohttp, a quarter of a second that a local file need not wait
+
     session = await fs.set_session()
     return await get_bytes(session, url, url, extent, max_bytes=max_bytes, need=need, request=fs.kwargs)
 
 
 async def _read_gcs(fs: Any, path: str, extent: Extent | None, max_bytes: int, need: Need) -> bytes:
+    from pipeline.images.http import get_bytes
+
     session = await fs._set_session()
     request = {"headers": fs._get_headers(None), "params": fs._get_params({})}
     name = f"gs://{path}"

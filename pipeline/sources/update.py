@@ -1,9 +1,11 @@
 """`--update`: of what the sources list now, the rows that are new or changed since the manifest was frozen."""
 
+from __future__ import annotations
+
 import tempfile
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -11,6 +13,9 @@ import pyarrow.parquet as pq
 
 from pipeline.sources.manifest import ManifestPart
 from pipeline.storage import Options, filesystem, join, redact
+
+if TYPE_CHECKING:
+    import duckdb
 
 _BATCH_ROWS = 131_072
 # Beyond it DuckDB goes on on the disk, in the same temporary folder.
@@ -42,6 +47,8 @@ def new_and_changed(
     A changed row carries the row it replaces in `replaces`. What is listed waits on the local disk until all of it
     is there, and DuckDB compares it there: neither side need fit into memory.
     """
+    import duckdb  # here, because every job imports this file and few update
+
     with tempfile.TemporaryDirectory(prefix="patchstream-update-") as folder:
         with duckdb.connect(f"{folder}/compare.duckdb", config={"memory_limit": _MEMORY}) as database:
             database.execute("create table known (row bigint, key varchar, etag varchar, size bigint, replaces bigint)")

@@ -129,6 +129,13 @@ def test_help_answers_at_once_and_imports_nothing_heavy() -> None:
     assert "embed" in done.stdout
 
 
+def test_a_wrong_path_does_not_wait_for_what_a_job_needs_later() -> None:
+    later = {"torch", "ray.data", "pandas", "aiohttp", "duckdb", "ray.autoscaler.sdk"}
+    code = f"import sys, jobs.run, pipeline.flow, cluster.session; print(sorted({later!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_another_projects_packages_are_noticed(tmp_path: Path) -> None:
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "__init__.py").write_text("")

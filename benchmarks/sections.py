@@ -1,0 +1,253 @@
+"""The sections of docs/benchmarks.md: one function for each kind of result, from its JSON to Markdown."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+Result = dict[str, Any]
+
+_CLS_COLUMNS = (("cls_ms", 0), ("cls_ratio", 2))
+_FACTS = ("recall_at_10", "ms_a_query", "accuracy")
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def origin(name: str, found: Result) -> str:
+    """Where the figures of a section come from."""
+    machine = found["environment"]
+    where = machine.get("cpu") or machine.get("device")
+    cores = f", {machine['cores']} cores" if "cores" in machine else ""
+    flags = f" ({', '.join(machine['flags'])})" if machine.get("flags") else ""
+    return f"`benchmarks/results/{name}`, commit {machine['commit']}: {where}{cores}{flags}.\n"
+
+
+def ceilings(name: str, found: Result) -> str:
+    parts = [f"## Ceilings\n\n{origin(name, found)}"]
+    if "product_gflop_per_s" in found:
+        products = ", ".join(f"{dtype} {value:,.0f}" for dtype, value in found["product_gflop_per_s"].items())
+        parts.append(f"A product of two 2,048 × 2,048 matrices on one thread, GFLOP/s: {products}.")
+    if "copy_gb_per_s" in found:
+        parts[-1] += f" Copying memory: {found['copy_gb_per_s']:.1f} GB/s."
+    if "write" in found:
+        parts[-1] += f" Encoding and storing a part: {found['write']['mb_per_s']:,.0f} MB/s."
+    if "forward" in found:
+        rows = [
+            (
+                row["model"], row["dtype"], str(row["batch"]), str(row["threads"]), f"{row['ours_ms']:,.0f}",
+                f"{row['transformers_ms']:,.0f}"
+                + ("" if row["transformers_dtype"] == row["dtype"] else f" ({row['transformers_dtype']})"),
+                f"{row['ratio']:.2f}",
+                *(f"{row[key]:,.{digits}f}" if key in row else "-" for key, digits in _CLS_COLUMNS),
+            )
+            for row in found["forward"]
+        ]  # fmt: skip
+        head = (
+            "model", "precision", "batch", "threads", "ours, ms an image", "transformers, ms", "ratio",
+            "ours, CLS alone, ms", "ratio",
+        )  # fmt: skip
+        parts.append(
+            "The bare forward pass, in turn with transformers on the same weights; all outputs, and the CLS features "
+            "alone, for which our last block computes nothing for the patches:\n\n" + table(head, rows)
+        )
+    if "compiled" in found:
+        row = found["compiled"]
+        parts.append(
+            f"torch.compile with frozen weights, {row['model']}, float32, one thread: {row['compile_s']:.0f} s to "
+            f"compile, then {row['compiled_ms']:.0f} ms an image, ours {row['ours_ms']:.0f}.\n"
+        )
+    if "decode" in found:
+        rows = [
+            (f"{row['width']} × {row['height']}", *(f"{row['ms'][key]:.1f}" for key in ("pillow", "exact", "fast")))
+            for row in found["decode"]
+        ]
+        parts.append("Decoding one JPEG to 224 × 224, ms:\n\n" + table(("size", "Pillow", "exact", "fast"), rows))
+    return "\n".join(parts)
+
+
+def peers(name: str, found: Result) -> str:
+    rows = [
+        (
+            peer, f"{row['images_per_s']:.2f}", f"{row['patchstream_over_it']:.2f}",
+            f"{row['least_cosine_to_patchstream']:.5f}",
+        )
+        for peer, row in found["results"].items()
+    ]  # fmt: skip
+    head = ("who", "images/s", "patchstream over it", "least cosine to patchstream")
+    flags = found["environment"].get("flags", [])
+    slow = "" if {"amx_bf16", "avx512_bf16"} & set(flags) else (
+        "This CPU does not compute in bfloat16, which is where `auto` gains most: here ours ran in float32 but "
+        "for the row that says int8, and bfloat16 is emulated. "
+    )  # fmt: skip
+    return (
+        f"## Peers\n\n{origin(name, found)}\n{found['images']} photos, ViT-B/16, the same weights, each a process of "
+        f"its own from start to end, in turn, {found['rounds']} round(s); ours with `--dtype {found['dtype']}`. {slow}"
+        "Start-up is in the figures: Ray's processes make ours the longest, and weigh less in a longer job."
+        + (f" {found['note']}" if found.get("note") else "")
+        + "\n\n"
+        + table(head, rows)
+    )
+
+
+def preflight(name: str, found: Result) -> str:
+    rows = [
+        (
+            source, f"{row['predicted_images_per_s']:.1f}", f"{row['real_images_per_s']:.1f}",
+            f"{row['predicted_over_real']:.2f} ({', '.join(f'{ratio:.2f}' for ratio in sorted(row['ratios']))})",
+            row["bottleneck"],
+        )
+        for source, row in found["results"].items()
+    ]  # fmt: skip
+    head = ("input", "predicted images/s", "real images/s", "predicted / real (each round)", "bottleneck")
+    note = f" {found['note']}" if found.get("note") else ""
+    return f"## Preflight\n\n{origin(name, found)}\nModel: {found['model']}.{note}\n\n" + table(head, rows)
+
+
+def end_to_end(name: str, found: Result) -> str:
+    above = (
+        " (more than all: the machine, which is shared, was slower while the parts were measured alone)"
+        if found["share_of_ideal"] > 1
+        else ""
+    )
+    stages = found["rounds"][-1]["job"]["stage_seconds"]
+    each = ", ".join(f"{name} {seconds / found['images'] * 1e3:.1f}" for name, seconds in stages.items())
+    started = (
+        f" From the command to the first batch, Ray included, it took {found['command_to_first_batch_s']:.1f} s."
+        if "command_to_first_batch_s" in found
+        else ""
+    )
+    return (
+        f"## End to end, {found['model'].removeprefix('patchstream-')}, {found['dtype']}\n\n{origin(name, found)}\n"
+        f"{len(found['rounds'])} round(s) of {found['images']} photos. Decoding takes "
+        f"{found['decode_core_s'] * 1e3:.1f} ms and the bare forward pass {found['forward_core_s'] * 1e3:.1f} ms of a "
+        f"core for each image, which makes an ideal of {found['ideal_images_per_s']:.1f} images/s; the "
+        f"job ran at {found['steady_images_per_s']:.1f} in its steady "
+        f"state, {found['share_of_ideal']:.0%} of it{above}.{started} Within the job, "
+        f"milliseconds of a worker for each image: {each}.\n"
+    )
+
+
+def scale(name: str, found: Result) -> str:
+    rows = [
+        (
+            f"{row['rows']:,}", f"{row['seconds']:,.1f}", f"{row['rows_per_s'] or 0:,.0f}",
+            f"{row['resume_planning_s']:.3f}", f"{row['holes']['resume_planning_s']:.3f}" if row.get('holes') else "-",
+            *(f"{row[key]:,.0f}" if row.get(key) else "-" for key in ("driver_first_mib", "driver_last_mib",
+                                                                      "driver_peak_mib")),
+        )
+        for row in found["results"]
+    ]  # fmt: skip
+    head = ("rows", "seconds", "rows/s", "resume planning, s", "with gaps, s", "driver first, MiB", "last", "peak")
+    picture = next((path.name for path in sorted((ROOT / "docs" / "pictures").glob("*scale*"))), None)
+    shown = f"\n![time and memory by rows](pictures/{picture})\n" if picture else ""
+    if "planning" in found:
+        plan = found["planning"]
+        shown += (
+            f"\nPlanning a resume of {plan['rows']:,} rows in {plan['parts']:,} parts, all with gaps: "
+            f"{plan['resume_planning_s']:.1f} s.\n"
+        )
+    return f"## Scale, null predictor\n\n{origin(name, found)}\n{table(head, rows)}{shown}"
+
+
+def endurance(name: str, found: Result) -> str:
+    rows = [
+        (process, *(f"{memory[key]:,.0f}" for key in ("early_mib", "late_mib", "peak_mib")))
+        for process, memory in found["memory"].items()
+    ]
+    note = f" {found['note']}" if found.get("note") else ""
+    return (
+        f"## Memory over time, {found['model']}\n\n{origin(name, found)}\n"
+        f"One job for {found['minutes']:g} minutes: {found['images']:,} images, {found['failures']:,} failures. Bytes "
+        f"that the object store moved to disk: {found['spilled_bytes']:,}.{note} Memory of the largest process in each "
+        "role, as far as it is its own, MiB; early is the second tenth of the time, late the last one:\n\n"
+        + table(("process", "early", "late", "peak"), rows)
+    )
+
+
+def triton(name: str, found: Result) -> str:
+    ways = ("triton_shared_memory", "triton_wire")
+    rows = [
+        (
+            size["size"], f"{size['wall_ms_an_image']['torch']:.1f}",
+            *(f"{size['wall_ratio'][way]:.2f}" for way in ways),
+            f"{size['core_ms_an_image']['torch']:.1f}",
+            *(f"{size['core_ms_added_to_an_image'][way]:+.2f}" for way in ways),
+            f"{size['largest_difference']:.1e}",
+        )
+        for size in found["sizes"]
+    ]  # fmt: skip
+    head = (
+        "model", "torch in the actor, ms an image", "throughput, shared memory ÷ torch", "over the wire ÷ torch",
+        "torch, core-ms an image", "added, shared memory", "added, over the wire", "largest difference of CLS",
+    )  # fmt: skip
+    return (
+        f"## Through a Triton server\n\n{origin(name, found)}{found.get('note', '')}\n"
+        "Float32, one thread on either side, "
+        f"{len(found['sizes'][0]['rounds'])} rounds in turn of {found['images']} pictures; medians, ratios within a "
+        f"round. The load of the machine was {found['environment']['load_before']:.1f} beforehand: where that is above "
+        "its cores, the clock's columns are noise and the cores' count.\n\n"
+        f"{table(head, rows)}\n"
+        "What costs: the pixels of a picture of 224 × 224 (147 KiB) are copied into shared memory, or packed into a "
+        "message, sent and unpacked; the server hands them to the process of its Python back end; the outputs go the "
+        "same way back; threads on both sides wait for each other. None of that depends on the model's size, so the "
+        "share falls as the model grows. It pays off where a server has the accelerator already, or serves "
+        "others at the same time; where the machine is the job's alone, the actor is the shorter way.\n"
+    )
+
+
+def retrieval(name: str, found: Result) -> str:
+    notes = {
+        key: ", ".join(
+            f"{fact.replace('_', ' ')} {row[fact]:.4g}" for fact in _FACTS if isinstance(row.get(fact), float)
+        )
+        for key, row in found["commands"].items()
+    }
+    rows = [
+        (key.replace("_", " "), f"{row['wall_s']:,.1f}", f"{row['peak_mib']:,}", notes[key] or "-")
+        for key, row in found["commands"].items()
+    ]
+    exact = "\n".join(
+        f"- {key.split('_')[1]} at once: {row['search'] * 1e3:.0f} ms, {row['ratio']:.2f} times the fastest bare "
+        f"product (torch {row['torch'] * 1e3:.0f} ms, NumPy {row['numpy'] * 1e3:.0f} ms)"
+        for key, row in found.get("exact_search_s", {}).items()
+    )
+    return (
+        f"## Retrieval, {found['rows']:,} × {found['dim']} float32\n\n{origin(name, found)}{found.get('note', '')}\n\n"
+        + table(("command", "seconds", "peak memory, MiB", "result"), rows)
+        + f"\nExact search by vectors, against a bare product with the same matrix:\n\n{exact}\n"
+    )
+
+
+def gpu(name: str, found: Result) -> str:
+    ceiling = ", ".join(f"{key.replace('_', ' ')} {value:,.1f}" for key, value in found["ceilings"].items())
+    rows = [
+        (
+            row["model"], row["dtype"] + (" compiled" if row["compiled"] else ""), str(row["batch"]),
+            f"{row['model_only']:,.0f}", f"{row['end_to_end']:,.0f}",
+            f"{row['ceiling_share']:.0%}" if row["ceiling_share"] else "-",
+        )
+        for row in found["rates"]
+    ]  # fmt: skip
+    likeness = [(r["model"], r["dtype"], f"{r['cls']:.5f}", f"{r['pooled']:.5f}") for r in found["correctness"]]
+    head = ("model", "precision", "batch", "model only, images/s", "end to end", "share of the product ceiling")
+    return (
+        f"## GPUs\n\n{origin(name, found)}\nCeilings: {ceiling}.\n\n{table(head, rows)}\nLeast cosine to float32:\n\n"
+        + table(("model", "precision", "cls", "pooled"), likeness)
+    )
+
+
+SECTIONS: dict[str, Callable[[str, Result], str]] = {
+    "preflight": preflight,
+    "ceilings": ceilings,
+    "peers": peers,
+    "end_to_end": end_to_end,
+    "scale": scale,
+    "endurance": endurance,
+    "triton": triton,
+    "retrieval": retrieval,
+    "gpu": gpu,
+}
