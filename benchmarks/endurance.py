@@ -70,6 +70,7 @@ def watch(command: list[str], folder: Path, minutes: float, every: float) -> tup
         began = time.monotonic()
         while not any(folder.glob("out/images/*")):
             if job.poll() is not None or time.monotonic() - began > _PATIENCE_S:
+                job.terminate()
                 raise SystemExit(f"no part appeared:\n{(folder / 'job.log').read_text()[-2000:]}")
             time.sleep(0.2)
         started = time.monotonic()

@@ -75,8 +75,9 @@ def place(
     cpus = max(1, int(machines.cpus))
     if gpus_per_actor:
         _check_gpus(machines, actors, gpus_per_actor)
-        threads, actor_cpus, decode_cpus = 0, 1.0, 1.0
         chosen = actors or ActorRange(min=1, max=max(1, int(machines.gpus / gpus_per_actor)))
+        threads = 0
+        actor_cpus, decode_cpus = _book_beside_gpus(machines, min(chosen.max, int(machines.gpus / gpus_per_actor)))
     else:
         nodes = [max(1, int(cores)) for cores in machines.node_cpus] or [cpus]
         threads, now = _share(nodes, actors)
@@ -141,6 +142,17 @@ def _book(nodes: list[int], threads: int, now: int, *, grows: bool) -> float:
     fit = int(beside / booked + 1e-9)
     keeps_out = cores / (fit + 1) + 1e-3
     return max(booked, keeps_out) if grows and keeps_out * fit <= beside else booked
+
+
+def _book_beside_gpus(machines: Machines, now: int) -> tuple[float, float]:
+    """CPUs that a GPU actor and a decoding task book, for `now` actors: one each where there are plenty.
+
+    Where the actors would book more than half of a node's cores, they book half, or in the end none is left on which
+    anything could be decoded, and the job stands still.
+    """
+    nodes = [max(1.0, cores) for cores in machines.node_cpus] or [max(1.0, machines.cpus)]
+    cores, each = min(nodes), -(-max(1, now) // len(nodes))
+    return (1.0, 1.0) if 2 * each <= cores else (0.5 * cores / each, min(1.0, 0.5 * cores))
 
 
 def _automatic_batch(usual: int, row_bytes: int) -> int:

@@ -27,6 +27,7 @@ from pipeline.placement import Placement
 from pipeline.predicting import actor_job
 from pipeline.predictors.actor import ActorJob, build_predictor
 from pipeline.sinks.parts import split, write_part
+from pipeline.sources.columns import concatenated
 from pipeline.sources.manifest import read_sources
 from pipeline.storage import filesystem
 from schemas.errors import ImageError, PatchstreamError, SourceError, SpecError
@@ -61,9 +62,7 @@ def sample(question: Question) -> tuple[pa.Table, int]:
     Raises SourceError when nothing matches.
     """
     limit = min(question.spec.limit or LISTED, LISTED)
-    listed = pa.concat_tables(
-        read_sources(question.spec.model_copy(update={"limit": limit})), promote_options="default"
-    )
+    listed = concatenated(list(read_sources(question.spec.model_copy(update={"limit": limit}))))
     listed = listed.add_column(0, "row", pa.array(range(listed.num_rows), pa.int64()))
     return listed.take(pa.array(stretches(listed.num_rows, SAMPLED, STRETCH))), listed.num_rows
 
@@ -185,25 +184,26 @@ def measure_forward(
     """The model at the placement's batch size and precision first, then at others while the budget lasts.
 
     Also gives the sample's vectors for the pixels of each way to decode, and the predictor itself. A precision that the
-    model does not run in is left out.
+    model does not run in is left out, and so is a batch size that the device has no memory for.
     """
     cuda = question.spec.gpus_per_actor > 0
     job = actor_job(question, placement)
     predictor: Any = build_predictor(job)
-    found = [timed_forward(predictor, job, pixels["exact"])]
+    found = [timed_forward(predictor, job, pixels["exact"], placement.block_rows)]
     outputs = {"exact": vectors(predictor, job, pixels["exact"])}
     if (pixels["fast"] != pixels["exact"]).any():
         outputs["fast"] = vectors(predictor, job, pixels["fast"])
     for size in GPU_BATCHES if cuda else CPU_BATCHES:
         if size != placement.batch_size and not budget.spent:
             other = job._replace(batch_size=size)
-            found.append(timed_forward(build_predictor(other), other, pixels["exact"]))
+            with suppress(PatchstreamError, RuntimeError):
+                found.append(timed_forward(build_predictor(other), other, pixels["exact"], placement.block_rows))
     for dtype in other_precisions(question.dtype, cuda=cuda):
         if not budget.spent:
             other = job._replace(dtype=dtype)
-            with suppress(PatchstreamError):
+            with suppress(PatchstreamError, RuntimeError):
                 candidate: Any = build_predictor(other)
-                result = timed_forward(candidate, other, pixels["exact"])
+                result = timed_forward(candidate, other, pixels["exact"], placement.block_rows)
                 likeness = cosines(vectors(candidate, other, pixels["exact"]), outputs["exact"]).tolist()
                 found.append(result._replace(cosines=likeness))
     return found, outputs, predictor
@@ -226,19 +226,21 @@ def possible(dtype: DTypeName, *, cuda: bool) -> bool:
     return True
 
 
-def timed_forward(predictor: Any, job: ActorJob, pixels: Pixels) -> Forward:
+def timed_forward(predictor: Any, job: ActorJob, pixels: Pixels, block_rows: int) -> Forward:
     """Median seconds of full batches, divided by their images; at least two batches, for up to FORWARD_S.
 
-    A batch before them does not count: the first one lays out the weights.
+    A batch before them does not count: the first one lays out the weights. On a GPU it is a block of several batches
+    at a time, as in a job: the copies of one hide behind the computing of another.
     """
-    batch = np.resize(pixels, (job.batch_size, *pixels.shape[1:]))
+    images = max(job.batch_size, block_rows) if job.cuda else job.batch_size
+    batch = np.resize(pixels, (images, *pixels.shape[1:]))
     predictor.predict(batch)
     seconds: list[float] = []
     while len(seconds) < 2 or (sum(seconds) < FORWARD_S and len(seconds) < 50):
         started = time.perf_counter()
         predictor.predict(batch)
         seconds.append(time.perf_counter() - started)
-    image_s = float(np.median(seconds)) / job.batch_size
+    image_s = float(np.median(seconds)) / images
     return Forward(job.dtype, job.batch_size, job.threads, image_s, [])
 
 

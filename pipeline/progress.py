@@ -126,7 +126,7 @@ class Meter:
             shares = {"predict": self.seconds.predict, "decode": self.seconds.decode}
         else:
             shares = {
-                "predict": self.seconds.predict / max(self._placement.actors.min, 1),
+                "predict": self.seconds.predict / max(self._placement.actors.max, 1),
                 "decode": self.seconds.decode / max(self._placement.decoders, 1),
             }
         name = max(shares, key=lambda stage: shares[stage])

@@ -15,6 +15,7 @@ from pipeline.opening import ask
 from pipeline.planning import Costs, row_bytes
 from pipeline.record import require_record
 from pipeline.sinks.attempts import read_attempts
+from pipeline.sources.columns import concatenated
 from pipeline.sources.manifest import read_sources
 from schemas.errors import OutputError, SourceError
 from schemas.spec import JobSpec
@@ -41,7 +42,7 @@ def from_source(spec: JobSpec) -> Sample:
     question = ask(spec)
     if question.info is None:
         raise SourceError("a plan needs a model: --backend null computes nothing")
-    listed = pa.concat_tables(read_sources(spec.model_copy(update={"limit": LISTED})), promote_options="default")
+    listed = concatenated(list(read_sources(spec.model_copy(update={"limit": LISTED}))))
     listed = listed.slice(0, LISTED)
     listed = listed.add_column(0, "row", pa.array(range(listed.num_rows), pa.int64()))
     chosen = _spread(listed, DECODED)

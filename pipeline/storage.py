@@ -23,6 +23,8 @@ from schemas.redaction import redact as redact
 
 Options = Mapping[str, Any]
 
+# These hold their objects themselves, so that no address that begins with one is a chain, whatever its key holds.
+_NO_CHAINS = frozenset({"s3", "gs", "http"})
 _ALIASES = {"gcs": "gs", "s3a": "s3", "https": "http", "local": "file"}
 
 
@@ -30,6 +32,11 @@ def scheme(url: str) -> str:
     """`file`, `s3`, `gs`, `http`, …; aliases such as `https`, `s3a` and `gcs` folded into one name."""
     protocol = str(get_protocol(url))
     return _ALIASES.get(protocol, protocol)
+
+
+def is_chained(url: str) -> bool:
+    """Whether `url` names one file system inside another, as `zip://a.png::s3://bucket/x.zip` does."""
+    return "::" in url.partition("?")[0] and scheme(url) not in _NO_CHAINS
 
 
 def options_for(url: str, storage_options: Options) -> dict[str, Any]:
@@ -62,6 +69,9 @@ def filesystem(url: str, storage_options: Options) -> tuple[AbstractFileSystem, 
     if scheme(url) in {"s3", "gs"}:
         options.setdefault("use_listings_cache", False)
     try:
+        if scheme(url) in _NO_CHAINS and "::" in url:
+            fs, _ = fsspec.core.url_to_fs(url.partition("::")[0], **options)
+            return fs, str(fs._strip_protocol(url))
         fs, path = fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
         raise SourceError(f"{redact(url)}: no file system for this address ({error})") from error

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from pipeline.models.architecture import Architecture, tensor_shapes
 from pipeline.models.assemble import assemble
 from pipeline.models.cost import forward_flop
-from pipeline.models.gpu import plan_gpu
+from pipeline.models.gpu import has_compiler, plan_gpu
 from pipeline.models.precision import torch_dtype
 from pipeline.models.quantised import quantise_float8, scaled_product
 from pipeline.predictors.torch_runner import Runner
@@ -183,7 +183,8 @@ def measure(
     """One network in one precision at every batch size; results go into `found` as they come."""
     dtype, compiled = how
     kind = dtype + (" compiled" if compiled else "")
-    if bench.late or (dtype == "float8" and bench.capability < (8, 9)):
+    unable = compiled and bench.cuda and not has_compiler()
+    if bench.late or unable or (dtype == "float8" and bench.capability < (8, 9)):
         found["left_out"].append(f"{name} {kind}")
         return
     if not compiled or dtype == "float8":
@@ -192,6 +193,9 @@ def measure(
     if compiled and bench.cuda:
         model.trunk.compile(dynamic=False)
     for batch in batches[-1:] if compiled else batches:
+        if bench.late:
+            found["left_out"].append(f"{name} {kind} batch {batch}: time is up")
+            continue
         try:
             row = rates(a, model, dtype, batch, bench)
         except torch.OutOfMemoryError:
@@ -250,10 +254,19 @@ def main() -> None:
     tensors = {name: random_tensors(a) for name, a in chosen.items()}
     for how in PASSES:
         for name, architecture in chosen.items():
-            measure(name, architecture, tensors[name], how, found, bench, batches)
-    if options.json:
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+            try:
+                measure(name, architecture, tensors[name], how, found, bench, batches)
+            except Exception as error:  # noqa: BLE001  one kernel that fails must not cost the figures of the others
+                found["left_out"].append(f"{name} {how[0]}: {type(error).__name__}: {error}"[:500])
+                print(found["left_out"][-1], flush=True)
+            save(options.json, found)
+
+
+def save(path: str | None, found: dict[str, Any]) -> None:
+    """After each network, so that a run that is cut short has its figures."""
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

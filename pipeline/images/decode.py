@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.images.failures import decode_failure, not_an_image, too_many_pixels
 from pipeline.images.formats import FORMATS
-from pipeline.images.jpeg import decode_jpeg, refuse_endless_scans, scale_denominator
+from pipeline.images.jpeg import decode_jpeg, refuse_early_end, refuse_endless_scans, scale_denominator
 from pipeline.images.limits import DECODE_LIMIT_S, DecodeTimeoutError, quiet_stderr, time_limit
 from pipeline.images.modes import to_rgb
 from pipeline.images.tiff import tile_pixels
@@ -101,6 +101,8 @@ def _decode_opened(image: Image.Image, data: bytes, out: Pixels, spec: DecodeSpe
         picture = decode_jpeg(data, image.size, denominator)
     if picture is None:
         denominator = 1
+        if name in _JPEG_FORMATS and image.mode == "CMYK":
+            refuse_early_end(data)
         with quiet_stderr() if name == "TIFF" else contextlib.nullcontext():
             image.load()
         picture = to_rgb(image)

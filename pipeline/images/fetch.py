@@ -112,11 +112,37 @@ class _Fetcher:
             raise too_many_bytes(read.url, read.nbytes, limit)
         extent = Extent(read.start, read.nbytes)
         attempts.wait_for_room(extent.length)
-        data = attempts.run(lambda left_s: self._reader.read(read.url, extent, need=attempts.need, timeout_s=left_s))
+        try:
+            data = self._stretch(read, extent, attempts)
+        except ImageError as error:
+            if error.error != "TruncatedBody" or read.rows == 1:
+                raise
+            return self._singly(read, attempts)
+        begins = ((offset - read.start, length) for offset, length in read.members)
         return [
-            too_many_bytes(read.url, length, limit) if length > limit else data[offset - read.start :][:length]
-            for offset, length in read.members
+            too_many_bytes(read.url, length, limit) if length > limit else data[begin : begin + length]
+            for begin, length in begins
         ]
+
+    def _stretch(self, read: RangeRead, extent: Extent, attempts: Attempts) -> bytes:
+        return attempts.run(
+            lambda left_s: self._reader.read(read.url, extent, need=attempts.need, timeout_s=left_s, etag=read.etag)
+        )
+
+    def _singly(self, read: RangeRead, attempts: Attempts) -> list[bytes | ImageError]:
+        """The container ends before the last of these members do; those before its end are there all the same."""
+        results: list[bytes | ImageError] = []
+        tried = attempts.count
+        for offset, length in read.members:
+            attempts.restart_clock()
+            attempts.count = tried
+            try:
+                if length > self._fetch.max_bytes:
+                    raise too_many_bytes(read.url, length, self._fetch.max_bytes)
+                results.append(self._stretch(read, Extent(offset, length), attempts))
+            except ImageError as error:
+                results.append(bare(error))
+        return results
 
     def _table_row(self, read: TableRead, attempts: Attempts) -> bytes:
         run = self._run_of(read)
@@ -143,6 +169,6 @@ class _Fetcher:
         # setdefault is atomic, so that threads which come at the same time share one run
         run = self._runs.get(id(read.run))
         if run is None:
-            new = TableRun(read.url, read.run, self._image_column, self._reader)
+            new = TableRun(read.url, read.run, self._image_column, self._reader, read.etag)
             run = self._runs.setdefault(id(read.run), new)
         return run

@@ -51,3 +51,13 @@ def decode_jpeg(data: bytes, size: tuple[int, int], denominator: int) -> Image.I
         return None
     # Pillow keeps RGB in four bytes a pixel, so this memory becomes an image without a copy.
     return Image.fromarrow(pa.array(pixels.reshape(-1)), "RGB", (width, height))
+
+
+def refuse_early_end(data: bytes) -> None:
+    """Raise ImageError `Truncated` for a CMYK file whose scan ends early: Pillow decides about its colours, but would
+    fill up what is missing in silence."""
+    try:
+        simplejpeg.decode_jpeg(data, "CMYK", min_height=1, min_width=1)  # an eighth of the size: quick
+    except ValueError as error:
+        if "premature end" in str(error).lower():
+            raise truncated(str(error)) from error

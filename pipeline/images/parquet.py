@@ -1,14 +1,15 @@
 """Image bytes out of a Parquet table: one pass over the row groups that hold wanted rows, whatever their size."""
 
 import bisect
+import os
 import threading
 from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.images.reader import Reader
-from pipeline.images.verdict import safe_url
+from pipeline.images.reader import Reader, same_size
+from pipeline.images.verdict import changed, safe_url
 from schemas.errors import ImageError
 
 # Bytes and path of an image, either of which may be None.
@@ -26,8 +27,11 @@ class TableRun:
     Each position has a turn, so that the table is read once and in order although many threads wait for rows.
     """
 
-    def __init__(self, url: str, rows: tuple[int, ...], image_column: str, reader: Reader) -> None:
+    def __init__(
+        self, url: str, rows: tuple[int, ...], image_column: str, reader: Reader, etag: str | None = None
+    ) -> None:
         self.url = url
+        self._etag = etag
         self._rows = rows
         self._column = image_column
         self._reader = reader
@@ -71,6 +75,9 @@ class TableRun:
         wanted = self._rows[position:]
         taken = 0
         with fs.open(path, "rb", block_size=_READ_BYTES, cache_type="readahead") as file:
+            file.seek(0, os.SEEK_END)
+            if not same_size(self._etag, file.tell()):
+                raise changed(self.url)
             parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
             column = _image_column(parquet.schema_arrow, self._column)
             for first, values in _batches(parquet, column, wanted):

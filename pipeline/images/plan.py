@@ -25,10 +25,14 @@ class ObjectRead:
 
 @dataclass(frozen=True, slots=True)
 class RangeRead:
-    """Members of one container: (offset, length) in bytes, in manifest order, of one stretch of it."""
+    """Members of one container: (offset, length) in bytes, in manifest order, of one stretch of it.
+
+    `etag` is that of the container when it was listed, where it has one: the places hold for no other.
+    """
 
     url: str
     members: tuple[tuple[int, int], ...]
+    etag: str | None = None
 
     @property
     def rows(self) -> int:
@@ -46,11 +50,15 @@ class RangeRead:
 
 @dataclass(frozen=True, slots=True)
 class TableRead:
-    """One row of a Parquet table: the `position`-th of the ascending row numbers of `run`, read in one pass."""
+    """One row of a Parquet table: the `position`-th of the ascending row numbers of `run`, read in one pass.
+
+    `etag` as for a `RangeRead`; it ends with the table's size in hexadecimal digits.
+    """
 
     url: str
     run: tuple[int, ...]
     position: int
+    etag: str | None = None
 
     @property
     def rows(self) -> int:
@@ -66,6 +74,7 @@ class _Row(NamedTuple):
     offset: int
     length: int | None
     size: int | None
+    etag: str | None
 
 
 def plan_reads(manifest: pa.Table) -> Iterator[Read]:
@@ -83,7 +92,9 @@ def plan_reads(manifest: pa.Table) -> Iterator[Read]:
 
 def _joins(group: list[_Row], row: _Row) -> bool:
     last = group[-1]
-    if row.container is None or row.container != last.container or (row.length is None) != (last.length is None):
+    if row.container is None or (row.container, row.etag) != (last.container, last.etag):
+        return False
+    if (row.length is None) != (last.length is None):
         return False
     if row.length is None or last.length is None:
         return row.offset > last.offset
@@ -97,6 +108,6 @@ def _reads(group: list[_Row]) -> Iterator[Read]:
         yield ObjectRead(first.uri, first.size)
     elif first.length is None:
         run = tuple(row.offset for row in group)
-        yield from (TableRead(first.container, run, position) for position in range(len(run)))
+        yield from (TableRead(first.container, run, position, first.etag) for position in range(len(run)))
     else:
-        yield RangeRead(first.container, tuple((row.offset, row.length or 0) for row in group))
+        yield RangeRead(first.container, tuple((row.offset, row.length or 0) for row in group), first.etag)

@@ -1,6 +1,8 @@
 """Bytes of a file or of a stretch of it, once, from wherever it lies. Retries are the caller's."""
 
+import json
 import os
+import re
 import stat
 import threading
 from collections.abc import Callable, Mapping
@@ -9,7 +11,7 @@ from typing import Any, NamedTuple
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem, sync
 
-from pipeline.images.verdict import TruncatedBodyError, too_many_bytes
+from pipeline.images.verdict import HttpStatusError, TruncatedBodyError, answered, changed, too_many_bytes
 from pipeline.storage import filesystem, is_local, scheme
 from schemas.errors import ImageError
 
@@ -36,28 +38,29 @@ class Reader:
         self._file_systems: dict[str, AbstractFileSystem] = {}
         self._opening = threading.Lock()
 
-    def read(self, url: str, extent: Extent | None, *, need: Need, timeout_s: float) -> bytes:
+    def read(self, url: str, extent: Extent | None, *, need: Need, timeout_s: float, etag: str | None = None) -> bytes:
         """The whole of `url`, or exactly `extent` of it.
 
-        `need(nbytes)` is called before memory is spent and may raise to say that there is no room now. Raises
-        ImageError for what the address or its size rules out, else whatever the driver raises.
+        `need(nbytes)` is called before memory is spent and may raise to say that there is no room now. With `etag` an
+        extent is of the file that had it when it was listed. Raises ImageError for what the address, its size or its
+        ETag rules out, else whatever the driver raises.
         """
         if "://" not in url:
-            return _read_local(url, extent, self._max_bytes, need)
+            return _read_local(url, extent, self._max_bytes, need, etag)
         kind = scheme(url)
         fs, path = self.locate(url)
         if kind == "file" and is_local(fs):
-            return _read_local(path, extent, self._max_bytes, need)
-        read = _READ_BY_SCHEME.get(kind) if "::" not in path else None
+            return _read_local(path, extent, self._max_bytes, need, etag)
+        read = _READ_BY_SCHEME.get(kind)
         if read is None:
             return _read_any(fs, path, extent, self._max_bytes, need, timeout_s)
-        data: bytes = sync(fs.loop, read, fs, path, extent, self._max_bytes, need, timeout=max(timeout_s, 0.001))
+        data: bytes = sync(fs.loop, read, fs, path, extent, self._max_bytes, need, etag, timeout=max(timeout_s, 0.001))
         return data
 
     def locate(self, url: str) -> tuple[AbstractFileSystem, str]:
         """The file system of `url` and the path on it."""
         kind = scheme(url)
-        if "::" in url.partition("?")[0] or kind not in _READ_BY_SCHEME:
+        if kind not in _READ_BY_SCHEME:
             return filesystem(url, self._options)
         fs = self._file_systems.get(kind)
         if fs is None:
@@ -94,13 +97,22 @@ def _single_try_s3(fs: AbstractFileSystem, concurrency: int) -> AbstractFileSyst
     return single
 
 
-def _read_local(path: str, extent: Extent | None, max_bytes: int, need: Need) -> bytes:
+def same_size(etag: str | None, size: int) -> bool:
+    """Whether a file of `size` bytes may be the one that was listed. Where the ETag ends with a size, that decides: a
+    time that differs may come from a copy."""
+    told = re.search(r"-([0-9a-f]+)$", etag or "")
+    return told is None or int(told[1], 16) == size
+
+
+def _read_local(path: str, extent: Extent | None, max_bytes: int, need: Need, etag: str | None) -> bytes:
     # Without O_NONBLOCK, opening a named pipe that nobody writes to would wait for ever.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ImageError("fetch", "NotAFile", f"{path} is a folder, a pipe or a device, not a file")
         if extent is not None:
+            if not same_size(etag, status.st_size):
+                raise changed(path)
             need(extent.length)
             return _exactly(os.pread(file.fileno(), extent.length, extent.start), extent.length)
         if status.st_size > max_bytes:
@@ -109,28 +121,52 @@ def _read_local(path: str, extent: Extent | None, max_bytes: int, need: Need) ->
         return _exactly(file.readall(), status.st_size)
 
 
-async def _read_http(fs: Any, url: str, extent: Extent | None, max_bytes: int, need: Need) -> bytes:
+def _free(nbytes: int) -> None:
+    """The `need` of what is too little to count."""
+
+
+async def _read_http(fs: Any, url: str, extent: Extent | None, max_bytes: int, need: Need, etag: str | None) -> bytes:
     from pipeline.images.http import get_bytes  # loads aiohttp, a quarter of a second that a local file need not wait
 
     session = await fs.set_session()
     return await get_bytes(session, url, url, extent, max_bytes=max_bytes, need=need, request=fs.kwargs)
 
 
-async def _read_gcs(fs: Any, path: str, extent: Extent | None, max_bytes: int, need: Need) -> bytes:
+async def _read_gcs(fs: Any, path: str, extent: Extent | None, max_bytes: int, need: Need, etag: str | None) -> bytes:
     from pipeline.images.http import get_bytes
 
     session = await fs._set_session()
     request = {"headers": fs._get_headers(None), "params": fs._get_params({})}
     name = f"gs://{path}"
-    return await get_bytes(session, fs.url(path), name, extent, max_bytes=max_bytes, need=need, request=request)
+    if extent is None or not etag:
+        return await get_bytes(session, fs.url(path), name, extent, max_bytes=max_bytes, need=need, request=request)
+    # An answer to a range says nothing of the whole, so the object is asked for first, then exactly that generation.
+    about = fs.url(path).replace("/download/storage/", "/storage/").replace("alt=media", "alt=json")
+    known = json.loads(await get_bytes(session, about, name, None, max_bytes=1 << 20, need=_free, request=request))
+    if etag not in {known.get(key) for key in ("md5Hash", "crc32c", "etag")}:
+        raise changed(name)
+    request["params"]["ifGenerationMatch"] = known["generation"]
+    try:
+        return await get_bytes(session, fs.url(path), name, extent, max_bytes=max_bytes, need=need, request=request)
+    except HttpStatusError as error:
+        if error.status == 412:
+            raise changed(name) from error
+        raise
 
 
-async def _read_s3(fs: Any, path: str, extent: Extent | None, max_bytes: int, need: Need) -> bytes:
+async def _read_s3(fs: Any, path: str, extent: Extent | None, max_bytes: int, need: Need, etag: str | None) -> bytes:
     bucket, key, version = fs.split_path(path)
     options = {"VersionId": version} if version else {}
     if extent is not None:
         options["Range"] = f"bytes={extent.start}-{extent.start + extent.length - 1}"
-    response = await fs._call_s3("get_object", Bucket=bucket, Key=key, **options)
+        if etag:
+            options["IfMatch"] = f'"{etag}"'
+    try:
+        response = await fs._call_s3("get_object", Bucket=bucket, Key=key, **options)
+    except OSError as error:
+        if "IfMatch" in options and answered(error)[0] == 412:
+            raise changed(f"s3://{path}") from error
+        raise
     body, size = response["Body"], response["ContentLength"]
     try:
         if size > (extent.length if extent else max_bytes):

@@ -70,7 +70,7 @@ class Attempts:
 
     def _wait_or_raise(self, error: Exception) -> None:
         verdict = judge(error)
-        wait_s = random.uniform(0, min(CAP_S, BASE_S * 2**self.count))
+        wait_s = random.uniform(0, min(CAP_S, BASE_S * 2 ** min(self.count, 10)))
         wait_s = max(wait_s, verdict.wait_s or 0.0)
         if not verdict.again or self.count >= self._limit or time.monotonic() + wait_s >= self._deadline_s:
             raise fetch_failure(self.url, error, verdict, self.count) from error

@@ -98,9 +98,15 @@ _TRANSIENT_ERRNO = frozenset(
 _BY_ERRNO = {errno.ENAMETOOLONG: _BAD_ADDRESS, errno.ELOOP: _NOT_FOUND, errno.ENXIO: _NOT_A_FILE}
 
 
+def changed(url: str) -> ImageError:
+    """The error of a row whose place is in a container that is not what it was."""
+    message = f"{safe_url(url)} has changed since it was listed; --update takes up what it holds now"
+    return ImageError("fetch", "Changed", message)
+
+
 def judge(error: BaseException) -> Verdict:
     """The verdict on an exception that an attempt to read raised."""
-    status, wait_s = _answered(error)
+    status, wait_s = answered(error)
     if status is not None:
         return _judge_status(status, wait_s)
     if isinstance(error, OSError) and error.errno in _BY_ERRNO:
@@ -126,7 +132,7 @@ def _judge_status(status: int, wait_s: float | None) -> Verdict:
     return Verdict(f"Http{status}", again=False, retryable=status >= 500)
 
 
-def _answered(error: BaseException) -> tuple[int | None, float | None]:
+def answered(error: BaseException) -> tuple[int | None, float | None]:
     """HTTP status and Retry-After behind an exception of ours or of botocore, which s3fs wraps into an OSError."""
     for link in (error, error.__cause__):
         if isinstance(link, HttpStatusError):
@@ -148,12 +154,9 @@ def retry_after_s(header: str | None) -> float | None:
     return float(header) if header is not None and re.fullmatch(r"\d{1,6}", header.strip()) else None
 
 
-_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^\s'\"<>)\]]+")
-
-
 def scrub(text: str, limit: int = 300) -> str:
     """`text` on one line, cut to `limit` characters, every address in it without credentials."""
-    return _URL.sub(lambda match: safe_url(match.group()), " ".join(text.split()))[:limit]
+    return safe_url(" ".join(text.split()))[:limit]
 
 
 def safe_url(url: str) -> str:

@@ -5,6 +5,8 @@ What runs it is in `predictors/torch_runner.py`; here is only what is chosen, so
 
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 from typing import NamedTuple
 
 # Names of torch.nn.attention.SDPBackend, best first.
@@ -48,8 +50,10 @@ def plan_gpu(
 
 
 def has_compiler() -> bool:
-    """Whether this machine has what torch.compile builds the callers of its kernels with: CC, gcc or clang."""
-    return any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang") if name)
+    """Whether this machine has what torch.compile builds the callers of its kernels with: CC, gcc or clang, and
+    Python's headers."""
+    headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
+    return headers and any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang") if name)
 
 
 def choose_batch(images_per_s: dict[int, float]) -> int:

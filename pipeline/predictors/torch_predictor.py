@@ -1,9 +1,10 @@
 """The torch predictor: one model on one device, fixed batch shape, copies hidden behind compute."""
 
+import gc
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.models import ModelInfo, load_model
 from pipeline.models.gpu import GpuPlan, choose_batch, has_compiler, plan_gpu
-from pipeline.models.precision import torch_dtype
+from pipeline.models.precision import FLOAT8_SINCE_SM, torch_dtype
 from pipeline.predictors.batches import Predictions, Wanted, good_rows, pixels_of, predicted_table
 from pipeline.predictors.torch_runner import Runner
 from schemas.errors import ClusterError
@@ -48,6 +49,11 @@ class TorchPredictor:
             torch.set_num_threads(threads)
         if cuda:
             _check_gpu(dtype)
+            # A predictor that was let go before holds itself in a circle, and with it weights and graphs on the GPU.
+            gc.collect()
+            torch.cuda.empty_cache()
+            # The little that is float32 beside a trunk of fewer bits: TF32 has more of them than the trunk.
+            torch.set_float32_matmul_precision("highest" if dtype == "float32" else "high")
         self._device = torch.device("cuda" if cuda else "cpu")
         outputs = (*wanted.features, *(("logits",) if wanted.labels else ()))
         self._model = load_model(
@@ -69,6 +75,8 @@ class TorchPredictor:
                 compiler=has_compiler(),
             )
             if self._plan.compiled:
+                # Where Triton cannot build after all (no headers, a read-only home), it runs as without a compiler.
+                torch._dynamo.config.suppress_errors = True
                 self._model.trunk.compile(dynamic=False)
             elif dtype == "float8":
                 _log.warning("float8 without a C compiler on this machine: torch.compile is off, and it is slow")
@@ -93,18 +101,21 @@ class TorchPredictor:
         if not len(pixels):
             return self._collect([])
         while self._runner is not None:
-            try:
+            # Handled behind the block: until then the traceback holds what lay on the device.
+            with suppress(torch.OutOfMemoryError):
                 return self._collect([tuple(self._runner.run(pixels))])
-            except torch.OutOfMemoryError:
-                self._runner = self._smaller()
+            self._runner = self._smaller()
         batches = (pixels[start : start + self._batch] for start in range(0, len(pixels), self._batch))
         return self._collect([self._forward(_tensor(batch)) for batch in batches])
 
     @torch.inference_mode()
     def _fastest(self) -> Runner:
-        """The runner whose batch size was measured to be best, of the one asked for and its half."""
+        """The runner whose batch size was measured to be best, of the one asked for and its half.
+
+        Where the trunk is compiled, each size would be compiled anew, which takes longer than a better one saves.
+        """
         largest = self._fitting()
-        if largest.batch == 1:
+        if largest.batch == 1 or (self._plan is not None and self._plan.compiled):
             return largest
         rates = {largest.batch: _images_per_s(largest, self._shape)}
         try:
@@ -119,10 +130,9 @@ class TorchPredictor:
 
     def _fitting(self) -> Runner:
         while True:
-            try:
+            with suppress(torch.OutOfMemoryError):
                 return self._made(self._batch)
-            except torch.OutOfMemoryError:
-                self._halve()
+            self._halve()
 
     def _smaller(self) -> Runner:
         self._runner = None
@@ -133,6 +143,7 @@ class TorchPredictor:
         if self._batch == 1:
             raise ClusterError("the GPU lacks the memory for a batch of one image; use a larger GPU or a smaller model")
         self._batch //= 2
+        gc.collect()
         torch.cuda.empty_cache()
         _log.warning("out of device memory: batch size is %d from here on", self._batch)
 
@@ -166,7 +177,7 @@ class TorchPredictor:
             sizes = [size if isinstance(size, tuple) else (size,) for size in self._wanted.dims]
             features = {name: np.empty((0, *size), np.float32) for name, size in zip(names, sizes, strict=True)}
             return Predictions(features, none, none.astype(np.int64)) if self._wanted.labels else Predictions(features)
-        columns = [torch.cat(parts).numpy() for parts in zip(*done, strict=True)]
+        columns = [(parts[0] if len(parts) == 1 else torch.cat(parts)).numpy() for parts in zip(*done, strict=True)]
         features = dict(zip(names, columns[: len(names)], strict=True))
         if not self._wanted.labels:
             return Predictions(features)
@@ -196,4 +207,8 @@ def _check_gpu(dtype: str) -> None:
     if dtype == "bfloat16" and capability < _BFLOAT16_SINCE:
         raise ClusterError(
             f"{name} (compute capability {capability[0]}.{capability[1]}) has no bfloat16 units; use --dtype float16"
+        )
+    if dtype == "float8" and capability < FLOAT8_SINCE_SM:
+        raise ClusterError(
+            f"{name} (compute capability {capability[0]}.{capability[1]}) has no float8 units; use --dtype bfloat16"
         )

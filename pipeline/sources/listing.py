@@ -35,12 +35,11 @@ def list_source(source: str, storage_options: Options) -> Iterator[Entry]:
 def _list(source: str, storage_options: Options) -> Iterator[Entry]:
     fs, path = filesystem(source, storage_options)
     kind = scheme(source)
-    chained = "::" in source.partition("?")[0]
-    if kind == "http" and not chained:
+    if kind == "http":
         yield from _list_http(fs, source)
     elif is_local(fs):
         yield from _list_local(os.path.abspath(path))
-    elif kind in _LIST_KEYS and not chained:
+    elif kind in _LIST_KEYS:
         # The drivers drop the slash at the end, by which a person says that a folder is meant.
         yield from _list_bucket(fs, kind, path.rstrip("/") + "/" * source.endswith("/"))
     else:

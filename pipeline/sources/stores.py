@@ -1,5 +1,6 @@
 """The objects of a store, page by page: local disks, S3, Google Cloud Storage, web servers' index pages, any other."""
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -56,8 +57,18 @@ def _scan(folder: str) -> tuple[list[str], list[str]]:
     folders: list[str] = []
     with os.scandir(folder) as found:
         for item in found:
-            (folders if item.is_dir() else files).append(item.name)
+            (folders if _is_folder(item) else files).append(item.name)
     return sorted(files), sorted(folders)
+
+
+def _is_folder(item: os.DirEntry[str]) -> bool:
+    try:
+        return item.is_dir()
+    except OSError as error:
+        # A link in a circle or through a file leads nowhere: its row will say so.
+        if error.errno in {errno.ELOOP, errno.ENOTDIR}:
+            return False
+        raise
 
 
 def list_s3(fs: AbstractFileSystem, bucket: str, prefix: str) -> Iterator[Entry]:

@@ -17,7 +17,7 @@ from pipeline.sources.columns import content_table
 from pipeline.sources.reading import open_object
 from pipeline.sources.stores import Entry
 from pipeline.sources.text import TEXT_SUFFIXES, read_text
-from pipeline.storage import Options, redact, scheme
+from pipeline.storage import Options, is_chained, redact, scheme
 from schemas.errors import SourceError
 from schemas.tables import METADATA_KEY
 
@@ -34,7 +34,13 @@ class ParquetKind(NamedTuple):
 
 def suffix(source: str) -> str:
     """Lower-case suffix of the last path segment, without the dot, a query string or a `.gz` behind a text table's."""
-    path = urlsplit(source).path if scheme(source) == "http" else source.partition("::")[0]
+    path = (
+        urlsplit(source).path
+        if scheme(source) == "http"
+        else source.partition("::")[0]
+        if is_chained(source)
+        else source
+    )
     name = path.rpartition("/")[2].lower()
     stem, _, last = name.rpartition(".")
     inner = stem.rpartition(".")[2]

@@ -16,9 +16,13 @@ _log = logging.getLogger(__name__)
 
 SIDECARS = ("json", "cls", "txt")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+# What the decoders read goes by these; anything else in a sample (arrays, video, captions) is no image.
 _IMAGE_SUFFIXES = frozenset(
     {"jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "mpo", "ico", "tga"}
-    | {"heic", "heif", "hif", "avif", "avifs", "jp2", "j2k", "jpf", "jpx", "ppm", "pgm", "pbm", "pnm", "pcx", "dds"}
+    | {"heic", "heics", "heif", "heifs", "hif", "avif", "avifs", "jp2", "j2k", "jpc", "j2c", "jpf", "jpx", "jpm"}
+    | {"ppm", "pgm", "pbm", "pnm", "pfm", "pcx", "dcx", "dds", "qoi", "psd", "icns", "cur", "fit", "fits", "sgi"}
+    | {"rgb", "rgba", "bw", "ras", "xbm", "xpm", "blp", "fli", "flc", "icb", "vda", "vst", "im", "msp", "pcd", "pxr"}
+    | {"ftc", "ftu", "gbr"}
     | {"img", "image"}
 )
 _MAX_SIDECAR_BYTES = 1 << 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.sources.manifest import ManifestPart
-from pipeline.storage import Options, filesystem, join, redact
+from pipeline.storage import Options, filesystem, join
 
 if TYPE_CHECKING:
     import duckdb
@@ -21,6 +22,14 @@ _BATCH_ROWS = 131_072
 # Beyond it DuckDB goes on on the disk, in the same temporary folder.
 _MEMORY = "512MiB"
 
+# Parameters that sign a URL, by the one that shows that it is signed in this way: S3 and Google Cloud Storage (v4),
+# both in their older form and CloudFront, Azure (SAS).
+_SIGNATURES = {
+    "x-amz-signature": re.compile("x-amz-.*"),
+    "x-goog-signature": re.compile("x-goog-.*"),
+    "signature": re.compile("signature|expires|policy|key-pair-id|awsaccesskeyid|googleaccessid|x-amz-security-token"),
+    "sig": re.compile("sig|s[eiprstv]|sdd|ses|sip|spr|srt|scid|sk[estv]|skoid|sktid|saoid|suoid"),
+}
 # Two rows are the same object if they share an address, the n-th of that address there with the n-th here: a table
 # may name an image twice, and sources may overlap. An object without ETag and size (a plain URL) counts as unchanged.
 _COMPARE = """
@@ -109,7 +118,23 @@ def _keys(uris: pa.Array) -> pa.Array:
     """Addresses without their signatures: a URL that was signed anew is still the same object."""
     if not pc.any(pc.match_substring_regex(uris, "[?@]")).as_py():
         return uris
-    return pa.array([redact(uri) for uri in uris.to_pylist()], pa.string())
+    return pa.array([unsigned(uri) for uri in uris.to_pylist()], pa.string())
+
+
+def unsigned(url: str) -> str:
+    """`url` without user, password and the parameters that sign it.
+
+    Not `redact`: that hides whatever may be secret, and `?token=7` may well be what tells one object from the next.
+    """
+    if "://" not in url:
+        return url
+    url = re.sub(r"(?<=://)[^/?#]*@", "", url)
+    address, _, rest = url.partition("?")
+    query, mark, fragment = rest.partition("#")
+    parameters = {part: part.partition("=")[0].lower() for part in query.split("&")}
+    signing = [family for name, family in _SIGNATURES.items() if name in parameters.values()]
+    kept = [part for part, name in parameters.items() if not any(family.fullmatch(name) for family in signing)]
+    return address + ("?" + "&".join(kept) if any(kept) else "") + mark + fragment
 
 
 def _picked(files: list[tuple[str, int]], places: np.ndarray, replaces: pa.Array) -> Iterator[pa.Table]:

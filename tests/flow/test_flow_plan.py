@@ -81,6 +81,19 @@ def test_gpus_decide_the_number_of_actors() -> None:
     assert placed(GPU_BOX, gpus_per_actor=0.5).actors.max == 8
 
 
+@pytest.mark.parametrize(
+    ("node_cpus", "gpus", "each"),
+    [((1,), 1, 1.0), ((4,), 1, 0.25), ((8,), 8, 1.0), ((4, 4), 2, 0.25), ((64,), 4, 1.0), ((2, 96), 2, 1.0)],
+)
+def test_actors_on_gpus_leave_cores_to_decode_on(node_cpus: tuple[int, ...], gpus: int, each: float) -> None:
+    machines = GPU_BOX._replace(cpus=sum(node_cpus), gpus=gpus, nodes=len(node_cpus), node_cpus=node_cpus)
+    placement = placed(machines, gpus_per_actor=each)
+    actors = placement.actors.max
+    assert actors == gpus / each
+    here = -(-actors // len(node_cpus))
+    assert here * placement.actor_cpus + placement.decode_cpus <= min(node_cpus)
+
+
 def test_gpus_that_are_not_there() -> None:
     with pytest.raises(ClusterError, match=r"needs 8 GPUs, the cluster has 4 GPUs and 64 CPUs"):
         placed(GPU_BOX, gpus_per_actor=2.0, actors=ActorRange(min=4, max=4))

@@ -14,7 +14,8 @@ from support.faults import Rule
 from support.manifests import decode_all, manifest_of
 
 from pipeline.images.plan import RangeRead, plan_reads
-from schemas.spec import FetchSpec
+from pipeline.sources.manifest import read_sources
+from schemas.spec import FetchSpec, build_spec
 
 
 @pytest.fixture(autouse=True)
@@ -114,9 +115,61 @@ def test_a_shard_that_became_shorter_fails_the_rows_behind_its_end(tmp_path):
     manifest = tar_manifest(str(tmp_path / "a.tar"), members)
     with (tmp_path / "a.tar").open("r+b") as file:
         file.truncate(members[2].offset_data + 10)
-    table = decode_all(manifest.slice(2), fetch=FetchSpec(attempts=2))
-    assert table["error"].to_pylist() == ["TruncatedBody"]
+    table = decode_all(manifest, fetch=FetchSpec(attempts=2))
+    assert table["error"].to_pylist() == [None, None, "TruncatedBody"]
     assert shades(decode_all(manifest.slice(0, 2))) == [0, 1]
+
+
+def test_a_short_shard_of_very_many_small_members(tmp_path):
+    members = make_tar(tmp_path / "a.tar", [png(n % 250, (4, 4)) for n in range(1100)])
+    with (tmp_path / "a.tar").open("r+b") as file:
+        file.truncate(members[-1].offset_data + 10)
+    table = decode_all(tar_manifest(str(tmp_path / "a.tar"), members), fetch=FetchSpec(attempts=2))
+    assert table["error"].to_pylist() == [None] * 1099 + ["TruncatedBody"]
+    assert table["attempts"][-1].as_py() == 3, "two tries of the whole stretch, one of the member alone"
+
+
+def listed(source, storage_options=None):
+    """The manifest of a source, as a run freezes it."""
+    spec = build_spec({"sources": [source], "model": "m", "out": "/o", "storage_options": storage_options or {}})
+    table = pa.concat_tables(read_sources(spec))
+    return table.add_column(0, "row", pa.array(range(len(table)), pa.int64()))
+
+
+def test_a_shard_that_was_touched_is_the_same_and_one_that_grew_is_not(tmp_path):
+    make_tar(tmp_path / "a.tar", [png(n) for n in range(3)])
+    manifest = listed(str(tmp_path / "a.tar"))
+    (tmp_path / "a.tar").touch()
+    assert shades(decode_all(manifest)) == [0, 1, 2]
+    make_tar(tmp_path / "a.tar", [png(n) for n in range(200)])
+    table = decode_all(manifest)
+    assert table["error"].to_pylist() == ["Changed"] * 3
+    assert "--update" in table["message"][0].as_py()
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_a_shard_in_a_store_that_was_rewritten_gives_no_wrong_picture(tmp_path, request, kind):
+    store = request.getfixturevalue({"s3": "s3_server", "gs": "gcs_server"}[kind])
+    make_tar(tmp_path / "a.tar", [png(n) for n in range(3)])
+    bucket = store.make_bucket()
+    url = store.put(bucket, "a.tar", (tmp_path / "a.tar").read_bytes())
+    manifest = listed(url, store.storage_options)
+    assert shades(decode_all(manifest, storage_options=store.storage_options)) == [0, 1, 2]
+    make_tar(tmp_path / "a.tar", [png(n) for n in (2, 1, 0)])  # as many bytes as before
+    store.put(bucket, "a.tar", (tmp_path / "a.tar").read_bytes())
+    table = decode_all(manifest, storage_options=store.storage_options)
+    assert table["error"].to_pylist() == ["Changed"] * 3
+    assert table["attempts"].to_pylist() == [1] * 3
+
+
+def test_a_table_that_was_rewritten_gives_no_wrong_picture(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": [png(n) for n in range(3)]}), path)
+    manifest = listed(str(path))
+    path.touch()
+    assert shades(decode_all(manifest)) == [0, 1, 2]
+    pq.write_table(pa.table({"image": [png(n) for n in range(30, 70)]}), path)
+    assert decode_all(manifest)["error"].to_pylist() == ["Changed"] * 3
 
 
 def test_a_missing_shard_fails_each_of_its_rows(tmp_path):

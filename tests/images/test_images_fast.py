@@ -88,8 +88,9 @@ def test_a_small_jpeg_and_every_other_format_are_decoded_exactly():
         assert (fast == exact).all()
 
 
-def test_a_truncated_file_fails_in_both_modes():
-    data = jpeg(smooth(900, 700))
+@pytest.mark.parametrize("mode_of_file", ["RGB", "L", "CMYK"])
+def test_a_truncated_file_fails_in_both_modes(mode_of_file):
+    data = jpeg(smooth(900, 700).convert(mode_of_file))
     for mode in ("exact", "fast"):
         for cut in (data[: len(data) // 2], data[: len(data) // 2] + b"\xff\xd9"):
             with pytest.raises(Exception, match="ends early") as caught:

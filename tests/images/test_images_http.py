@@ -167,6 +167,15 @@ def test_a_signed_address_arrives_as_it_was_given(http_server, folder):
     assert entry[1] == f"/00.png{SIGNED}"
 
 
+@pytest.mark.parametrize("name", ["set(1).png", "set[1].png", "it's.png"])
+def test_brackets_and_quotes_do_not_hide_a_signature(http_server, folder, name):
+    server = http_server(folder, [Rule("status", status=403)])
+    address = f"zip://a.png::{server.url}/{name}{SIGNED}"
+    (row,) = decode_all(manifest_of([address]), fetch=fetch(timeout_s=5.0, attempts=1)).to_pylist()
+    for secret in ("deadbeef", "feed", "AKIAEXAMPLE"):
+        assert secret not in row["message"]
+
+
 @pytest.mark.parametrize(
     "rule", [Rule("status", status=403), Rule("truncate"), Rule("reset"), Rule("huge"), Rule("stall"), Rule("status")]
 )

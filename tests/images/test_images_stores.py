@@ -44,6 +44,14 @@ def test_objects_are_read_in_order(store, filled):
     assert [pixels[0] for pixels in table["pixels"].to_pylist()] == list(range(10))
 
 
+def test_two_colons_in_a_key_are_no_chain(store):
+    bucket = store.make_bucket()
+    urls = [store.put(bucket, name, png(n)) for n, name in enumerate(("a.png", "a.png::crop.png", "x::y/b.png"))]
+    table = decode_all(manifest_of(urls[::-1]), storage_options=store.storage_options)
+    assert table["error"].to_pylist() == [None] * 3
+    assert [pixels[0] for pixels in table["pixels"].to_pylist()] == [2, 1, 0]
+
+
 def test_one_request_for_an_object_of_known_or_unknown_size(store, filled, flaky_proxy):
     proxy = flaky_proxy(store)
     for size in (None, len(png(0))):

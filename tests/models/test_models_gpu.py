@@ -43,12 +43,18 @@ def test_compiling_is_for_long_jobs_and_for_float8() -> None:
         assert not plan.compiled
 
 
-def test_a_compiler_is_looked_for_in_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_is_looked_for_in_path_and_the_headers_that_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    (tmp_path / "Python.h").touch()
     assert not has_compiler()
     (tmp_path / "gcc").touch(mode=0o755)
     assert has_compiler()
+    (tmp_path / "Python.h").unlink()
+    assert not has_compiler()
 
 
 def test_the_smallest_batch_that_loses_nothing() -> None:

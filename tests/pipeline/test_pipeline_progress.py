@@ -83,3 +83,15 @@ def test_nothing_came(clock: dict[str, float]) -> None:
     clock["s"] = 105.0
     found = recorded(ours)
     assert (found["startup_s"], found["images_per_s"], ours.look().left_s) == (None, 0.0, None)
+
+
+def test_the_bottleneck_counts_all_the_actors_that_there_may_be(clock: dict[str, float]) -> None:
+    box = Machines(cpus=8.0, gpus=4.0, memory_bytes=8e10, object_store_bytes=1e10, nodes=1, node_cpus=(8.0,))
+    placement = place(box, rows=100, actors=None, gpus_per_actor=1.0, batch_size=8, pixel_bytes=1, model_bytes=1)
+    ours = Meter(100, 0, 0, placement)
+    ours.received(8)
+    clock["s"] += 10.0
+    ours.committed(100, 0, 1, StageSeconds(decode=70.0, predict=12.0))  # seven of eight cores; each GPU a third
+    assert ours.bottleneck() == "decode"
+    ours.committed(0, 0, 0, StageSeconds(predict=27.0))  # each GPU all the time
+    assert ours.bottleneck() == "predict"

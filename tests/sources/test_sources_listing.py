@@ -111,9 +111,12 @@ def test_links_are_followed_but_not_round_in_circles(tmp_path: Path) -> None:
     (source / "two").symlink_to(tmp_path / "real")
     (source / "photo.jpg").symlink_to(tmp_path / "real/x.jpg")
     (source / "gone.jpg").symlink_to(tmp_path / "nothing")
+    (source / "loop.jpg").symlink_to("loop.jpg")
+    (source / "through.jpg").symlink_to(tmp_path / "real/x.jpg/z.jpg")
     (tmp_path / "real/sub/up").symlink_to(source)
     assert listed(source, below=source) == [
-        *("gone.jpg", "photo.jpg", "one/x.jpg", "one/sub/y.jpg", "two/x.jpg", "two/sub/y.jpg")
+        *("gone.jpg", "loop.jpg", "photo.jpg", "through.jpg"),
+        *("one/x.jpg", "one/sub/y.jpg", "two/x.jpg", "two/sub/y.jpg"),
     ]
     assert [entry.size for entry in list_source(f"{source}/gone.jpg", {})] == [None]
 

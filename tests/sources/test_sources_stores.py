@@ -39,6 +39,16 @@ def test_an_object_goes_before_a_folder_and_a_folder_before_a_prefix(store: Serv
     assert listed(f"{base}/none", options) == []
 
 
+def test_two_colons_in_a_key_are_no_chain(store: Server) -> None:
+    bucket, options = store.make_bucket(), store.storage_options
+    for name in ("a.jpg", "a.jpg::crop.jpg", "x::y/b.jpg"):
+        base = store.put(bucket, name, b"x").removesuffix(f"/{name}")
+    assert listed(base, options, base) == ["a.jpg", "a.jpg::crop.jpg", "x::y/b.jpg"]
+    assert listed(f"{base}/a.jpg::crop.jpg", options, base) == ["a.jpg::crop.jpg"]
+    assert listed(f"{base}/x::y", options, base) == ["x::y/b.jpg"]
+    assert listed(f"{base}/x::*/b.jpg", options, base) == ["x::y/b.jpg"]
+
+
 def test_folder_markers_are_no_objects(store: Server) -> None:
     bucket = store.make_bucket()
     for name in ("a/", "a/b/", "a/b/1.jpg"):

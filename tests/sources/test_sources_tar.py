@@ -156,6 +156,18 @@ def test_a_file_that_is_no_tar_is_one_row(tmp_path: Path, data: bytes, caplog: p
     assert "x.tar" in caplog.text
 
 
+def test_every_format_that_is_decoded_is_an_image_in_a_shard(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from pipeline.images.formats import FORMATS, prepare_process
+
+    prepare_process()
+    known = sorted(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
+    assert len(known) > 40
+    write_tar(tmp_path / "x.tar", [(f"a{number}{suffix}", b"1") for number, suffix in enumerate(known)])
+    assert [uri.rpartition(".")[2] for uri in read(tmp_path / "x.tar")["uri"].to_pylist()] == [s[1:] for s in known]
+
+
 def test_an_empty_shard_has_no_rows(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", [])
     with pytest.raises(SourceError, match="no image matches"):
