@@ -105,10 +105,10 @@ def _predictor(record: "RunRecord", feature: str, options: dict[str, Any]) -> "T
     from pipeline.predictors.torch_predictor import TorchPredictor
 
     spec = record.spec
-    name = str(spec["model"])
+    name = record.model.name
     info = inspect_model(
         name,
-        revision=spec.get("revision"),
+        revision=record.model.revision,
         image_size=spec.get("image_size"),
         beit_final_norm=bool(spec.get("beit_final_norm")),
         storage_options=options,

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from jobs.console import Screen, native_messages_aside, plain_summary, print_summary
-from schemas.errors import PatchstreamError, TooManyFailures
+from schemas.errors import TooManyFailures
 from schemas.spec import JobSpec, build_spec
 
 
@@ -74,8 +74,8 @@ def _report(spec: JobSpec, screen: Screen) -> str | None:
 
     try:
         return write_report(spec.out, storage_options=spec.storage_options)
-    except (PatchstreamError, OSError) as error:
-        screen.warn(f"report.html was not written: {error}")
+    except Exception as error:  # noqa: BLE001  whatever it is, the summary and the exit code are the run's
+        screen.warn(f"report.html was not written: {str(error) or type(error).__name__}")
         return None
 
 

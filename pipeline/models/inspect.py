@@ -144,7 +144,8 @@ def inspect_model(
 def _described(weights: Weights) -> tuple[Config, Shapes]:
     """Config and shapes. An `.npz` has no config: its name and its arrays say what it is.
 
-    Its pixels are resized to a square, bilinearly, and brought to −1 … 1, as google-research evaluates.
+    Its pixels are resized to a square, bilinearly, and brought to −1 … 1, as google-research evaluates, but with
+    Pillow's antialiasing, which timm and Hugging Face apply to these weights as well.
     """
     shapes = read_shapes(weights)
     if weights.kind != "npz":
@@ -171,7 +172,7 @@ def _architecture_name(config: Config, family: str) -> str:
 
 def _require_whole_patches(size: tuple[int, int], a: Architecture, name: str) -> None:
     for side, patch in zip(size, a.patch_size, strict=True):
-        if side % patch:
+        if side % patch and size != a.trained_size:  # SigLIP's So400m/14 was trained at 384, of which 378 count
             low = side // patch * patch
             near = f"{low} or {low + patch}" if low else str(patch)
             raise CheckpointError(

@@ -43,8 +43,11 @@ class PatchEmbedding(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         b, height, width, _ = pixels.shape
         ph, pw = self.patch_size
-        grid = pixels.view(b, height // ph, ph, width // pw, pw, 3).transpose(2, 3)  # (B, rows, columns, ph, pw, 3)
-        patches = grid.reshape(b, (height // ph) * (width // pw), ph * pw * 3)
+        rows, columns = height // ph, width // pw
+        # What is no whole patch is left out, as a convolution without padding leaves it out.
+        whole = pixels[:, : rows * ph, : columns * pw]
+        grid = whole.reshape(b, rows, ph, columns, pw, 3).transpose(2, 3)  # (B, rows, columns, ph, pw, 3)
+        patches = grid.reshape(b, rows * columns, ph * pw * 3)
         return F.linear(patches.to(self.weight.dtype).sub_(128), self.weight)
 
 

@@ -58,6 +58,9 @@ def read_preprocessing(folder: str | Path, *, image_size: int | Size | None = No
     config_path = Path(folder) / "config.json"
     if not path.is_file() and config_path.is_file() and "pretrained_cfg" in read_json(config_path):
         return _read(config_path, partial(_from_timm, image_size=image_size), None)
+    together = path.with_name("processor_config.json")  # what transformers 5 saves for images and texts in one
+    if not path.is_file() and together.is_file() and "image_processor" in read_json(together):
+        return _read(together, lambda found, where: _from_processor(found["image_processor"], where), image_size)
     if not path.is_file():
         raise CheckpointError(
             f"{folder}: has no preprocessor_config.json, so how to resize and normalise images is unknown. Copy the "

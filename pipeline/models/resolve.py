@@ -26,7 +26,7 @@ from pipeline.storage import filesystem, redact, scheme
 from schemas.errors import CheckpointError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-SMALL_FILES = ("config.json", "preprocessor_config.json")
+SMALL_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
 # What says that a file has changed: of S3, GCS, disks and HTTP.
 _VERSION_KEYS = (
     *("size", "ETag", "etag", "mtime", "LastModified", "updated"),

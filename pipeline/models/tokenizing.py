@@ -2,7 +2,8 @@
 
 tokenizer.json   Hugging Face: normalisation, merges and special tokens are in the file
 *.txt            BERT's wordpieces, lower case: [CLS] in front, zeros behind
-*.model          sentencepiece: `</s>` behind, as often as it takes; for SigLIP the text is cleaned first
+*.model          sentencepiece: `</s>` behind, as often as it takes; for SigLIP the text is cleaned first. Gemma's (of
+                 SigLIP 2): `<eos>` behind, then padding; lower case
 """
 
 import hashlib
@@ -101,7 +102,11 @@ def _from_json(path: Path, a: TextArchitecture) -> tuple[Encode, int]:
     pad = _padding(path, tokenizer) if a.read == "last" else 0
     tokenizer.no_padding()
     tokenizer.enable_truncation(a.length)
-    return (lambda text: list(tokenizer.encode(text).ids)), pad
+    # SigLIP 2 was trained on lower case, which its tokenizer.json leaves to whoever calls it
+    # (https://github.com/huggingface/transformers/pull/43101).
+    beside = path.with_name("tokenizer_config.json")
+    lower = a.sigmoid and beside.is_file() and bool(read_json(beside).get("do_lower_case"))
+    return (lambda text: list(tokenizer.encode(text.lower() if lower else text).ids)), pad
 
 
 def _padding(path: Path, tokenizer: Any) -> int:
@@ -133,8 +138,12 @@ def _sentencepieces(path: Path, a: TextArchitecture) -> tuple[Encode, int]:
         pieces = library.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise CheckpointError(f"{path}: no sentencepiece model that can be read: {error}") from error
-    end, clean = pieces.piece_to_id("</s>"), canonical if a.sigmoid else str
-    return (lambda text: [*pieces.encode(clean(text))[: a.length - 1], end]), end
+    clean: Callable[[str], str] = canonical if a.sigmoid else str
+    if pieces.piece_to_id("<eos>") == pieces.eos_id() >= 0:  # Gemma's, which SigLIP 2 was trained with
+        end, pad, clean = pieces.eos_id(), max(pieces.pad_id(), 0), str.lower
+    else:
+        end = pad = pieces.piece_to_id("</s>")
+    return (lambda text: [*pieces.encode(clean(text))[: a.length - 1], end]), pad
 
 
 def canonical(text: str) -> str:

@@ -190,6 +190,8 @@ def _load_torch(path: Path) -> dict[str, "Tensor"]:
     for key in ("state_dict", "model", "model_state_dict", "teacher"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict (names and their tensors)")
     tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
     others = {name: str(value.dtype) for name, value in tensors.items() if not value.is_floating_point()}
     _require_floats(path, others)

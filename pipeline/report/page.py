@@ -59,13 +59,13 @@ def render_report(run: RunDirectory, thumbnails: int, seed: int) -> str:
         environment()
         .get_template("report.html")
         .render(
-            title=f"{run.record.spec.get('task', 'embed')} with {redact(run.record.model.name)}",
+            title=f"{run.attempts[0].command if run.attempts else 'embed'} with {redact(run.record.model.name)}",
             subtitle=redact(run.url),
             policy=_policy(style, script),
             css=Markup(style),
             script=Markup(script),
             tiles=tiles(run, scan, failures),
-            progress=progress(run, scan.images, failures),
+            progress=progress(run, scan, failures),
             facts=facts(run, run.features()),
             causes=causes,
             stages=stage_times(run.attempts),

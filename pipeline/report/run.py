@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from pydantic import ValidationError
 
-from pipeline.storage import filesystem, join, read_json, redact
+from pipeline.storage import filesystem, join, read_error, read_json, redact
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
 from schemas.run import RunRecord
@@ -48,7 +48,10 @@ class RunDirectory:
 def open_run(out: str, storage_options: Mapping[str, Any]) -> RunDirectory:
     """Read `run.json` and `attempts/` of `out`. Raises OutputError if `out` is not the output of a run."""
     fs, root = filesystem(out, storage_options)
-    content = read_json(fs, join(root, "run.json"))
+    try:
+        content = read_json(fs, join(root, "run.json"))
+    except Exception as error:  # each driver has errors of its own, not all of them an OSError
+        raise read_error(join(out, "run.json"), error) from error
     if content is None:
         raise OutputError(
             f"{redact(out)} is not the output of a run: it has no run.json. Give the --out of embed or classify."

@@ -36,6 +36,8 @@ class ImageScan:
     formats: Counter[str] = field(default_factory=Counter)
     images: int = 0
     replaced: int = 0
+    # Rows that newer ones replace, whether they still stand in `images/` or not.
+    superseded: int = 0
 
     @property
     def rows(self) -> NDArray[np.int64]:
@@ -124,6 +126,7 @@ def _drop_replaced(scan: ImageScan, run: RunDirectory) -> None:
         if "replaces" not in batch.schema.names:
             return
         old = pc.drop_null(batch.column("replaces")).to_numpy()
+        scan.superseded += len(old)
         old = old[(old >= 0) & (old < len(scan.codes))]
         scan.replaced += int(np.count_nonzero(scan.codes[old] != ABSENT))
         scan.codes[old] = ABSENT

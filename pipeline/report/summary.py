@@ -40,9 +40,9 @@ def _replaced(scan: ImageScan) -> str:
     return f"{thousands(scan.replaced)} replaced by newer versions" if scan.replaced else ""
 
 
-def progress(run: RunDirectory, images: int, failures: int) -> dict[str, Any]:
-    """Images and failures in percent of the manifest, and the sentence that says so."""
-    rows = run.record.manifest_rows
+def progress(run: RunDirectory, scan: ImageScan, failures: int) -> dict[str, Any]:
+    """Images and failures in percent of the rows that no newer ones replace, and the sentence that says so."""
+    images, rows = scan.images, run.record.manifest_rows - scan.superseded
     pending = max(0, rows - images - failures)
     text = f"{thousands(images)} images, {thousands(failures)} failures, {thousands(pending)} pending."
     whole = max(rows, images + failures, 1)

@@ -20,6 +20,7 @@ from pipeline.report.run import RunDirectory
 from pipeline.report.shrink import shrink
 from pipeline.storage import filesystem, redact
 from schemas.errors import SourceError
+from schemas.spec import FetchSpec
 
 _MANIFEST_COLUMNS = ("row", "uri", "container", "offset", "length", "size")
 _READERS = 16
@@ -47,9 +48,8 @@ class Thumbnailer:
 
     def __init__(self, run: RunDirectory) -> None:
         self._options = run.storage_options
-        fetch = run.record.spec.get("fetch") or {}
-        self._max_bytes = int(fetch.get("max_bytes", 256 * 1024 * 1024))
-        self._max_pixels = int(fetch.get("max_pixels", 100_000_000))
+        # The usual limits, whatever the run had: a page that needs gigabytes for one thumbnail serves nobody.
+        self._max_bytes, self._max_pixels = FetchSpec().max_bytes, FetchSpec().max_pixels
         self._image_column = str(run.record.spec.get("image_column", "image"))
         self._manifest = RowLookup(run, "manifest", _MANIFEST_COLUMNS, cached_groups=_CACHED_GROUPS)
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="thumbnail")

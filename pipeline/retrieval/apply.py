@@ -41,9 +41,9 @@ def apply_head(
     root = root.rstrip("/")
     record = _new_record(store, head, digest, top_k)
     _open_out(store, fs, root, record)
+    matrix = store.load(head.feature)  # before anything is removed: this is what may lack the room
     _remove_stale(store, fs, root, record)
     _copy_failures(store, fs, root, record)
-    matrix = store.load(head.feature)
     done = set(_names(fs, root, "images"))
     start = 0
     for number, part in enumerate(store.parts):

@@ -34,7 +34,10 @@ def labels_from_column(store: FeatureStore, matrix: Matrix, column: str) -> Labe
     if column not in store.schema.names:
         raise SpecError(f"--label-column {column}: images/ has the columns {', '.join(store.schema.names)}")
     label = quote(store.sql_name(column))
-    found = store.sql(f"SELECT row, CAST({label} AS VARCHAR) AS label FROM images WHERE {label} IS NOT NULL")
+    # An empty cell of a CSV is an empty text, and no class.
+    found = store.sql(
+        f"SELECT row, CAST({label} AS VARCHAR) AS label FROM images WHERE trim(CAST({label} AS VARCHAR)) <> ''"
+    )
     return _labelled(matrix, found.column("row").to_numpy(), found.column("label").to_pylist(), f"column {column}")
 
 

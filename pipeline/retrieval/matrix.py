@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -159,8 +159,9 @@ def prepare_matrix(
     cache = _user_cache(fs, root)
     home = Path(root, "index", "_matrix") if is_local(fs) else cache
     for base in (home, cache):
-        if (base / key / "norms.npy").exists():
-            return base / key
+        with suppress(PermissionError):  # made by somebody else and closed to us
+            if (base / key / "norms.npy").exists():
+                return base / key
     base = home if _writable(home) else cache
     _build(fs, parts, name, dim, dtype, base / key, progress)
     _remove_older(base, name, key)
@@ -222,6 +223,7 @@ def _staged_folder(folder: Path, size: int) -> Iterator[Path]:
         yield temporary
         with _explained(folder, size):
             try:
+                temporary.chmod(0o777 & ~_umask())  # a temporary folder is for its maker alone
                 temporary.rename(folder)
             except OSError:
                 # Another command made the same matrix in the meantime; its content is the same.
@@ -229,6 +231,13 @@ def _staged_folder(folder: Path, size: int) -> Iterator[Path]:
                     raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    """That of this process, which can only be read by setting it."""
+    current = os.umask(0o077)
+    os.umask(current)
+    return current
 
 
 def _reserved(path: Path, shape: tuple[int, int], dtype: Any) -> np.memmap[Any, Any]:

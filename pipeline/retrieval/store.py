@@ -1,6 +1,7 @@
 """`FeatureStore`: what a run wrote, as tables, matrices and SQL. It reads `DIR` as it stands and needs nothing else."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from pipeline.retrieval.arrays import Floats, Ints, Preparation, Progress, no_pr
 from pipeline.retrieval.matrix import Matrix, map_matrix, prepare_matrix
 from pipeline.retrieval.output import list_folders
 from pipeline.retrieval.parts import Part, fingerprint, list_parquet, list_parts, stream_part
-from pipeline.storage import Options, filesystem, is_local, join, read_json, redact
+from pipeline.storage import Options, filesystem, is_local, join, read_error, read_json, redact
 from schemas.errors import OutputError, SpecError
 from schemas.run import RunRecord
 from schemas.spec import VECTOR_NAMES
@@ -58,7 +59,10 @@ class FeatureStore:
         """
         fs, root = filesystem(str(directory), storage_options or {})
         root = root.rstrip("/") or root
-        content = read_json(fs, join(root, "run.json"))
+        try:
+            content = read_json(fs, join(root, "run.json"))
+        except Exception as error:  # each driver has errors of its own, not all of them an OSError
+            raise read_error(f"{directory}/run.json", error) from error
         if content is None:
             raise OutputError(_not_a_run(fs, root, directory))
         try:
@@ -188,8 +192,12 @@ class FeatureStore:
         for kind in _TABLES:
             self._add_view(connection, kind, join(self.root, kind))
         for kind in ("clusters", "duplicates"):
+            seen: Counter[str] = Counter()
             for name in list_folders(self.fs, join(self.root, kind)):
-                self._add_view(connection, f"{kind}_{name}", join(self.root, kind, name))
+                # DuckDB takes A and a for one name; the second becomes a_1, as it does with columns.
+                again = f"_{seen[name.casefold()]}" if seen[name.casefold()] else ""
+                self._add_view(connection, f"{kind}_{name}{again}", join(self.root, kind, name))
+                seen[name.casefold()] += 1
         return connection
 
     def _add_view(self, connection: duckdb.DuckDBPyConnection, view: str, folder: str) -> None:
@@ -198,7 +206,9 @@ class FeatureStore:
             # DuckDB claims s3:// and gs:// for its own drivers; under `dir://` it asks ours, with our credentials.
             base = "" if is_local(self.fs) else self.root + "/"
             files = ", ".join(literal(f"dir://{path.removeprefix(base)}" if base else path) for path in paths)
-            connection.execute(f"CREATE VIEW {quote(view)} AS SELECT * FROM read_parquet([{files}])")
+            connection.execute(
+                f"CREATE VIEW {quote(view)} AS SELECT * FROM read_parquet([{files}], hive_partitioning = false)"
+            )
         elif view in {"manifest", "failures"}:
             connection.register(view, self.dataset(view).to_table())
 

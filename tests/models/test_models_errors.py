@@ -124,6 +124,12 @@ class Payload:
         return open, (self.path, "w")
 
 
+def test_a_list_is_no_state_dict(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save([torch.zeros(2)], folder / "pytorch_model.bin")
+    assert "holds a list, not a state dict" in refusal(folder)
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_pickled_code_is_refused_and_never_runs(folder: Path, tmp_path: Path, zipped: bool) -> None:
     (folder / "model.safetensors").unlink()

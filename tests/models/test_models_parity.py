@@ -11,12 +11,15 @@ from support.checkpoints import (
     make_checkpoint,
     preprocessed,
     reference_outputs,
+    saved_tensors,
+    spread_out,
     worst_cosine,
     worst_error,
 )
 from support.testdata import needs_testdata, photos, trained_vit
 
 from pipeline.models import Outputs, inspect_model, load_model
+from schemas.errors import CheckpointError
 from schemas.preprocessing import Preprocessing
 
 pytestmark = needs_testdata
@@ -163,3 +166,33 @@ def test_trained_vit_labels_the_photos() -> None:
 def test_wrong_normalisation_shows() -> None:
     imagenet = Preprocessing(resize=(224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     assert top1(imagenet) < 0.7
+
+
+def test_a_size_that_is_no_multiple_of_a_patch(tmp_path: Path) -> None:
+    """As SigLIP So400m/14 at 384: the pixels that make no whole patch do not count."""
+    folder = make_checkpoint(tmp_path / "siglip", "siglip", image_size=90)
+    pixels, values = preprocessed(folder, photos(2))
+    info = inspect_model(str(folder))
+    assert info.image_size == (90, 90)
+    compare(load_model(info)(pixels), reference_outputs(folder, values), torch.float32)
+    with pytest.raises(CheckpointError, match=r"--image-size 96 or 112"):
+        inspect_model(str(folder), image_size=100)
+
+
+def test_a_classifier_of_siglip_reads_the_mean_of_the_patches(tmp_path: Path) -> None:
+    import transformers
+
+    folder = make_checkpoint(tmp_path / "siglip", "siglip")
+    tower = transformers.SiglipVisionConfig.from_pretrained(folder).to_dict()
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.SiglipConfig(text_config={**small, "vocab_size": 9}, vision_config=tower, num_labels=37)
+    reference = transformers.SiglipForImageClassification(config).eval()
+    spread_out(reference, 0)
+    reference.save_pretrained(folder)
+    assert "vision_model.head.probe" in saved_tensors(folder), "which nothing reads"
+    pixels, values = preprocessed(folder, photos(2))
+    with torch.no_grad():
+        theirs = reference(values)
+    ours = load_model(inspect_model(str(folder)))(pixels)
+    assert ours.logits is not None
+    assert worst_error(ours.logits, theirs.logits) < FLOAT32_ERROR

@@ -138,6 +138,19 @@ def test_refused(tmp_path: Path, values: dict[str, Any], said: str) -> None:
     assert said in str(caught.value)
 
 
+def test_a_processor_of_images_and_texts_in_one_file(tmp_path: Path) -> None:
+    """As transformers 5 saves them."""
+    processor = transformers.SiglipImageProcessorPil(size={"height": 64, "width": 64})
+    processor.save_pretrained(tmp_path)
+    expected = read_preprocessing(tmp_path)
+    single = tmp_path / "preprocessor_config.json"
+    both = {"image_processor": json.loads(single.read_text()), "processor_class": "SiglipProcessor"}
+    (tmp_path / "processor_config.json").write_text(json.dumps(both))
+    single.unlink()
+    assert read_preprocessing(tmp_path) == expected
+    assert read_preprocessing(tmp_path, image_size=32).output_size == (32, 32)
+
+
 def test_never_assumed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no preprocessor_config.json.*ViTImageProcessor"):
         read_preprocessing(tmp_path)

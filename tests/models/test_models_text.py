@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 import torch
 from support import lit
@@ -113,6 +114,30 @@ def test_sentencepiece_of_siglip_as_transformers_cuts(tmp_path: Path) -> None:
     texts = ["a photo of a dog.", "The  RED house!  (of a dog)", "a dog " * 40, ""]
     expected = theirs(texts, padding="max_length", max_length=24, truncation=True)["input_ids"]
     assert load_text(inspect_model(str(tmp_path))).tokenizer(texts).tolist() == expected
+
+
+def test_lower_case_where_the_config_says_so_and_the_tokenizer_does_not(tmp_path: Path) -> None:
+    """As the published SigLIP 2."""
+    make(tmp_path, "siglip", max_position_embeddings=24)
+    encode = load_text(inspect_model(str(tmp_path))).tokenizer
+    assert encode(["A DOG"]).tolist() != encode(["a dog"]).tolist()
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "do_lower_case": True}))
+    encode = load_text(inspect_model(str(tmp_path))).tokenizer
+    assert encode(["A DOG"]).tolist() == encode(["a dog"]).tolist()
+
+
+def test_sentencepiece_of_gemma_ends_and_pads_as_gemma_does(tmp_path: Path) -> None:
+    """SigLIP 2 in google's own layout: `<eos>` once, then `<pad>`; lower case, punctuation kept."""
+    make(tmp_path, "siglip", max_position_embeddings=24)
+    (tmp_path / "tokenizer.json").unlink()
+    pieces = lit.train_pieces(tmp_path / "spiece.model", pad_id=0, eos_id=1, bos_id=2, unk_id=3, eos_piece="<eos>")
+    own = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
+    (found,) = load_text(inspect_model(str(tmp_path))).tokenizer(["A photo of a DOG."]).tolist()
+    inside = own.encode("a photo of a dog.")
+    assert found == [*inside, 1, *[0] * (23 - len(inside))]
+    (cut,) = load_text(inspect_model(str(tmp_path))).tokenizer(["a dog " * 40]).tolist()
+    assert cut[-1] == 1
 
 
 def test_padding_of_siglip_must_be_said(tmp_path: Path) -> None:

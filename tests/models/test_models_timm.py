@@ -16,6 +16,7 @@ from support.checkpoints import (
 from support.testdata import needs_testdata, photos
 
 from pipeline.models import Outputs, inspect_model, load_model
+from schemas.errors import CheckpointError
 
 SMALL = {"embed_dim": 96, "depth": 3, "num_heads": 4}
 
@@ -39,6 +40,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "siglip": ("vit_base_patch16_siglip_224", {**SMALL, "num_classes": 0}),
     "siglip2": ("vit_so400m_patch16_siglip_256", {**SMALL, "num_classes": 0}),
     "siglip-gap": ("vit_base_patch16_siglip_gap_224", {**SMALL, "num_classes": 0}),
+    "siglip-384": ("vit_so400m_patch14_siglip_384", {**SMALL, "num_classes": 0}),  # 384 is no multiple of 14
     "so150m": ("vit_so150m_patch16_reg4_map_256", {**SMALL, "num_classes": 37}),
     "hybrid": ("vit_small_r26_s32_224", {**SMALL, "num_classes": 37}),
     "hybrid-root": ("vit_tiny_r_s16_p8_224", {**SMALL, "num_classes": 37}),
@@ -81,6 +83,23 @@ def test_matches_timm(case: str, tmp_path: Path) -> None:
         )
     full = model.last_hidden_state(pixels) if dtype == torch.float32 else load_model(info).last_hidden_state(pixels)
     assert worst_error(full.flatten(0, 1), expected.tokens.flatten(0, 1)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_small_patch16_rope_224",
+        "vit_base_patch16_dinov3",
+        "vit_pe_core_base_patch16_224",
+        "vit_base_patch16_rpn_224",
+    ],
+)
+def test_what_computes_otherwise_than_its_tensors_show_is_refused(name: str, tmp_path: Path) -> None:
+    make_timm_checkpoint(tmp_path, "vit_base_patch16_224", **SMALL)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace("vit_base_patch16_224", name))
+    with pytest.raises(CheckpointError, match=f"{name} is no plain ViT"):
+        inspect_model(str(tmp_path))
 
 
 # A family each at half its size; of these also larger, and not square.

@@ -115,7 +115,7 @@ def test_report_explore_embeds_by_the_model_of_the_run(tmp_path: Path) -> None:
 def _give_model(directory: Path, digest: str) -> None:
     """Let the run name a real model, and weights of this digest."""
     record = json.loads((directory / "run.json").read_text())
-    record["spec"]["model"] = str(trained_vit())
+    record["model"]["name"] = str(trained_vit())
     record["model"]["digest"] = digest
     (directory / "run.json").write_text(json.dumps(record))
 

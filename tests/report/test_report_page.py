@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from report.album import HOSTILE_NAMES, LABELS, Album, add_clusters, big_run, full_run
 from report.html_page import Page
@@ -133,6 +135,16 @@ def test_report_is_drawn_from_the_seed(tmp_path: Path) -> None:
     assert first.rows() == again.rows()
     assert len(first.rows()) == 6
     assert first.rows() != other.rows()
+
+
+def test_report_of_a_finished_update_is_complete(tmp_path: Path) -> None:
+    run = Album(tmp_path, count=12, failed={}).write(replaces={10: 0, 11: 1})
+    for part in (run / "images").glob("*.parquet"):
+        table = pq.read_table(part)
+        pq.write_table(table.filter(pc.greater(table["row"], 1)), part)
+    text = page_of(run).text
+    assert "10 images, 0 failures, 0 pending." in text
+    assert "not complete" not in text
 
 
 def test_report_leaves_replaced_rows_out(tmp_path: Path) -> None:

@@ -137,6 +137,15 @@ def test_bad_label_files(store: FeatureStore, tmp_path: Path, header: str, lines
         labels_from_column(store, store.load("cls"), "colour")
 
 
+def test_empty_cells_are_no_class(tmp_path: Path) -> None:
+    """As a CSV leaves them that is filled in for some of its rows."""
+    vectors, _ = overlapping(6)
+    content = RunContent({"cls": vectors}, user={"kind": ["a", "", "b", "  ", "b", None]})
+    store = FeatureStore.open(str(write_run(tmp_path, content)))
+    found = labels_from_column(store, store.load("cls"), "kind")
+    assert (found.classes, found.positions.tolist()) == (["a", "b"], [0, 2, 4])
+
+
 def test_label_column_that_differs_in_case_from_ours(tmp_path: Path) -> None:
     vectors, _ = overlapping(6)
     user = {"Width": ["wide", "wide", "narrow", None, "narrow", "wide"]}

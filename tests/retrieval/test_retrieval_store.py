@@ -74,6 +74,38 @@ def test_read_only_directory_uses_the_cache_folder(
     assert list((tmp_path / "cache" / "patchstream" / "matrix").glob("*/cls-*"))
 
 
+def test_a_matrix_is_there_for_everybody_who_may_read_the_run(run: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        FeatureStore.open(str(run)).matrix("cls")
+    finally:
+        os.umask(before)
+    (folder,) = (run / "index" / "_matrix").glob("cls-*")
+    assert folder.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_folder_called_like_a_column_is_no_column(tmp_path: Path, content: RunContent) -> None:
+    """DuckDB would take `shop=x` in a path for a partition, and its value for that of every row."""
+    store = FeatureStore.open(str(write_run(tmp_path / "shop=x" / "dt=2024-05-01" / "run", content)))
+    found = store.sql("SELECT DISTINCT shop FROM images ORDER BY shop")
+    assert found.column("shop").to_pylist() == ["s0", "s1", "s2", "s3"]
+    assert "dt" not in store.sql("SELECT * FROM images LIMIT 1").column_names
+
+
+def test_results_whose_names_differ_in_case_alone_are_two_views(run: Path) -> None:
+    for name in ("A", "a"):
+        (run / "clusters" / name).mkdir(parents=True)
+        pq.write_table(pa.table({"row": [1], "cluster": [ord(name)]}), run / "clusters" / name / "part-0.parquet")
+    store = FeatureStore.open(str(run))
+    assert store.sql("SELECT cluster FROM clusters_A UNION ALL SELECT cluster FROM clusters_a_1").num_rows == 2
+
+
+def test_a_damaged_record_is_explained(run: Path) -> None:
+    (run / "run.json").write_text("{")
+    with pytest.raises(OutputError, match=r"cannot read .*run.json"):
+        FeatureStore.open(str(run))
+
+
 def test_float16_stays_float16_and_streams_as_float32(run: Path) -> None:
     store = FeatureStore.open(str(run))
     assert store.matrix("pooled").dtype == np.float16

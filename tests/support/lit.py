@@ -176,7 +176,7 @@ def write_words(path: Path) -> Path:
     return path
 
 
-def train_pieces(path: Path) -> Path:
+def train_pieces(path: Path, **options: Any) -> Path:
     """A small sentencepiece model."""
     import sentencepiece
 
@@ -184,7 +184,7 @@ def train_pieces(path: Path) -> Path:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences * 20), model_writer=model, vocab_size=40, hard_vocab_limit=False,
-        minloglevel=2,
+        minloglevel=2, **options,
     )  # fmt: skip
     path.write_bytes(model.getvalue())
     return path

@@ -66,7 +66,8 @@ def siglip(config: Config, shapes: Shapes) -> Architecture:
     """No CLS token; `pooled` is the attention pool. A classifier instead reads the mean of the patch tokens."""
     fields = vision(config, SIGLIP_DEFAULTS)
     labels = shapes.get("classifier.weight", (0,))[0]
-    pool = has(shapes, "head.probe", "vision_model.head.probe") or (fields["vision_use_head"] and not labels)
+    # A classifier's checkpoint may hold a pooling head all the same, which nothing reads.
+    pool = not labels and (has(shapes, "head.probe", "vision_model.head.probe") or fields["vision_use_head"])
     return Architecture(
         network="vit",
         **common(fields),
@@ -101,5 +102,5 @@ SIGLIP = Format(
     recognise=by_model_type("siglip", "siglip_vision_model"),
     architecture=siglip,
     spell=spell,
-    ignored=IGNORED,
+    ignored=(*IGNORED, r"(vision_model\.)?head\..*"),
 )

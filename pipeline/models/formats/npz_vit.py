@@ -94,6 +94,13 @@ def _in_torch_order(name: str, array: "np.ndarray[Any, Any]") -> "np.ndarray[Any
     return array
 
 
+def _trained_size(file_name: str, side: int, patch: tuple[int, int]) -> tuple[int, int]:
+    """`side` patches each way; where the name says a size that is no multiple of a patch (So400m/14 at 384), that."""
+    told = [int(number) for number in re.findall(r"_(\d{3})(?=[_.])", file_name)]
+    odd = next((size for size in told if size // patch[0] == side == size // patch[1]), None)
+    return (odd, odd) if odd else (side * patch[0], side * patch[1])
+
+
 def architecture(config: Config, shapes: Shapes, stem: Stem | None = None) -> Architecture:
     """From the arrays alone; checked against the file's name where that says something."""
     width, _, *kernel = shapes["embedding/kernel"]
@@ -108,7 +115,7 @@ def architecture(config: Config, shapes: Shapes, stem: Stem | None = None) -> Ar
     shared = prefix.endswith("img/")
     pooled, head_input = read_out(shapes, class_token, shared)
     classes = shapes.get("head/kernel", (0,))[0]
-    size = (side * patch[0], side * patch[1])
+    size = _trained_size(config["file_name"], side, (patch[0], patch[1]))
     check_name(config["file_name"], (width, depth, patch[0]), size)
     return Architecture(
         network="vit",

@@ -40,12 +40,14 @@ SPELLING: Spelling = {
 }
 
 
+_OTHER_NETWORKS = re.compile(r"_rope|_dinov3|_lingbot|_sapiens2|_pe_(core|lang|spatial)_|_rpn_")
 # Widths of the spaces that images and text share in the published CLIP models.
 CLIP_WIDTHS = (512, 640, 768, 896, 1024, 1280)
 
 
 def architecture(config: Config, shapes: Shapes, stem: Stem | None = None) -> Architecture:
     """`pooled` is what timm hands to the head, but the mean of the patch tokens where that is just the CLS token."""
+    refuse_other_networks(str(config["architecture"]))
     width, _, *kernel = timm.shape_of(shapes, "patch_embed.proj.weight", 4)
     patch = [side * (stem.stride if stem else 1) for side in kernel]
     hidden, mlp_width = shapes.get("blocks.0.mlp.fc1.weight", (0,))[0], shapes.get("blocks.0.mlp.fc2.weight", (0, 0))[1]
@@ -83,6 +85,19 @@ def architecture(config: Config, shapes: Shapes, stem: Stem | None = None) -> Ar
         num_labels=0 if projects else classes,
         stem=stem,
     )
+
+
+def refuse_other_networks(name: str) -> None:
+    """Raise CheckpointError for an architecture of timm that computes otherwise than its tensors show.
+
+    Rotary positions are in no tensor (timm/models/eva.py), nor is it that a norm stands behind attention and MLP
+    (`ResPostBlock` in timm/models/vision_transformer.py).
+    """
+    if found := _OTHER_NETWORKS.search(name):
+        raise CheckpointError(
+            f"config.json: {name} is no plain ViT ({found[0].strip('_')}: rotary positions, or norms behind attention "
+            "and MLP), which its tensors do not show; it is not supported"
+        )
 
 
 def read_out(config: Config, shapes: Shapes, projects: bool) -> tuple[Pooled, HeadInput]:
