@@ -18,7 +18,7 @@ from jobs.retrieve_screen import (
     warn_left_out,
     write_page,
 )
-from schemas.errors import SpecError
+from schemas.errors import OutputError, SpecError
 
 if TYPE_CHECKING:
     from pipeline.retrieval.search import Example, Hit
@@ -106,10 +106,19 @@ def _find(
         query = build_query(store, feature, examples, embed.images, prepare, embed.texts)
         return find(store, query, wanted, feature=feature, prepare=prepare, **options)
     built = indexes.load(store, index)
-    if built.record.feature != feature or not built.record.normalise or centre:
+    if not built.record.normalise:
         raise SpecError(
-            f"--index {index} holds `{built.record.feature}`, normalised: {built.record.normalise}, centred: "
-            f"{built.record.mean is not None}; leave out --centre, and give --features as it was built"
+            f"--index {index} was built with --no-normalise, and a search goes by cosine; build one without it"
+        )
+    if built.record.rows != int(matrix.usable.sum()):
+        raise OutputError(
+            f"index `{index}` is stale: rows that it holds were replaced since. Run `patchstream index DIR --name "
+            f"{index} --update`"
+        )
+    if built.record.feature != feature or centre:
+        raise SpecError(
+            f"--index {index} holds `{built.record.feature}`, centred: {built.record.mean is not None}; leave out "
+            "--centre, and give --features as it was built"
         )
     query = build_query(store, feature, examples, embed.images, built.prepare, embed.texts)
     hits = find(
@@ -193,6 +202,8 @@ def index(
     from pipeline.retrieval.recall import tune
 
     check_name(name)
+    if update and (kind or ray):
+        raise SpecError("--update keeps an index as it was built; leave out --kind and --ray, or build it anew")
     summary: dict[str, Any] = {"name": name}
     with opened(directory, storage_options) as store:
         asked_only = evaluate and not update and kind is None and indexes.exists(store, name)
@@ -218,7 +229,8 @@ def index(
     else:
         shown = {key.replace("_", " "): value for key, value in summary.items() if value not in (None, {})}
         show_rows([(key, f"{value:,.4g}" if isinstance(value, float) else str(value)) for key, value in shown.items()])
-        emit(f"patchstream search {directory} --index {name} …")
+        if record.normalise:  # else it is for programs: a search goes by cosine
+            emit(f"patchstream search {directory} --index {name} …")
     return 0
 
 

@@ -56,6 +56,8 @@ def kmeans(
     check_name(name or "k")
     if (k is None) == (sweep is None):
         raise SpecError("give either -k N or --sweep LOW:HIGH")
+    if ray is not None and mini_batch is not None:
+        raise SpecError("--ray goes over all rows in each step; leave out --mini-batch and --no-mini-batch")
     with opened(directory, storage_options) as store:
         check_label_column(store, label_column)
         settings = {"feature": features, "centre": centre, "seed": seed, "label_column": label_column}
@@ -174,6 +176,8 @@ def duplicates(
     from pipeline.retrieval.thresholds import pairs_around
 
     check_name(name)
+    if html is not None and around is None:
+        raise SpecError("--html writes the pairs that --around T shows; give both")
     with opened(directory, storage_options) as store:
         if not exact_only:
             warn_left_out(store, features)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer
@@ -99,6 +100,29 @@ def test_index_then_search_by_it(run: Run, directory: Path) -> None:
         run("search", directory, "--row", 42, "--index", "lists", "--centre")
 
 
+def test_an_index_that_no_search_can_use_says_so(run: Run, directory: Path) -> None:
+    built = run("index", directory, "--kind", "flat", "--name", "raw", "--no-normalise")
+    assert "patchstream search" not in built
+    with pytest.raises(SpecError, match="--index raw was built with --no-normalise"):
+        run("search", directory, "--row", 42, "--index", "raw")
+
+
+def test_an_index_is_stale_once_rows_in_it_were_replaced(run: Run, tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).standard_normal((40, 8), np.float32)
+    directory = write_run(tmp_path / "run", RunContent({"cls": vectors}))
+    run("index", directory, "--kind", "flat")
+    assert run("search", directory, "--row", 5, "--index", "main")
+    (part,) = (directory / "manifest").glob("*.parquet")
+    manifest = pq.read_table(part)
+    place = manifest.column_names.index("replaces")
+    replaces = pa.array([None] * 39 + [7], pa.int64())
+    pq.write_table(manifest.set_column(place, "replaces", replaces), part)
+    with pytest.raises(OutputError, match=r"index `main` is stale: rows that it holds were replaced since"):
+        run("search", directory, "--row", 5, "--index", "main")
+    run("index", directory, "--update")
+    assert '"row": 7' not in run("search", directory, "--row", 5, "--index", "main", "--json", "-k", 39)
+
+
 def test_kmeans_and_sweep(run: Run, directory: Path) -> None:
     text = run("kmeans", directory, "-k", 4, "--name", "four")
     assert "kind 2 (100%, 25.0%)" in text
@@ -173,6 +197,9 @@ def test_sql_prints_and_writes(run: Run, directory: Path, tmp_path: Path) -> Non
         (["search", "{d}", "--row", "1", "--device", "gpu"], "--device gpu: choose cpu or cuda"),
         (["search", "{d}", "--row", "1", "--features", "pooled"], "no feature `pooled`; it has: cls"),
         (["kmeans", "{d}"], "either -k N or --sweep"),
+        (["kmeans", "{d}", "-k", "2", "--ray", "local", "--mini-batch"], "--ray goes over all rows"),
+        (["index", "{d}", "--update", "--kind", "flat"], "--update keeps an index as it was built"),
+        (["duplicates", "{d}", "--html", "{t}/p.html"], "--html writes the pairs that --around"),
         (["kmeans", "{d}", "-k", "500"], "-k 500: there are 400"),
         (["kmeans", "{d}", "-k", "2", "--name", "a/b"], "--name"),
         (["duplicates", "{d}", "--threshold", "2"], "--threshold 2"),
