@@ -2,15 +2,14 @@
 
     python benchmarks/endurance.py PHOTOS [--size vit-tiny] [--minutes 60] [--every 10] [--json F]
 
-The photos are listed over and over again in one table, and the job is stopped with SIGINT when the time is up, as a
-user would. What counts is memory that a process has for itself (resident and not shared), of the largest process in
-each role: driver, actors, decoders, and Ray's own. Bytes that Ray's object store moved to disk are counted as well.
+The photos are listed over and over again in one table, and the job is stopped with SIGTERM when the time is up. What
+counts is memory that a process has for itself (resident and not shared), of the largest process in each role: driver,
+actors, decoders, and Ray's own. Bytes that Ray's object store moved to disk are counted as well.
 """
 
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -80,7 +79,7 @@ def watch(command: list[str], folder: Path, minutes: float, every: float) -> tup
             samples.append(sample(job.pid, started))
             spilled = max(spilled, spilled_bytes(folder))
             time.sleep(every)
-        job.send_signal(signal.SIGINT)
+        job.terminate()
     return samples, spilled
 
 

@@ -88,6 +88,7 @@ def _run(spec: JobSpec, connect: Connect, listen: Listener) -> Summary:
                 _work(question, opened, machines, fence, attempt, rest, listen)
         listen(Progress("finishing"))
         _finish(spec, opened, first, stop)
+        _check_complete(spec, opened, first, stop)
         attempt.status = "done"
     except (KeyboardInterrupt, Interrupted) as stopped:
         attempt.status = "interrupted"
@@ -258,6 +259,19 @@ def _finish(spec: JobSpec, opened: Opened, first: int, stop: int) -> None:
         remove_rows(spec.out, folder, mine, spec.storage_options)
     compact(spec.out, spec.sink.compact_bytes, spec.storage_options, first, stop)
     forget_crashes(opened.record.run_id)
+
+
+def _check_complete(spec: JobSpec, opened: Opened, first: int, stop: int) -> None:
+    """Raise OutputError if rows have no part after all, whoever took it."""
+    for _ in range(_MAX_PASSES):
+        recover(spec.out, spec.storage_options)  # waits for another shard's swap, in which rows are out of sight
+        left = pending(read_ledger(spec.out, spec.storage_options), first, stop, opened.superseded)
+        if not len(left):
+            return
+    raise OutputError(
+        f"{intervals.count(left)} rows that were committed are gone again (the first is row {left[0, 0]}): somebody "
+        "else removes parts there. The same command does what is missing"
+    )
 
 
 def _resumable(stopped: BaseException, spec: JobSpec) -> Interrupted:

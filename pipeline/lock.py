@@ -26,20 +26,64 @@ _SILENT_BEATS = 4
 _LOOK_S = 0.5
 
 
+class Held:
+    """A lock that is held. It may be lost: to another job that saw no beat for long, because the store was away."""
+
+    def __init__(self, fs: AbstractFileSystem, lock: str) -> None:
+        self._fs = fs
+        self._lock = lock
+        self._token = uuid.uuid4().hex
+
+    def check(self) -> None:
+        """Raise OutputError where somebody else may hold it by now. Ask before each step that cannot be taken back."""
+        if not self.is_ours():
+            raise OutputError(
+                f"{redact(self._lock)} went to another job while the store did not answer this one, which therefore "
+                "stops. Run the same command again"
+            )
+
+    def is_ours(self) -> bool:
+        """Whether the file is still the one that we made."""
+        try:
+            return bool(json.loads(self._fs.cat_file(self._lock)).get("holder") == self._token)
+        except (FileNotFoundError, ValueError, AttributeError):
+            return False
+
+    def beat(self) -> bytes:
+        """Who holds the lock, and something that no earlier beat said."""
+        said = {"machine": _machine(), "pid": os.getpid(), "holder": self._token, "beat": uuid.uuid4().hex}
+        return json.dumps(said).encode()
+
+    def keep_beating(self, done: threading.Event) -> None:
+        """Until `done`, or until it is lost. A beat that fails is not the last: the next one may pass."""
+        while not done.wait(_BEAT_S):
+            with suppress(Exception):
+                if not self.is_ours():
+                    return
+                put_bytes(self._fs, self._lock, self.beat())
+
+    def release(self) -> None:
+        """Remove the file, unless it is another's by now."""
+        if self.is_ours():
+            _remove(self._fs, self._lock)
+
+
 @contextmanager
 def locked(
     fs: AbstractFileSystem, lock: str, what: str, *, unless: Callable[[], bool] = lambda: False
-) -> Iterator[bool]:
+) -> Iterator[Held | None]:
     """Hold the file `lock` for the block.
 
-    Yields False, without it, as soon as `unless` says that there is nothing left to wait for. `what` its holder does is
+    Yields None, without it, as soon as `unless` says that there is nothing left to wait for. `what` its holder does is
     named in the OutputError that an hour of waiting ends with.
     """
     deadline = time.monotonic() + _WAIT_S
-    holder = _Holder()
-    while not create_bytes(fs, lock, _beat()):
+    holder, held = _Holder(), Held(fs, lock)
+    while not create_bytes(fs, lock, held.beat()):
+        if held.is_ours():  # the answer to the first try was lost
+            break
         if unless():
-            yield False
+            yield None
             return
         if holder.is_gone(fs, lock):
             _remove(fs, lock)
@@ -47,19 +91,14 @@ def locked(
             raise OutputError(f"another job has been {what} for an hour; if it is dead, delete {redact(lock)}")
         time.sleep(_LOOK_S)
     done = threading.Event()
-    beating = threading.Thread(target=_keep_beating, args=(fs, lock, done), daemon=True)
+    beating = threading.Thread(target=held.keep_beating, args=(done,), daemon=True)
     beating.start()
     try:
-        yield True
+        yield held
     finally:
         done.set()
         beating.join()
-        _remove(fs, lock)
-
-
-def _beat() -> bytes:
-    """Who holds the lock, and something that no earlier beat said."""
-    return json.dumps({"machine": _machine(), "pid": os.getpid(), "beat": uuid.uuid4().hex}).encode()
+        held.release()
 
 
 def _machine() -> str | None:
@@ -69,11 +108,6 @@ def _machine() -> str | None:
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return None
-
-
-def _keep_beating(fs: AbstractFileSystem, lock: str, done: threading.Event) -> None:
-    while not done.wait(_BEAT_S):
-        put_bytes(fs, lock, _beat())
 
 
 class _Holder:

@@ -180,6 +180,7 @@ def open_directory(question: Question) -> Opened:
         with freezing(spec.out, spec.storage_options) as mine:
             if mine:
                 parts = write_manifest(read_sources(spec), spec.out, spec.storage_options)
+                mine.check()
                 write_record(spec.out, _with_parts(wanted, parts, base=len(parts)), spec.storage_options)
         found = read_record(spec.out, spec.storage_options)
     if found is None:
@@ -202,7 +203,8 @@ def reopen(out: str, record: RunRecord, storage_options: Options) -> Opened:
 
 def _update(question: Question) -> RunRecord:
     spec = question.spec
-    with freezing(spec.out, spec.storage_options, again=True):
+    with freezing(spec.out, spec.storage_options, again=True) as mine:
+        assert mine is not None
         # Read anew: another job may just have added what there was to add.
         record = require_record(spec.out, spec.storage_options)
         known = [part_named(name) for name in record.manifest_parts]
@@ -212,6 +214,7 @@ def _update(question: Question) -> RunRecord:
         if not added:
             return record
         updated = _with_parts(record, [*known, *added], base=record.base_parts)
+        mine.check()
         write_record(spec.out, updated, spec.storage_options)
     return updated
 

@@ -14,7 +14,7 @@ from typing import Any
 from fsspec import AbstractFileSystem
 from pydantic import ValidationError
 
-from pipeline.lock import locked
+from pipeline.lock import Held, locked
 from pipeline.storage import Options, absolute, filesystem, is_local, join, put_bytes, read_error, read_json, redact
 from schemas.errors import OutputError
 from schemas.release import VERSION
@@ -108,11 +108,11 @@ def write_record(out: str, record: RunRecord, storage_options: Options) -> None:
 
 
 @contextmanager
-def freezing(out: str, storage_options: Options, *, again: bool = False) -> Iterator[bool]:
+def freezing(out: str, storage_options: Options, *, again: bool = False) -> Iterator[Held | None]:
     """Let one of several jobs that start together freeze the inputs; the others wait until it has.
 
-    Yields True to the one that must do it. With `again` there is a record already, and each job has its turn to add
-    to it. Raises OutputError when the other does not finish within an hour.
+    Yields the lock to the one that must do it, and None to the others. With `again` there is a record already, and each
+    job has its turn to add to it. Raises OutputError when the other does not finish within an hour.
     """
     fs, path = filesystem(out, storage_options)
     lock = join(path, "_freezing")
@@ -122,7 +122,7 @@ def freezing(out: str, storage_options: Options, *, again: bool = False) -> Iter
 
     try:
         with locked(fs, lock, "listing the sources", unless=frozen) as mine:
-            yield mine and read_record(out, storage_options) is None
+            yield mine if again or read_record(out, storage_options) is None else None
     finally:
         if is_local(fs):
             with suppress(OSError):  # of a run that came to nothing, not even an empty folder stays

@@ -125,11 +125,14 @@ class TritonPredictor:
         pause_s, misses = _FIRST_PAUSE_S, 0
         try:
             while True:
-                deadline_s = CONNECT_S if self._outage.is_over_limit else self._spec.deadline_s
+                if self._outage.is_over_limit:
+                    # Connecting tells soon whether it is back; if so, its first answers may take as long as any.
+                    drop(connection)
+                    connection = None
                 try:
                     if connection is None:
-                        connection = self._connect(min(CONNECT_S, deadline_s))
-                    outputs = connection.infer(pixels, deadline_s)
+                        connection = self._connect(min(CONNECT_S, self._spec.deadline_s))
+                    outputs = connection.infer(pixels, self._spec.deadline_s)
                     self._outage.answered()
                     return outputs
                 except ServerAway as error:

@@ -1,8 +1,8 @@
 """Who may write a directory: `attempts/NNNNNN.json`, created exclusively, the newest wins.
 
 A driver that was killed can leave workers behind that finish a write seconds later. They ask the fence first, and
-a newer attempt on overlapping rows turns them away. Between that question and the write lie milliseconds, which
-a new attempt waits out before it reads what is done.
+a newer attempt on overlapping rows turns them away. Between that question and the write lie milliseconds, on an object
+store seconds, which a new attempt waits out before it reads what is done.
 """
 
 import os
@@ -10,34 +10,42 @@ import socket
 import time
 from datetime import UTC, datetime
 
+import psutil
 from fsspec import AbstractFileSystem
 
-from pipeline.storage import Options, create_bytes, filesystem, join, put_bytes, redact
+from pipeline.storage import Options, create_bytes, filesystem, is_local, join, put_bytes, redact
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
 from schemas.spec import Shard
 
 _SETTLE_S = 1.0
+_SETTLE_REMOTE_S = 5.0
+# Clocks of two machines may differ by some of it.
+_LATELY_S = 60.0
 
 
 class Fence:
     """Says whether this attempt is still the newest for its rows. Picklable; travels with every write."""
 
-    def __init__(self, out: str, number: int, shard: Shard, storage_options: Options) -> None:
+    def __init__(self, out: str, record: AttemptRecord, shard: Shard, storage_options: Options) -> None:
         self.out = out
-        self.number = number
+        self.number = record.attempt
         self.shard = shard
         self.storage_options = dict(storage_options)
-        self._harmless = number
+        self._harmless = self.number
+        self._maker = _maker(record)
 
     def check(self) -> None:
-        """Raise OutputError if a newer attempt works on the same rows."""
+        """Raise OutputError if a newer attempt works on the same rows, or the directory is not the one of ours."""
         fs, path = filesystem(self.out, self.storage_options)
-        for newer in _numbers(fs, path):
+        _require_own(fs, path, self.number, self._maker)
+        for newer in sorted(_numbers(fs, path)):
             if newer <= self._harmless:
                 continue
             record = _read(fs, path, newer)
-            if record is not None and _overlap(record, self.shard):
+            if record is None:
+                return  # just being made, so not yet writing; the next check sees it whole
+            if _overlap(record, self.shard):
                 raise OutputError(
                     f"{redact(self.out)}: attempt {newer} (process {record.pid} on {record.host}) has taken over "
                     f"from attempt {self.number}, which therefore stops. Only one may write the same rows"
@@ -56,8 +64,11 @@ def claim(
     fs, path = filesystem(out, storage_options)
     unfinished = False
     for record in read_attempts(out, storage_options):
-        if record.status == "running" and _overlap(record, shard):
-            unfinished = True
+        if not _overlap(record, shard):
+            continue
+        # One that was stopped may have left writes behind, as one that was killed.
+        unfinished |= record.status != "done" and _ended_lately(record)
+        if record.status == "running":
             if record.host == socket.gethostname() and record.pid != os.getpid() and _alive(record):
                 raise OutputError(
                     f"{redact(out)}: process {record.pid} has been writing there since {record.started}. "
@@ -84,13 +95,14 @@ def claim(
         if create_bytes(fs, _path(path, number), record.model_dump_json(indent=1).encode()):
             break
     if unfinished:
-        time.sleep(_SETTLE_S)
-    return Fence(out, number, shard, storage_options), record
+        time.sleep(_SETTLE_S if is_local(fs) else _SETTLE_REMOTE_S)
+    return Fence(out, record, shard, storage_options), record
 
 
 def finish(out: str, record: AttemptRecord, storage_options: Options) -> None:
-    """Write what the attempt did over the file that opened it."""
+    """Write what the attempt did over the file that opened it. Raises OutputError where that is gone, or another's."""
     fs, path = filesystem(out, storage_options)
+    _require_own(fs, path, record.attempt, _maker(record))
     record.ended = _now()
     put_bytes(fs, _path(path, record.attempt), record.model_dump_json(indent=1).encode())
 
@@ -100,6 +112,25 @@ def read_attempts(out: str, storage_options: Options) -> list[AttemptRecord]:
     fs, path = filesystem(out, storage_options)
     records = (_read(fs, path, number) for number in sorted(_numbers(fs, path)))
     return [record for record in records if record is not None]
+
+
+def _maker(record: AttemptRecord) -> tuple[str, str, int]:
+    return record.started, record.host, record.pid
+
+
+def _require_own(fs: AbstractFileSystem, path: str, number: int, maker: tuple[str, str, int]) -> None:
+    """Numbers begin anew where somebody deletes a directory and starts another run in it."""
+    record = _read(fs, path, number)
+    if record is None or _maker(record) != maker:
+        raise OutputError(
+            f"{redact(path)}: attempt {number} is no longer that of this job (process {maker[2]} on {maker[1]}), which "
+            "therefore stops: the directory was deleted or begun anew while it ran"
+        )
+
+
+def _ended_lately(record: AttemptRecord) -> bool:
+    ended = record.ended and datetime.fromisoformat(record.ended)
+    return not ended or abs((datetime.now(UTC) - ended).total_seconds()) < _LATELY_S
 
 
 def _numbers(fs: AbstractFileSystem, path: str) -> list[int]:
@@ -133,13 +164,12 @@ def _overlap(record: AttemptRecord, shard: Shard) -> bool:
 def _alive(record: AttemptRecord) -> bool:
     """Whether the process that opened the attempt still runs, and is not a later one with the same number."""
     try:
-        os.kill(record.pid, 0)
-        started = os.stat(f"/proc/{record.pid}").st_ctime
-    except ProcessLookupError:
+        started = psutil.Process(record.pid).create_time()
+    except psutil.NoSuchProcess:
         return False
-    except (PermissionError, FileNotFoundError):
+    except psutil.AccessDenied:
         return True
-    return started <= datetime.fromisoformat(record.started).timestamp() + 1
+    return bool(started <= datetime.fromisoformat(record.started).timestamp() + 1)
 
 
 def _now() -> str:

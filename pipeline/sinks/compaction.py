@@ -5,19 +5,19 @@ ones in, delete the plan. Once the plan is there the swap will be finished, by t
 on the directory (`recover`); before that it never happened. In between a reader sees fewer rows, never more.
 
 Jobs of several shards share a directory, and a part may hold rows of two of them: one swap goes on at a time, under the
-lock `_swapping`, which is held from reading the old parts to the end.
+lock `_swapping`, which is held from reading the old parts to the end. Who gets it finishes what its last holder left.
 """
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
-from pipeline.lock import locked
+from pipeline.lock import Held, locked
 from pipeline.sinks import intervals
 from pipeline.sinks.intervals import Spans
 from pipeline.sinks.parts import FOLDERS, Part, encode, list_parts, part_name, read_row_numbers
@@ -43,10 +43,10 @@ def compact(out: str, target_bytes: int, storage_options: Options, first: int = 
         mine = [part for part in list_parts(fs, path) if part.folder == folder]
         mine = [part for part in mine if part.first >= first and (stop is None or part.last < stop)]
         for group in _groups(mine, target_bytes):
-            with _swapping(fs, path):
+            with _swapping(fs, path) as held:
                 # What somebody else has rewritten meanwhile is left to the next time.
                 if all(fs.exists(join(path, part.path)) for part in group):
-                    _swap(fs, path, group, [_merge(fs, path, group)])
+                    _swap(fs, path, held, group, [_merge(fs, path, group)])
                     merged += len(group)
     return merged
 
@@ -56,14 +56,14 @@ def remove_rows(out: str, folder: str, rows: Spans, storage_options: Options) ->
     fs, path = filesystem(out, storage_options)
     recover(out, storage_options)
     removed = 0
-    with _swapping(fs, path):
+    with _swapping(fs, path) as held:
         for part in list_parts(fs, path):
             if part.folder != folder or not len(intervals.intersect(rows, part.first, part.last + 1)):
                 continue
             inside = intervals.contains(rows, read_row_numbers(fs, path, part))
             if inside.any():
                 table = _read(fs, path, part)
-                _swap(fs, path, [part], [table.filter(pa.array(~inside))])
+                _swap(fs, path, held, [part], [table.filter(pa.array(~inside))])
                 removed += int(inside.sum())
     return removed
 
@@ -77,14 +77,17 @@ def drop_repeats(out: str, twice: Spans, storage_options: Options) -> int:
     recover(out, storage_options)
     kept = intervals.EMPTY
     removed = 0
-    with _swapping(fs, path):
+    written: set[str] = set()
+    with _swapping(fs, path) as held:
         for part in sorted(list_parts(fs, path), key=lambda part: (FOLDERS.index(part.folder), part.name)):
+            if part.path in written:
+                continue  # what was left of an earlier part has this one's rows, and with them its name
             rows = read_row_numbers(fs, path, part)
             mine = intervals.contains(twice, rows)
             again = intervals.contains(kept, rows)
             kept = intervals.union([kept, intervals.from_rows(rows[mine])])
             if again.any():
-                _swap(fs, path, [part], [_read(fs, path, part).filter(pa.array(~again))])
+                written.update(_swap(fs, path, held, [part], [_read(fs, path, part).filter(pa.array(~again))]))
                 removed += int(again.sum())
     return removed
 
@@ -94,17 +97,27 @@ def recover(out: str, storage_options: Options) -> bool:
     fs, path = filesystem(out, storage_options)
     if not fs.exists(join(path, _STAGING)):
         return False
-    with _swapping(fs, path):
-        plan = read_json(fs, join(path, _PLAN))
-        if plan is None:
-            _clear(fs, path)
-            return False
-        _carry_out(fs, path, plan)
-        return True
+    with locked(fs, join(path, _LOCK), "rewriting parts") as held:
+        assert held is not None
+        return _settle(fs, path, held)
 
 
-def _swapping(fs: AbstractFileSystem, out: str) -> AbstractContextManager[bool]:
-    return locked(fs, join(out, _LOCK), "rewriting parts")
+@contextmanager
+def _swapping(fs: AbstractFileSystem, out: str) -> Iterator[Held]:
+    """The lock, with nothing left of a swap whose holder died while we waited: the old parts may be gone already."""
+    with locked(fs, join(out, _LOCK), "rewriting parts") as held:
+        assert held is not None
+        _settle(fs, out, held)
+        yield held
+
+
+def _settle(fs: AbstractFileSystem, out: str, held: Held) -> bool:
+    plan = read_json(fs, join(out, _PLAN))
+    if plan is None:
+        _clear(fs, out)
+        return False
+    _carry_out(fs, out, held, plan)
+    return True
 
 
 def _groups(parts: list[Part], target_bytes: int) -> Iterator[list[Part]]:
@@ -138,7 +151,8 @@ def _merge(fs: AbstractFileSystem, out: str, group: list[Part]) -> pa.Table:
     return merged.take(pa.array(keep)).replace_schema_metadata(metadata)
 
 
-def _swap(fs: AbstractFileSystem, out: str, old: list[Part], new: Iterable[pa.Table]) -> None:
+def _swap(fs: AbstractFileSystem, out: str, held: Held, old: list[Part], new: Iterable[pa.Table]) -> list[str]:
+    """Put `new` in the place of `old`; returns the paths of the new parts below `out`."""
     names = []
     for table in new:
         if table.num_rows:
@@ -146,11 +160,13 @@ def _swap(fs: AbstractFileSystem, out: str, old: list[Part], new: Iterable[pa.Ta
             put_bytes(fs, join(out, _STAGING, name), encode(table, table.schema.metadata[METADATA_KEY]))
             names.append(name)
     plan = {"remove": [part.path for part in old if part.path not in names], "add": names}
+    held.check()
     put_bytes(fs, join(out, _PLAN), json.dumps(plan).encode())
-    _carry_out(fs, out, plan)
+    _carry_out(fs, out, held, plan)
+    return names
 
 
-def _carry_out(fs: AbstractFileSystem, out: str, plan: dict[str, list[str]]) -> None:
+def _carry_out(fs: AbstractFileSystem, out: str, held: Held, plan: dict[str, list[str]]) -> None:
     try:
         for name in plan["remove"]:
             if fs.exists(join(out, name)):
@@ -159,6 +175,7 @@ def _carry_out(fs: AbstractFileSystem, out: str, plan: dict[str, list[str]]) -> 
             staged = join(out, _STAGING, name)
             if fs.exists(staged):
                 _move(fs, staged, join(out, name))
+        held.check()  # else the plan that is there now is another's
         fs.rm_file(join(out, _PLAN))
     except OSError as error:
         raise write_error(out, error) from error

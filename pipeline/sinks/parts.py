@@ -7,6 +7,7 @@ its rows are known without opening it.
 
 import hashlib
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -85,16 +86,25 @@ def split(predicted: pa.Table, images_schema: pa.Schema) -> tuple[pa.Table, pa.T
     return images, ordered.filter(failed).select(FAILURES_SCHEMA.names).cast(FAILURES_SCHEMA)
 
 
-def write_part(fs: AbstractFileSystem, out: str, folder: str, table: pa.Table, metadata: bytes) -> Part | None:
+def write_part(
+    fs: AbstractFileSystem,
+    out: str,
+    folder: str,
+    table: pa.Table,
+    metadata: bytes,
+    check: Callable[[], None] = lambda: None,
+) -> Part | None:
     """Write `table` (ascending rows) as one part of `folder`; None for an empty table.
 
-    `metadata` is the run record as JSON. Raises OutputError naming the path.
+    `metadata` is the run record as JSON. `check` is called between encoding and storing, and may raise. Raises
+    OutputError naming the path.
     """
     if not table.num_rows:
         return None
     data = encode(table, metadata)
     rows = table["row"].to_numpy()
     name = part_name(rows)
+    check()
     put_bytes(fs, join(out, folder, name), data)
     return Part(folder, name, int(rows[0]), int(rows[-1]), len(rows), len(data))
 

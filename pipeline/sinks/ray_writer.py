@@ -60,10 +60,9 @@ def write_blocks(job: WriteJob, *blocks: pa.Table) -> Committed:
     logs.working_on(job.run_id, "write", rows["min"], rows["max"])
     images, failures = split(predicted, job.images_schema)
     fs, path = filesystem(job.fence.out, job.fence.storage_options)
-    job.fence.check()
     written = [
-        write_part(fs, path, "images", images, job.metadata),
-        write_part(fs, path, "failures", failures, job.metadata),
+        write_part(fs, path, "images", images, job.metadata, job.fence.check),
+        write_part(fs, path, "failures", failures, job.metadata, job.fence.check),
     ]
     seconds = StageSeconds(
         fetch=_total(predicted, "fetch_s"),

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -73,8 +74,42 @@ def test_a_living_holder_is_waited_for_and_named(tmp_path: Path, monkeypatch: py
 def test_another_machines_process_numbers_say_nothing(tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    ours = lock._beat().replace(str(os.getpid()).encode(), str(gone.pid).encode())
+    ours = lock.Held(FS, "").beat().replace(str(os.getpid()).encode(), str(gone.pid).encode())
     assert lock._was_here(ours)
     assert not lock._was_here(ours.replace(b'"machine": "', b'"machine": "other-'))
-    assert not lock._was_here(lock._beat())
+    assert not lock._was_here(lock.Held(FS, "").beat())
     assert not lock._was_here(b"2001-01-01T00:00:00+00:00")
+
+
+def test_a_beat_that_fails_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "_lock"
+    monkeypatch.setattr(lock, "_BEAT_S", 0.05)
+    put_bytes, failed = lock.put_bytes, threading.Event()
+
+    def failing_once(fs: LocalFileSystem, name: str, data: bytes) -> None:
+        if not failed.is_set():
+            failed.set()
+            raise OutputError("the store is busy")
+        put_bytes(fs, name, data)
+
+    monkeypatch.setattr(lock, "put_bytes", failing_once)
+    with locked(FS, str(path), "testing"):
+        assert failed.wait(10)
+        before = path.read_bytes()
+        deadline = time.monotonic() + 10
+        while path.read_bytes() == before and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert path.read_bytes() != before
+
+
+def test_a_lock_that_was_lost_is_neither_beaten_nor_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "_lock"
+    monkeypatch.setattr(lock, "_BEAT_S", 0.05)
+    with locked(FS, str(path), "testing") as held:
+        assert held is not None
+        held.check()
+        path.write_text('{"holder": "another"}')
+        time.sleep(0.3)
+        with pytest.raises(OutputError, match="went to another job"):
+            held.check()
+    assert path.read_text() == '{"holder": "another"}'

@@ -1,5 +1,6 @@
 """Who may write: the newest attempt on the same rows, and none that would end a living one by accident."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,34 @@ def test_the_newest_attempt_wins(tmp_path: Path) -> None:
     new, _ = attempts.claim(str(tmp_path), whole, {}, "embed")
     new.check()
     with pytest.raises(OutputError, match=r"attempt 2 .* has taken over from attempt 1"):
+        old.check()
+
+
+def test_a_directory_that_was_begun_anew_is_not_the_old_ones(tmp_path: Path) -> None:
+    whole = Shard(index=0, count=1)
+    claim = "import sys; from pipeline.sinks.attempts import claim; from schemas.spec import Shard; "
+    claim += "claim(sys.argv[1], Shard(index=0,count=1), {}, 'embed')"
+    old, record = attempts.claim(str(tmp_path), whole, {}, "embed")
+    shutil.rmtree(tmp_path / "attempts")
+    with pytest.raises(OutputError, match="attempt 1 is no longer that of this job"):
+        old.check()
+    subprocess.run([sys.executable, "-c", claim, str(tmp_path)], check=True)
+    new = (tmp_path / "attempts" / "000001.json").read_text()
+    with pytest.raises(OutputError, match="was deleted or begun anew while it ran"):
+        old.check()
+    with pytest.raises(OutputError, match="was deleted or begun anew while it ran"):
+        attempts.finish(str(tmp_path), record, {})
+    assert (tmp_path / "attempts" / "000001.json").read_text() == new
+
+
+def test_the_order_of_a_listing_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = Shard(index=0, count=2)
+    old, record = attempts.claim(str(tmp_path), left, {}, "embed")
+    attempts.finish(str(tmp_path), record, {})
+    attempts.claim(str(tmp_path), left, {}, "embed")
+    attempts.claim(str(tmp_path), Shard(index=1, count=2), {}, "embed")
+    monkeypatch.setattr(attempts, "_numbers", lambda fs, path: [3, 2, 1])
+    with pytest.raises(OutputError, match=r"attempt 2 .* has taken over"):
         old.check()
 
 

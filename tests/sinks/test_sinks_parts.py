@@ -174,6 +174,53 @@ def test_a_crash_at_any_step_of_a_swap_loses_and_doubles_nothing(tmp_path: Path,
     assert sorted(rows_in(tmp_path)) == list(range(9))
 
 
+@pytest.mark.parametrize("steps", range(8))
+@pytest.mark.parametrize("what", ["compact", "remove_rows", "drop_repeats"])
+def test_a_shard_that_waits_for_one_that_dies_finishes_its_swap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, what: str
+) -> None:
+    """It has looked for an unfinished swap before it waited, so it must look again once it has the lock."""
+    for start in (0, 3, 6):
+        write(tmp_path, [start, start + 1, start + 2])
+    done = subprocess.run([sys.executable, "-c", CRASHING, str(tmp_path), str(steps)], check=False, timeout=60)
+    assert done.returncode == 9
+    recover = compaction.recover
+    monkeypatch.setattr(compaction, "recover", lambda out, options: False)
+    if what == "compact":
+        compaction.compact(str(tmp_path), 1 << 20, {})
+    elif what == "remove_rows":
+        compaction.remove_rows(str(tmp_path), "images", np.array([[20, 30]]), {})
+    else:
+        compaction.drop_repeats(str(tmp_path), np.array([[20, 30]]), {})
+    recover(str(tmp_path), {})  # as every job does at its end; compaction may have found no parts and not asked
+    assert sorted(rows_in(tmp_path)) == list(range(9))
+
+
+def test_what_is_left_of_one_part_may_take_the_name_of_the_next(tmp_path: Path) -> None:
+    """An orphan wrote what two parts of a later attempt hold."""
+    for rows in ([0, 1], [0, 1, 2, 3], [2, 3]):
+        write(tmp_path, rows)
+    compaction.drop_repeats(str(tmp_path), np.array([[0, 4]]), {})
+    assert sorted(rows_in(tmp_path)) == [0, 1, 2, 3]
+
+
+def test_a_swap_does_not_begin_without_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for start in (0, 3, 6):
+        write(tmp_path, [start, start + 1, start + 2])
+    put_bytes = compaction.put_bytes
+
+    def robbed(fs: object, path: str, data: bytes) -> None:
+        put_bytes(fs, path, data)
+        if "/_swap/images" in path:
+            (tmp_path / "_swapping").write_text('{"holder": "another"}')
+
+    monkeypatch.setattr(compaction, "put_bytes", robbed)
+    with pytest.raises(OutputError, match="went to another job"):
+        compaction.compact(str(tmp_path), 1 << 20, {})
+    assert sorted(rows_in(tmp_path)) == list(range(9))
+    assert "another" in (tmp_path / "_swapping").read_text(), "whose it is now"
+
+
 def test_another_shard_that_starts_in_the_middle_of_a_swap_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
