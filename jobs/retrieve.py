@@ -18,7 +18,7 @@ from jobs.retrieve_screen import (
     warn_left_out,
     write_page,
 )
-from schemas.errors import OutputError, SpecError
+from schemas.errors import SpecError
 
 if TYPE_CHECKING:
     from pipeline.retrieval.search import Example, Hit
@@ -111,10 +111,7 @@ def _find(
             f"--index {index} was built with --no-normalise, and a search goes by cosine; build one without it"
         )
     if built.record.rows != int(matrix.usable.sum()):
-        raise OutputError(
-            f"index `{index}` is stale: rows that it holds were replaced since. Run `patchstream index DIR --name "
-            f"{index} --update`"
-        )
+        indexes.refuse_stale(index, "rows that it holds were replaced since")
     if built.record.feature != feature or centre:
         raise SpecError(
             f"--index {index} holds `{built.record.feature}`, centred: {built.record.mean is not None}; leave out "

@@ -31,7 +31,7 @@ from pipeline.sinks import attempts, intervals
 from pipeline.sinks.attempts import Fence
 from pipeline.sinks.compaction import compact, drop_repeats, recover, remove_rows
 from pipeline.sinks.intervals import Spans
-from pipeline.sinks.ledger import pending, read_ledger, shard_rows
+from pipeline.sinks.ledger import Ledger, pending, read_ledger, shard_rows
 from pipeline.sinks.ray_writer import Committed, Received, WriteJob, commit_stream, unwrap
 from pipeline.storage import absolute, redact
 from schemas.attempt import AttemptRecord, Distance
@@ -88,7 +88,7 @@ def _run(spec: JobSpec, connect: Connect, listen: Listener) -> Summary:
                 _work(question, opened, machines, fence, attempt, rest, listen)
         listen(Progress("finishing"))
         _finish(spec, opened, first, stop)
-        _check_complete(spec, opened, first, stop)
+        ledger = _complete_ledger(spec, opened, first, stop)
         attempt.status = "done"
     except (KeyboardInterrupt, Interrupted) as stopped:
         attempt.status = "interrupted"
@@ -100,7 +100,6 @@ def _run(spec: JobSpec, connect: Connect, listen: Listener) -> Summary:
         # Where the output itself is gone, this fails as well, and must not hide what failed first.
         with suppress(OutputError) if attempt.status == "failed" else nullcontext():
             attempts.finish(spec.out, attempt, spec.storage_options)
-    ledger = read_ledger(spec.out, spec.storage_options)
     replaced, images, failures = (
         intervals.count(intervals.intersect(rows, first, stop))
         for rows in (opened.superseded, ledger.images, ledger.failures)
@@ -261,13 +260,14 @@ def _finish(spec: JobSpec, opened: Opened, first: int, stop: int) -> None:
     forget_crashes(opened.record.run_id)
 
 
-def _check_complete(spec: JobSpec, opened: Opened, first: int, stop: int) -> None:
-    """Raise OutputError if rows have no part after all, whoever took it."""
+def _complete_ledger(spec: JobSpec, opened: Opened, first: int, stop: int) -> Ledger:
+    """What is there in the end. Raises OutputError if rows have no part after all, whoever took it."""
     for _ in range(_MAX_PASSES):
         recover(spec.out, spec.storage_options)  # waits for another shard's swap, in which rows are out of sight
-        left = pending(read_ledger(spec.out, spec.storage_options), first, stop, opened.superseded)
+        ledger = read_ledger(spec.out, spec.storage_options)
+        left = pending(ledger, first, stop, opened.superseded)
         if not len(left):
-            return
+            return ledger
     raise OutputError(
         f"{intervals.count(left)} rows that were committed are gone again (the first is row {left[0, 0]}): somebody "
         "else removes parts there. The same command does what is missing"

@@ -13,7 +13,8 @@ from pipeline.images.plan import ObjectRead, RangeRead, Read, TableRead, plan_re
 from pipeline.images.readahead import ReadAhead, Room
 from pipeline.images.reader import Extent, Reader
 from pipeline.images.retry import Attempts
-from pipeline.images.verdict import safe_url, too_many_bytes
+from pipeline.images.verdict import too_many_bytes
+from pipeline.storage import redact
 from schemas.errors import ImageError
 from schemas.spec import FetchSpec
 
@@ -89,9 +90,7 @@ class _Fetcher:
         """The rows of a read that never came back."""
         if isinstance(read, TableRead):
             self._run_of(read).give_up()
-        message = (
-            f"{safe_url(read.url)}: no answer within {self._fetch.timeout_s:g} s, and no way to interrupt the read"
-        )
+        message = f"{redact(read.url)}: no answer within {self._fetch.timeout_s:g} s, and no way to interrupt the read"
         error = ImageError("fetch", "TimedOut", message, retryable=True)
         return [Fetched(error, self._fetch.timeout_s, 1)] * read.rows
 
@@ -159,9 +158,7 @@ class _Fetcher:
                 raise too_many_bytes(read.url, len(data), self._fetch.max_bytes)
             return data
         if path is None or "://" not in path:
-            raise ImageError(
-                "fetch", "NoBytes", f"row {read.run[read.position]} of {safe_url(read.url)} holds no image"
-            )
+            raise ImageError("fetch", "NoBytes", f"row {read.run[read.position]} of {redact(read.url)} holds no image")
         attempts.url = path
         return self._whole(path, None, attempts)
 

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.images.reader import Reader, same_size
-from pipeline.images.verdict import changed, safe_url
+from pipeline.images.verdict import changed
+from pipeline.storage import redact
 from schemas.errors import ImageError
 
 # Bytes and path of an image, either of which may be None.
@@ -85,7 +86,7 @@ class TableRun:
                     yield _value(values[wanted[taken] - first])
                     taken += 1
             rows = parquet.metadata.num_rows
-        message = f"{safe_url(self.url)} has {rows} rows; row {wanted[taken]} does not exist (any more)"
+        message = f"{redact(self.url)} has {rows} rows; row {wanted[taken]} does not exist (any more)"
         raise ImageError("fetch", "NotFound", message)
 
 

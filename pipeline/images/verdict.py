@@ -100,7 +100,7 @@ _BY_ERRNO = {errno.ENAMETOOLONG: _BAD_ADDRESS, errno.ELOOP: _NOT_FOUND, errno.EN
 
 def changed(url: str) -> ImageError:
     """The error of a row whose place is in a container that is not what it was."""
-    message = f"{safe_url(url)} has changed since it was listed; --update takes up what it holds now"
+    message = f"{redact(url)} has changed since it was listed; --update takes up what it holds now"
     return ImageError("fetch", "Changed", message)
 
 
@@ -156,21 +156,13 @@ def retry_after_s(header: str | None) -> float | None:
 
 def scrub(text: str, limit: int = 300) -> str:
     """`text` on one line, cut to `limit` characters, every address in it without credentials."""
-    return safe_url(" ".join(text.split()))[:limit]
-
-
-def safe_url(url: str) -> str:
-    """`redact`, also of what is no address at all."""
-    try:
-        return redact(url)
-    except ValueError:
-        return url.partition("?")[0].rpartition("@")[2]
+    return redact(" ".join(text.split()))[:limit]
 
 
 def fetch_failure(url: str, error: BaseException, verdict: Verdict, attempts: int) -> ImageError:
     """The row for an image that could not be read."""
     cause = scrub(str(error)) or type(error).__name__
-    message = f"{safe_url(url)}: {cause}"
+    message = f"{redact(url)}: {cause}"
     if verdict.wait_s:
         message += f" (the server asks to wait {verdict.wait_s:g} s)"
     return ImageError("fetch", verdict.error, message, retryable=verdict.retryable, attempts=attempts)
@@ -178,5 +170,5 @@ def fetch_failure(url: str, error: BaseException, verdict: Verdict, attempts: in
 
 def too_many_bytes(url: str, size: int, max_bytes: int) -> ImageError:
     """The row for a file that is larger than the user allows."""
-    message = f"{safe_url(url)}: at least {size:,} bytes; the limit is {max_bytes:,} (fetch.max_bytes)"
+    message = f"{redact(url)}: at least {size:,} bytes; the limit is {max_bytes:,} (fetch.max_bytes)"
     return ImageError("fetch", "TooManyBytes", message)

@@ -15,13 +15,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.models import ModelInfo, load_model
 from pipeline.models.gpu import GpuPlan, choose_batch, has_compiler, plan_gpu
-from pipeline.models.precision import FLOAT8_SINCE_SM, torch_dtype
+from pipeline.models.precision import BFLOAT16_SINCE_SM, FLOAT8_SINCE_SM, torch_dtype
 from pipeline.predictors.batches import Predictions, Wanted, good_rows, pixels_of, predicted_table
 from pipeline.predictors.torch_runner import Runner
 from schemas.errors import ClusterError
 from schemas.spec import VECTOR_NAMES
 
-_BFLOAT16_SINCE = (8, 0)
+# Since which compute capability there are units for it, and what to use before.
+_UNITS = {"bfloat16": (BFLOAT16_SINCE_SM, "float16"), "float8": (FLOAT8_SINCE_SM, "bfloat16")}
 
 _log = logging.getLogger(__name__)
 
@@ -204,11 +205,8 @@ def _check_gpu(dtype: str) -> None:
             "Ray gave this actor a GPU but torch sees none: the worker's torch is a CPU build or its driver is too old"
         )
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    if dtype == "bfloat16" and capability < _BFLOAT16_SINCE:
+    since, instead = _UNITS.get(dtype, ((0, 0), ""))
+    if capability < since:
         raise ClusterError(
-            f"{name} (compute capability {capability[0]}.{capability[1]}) has no bfloat16 units; use --dtype float16"
-        )
-    if dtype == "float8" and capability < FLOAT8_SINCE_SM:
-        raise ClusterError(
-            f"{name} (compute capability {capability[0]}.{capability[1]}) has no float8 units; use --dtype bfloat16"
+            f"{name} (compute capability {capability[0]}.{capability[1]}) has no {dtype} units; use --dtype {instead}"
         )

@@ -220,13 +220,18 @@ def load(store: FeatureStore, name: str, *, allow_stale: bool = False) -> Index:
     record = IndexRecord.model_validate(content)
     if record.model_digest != store.record.model.digest:
         raise OutputError(f"index `{name}` was built from another model's vectors; build it anew")
-    changes = stale(store, record)
-    if changes and not allow_stale:
-        raise OutputError(f"index `{name}` is stale: {changes}. Run `patchstream index DIR --name {name} --update`")
+    if not allow_stale:
+        refuse_stale(name, stale(store, record))
     path = join(folder, "vectors.faiss")
     if is_local(store.fs):
         return Index(faiss.read_index(path), record)
     return Index(faiss.deserialize_index(np.frombuffer(store.fs.cat_file(path), np.uint8)), record)
+
+
+def refuse_stale(name: str, changes: str) -> None:
+    """Raise OutputError where there are `changes` since the index was built."""
+    if changes:
+        raise OutputError(f"index `{name}` is stale: {changes}. Run `patchstream index DIR --name {name} --update`")
 
 
 def exists(store: FeatureStore, name: str) -> bool:

@@ -54,7 +54,6 @@ def compact(out: str, target_bytes: int, storage_options: Options, first: int = 
 def remove_rows(out: str, folder: str, rows: Spans, storage_options: Options) -> int:
     """Rewrite the parts of `folder` without `rows`; returns how many rows went."""
     fs, path = filesystem(out, storage_options)
-    recover(out, storage_options)
     removed = 0
     with _swapping(fs, path) as held:
         for part in list_parts(fs, path):
@@ -74,7 +73,6 @@ def drop_repeats(out: str, twice: Spans, storage_options: Options) -> int:
     An image outweighs a failure; between parts of a kind the first by name stays. Returns how many copies went.
     """
     fs, path = filesystem(out, storage_options)
-    recover(out, storage_options)
     kept = intervals.EMPTY
     removed = 0
     written: set[str] = set()
@@ -92,14 +90,12 @@ def drop_repeats(out: str, twice: Spans, storage_options: Options) -> int:
     return removed
 
 
-def recover(out: str, storage_options: Options) -> bool:
-    """Finish a swap that was cut short, or clear away one that never began. True if there was one to finish."""
+def recover(out: str, storage_options: Options) -> None:
+    """Finish a swap that was cut short, or clear away one that never began."""
     fs, path = filesystem(out, storage_options)
-    if not fs.exists(join(path, _STAGING)):
-        return False
-    with locked(fs, join(path, _LOCK), "rewriting parts") as held:
-        assert held is not None
-        return _settle(fs, path, held)
+    if fs.exists(join(path, _STAGING)):
+        with _swapping(fs, path):
+            pass  # who gets the lock finishes what is there
 
 
 @contextmanager
@@ -107,17 +103,12 @@ def _swapping(fs: AbstractFileSystem, out: str) -> Iterator[Held]:
     """The lock, with nothing left of a swap whose holder died while we waited: the old parts may be gone already."""
     with locked(fs, join(out, _LOCK), "rewriting parts") as held:
         assert held is not None
-        _settle(fs, out, held)
+        plan = read_json(fs, join(out, _PLAN))
+        if plan is None:
+            _clear(fs, out)
+        else:
+            _carry_out(fs, out, held, plan)
         yield held
-
-
-def _settle(fs: AbstractFileSystem, out: str, held: Held) -> bool:
-    plan = read_json(fs, join(out, _PLAN))
-    if plan is None:
-        _clear(fs, out)
-        return False
-    _carry_out(fs, out, held, plan)
-    return True
 
 
 def _groups(parts: list[Part], target_bytes: int) -> Iterator[list[Part]]:

@@ -34,13 +34,9 @@ class ParquetKind(NamedTuple):
 
 def suffix(source: str) -> str:
     """Lower-case suffix of the last path segment, without the dot, a query string or a `.gz` behind a text table's."""
-    path = (
-        urlsplit(source).path
-        if scheme(source) == "http"
-        else source.partition("::")[0]
-        if is_chained(source)
-        else source
-    )
+    path = source.partition("::")[0] if is_chained(source) else source
+    if scheme(source) == "http":
+        path = urlsplit(source).path
     name = path.rpartition("/")[2].lower()
     stem, _, last = name.rpartition(".")
     inner = stem.rpartition(".")[2]
