@@ -5,7 +5,9 @@ process of this very machine that is gone.
 """
 
 import json
+import logging
 import os
+import random
 import socket
 import threading
 import time
@@ -15,15 +17,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from fsspec import AbstractFileSystem
 
 from pipeline.storage import create_bytes, put_bytes, redact
 from schemas.errors import OutputError
 
-_WAIT_S = 3600.0
 _BEAT_S = 5.0
 _SILENT_BEATS = 4
 _LOOK_S = 0.5
+_TELL_AFTER_S = 60.0
+
+log = logging.getLogger(__name__)
 
 
 class Held:
@@ -38,8 +43,8 @@ class Held:
         """Raise OutputError where somebody else may hold it by now. Ask before each step that cannot be taken back."""
         if not self.is_ours():
             raise OutputError(
-                f"{redact(self._lock)} went to another job while the store did not answer this one, which therefore "
-                "stops. Run the same command again"
+                f"{redact(self._lock)} went to another job, because the store did not answer this one for a while or "
+                "many waited at once; this one therefore stops. Run the same command again"
             )
 
     def is_ours(self) -> bool:
@@ -65,7 +70,8 @@ class Held:
     def release(self) -> None:
         """Remove the file, unless it is another's by now."""
         if self.is_ours():
-            _remove(self._fs, self._lock)
+            with suppress(FileNotFoundError):
+                self._fs.rm_file(self._lock)
 
 
 @contextmanager
@@ -74,22 +80,13 @@ def locked(
 ) -> Iterator[Held | None]:
     """Hold the file `lock` for the block.
 
-    Yields None, without it, as soon as `unless` says that there is nothing left to wait for. `what` its holder does is
-    named in the OutputError that an hour of waiting ends with.
+    Yields None, without it, as soon as `unless` says that there is nothing left to wait for. A holder that beats is
+    waited for however long it takes; after a minute the log says that it is, with `what` it does.
     """
-    deadline = time.monotonic() + _WAIT_S
-    holder, held = _Holder(), Held(fs, lock)
-    while not create_bytes(fs, lock, held.beat()):
-        if held.is_ours():  # the answer to the first try was lost
-            break
-        if unless():
-            yield None
-            return
-        if holder.is_gone(fs, lock):
-            _remove(fs, lock)
-        elif time.monotonic() > deadline:
-            raise OutputError(f"another job has been {what} for an hour; if it is dead, delete {redact(lock)}")
-        time.sleep(_LOOK_S)
+    held = Held(fs, lock)
+    if not _take(fs, lock, held, what, unless):
+        yield None
+        return
     done = threading.Event()
     beating = threading.Thread(target=held.keep_beating, args=(done,), daemon=True)
     beating.start()
@@ -99,6 +96,31 @@ def locked(
         done.set()
         beating.join()
         held.release()
+
+
+def _take(fs: AbstractFileSystem, lock: str, held: Held, what: str, unless: Callable[[], bool]) -> bool:
+    """Wait until `held` holds the lock; False where `unless` came first."""
+    holder = _Holder()
+    tell_at = time.monotonic() + _TELL_AFTER_S
+    waited = False
+    while True:
+        # It may be ours although we were refused: the answer to a first try was lost.
+        if create_bytes(fs, lock, held.beat()) or held.is_ours():
+            if not waited:
+                return True
+            # Another that waited may just be removing what the dead holder left, and meet our file instead.
+            time.sleep(_LOOK_S)
+            if held.is_ours():
+                return True
+        if unless():
+            return False
+        waited = True
+        if holder.is_gone(fs, lock):
+            holder.bury(fs, lock)
+        elif time.monotonic() > tell_at:
+            log.warning("waiting for another job, which has been %s for a while and holds %s", what, redact(lock))
+            tell_at = float("inf")
+        time.sleep(_LOOK_S)
 
 
 def _machine() -> str | None:
@@ -128,21 +150,32 @@ class _Holder:
             self._beat, self._since = beat, time.monotonic()
         return time.monotonic() - self._since > _SILENT_BEATS * _BEAT_S or _was_here(beat)
 
+    def bury(self, fs: AbstractFileSystem, lock: str) -> None:
+        """Remove what a holder that is gone left, unless somebody else holds the lock by now."""
+        time.sleep(random.uniform(0, _LOOK_S))  # all who wait find it dead at the same moment
+        with suppress(FileNotFoundError):
+            if fs.cat_file(lock) == self._beat:
+                fs.rm_file(lock)
+
 
 def _was_here(beat: bytes) -> bool:
     """Whether a process of this machine wrote `beat`, and is gone."""
     try:
         said: Any = json.loads(beat)
-        if said["machine"] is None or said["machine"] != _machine():
-            return False
-        os.kill(said["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except (ValueError, KeyError, TypeError, OSError):
+        return said["machine"] is not None and said["machine"] == _machine() and not is_running(said["pid"])
+    except (ValueError, KeyError, TypeError):
         return False
-    return False
 
 
-def _remove(fs: AbstractFileSystem, path: str) -> None:
-    with suppress(FileNotFoundError):
-        fs.rm_file(path)
+def is_running(pid: int, started_before: float = float("inf")) -> bool:
+    """Whether the process runs on this machine and, if asked for, had started by then (seconds since 1970).
+
+    One that has ended, but whose parent has not asked for its exit code yet, does not run.
+    """
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and bool(process.create_time() <= started_before)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True

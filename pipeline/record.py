@@ -15,7 +15,18 @@ from fsspec import AbstractFileSystem
 from pydantic import ValidationError
 
 from pipeline.lock import Held, locked
-from pipeline.storage import Options, absolute, filesystem, is_local, join, put_bytes, read_error, read_json, redact
+from pipeline.storage import (
+    Options,
+    absolute,
+    exists,
+    filesystem,
+    is_local,
+    join,
+    put_bytes,
+    read_error,
+    read_json,
+    redact,
+)
 from schemas.errors import OutputError
 from schemas.release import VERSION
 from schemas.run import ModelRecord, RunRecord, difference
@@ -112,13 +123,13 @@ def freezing(out: str, storage_options: Options, *, again: bool = False) -> Iter
     """Let one of several jobs that start together freeze the inputs; the others wait until it has.
 
     Yields the lock to the one that must do it, and None to the others. With `again` there is a record already, and each
-    job has its turn to add to it. Raises OutputError when the other does not finish within an hour.
+    job has its turn to add to it.
     """
     fs, path = filesystem(out, storage_options)
     lock = join(path, "_freezing")
 
     def frozen() -> bool:
-        return not again and read_record(out, storage_options) is not None and not fs.exists(lock)
+        return not again and read_record(out, storage_options) is not None and not exists(fs, lock)
 
     try:
         with locked(fs, lock, "listing the sources", unless=frozen) as mine:

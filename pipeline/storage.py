@@ -187,6 +187,19 @@ def _store_code(error: BaseException) -> str:
     return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
 
+def exists(fs: AbstractFileSystem, path: str) -> bool:
+    """Whether something is at `path`. Raises what the store raises.
+
+    The `exists` of most fsspec drivers, that of disks among them, takes any error for "no": one that a moment's outage
+    raises, and the one by which a signal ends the process.
+    """
+    try:
+        fs.info(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def read_json(fs: AbstractFileSystem, path: str) -> Any:
     """The JSON document at `path`, or None where there is none."""
     try:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from fsspec import AbstractFileSystem
 
 from pipeline.models.weights import SAFETENSORS, TORCH, WEIGHT_SUFFIXES
-from pipeline.storage import filesystem, redact, scheme
+from pipeline.storage import exists, filesystem, redact, scheme
 from schemas.errors import CheckpointError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -112,7 +112,7 @@ def _one_file(fs: AbstractFileSystem, path: str) -> dict[str, Any]:
     beside = (f"{stem}.txt", f"{stem}.model") if suffix == "npz" else (*SMALL_FILES, *TEXT_FILES)
     found = {path: fs.info(path)}
     for other in beside:
-        if fs.exists(f"{folder}/{other}"):
+        if exists(fs, f"{folder}/{other}"):
             found[f"{folder}/{other}"] = fs.info(f"{folder}/{other}")
     return found
 

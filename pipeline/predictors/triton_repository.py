@@ -70,7 +70,7 @@ def export_triton(
     fs, root = storage.filesystem(out, storage_options)
     names = [name, f"{name}{ONNX_SUFFIX}"] if onnx else [name]
     for one in names:
-        if fs.exists(storage.join(root, one)):
+        if storage.exists(fs, storage.join(root, one)):
             raise OutputError(f"{out}: a model {one} is there already; remove it, or choose another --name")
     with tempfile.TemporaryDirectory(prefix="patchstream-triton-") as folder:
         write_python_model(info, Path(folder) / name, serving)

@@ -16,7 +16,7 @@ from pipeline.retrieval.matrix import Matrix
 from pipeline.retrieval.output import staged
 from pipeline.retrieval.parts import Part, list_parquet, open_parquet
 from pipeline.retrieval.store import FeatureStore
-from pipeline.storage import Options, filesystem, join, put_bytes, read_json, redact
+from pipeline.storage import Options, exists, filesystem, join, put_bytes, read_json, redact
 from schemas.errors import OutputError, SpecError
 from schemas.run import RunRecord, difference
 from schemas.spec import FEATURE_NAMES
@@ -77,7 +77,7 @@ def _open_out(store: FeatureStore, fs: Any, root: str, record: RunRecord) -> Non
     if there is not None and there != wanted:
         lines = "\n  ".join(difference(there, wanted))
         raise OutputError(f"{redact(root)} holds another result:\n  {lines}\nChoose another --out.")
-    if there is None and fs.exists(root) and fs.ls(root, detail=False):
+    if there is None and exists(fs, root) and fs.ls(root, detail=False):
         raise OutputError(f"{redact(root)} is not empty and no run's directory; choose another --out")
     if there is not None:
         return

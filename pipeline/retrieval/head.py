@@ -16,7 +16,7 @@ from safetensors.numpy import load, save
 from pipeline.retrieval.logistic import Linear
 from pipeline.retrieval.output import check_name, list_folders
 from pipeline.retrieval.store import FeatureStore
-from pipeline.storage import Options, filesystem, join, put_bytes, redact
+from pipeline.storage import Options, exists, filesystem, join, put_bytes, redact
 from schemas.errors import OutputError
 from schemas.run import ModelRecord
 
@@ -54,7 +54,7 @@ def load_head(store: FeatureStore, name: str) -> tuple[Linear, HeadRecord, str]:
     Raises OutputError if there is none, it cannot be read, or it was trained on another model's features.
     """
     path = join(store.root, "probes", check_name(name), "head.safetensors")
-    if not store.fs.exists(path):
+    if not exists(store.fs, path):
         there = ", ".join(list_folders(store.fs, join(store.root, "probes"))) or "none"
         raise OutputError(
             f"no probe `{name}` under {redact(store.root)}/probes (there: {there}); run `patchstream probe`"

@@ -236,7 +236,7 @@ def refuse_stale(name: str, changes: str) -> None:
 
 def exists(store: FeatureStore, name: str) -> bool:
     """Whether there is an index of this name, stale or not."""
-    return bool(store.fs.exists(join(store.root, "index", check_name(name), "index.json")))
+    return read_json(store.fs, join(store.root, "index", check_name(name), "index.json")) is not None
 
 
 def stale(store: FeatureStore, record: IndexRecord) -> str:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
-from pipeline.storage import is_local, join, put_bytes, write_error
+from pipeline.storage import exists, is_local, join, put_bytes, write_error
 from schemas.errors import SpecError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -60,7 +60,7 @@ def write_json(fs: AbstractFileSystem, path: str, content: dict[str, Any]) -> No
 
 def remove_folder(fs: AbstractFileSystem, folder: str) -> None:
     """Delete the results of an earlier command of the same name, if there are any."""
-    if fs.exists(folder):
+    if exists(fs, folder):
         fs.rm(folder, recursive=True)
 
 

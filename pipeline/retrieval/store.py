@@ -19,7 +19,7 @@ from pipeline.retrieval.arrays import Floats, Ints, Preparation, Progress, no_pr
 from pipeline.retrieval.matrix import Matrix, map_matrix, prepare_matrix
 from pipeline.retrieval.output import list_folders
 from pipeline.retrieval.parts import Part, fingerprint, list_parquet, list_parts, stream_part
-from pipeline.storage import Options, filesystem, is_local, join, read_error, read_json, redact
+from pipeline.storage import Options, exists, filesystem, is_local, join, read_error, read_json, redact
 from schemas.errors import OutputError, SpecError
 from schemas.run import RunRecord
 from schemas.spec import VECTOR_NAMES
@@ -266,7 +266,7 @@ def literal(text: str) -> str:
 
 
 def _not_a_run(fs: AbstractFileSystem, root: str, directory: str) -> str:
-    if not fs.exists(root):
+    if not exists(fs, root):
         return f"{redact(str(directory))}: no such directory"
     names = sorted(str(path).rstrip("/").rpartition("/")[2] for path in fs.ls(root, detail=False))[:8]
     return (

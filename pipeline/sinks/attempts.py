@@ -10,9 +10,9 @@ import socket
 import time
 from datetime import UTC, datetime
 
-import psutil
 from fsspec import AbstractFileSystem
 
+from pipeline.lock import is_running
 from pipeline.storage import Options, create_bytes, filesystem, is_local, join, put_bytes, redact
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
@@ -163,13 +163,7 @@ def _overlap(record: AttemptRecord, shard: Shard) -> bool:
 
 def _alive(record: AttemptRecord) -> bool:
     """Whether the process that opened the attempt still runs, and is not a later one with the same number."""
-    try:
-        started = psutil.Process(record.pid).create_time()
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:
-        return True
-    return bool(started <= datetime.fromisoformat(record.started).timestamp() + 1)
+    return is_running(record.pid, datetime.fromisoformat(record.started).timestamp() + 1)
 
 
 def _now() -> str:

@@ -9,6 +9,7 @@ lock `_swapping`, which is held from reading the old parts to the end. Who gets 
 """
 
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -21,7 +22,7 @@ from pipeline.lock import Held, locked
 from pipeline.sinks import intervals
 from pipeline.sinks.intervals import Spans
 from pipeline.sinks.parts import FOLDERS, Part, encode, list_parts, part_name, read_row_numbers
-from pipeline.storage import Options, filesystem, is_local, join, put_bytes, read_json, write_error
+from pipeline.storage import Options, exists, filesystem, is_local, join, put_bytes, read_json, redact, write_error
 from schemas.tables import METADATA_KEY
 
 _STAGING = "_swap"
@@ -29,6 +30,8 @@ _PLAN = "_swap/plan.json"
 _LOCK = "_swapping"
 # A part this close to the target stays as it is: rewriting it would gain nothing.
 _GOOD_FRACTION = 0.5
+
+log = logging.getLogger(__name__)
 
 
 def compact(out: str, target_bytes: int, storage_options: Options, first: int = 0, stop: int | None = None) -> int:
@@ -45,7 +48,7 @@ def compact(out: str, target_bytes: int, storage_options: Options, first: int = 
         for group in _groups(mine, target_bytes):
             with _swapping(fs, path) as held:
                 # What somebody else has rewritten meanwhile is left to the next time.
-                if all(fs.exists(join(path, part.path)) for part in group):
+                if all(exists(fs, join(path, part.path)) for part in group):
                     _swap(fs, path, held, group, [_merge(fs, path, group)])
                     merged += len(group)
     return merged
@@ -93,7 +96,7 @@ def drop_repeats(out: str, twice: Spans, storage_options: Options) -> int:
 def recover(out: str, storage_options: Options) -> None:
     """Finish a swap that was cut short, or clear away one that never began."""
     fs, path = filesystem(out, storage_options)
-    if fs.exists(join(path, _STAGING)):
+    if exists(fs, join(path, _STAGING)):
         with _swapping(fs, path):
             pass  # who gets the lock finishes what is there
 
@@ -158,19 +161,28 @@ def _swap(fs: AbstractFileSystem, out: str, held: Held, old: list[Part], new: It
 
 
 def _carry_out(fs: AbstractFileSystem, out: str, held: Held, plan: dict[str, list[str]]) -> None:
+    held.check()  # writing the plan may have taken so long that another job holds the lock
     try:
-        for name in plan["remove"]:
-            if fs.exists(join(out, name)):
-                fs.rm_file(join(out, name))
-        for name in plan["add"]:
-            staged = join(out, _STAGING, name)
-            if fs.exists(staged):
-                _move(fs, staged, join(out, name))
+        staged = [name for name in plan["add"] if exists(fs, join(out, _STAGING, name))]
+        if any(name not in staged and not exists(fs, join(out, name)) for name in plan["add"]):
+            # A plan that arrived after its holder had lost the lock, and its parts with it. The old parts are all there
+            # is: the rows of any that are gone will be found missing by the next run.
+            log.warning("a plan to rewrite parts in %s came too late; the parts stay as they are", redact(out))
+        else:
+            _replace(fs, out, plan["remove"], staged)
         held.check()  # else the plan that is there now is another's
         fs.rm_file(join(out, _PLAN))
+        _clear(fs, out)
     except OSError as error:
         raise write_error(out, error) from error
-    _clear(fs, out)
+
+
+def _replace(fs: AbstractFileSystem, out: str, old: list[str], staged: list[str]) -> None:
+    for name in old:
+        if exists(fs, join(out, name)):
+            fs.rm_file(join(out, name))
+    for name in staged:
+        _move(fs, join(out, _STAGING, name), join(out, name))
 
 
 def _move(fs: AbstractFileSystem, source: str, target: str) -> None:
@@ -183,5 +195,5 @@ def _move(fs: AbstractFileSystem, source: str, target: str) -> None:
 
 def _clear(fs: AbstractFileSystem, out: str) -> None:
     staging = join(out, _STAGING)
-    if fs.exists(staging):
+    if exists(fs, staging):
         fs.rm(staging, recursive=True)

@@ -10,7 +10,7 @@ from fsspec import AbstractFileSystem
 
 from pipeline.sources.reading import source_error
 from pipeline.sources.stores import Entry, crawl, list_gcs, list_s3, local_entry, walk_any, walk_local
-from pipeline.storage import Options, filesystem, is_local, scheme
+from pipeline.storage import Options, exists, filesystem, is_local, scheme
 from schemas.errors import SourceError
 
 _LIST_KEYS: dict[str, Callable[[AbstractFileSystem, str, str], Iterator[Entry]]] = {"s3": list_s3, "gs": list_gcs}
@@ -103,7 +103,7 @@ def _list_http(fs: AbstractFileSystem, source: str) -> Iterator[Entry]:
 
 
 def _list_any(fs: AbstractFileSystem, path: str, rest: str) -> Iterator[Entry]:
-    if not _is_glob(path) or fs.exists(path):
+    if not _is_glob(path) or exists(fs, path):
         yield from walk_any(fs, path, rest)
         return
     matches = _matcher(path)

@@ -124,11 +124,10 @@ def _links(fs: AbstractFileSystem, page: str) -> list[str]:
 
 def walk_any(fs: AbstractFileSystem, base: str, rest: str) -> Iterator[Entry]:
     """Files below `base` on any other file system. `rest` is what follows `::` in a chained address."""
-    if fs.isfile(base):
-        yield _any_entry(fs, fs.info(base), rest)
+    known = fs.info(base)
+    if known["type"] == "file":
+        yield _any_entry(fs, known, rest)
         return
-    if not fs.exists(base):
-        raise FileNotFoundError(base)
     for _, _, files in fs.walk(base, detail=True, on_error="raise"):
         for _, info in sorted(files.items()):
             yield _any_entry(fs, info, rest)

@@ -1,12 +1,16 @@
 """One holder at a time; who is dead holds nothing."""
 
+import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
@@ -54,21 +58,79 @@ def test_a_process_of_this_machine_that_was_killed_holds_nothing(tmp_path: Path)
         assert time.monotonic() - started < lock._BEAT_S
 
 
-def test_a_living_holder_is_waited_for_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "_WAIT_S", 0.5)
+def test_a_living_holder_is_waited_for_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lock, "_TELL_AFTER_S", 0.0)
     holder = held_by_another(tmp_path / "_lock")
     try:
-        with (
-            pytest.raises(OutputError, match="another job has been rewriting parts for an hour; if it is dead, delete"),
-            locked(FS, str(tmp_path / "_lock"), "rewriting parts"),
-        ):
-            pass
-        with locked(FS, str(tmp_path / "_lock"), "testing", unless=lambda: True) as mine:
+        looks = iter([False, False, False, True])
+        with locked(FS, str(tmp_path / "_lock"), "rewriting parts", unless=lambda: next(looks)) as mine:
             assert not mine
         assert (tmp_path / "_lock").exists()
+        (told,) = caplog.messages
+        assert told == (
+            "waiting for another job, which has been rewriting parts for a while and holds " + str(tmp_path / "_lock")
+        )
     finally:
         holder.kill()
         holder.wait()
+
+
+def test_a_killed_process_that_nobody_has_waited_for_holds_nothing(tmp_path: Path) -> None:
+    holder = held_by_another(tmp_path / "_lock")
+    assert lock.is_running(holder.pid)
+    os.kill(holder.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # dead, and a zombie
+    assert not lock.is_running(holder.pid)
+    started = time.monotonic()
+    with locked(FS, str(tmp_path / "_lock"), "testing"):
+        assert time.monotonic() - started < lock._BEAT_S
+    holder.wait()
+
+
+class Distant(LocalFileSystem):
+    """A store that takes its time over every answer."""
+
+    cachable = False
+
+    def cat_file(self, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(random.uniform(0.01, 0.05))
+        return super().cat_file(*args, **kwargs)
+
+    def rm_file(self, *args: Any, **kwargs: Any) -> None:
+        time.sleep(random.uniform(0.01, 0.05))
+        super().rm_file(*args, **kwargs)
+
+
+def test_of_many_that_wait_for_a_dead_holder_each_has_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create_bytes = lock.create_bytes
+
+    def create_late(fs: LocalFileSystem, name: str, data: bytes) -> bool:
+        time.sleep(random.uniform(0.01, 0.05))
+        return create_bytes(fs, name, data)
+
+    monkeypatch.setattr(lock, "create_bytes", create_late)
+    monkeypatch.setattr(lock, "_LOOK_S", 0.15)
+    monkeypatch.setattr(lock, "_BEAT_S", 0.25)
+    path = tmp_path / "_lock"
+    path.write_text(json.dumps({"machine": "another", "pid": 1, "holder": "dead", "beat": "x"}))
+    inside: list[int] = []
+    most: list[int] = []
+
+    def work(number: int) -> None:
+        with locked(Distant(), str(path), "testing") as held:
+            assert held is not None
+            inside.append(number)
+            most.append(len(inside))
+            time.sleep(0.05)
+            held.check()
+            inside.remove(number)
+
+    with ThreadPoolExecutor(24) as jobs:
+        list(jobs.map(work, range(24)))
+    assert most == [1] * 24
+    assert not path.exists()
 
 
 def test_another_machines_process_numbers_say_nothing(tmp_path: Path) -> None:

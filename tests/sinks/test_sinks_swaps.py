@@ -1,0 +1,87 @@
+"""Swaps of parts on a store that answers wrongly or late, and with signals in their midst."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.signals import interruptible
+from pipeline.sinks import compaction
+from pipeline.sinks.parts import list_parts, write_part
+from schemas.errors import Interrupted, OutputError
+
+FS = fsspec.filesystem("file")
+
+
+def three_parts(out: Path) -> None:
+    for start in (0, 3, 6):
+        write_part(FS, str(out), "images", pa.table({"row": list(range(start, start + 3))}), b"{}")
+
+
+def rows_in(out: Path) -> list[int]:
+    return sorted(row for file in (out / "images").glob("*.parquet") for row in pq.read_table(file)["row"].to_pylist())
+
+
+@pytest.mark.parametrize("where", ["_swap/images/", "/images/"])
+@pytest.mark.parametrize("what", ["an error", "a signal"])
+def test_a_look_that_fails_in_the_middle_of_a_swap_ends_it_for_the_time_being(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, what: str
+) -> None:
+    """A disk whose look-up fails has not said that the file is not there."""
+    three_parts(tmp_path)
+    info = LocalFileSystem.info
+    failed: list[str] = []
+
+    def failing_once(fs: LocalFileSystem, path: str, **kwargs: Any) -> Any:
+        name = str(path)
+        planned = (tmp_path / "_swap" / "plan.json").exists()
+        if planned and not failed and where in name and ("_swap" in where or "_swap" not in name):
+            failed.append(name)
+            if what == "an error":
+                raise OSError(116, "Stale file handle", name)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return info(fs, path, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "info", failing_once)
+        with pytest.raises(OutputError if what == "an error" else Interrupted), interruptible():
+            compaction.compact(str(tmp_path), 1 << 20, {})
+    assert failed
+    compaction.recover(str(tmp_path), {})
+    assert rows_in(tmp_path) == list(range(9))
+    assert not (tmp_path / "_swap").exists()
+
+
+def test_a_plan_that_comes_after_the_lock_was_lost_removes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The store was away while the plan was being written: the next holder has cleared the staged parts away."""
+    three_parts(tmp_path)
+    put_bytes = compaction.put_bytes
+
+    def late(fs: LocalFileSystem, path: str, data: bytes) -> None:
+        if path.endswith("plan.json"):
+            fs.rm(str(tmp_path / "_swap"), recursive=True)
+            (tmp_path / "_swapping").write_text('{"holder": "another"}')
+        put_bytes(fs, path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compaction, "put_bytes", late)
+        with pytest.raises(OutputError, match="went to another job"):
+            compaction.compact(str(tmp_path), 1 << 20, {})
+    assert rows_in(tmp_path) == list(range(9))
+    (tmp_path / "_swapping").unlink()
+    assert len(json.loads((tmp_path / "_swap" / "plan.json").read_text())["remove"]) == 3
+    compaction.recover(str(tmp_path), {})
+    assert rows_in(tmp_path) == list(range(9))
+    assert "came too late; the parts stay as they are" in caplog.text
+    assert not (tmp_path / "_swap").exists()
+    assert compaction.compact(str(tmp_path), 1 << 20, {}) == 3
+    assert [part.rows for part in list_parts(FS, str(tmp_path))] == [9]
