@@ -19,9 +19,12 @@ from schemas.errors import ClusterError
 from schemas.machines import Machines
 
 _MIB = 1 << 20
-# Blocks in flight are bounded far below this; more would only take memory from the models.
+# Room for blocks in flight: one for a GPU is 70 to 130 MiB, each decoding core may have two, and Ray Data uses half of
+# the store. Memory is taken only as blocks come.
 _STORE_BYTES = 2048 * _MIB
+_STORE_BYTES_A_CPU = 1024 * _MIB
 _STORE_SHARE = 0.2
+_SHARED_MEMORY = "/dev/shm"
 _KNOCK_S = 10.0
 _LOOK_S = 1.0
 
@@ -61,7 +64,7 @@ def ray_session(
             _wait_for_machines(bundles, wait_s)
         if address:
             check_nodes()
-        yield machines()
+        yield machines()._replace(may_grow=bool(address))
     finally:
         with _keeping_handlers():
             ray.shutdown()
@@ -137,14 +140,21 @@ def _attach(address: str) -> dict[str, Any]:
 
 def _start(cpus: int | None) -> dict[str, Any]:
     _keep_workers()
-    available = psutil.virtual_memory().available
-    store = int(min(_STORE_BYTES, available * _STORE_SHARE))
     return {
         "address": "local",
         "num_cpus": cpus,
-        "object_store_memory": max(store, 100 * _MIB),
+        "object_store_memory": _store_bytes(cpus or psutil.cpu_count() or 1),
         "include_dashboard": False,
     }
+
+
+def _store_bytes(cpus: int) -> int:
+    """Size of the local object store. Beyond what shared memory holds, Ray would put all of it on the disk."""
+    wanted = _STORE_BYTES_A_CPU * cpus
+    if os.path.isdir(_SHARED_MEMORY):
+        wanted = min(wanted, int(0.9 * psutil.disk_usage(_SHARED_MEMORY).free))
+    store = min(max(_STORE_BYTES, wanted), psutil.virtual_memory().available * _STORE_SHARE)
+    return max(int(store), 100 * _MIB)
 
 
 def _logging(verbose: bool) -> dict[str, Any]:
@@ -159,12 +169,14 @@ def _logging(verbose: bool) -> dict[str, Any]:
 def machines() -> Machines:
     """What the attached cluster has in all."""
     total: dict[str, float] = ray.cluster_resources()
-    alive = [node for node in ray.nodes() if node["Alive"]]
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    workers = [resources for resources in alive if resources.get("CPU")]
     return Machines(
         cpus=total.get("CPU", 0.0),
         gpus=total.get("GPU", 0.0),
         memory_bytes=total.get("memory", 0.0),
         object_store_bytes=total.get("object_store_memory", 0.0),
         nodes=len(alive),
-        node_cpus=tuple(node["Resources"]["CPU"] for node in alive if node["Resources"].get("CPU")),
+        node_cpus=tuple(resources["CPU"] for resources in workers),
+        node_memory=tuple(resources.get("memory", 0.0) for resources in workers),
     )

@@ -98,7 +98,7 @@ def native_messages_aside(verbose: bool) -> Iterator[None]:
 
 def _line(progress: "Progress") -> Text:
     if progress.phase != "running":
-        return Text(f"… {_PHASES[progress.phase]}")
+        return Text("  ·  ".join(filter(None, [f"… {_PHASES[progress.phase]}", progress.note])))
     share = progress.done / progress.total if progress.total else 1.0
     parts = [
         f"{progress.done:,}/{progress.total:,} ({share:.0%})",
@@ -109,6 +109,8 @@ def _line(progress: "Progress") -> Text:
         parts.append(f"held up by {progress.bottleneck}")
     if progress.left_s is not None:
         parts.append(f"{duration(progress.left_s)} left")
+    if progress.note:
+        parts.append(progress.note)
     return Text("  ·  ".join(parts))
 
 

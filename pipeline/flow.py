@@ -44,8 +44,6 @@ Connect = Callable[[], AbstractContextManager[Machines]]
 
 # Ray repeats lost tasks by itself. A further pass is for rows that a pass left behind all the same.
 _MAX_PASSES = 3
-_STREAM_BYTES = 512 << 20
-_BLOCKS_AN_ACTOR = 4
 # Ray Data cuts a block only when it exceeds its target by half, so a batch a little above the target stays whole.
 _TARGET_SHARE = 0.8
 # Ray keeps results below 100 KB in the driver's own memory, where they would add up until they are committed.
@@ -120,7 +118,7 @@ def _work(
     spec = question.spec
     first, stop = shard_rows(opened.record.manifest_rows, spec.shard.index, spec.shard.count)
     placement = place_job(question, machines, intervals.count(rest))
-    meter = Meter(stop - first, stop - first - intervals.count(rest), 0, placement)
+    meter = Meter(stop - first, stop - first - intervals.count(rest), 0, placement, spec.fetch.concurrency)
     job = WriteJob(fence, opened.schema, opened.record.part_metadata(), opened.record.run_id)
     try:
         if question.dtype in MEASURED:
@@ -179,28 +177,25 @@ def build(question: Question, opened: Opened, placement: Placement, rest: Spans)
     fuse them and decode serially inside the actors. Ray Data repeats a task whose worker died for ever; the crash
     guard sees to it that a picture which kills its decoder costs one repetition.
     """
-    _configure(question, placement)
     rows = intervals.count(rest)
     actor = actor_job(question, placement, rows)
-    return (
-        ray.data.from_blocks(list(cut(rest, placement.task_sizes(rows))))
-        .map_batches(
-            decode_rows,
-            fn_kwargs={"job": _decode_job(question, opened, placement)},
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=placement.decode_cpus,
-        )
-        .map_batches(
-            PredictActor,
-            fn_constructor_args=(actor, release(), opened.record.run_id),
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=placement.actor_cpus,
-            num_gpus=placement.actor_gpus,
-            memory=placement.actor_memory_bytes,
-            concurrency=(placement.actors.min, placement.actors.max),
-        )
+    with ray.data.DataContext.current(_context(question, placement)):
+        tasks = ray.data.from_blocks(list(cut(rest, placement.task_sizes(rows))))
+    return tasks.map_batches(
+        decode_rows,
+        fn_kwargs={"job": _decode_job(question, opened, placement)},
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=placement.decode_cpus,
+    ).map_batches(
+        PredictActor,
+        fn_constructor_args=(actor, release(), opened.record.run_id),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=placement.actor_cpus,
+        num_gpus=placement.actor_gpus,
+        memory=placement.actor_memory_bytes,
+        concurrency=(placement.actors.min, placement.actors.max),
     )
 
 
@@ -236,16 +231,19 @@ def place_job(question: Question, machines: Machines, rows: int) -> Placement:
     )
 
 
-def _configure(question: Question, placement: Placement) -> None:
-    context = ray.data.DataContext.get_current()
+def _context(question: Question, placement: Placement) -> ray.data.DataContext:
+    """Settings of our dataset alone: those of the process may serve other datasets of its owner."""
+    context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.enable_auto_log_stats = False
     block_bytes = placement.block_rows * max(question.pixel_bytes, question.output_bytes)
     context.target_max_block_size = max(_LEAST_BLOCK_BYTES, int(block_bytes * _TARGET_SHARE))
+    # Machines that were taken away may be long in coming back. Progress tells how long nothing has come.
+    context.execution_no_progress_timeout_s = -1
     limits = context.execution_options.resource_limits
-    outputs = _BLOCKS_AN_ACTOR * placement.actors.max * placement.block_rows * question.output_bytes
-    context.execution_options.resource_limits = limits.copy(object_store_memory=max(_STREAM_BYTES, outputs))
+    context.execution_options.resource_limits = limits.copy(object_store_memory=placement.stream_bytes)
+    return context
 
 
 def _finish(spec: JobSpec, opened: Opened, first: int, stop: int) -> None:

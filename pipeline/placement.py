@@ -25,11 +25,20 @@ _DECODE_CPUS = 0.25
 _ACTOR_CPUS_A_CORE = 0.75
 _SMALL_MACHINE_CPUS = 4
 _THREADS_ON_LARGER = 4
+# Blocks on their way from stage to stage. Ray Data reckons with two for each decoding task that runs, and grants these
+# three eighths of the limit; those that wait for an actor come out of another part of it.
+_STREAM_BYTES = 512 << 20
+_BLOCKS_A_DECODER = 6
+_BLOCKS_AN_ACTOR = 8
+# What Ray Data may use of the object store.
+_STORE_SHARE = 0.5
+_UNKNOWN = 1 << 30
 
 
 class Placement(NamedTuple):
     """Resources for each stage. `batch_size` is the model's; `block_rows` is what travels between stages at once;
-    `task_rows` is the most that a decoding task has, of which `decoders` run side by side."""
+    `task_rows` is the most that a decoding task has, of which `decoders` run side by side. `stream_bytes` may be on the
+    way between stages, in the whole cluster."""
 
     actors: ActorRange
     actor_cpus: float
@@ -41,6 +50,7 @@ class Placement(NamedTuple):
     block_rows: int
     task_rows: int
     decoders: int
+    stream_bytes: float
 
     def task_sizes(self, rows: int) -> Iterator[int]:
         """Rows of each decoding task, `rows` in all. Towards the end tasks shrink down to one block, so that no core is
@@ -70,8 +80,9 @@ def place(
 
     `output_bytes` are those of one image's features: patch features take more room than the pixels.
 
-    Raises ClusterError when the GPUs asked for are not there.
+    Raises ClusterError when the GPUs asked for are not there, or no machine has the memory for an actor.
     """
+    carried = _carried_by_memory(machines, model_bytes)
     cpus = max(1, int(machines.cpus))
     if gpus_per_actor:
         _check_gpus(machines, actors, gpus_per_actor)
@@ -80,7 +91,7 @@ def place(
         actor_cpus, decode_cpus = _book_beside_gpus(machines, min(chosen.max, int(machines.gpus / gpus_per_actor)))
     else:
         nodes = [max(1, int(cores)) for cores in machines.node_cpus] or [cpus]
-        threads, now = _share(nodes, actors)
+        threads, now = _share(nodes, actors, carried)
         decode_cpus = _DECODE_CPUS
         chosen = actors or ActorRange(min=now, max=now)
         actor_cpus = _book(nodes, threads, now, grows=chosen.max > now)
@@ -91,8 +102,9 @@ def place(
         useful = max(1, min(chosen.max, -(-rows // batch)))
         chosen = ActorRange(min=min(chosen.min, useful), max=useful)
     blocks = max(1, _BLOCK_BYTES // max(1, row_bytes * batch)) if pixel_bytes else 4096 // batch
-    if gpus_per_actor and 2 * row_bytes * batch <= _LARGEST_BLOCK_BYTES:
-        blocks = max(blocks, 2)
+    if gpus_per_actor:
+        if 2 * row_bytes * batch <= min(_LARGEST_BLOCK_BYTES, _fair_block(machines, chosen, cpus)):
+            blocks = max(blocks, 2)
     elif image_gflop:
         # A result can be committed only when its block is done, and a crash must not cost minutes.
         block_images = _CPU_BLOCK_S * _GFLOPS_A_THREAD * threads / image_gflop
@@ -112,11 +124,39 @@ def place(
         block_rows=block_rows,
         task_rows=-(-task_rows // block_rows) * block_rows,
         decoders=cpus,
+        # A limit for the machines of today would hold back those that come. Ray Data's own goes with the store.
+        stream_bytes=float("inf")
+        if machines.may_grow
+        else max(_STREAM_BYTES, block_rows * row_bytes * _blocks(chosen, cpus)),
     )
 
 
-def _share(nodes: list[int], actors: ActorRange | None) -> tuple[int, int]:
-    """Threads of a CPU actor, and how many actors nodes of so many cores are to carry as they are now.
+def _blocks(actors: ActorRange, decoders: int) -> int:
+    """Blocks that may be on their way."""
+    return _BLOCKS_A_DECODER * decoders + _BLOCKS_AN_ACTOR * actors.max
+
+
+def _fair_block(machines: Machines, actors: ActorRange, decoders: int) -> float:
+    """Bytes of a block of which as many as there may be fit into the object store; no limit where it is not known."""
+    return machines.object_store_bytes * _STORE_SHARE / _blocks(actors, decoders) or float("inf")
+
+
+def _carried_by_memory(machines: Machines, model_bytes: int) -> int:
+    """How many actors the memory of the machines carries. Raises ClusterError where it carries none: Ray would wait for
+    a larger machine for ever."""
+    known = machines.node_memory
+    carried = sum(int(memory // max(1, model_bytes)) for memory in known)
+    if known and not carried:
+        raise ClusterError(
+            f"an actor with this model needs {model_bytes / 1e9:.1f} GB of memory, the largest machine gives Ray "
+            f"{max(known) / 1e9:.1f} GB. Use larger machines, or a smaller model"
+        )
+    return carried if known else _UNKNOWN
+
+
+def _share(nodes: list[int], actors: ActorRange | None, by_memory: int) -> tuple[int, int]:
+    """Threads of a CPU actor, and how many actors nodes of so many cores are to carry as they are now; never more than
+    `by_memory`, of which each then has more threads.
 
     Never more threads than the smallest node has cores, because an actor lives on one. One thread needs no barriers,
     so it loses nothing to a decoder on the same core; on larger machines four share the weights, which would otherwise
@@ -124,9 +164,9 @@ def _share(nodes: list[int], actors: ActorRange | None) -> tuple[int, int]:
     """
     usual = 1 if min(nodes) <= _SMALL_MACHINE_CPUS else _THREADS_ON_LARGER
     carried = sum(cores // usual for cores in nodes)
-    if actors is None:
+    if actors is None and carried <= by_memory:
         return usual, carried
-    now = min(max(carried, actors.min), actors.max)
+    now = min(carried if actors is None else min(max(carried, actors.min), actors.max), by_memory)
     return min(max(1, sum(nodes) // now), min(nodes)), now
 
 

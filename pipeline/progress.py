@@ -11,6 +11,7 @@ from schemas.attempt import AttemptRecord, StageSeconds
 Phase = Literal["model", "listing", "starting", "running", "finishing"]
 
 _WINDOW_S = 15.0
+_SILENT_S = 300.0
 
 
 class Progress(NamedTuple):
@@ -34,7 +35,8 @@ Listener = Callable[[Progress], None]
 class Meter:
     """Counts rows as they arrive and are committed, and turns the counts into rates."""
 
-    def __init__(self, total: int, done: int, failures: int, placement: Placement) -> None:
+    def __init__(self, total: int, done: int, failures: int, placement: Placement, readers: int) -> None:
+        """`readers` are the reads that each decoding task has under way at once."""
         self.total = total
         self.done = done
         self.failures = failures
@@ -46,8 +48,10 @@ class Meter:
         self.startup_s: float | None = None
         self._before = done
         self._placement = placement
+        self._readers = readers
         self._started = time.monotonic()
         self._blocks = 0
+        self._heard = self._started
         self._base: tuple[float, int] | None = None
         self._recent: deque[tuple[float, int]] = deque([(self._started, done)])
 
@@ -69,6 +73,7 @@ class Meter:
         """One block of `rows` arrived."""
         now = time.monotonic()
         self.done += rows
+        self._heard = now
         self._blocks += 1
         if self.startup_s is None:
             self.startup_s = now - self._started
@@ -103,7 +108,12 @@ class Meter:
             rate_mean=rate,
             left_s=left,
             bottleneck=self.bottleneck(),
+            note=self._silence(now),
         )
+
+    def _silence(self, now: float) -> str:
+        silent_s = now - self._heard
+        return f"nothing has come for {silent_s / 60:.0f} minutes" if silent_s > _SILENT_S else ""
 
     def report(self, attempt: AttemptRecord) -> None:
         """Enter what was measured into the attempt's record."""
@@ -116,7 +126,7 @@ class Meter:
         attempt.bottleneck = self.bottleneck()
 
     def bottleneck(self) -> str | None:
-        """The stage that is busiest for what it has: predict by actors, decode and fetch by decoding tasks."""
+        """The stage that is busiest for what it has: predict by actors, decode by decoding tasks, fetch by reads."""
         wall = self.wall_s - (self.startup_s or 0.0)
         rows = self.images + self.failed
         if not rows or wall <= 0:
@@ -130,5 +140,7 @@ class Meter:
                 "decode": self.seconds.decode / max(self._placement.decoders, 1),
             }
         name = max(shares, key=lambda stage: shares[stage])
-        waiting = self.seconds.fetch / max(self._placement.decoders, 1) > max(shares.values())
-        return "fetch" if waiting else name
+        fetching = self.seconds.fetch / max(self._placement.decoders * self._readers, 1)
+        on_gpus = bool(self._placement.actor_gpus)
+        working = max(shares.values()) if on_gpus else sum(shares.values()) / max(self._placement.decoders, 1)
+        return "fetch" if fetching > working else name

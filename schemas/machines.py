@@ -11,4 +11,7 @@ class Machines(NamedTuple):
     memory_bytes: float
     object_store_bytes: float
     nodes: int = 1
-    node_cpus: tuple[float, ...] = ()  # of each node that takes tasks; empty where only the totals are known
+    # Of each node that takes tasks; empty where only the totals are known.
+    node_cpus: tuple[float, ...] = ()
+    node_memory: tuple[float, ...] = ()
+    may_grow: bool = False

@@ -83,7 +83,7 @@ class _Fetcher:
                 results = [self._table_row(read, attempts)]
         except ImageError as error:
             results = [bare(error)] * read.rows
-        seconds = (time.perf_counter() - started) / read.rows
+        seconds = max(0.0, time.perf_counter() - started - attempts.waited_s) / read.rows
         return [Fetched(result, seconds, attempts.count) for result in results]
 
     def hung(self, read: Read) -> list[Fetched]:
@@ -145,8 +145,7 @@ class _Fetcher:
 
     def _table_row(self, read: TableRead, attempts: Attempts) -> bytes:
         run = self._run_of(read)
-        run.wait_turn(read.position)
-        attempts.restart_clock()
+        attempts.wait_for_turn(lambda: run.wait_turn(read.position))
         try:
             data, path = attempts.run(lambda _: run.take(read.position))
             if data is not None:

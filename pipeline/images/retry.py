@@ -33,6 +33,7 @@ class Attempts:
     def __init__(self, url: str, fetch: FetchSpec, room: Room, ticket: int) -> None:
         self.url = url
         self.count = 0
+        self.waited_s = 0.0  # for others: for room, or for one's turn
         self._limit = fetch.attempts
         self._timeout_s = fetch.timeout_s
         self._room = room
@@ -51,7 +52,16 @@ class Attempts:
 
     def wait_for_room(self, nbytes: int) -> None:
         """Wait until `nbytes` may be held. The time does not count against the image."""
-        self._deadline_s += self._room.take(self._ticket, nbytes)
+        waited_s = self._room.take(self._ticket, nbytes)
+        self.waited_s += waited_s
+        self._deadline_s += waited_s
+
+    def wait_for_turn(self, wait: Callable[[], None]) -> None:
+        """Wait until others have read what comes before. The time does not count against the image."""
+        started = time.monotonic()
+        wait()
+        self.waited_s += time.monotonic() - started
+        self.restart_clock()
 
     def run(self, read: Callable[[float], T]) -> T:
         """`read(seconds left)`, again as long as that may help. Raises ImageError, and nothing else."""

@@ -144,7 +144,14 @@ def test_decoding_is_not_fused_into_the_actor(tmp_path: Path) -> None:
     opened = open_directory(question)
     with ray_session(cpus=2) as machines:
         placement = placed(machines, rows=1)
+        of_others = ray.data.DataContext.get_current().copy()
         dataset = build(question, opened, placement, np.array([[0, 1]]))
+        now = ray.data.DataContext.get_current()
+        for name in ("target_max_block_size", "execution_no_progress_timeout_s", "enable_progress_bars"):
+            assert getattr(now, name) == getattr(of_others, name), "other datasets of the process are not ours to set"
+        assert now.execution_options.resource_limits == of_others.execution_options.resource_limits
+        assert dataset.context.execution_options.resource_limits.object_store_memory == placement.stream_bytes
+        assert dataset.context.execution_no_progress_timeout_s == -1, "lost machines may be long in coming back"
         rows = dataset.take_all()
         plan = dataset.stats()
         assert len(rows) == 1

@@ -8,6 +8,8 @@ import tracemalloc
 import pytest
 from support.manifests import decode_batches, manifest_of
 
+from pipeline.images.fetch import _Fetcher
+from pipeline.images.plan import ObjectRead
 from pipeline.images.readahead import ReadAhead, Room
 from pipeline.images.retry import Attempts
 from schemas.errors import ImageError
@@ -159,3 +161,23 @@ def test_a_failure_keeps_nothing_of_the_file_alive(tmp_path):
         gc.enable()
     assert batch["error"].null_count == 0
     assert held < 8_000_000
+
+
+def test_waiting_for_others_is_not_fetching(tmp_path):
+    """Decoding holds the bytes of earlier images: that this one's must wait is no fault of the store."""
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"x" * 8)
+    room = Room(8)
+    room.take(0, 8)
+    fetched = []
+    fetcher = _Fetcher(FetchSpec(), "image", {}, room)
+    started = time.monotonic()
+    reading = threading.Thread(target=lambda: fetched.extend(fetcher.run(ObjectRead(str(path), 8), 1)))
+    reading.start()
+    time.sleep(0.6)
+    assert not fetched
+    room.release(0)
+    reading.join(30)
+    (result,) = fetched
+    assert result.result == b"x" * 8
+    assert result.seconds < time.monotonic() - started - 0.3

@@ -30,7 +30,7 @@ def meter(total: int = 100, done: int = 0) -> Meter:
     placement = place(
         MACHINE, rows=total, actors=None, gpus_per_actor=0.0, batch_size=8, pixel_bytes=150_528, model_bytes=1 << 20
     )
-    return Meter(total, done, 0, placement)
+    return Meter(total, done, 0, placement, readers=16)
 
 
 def recorded(which: Meter) -> dict[str, Any]:
@@ -88,10 +88,35 @@ def test_nothing_came(clock: dict[str, float]) -> None:
 def test_the_bottleneck_counts_all_the_actors_that_there_may_be(clock: dict[str, float]) -> None:
     box = Machines(cpus=8.0, gpus=4.0, memory_bytes=8e10, object_store_bytes=1e10, nodes=1, node_cpus=(8.0,))
     placement = place(box, rows=100, actors=None, gpus_per_actor=1.0, batch_size=8, pixel_bytes=1, model_bytes=1)
-    ours = Meter(100, 0, 0, placement)
+    ours = Meter(100, 0, 0, placement, readers=16)
     ours.received(8)
     clock["s"] += 10.0
     ours.committed(100, 0, 1, StageSeconds(decode=70.0, predict=12.0))  # seven of eight cores; each GPU a third
     assert ours.bottleneck() == "decode"
     ours.committed(0, 0, 0, StageSeconds(predict=27.0))  # each GPU all the time
     assert ours.bottleneck() == "predict"
+    ours.committed(0, 0, 0, StageSeconds(fetch=1000.0))  # eight of the sixteen reads of each decoder all the time
+    assert ours.bottleneck() == "predict"
+    ours.committed(0, 0, 0, StageSeconds(fetch=270.0))
+    assert ours.bottleneck() == "fetch"
+
+
+def test_cores_that_wait_for_bytes_are_held_up_by_fetching(clock: dict[str, float]) -> None:
+    ours = meter()
+    ours.received(8)
+    clock["s"] += 10.0
+    ours.committed(100, 0, 1, StageSeconds(fetch=150.0, decode=3.0, predict=12.0))  # of 320 seconds of 32 reads
+    assert ours.bottleneck() == "predict"
+    ours.committed(0, 0, 0, StageSeconds(fetch=120.0))
+    assert ours.bottleneck() == "fetch"
+
+
+def test_silence_is_told(clock: dict[str, float]) -> None:
+    ours = meter()
+    ours.received(8)
+    clock["s"] += 290
+    assert ours.look().note == ""
+    clock["s"] += 430
+    assert ours.look().note == "nothing has come for 12 minutes"
+    ours.received(8)
+    assert ours.look().note == ""

@@ -1,0 +1,136 @@
+"""Room between the stages: Ray Data's own bookkeeping, fed with our placement, must let every decoding core work."""
+
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+
+from pipeline.placement import Placement, place
+from schemas.errors import ClusterError
+from schemas.machines import Machines
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+GIB = 1 << 30
+PIXELS_224 = 224 * 224 * 3
+PIXELS_384 = 384 * 384 * 3
+MODEL_BYTES = 8 * 86_000_000
+
+
+def cluster(cpus: int, gpus: int, *, nodes: int = 1, memory_gib: int = 0, may_grow: bool = False) -> Machines:
+    """Nodes of `cpus` cores and `gpus` GPUs each; the object store has 30% of 4 GiB a core unless it is said."""
+    memory = (memory_gib or 4 * cpus) * GIB
+    return Machines(
+        cpus=cpus * nodes, gpus=gpus * nodes, memory_bytes=0.7 * memory * nodes,
+        object_store_bytes=0.3 * memory * nodes, nodes=nodes, node_cpus=(cpus,) * nodes,
+        node_memory=(0.7 * memory,) * nodes, may_grow=may_grow,
+    )  # fmt: skip
+
+
+def placed(machines: Machines, pixel_bytes: int = PIXELS_224, model_bytes: int = MODEL_BYTES) -> Placement:
+    return place(
+        machines, rows=10_000_000, actors=None, gpus_per_actor=1.0 if machines.gpus else 0.0, batch_size=None,
+        pixel_bytes=pixel_bytes, model_bytes=model_bytes, image_gflop=2.2, output_bytes=6144,
+    )  # fmt: skip
+
+
+def admitted(placement: Placement, machines: Machines, pixel_bytes: int, held: int) -> int:
+    """Decoding tasks that Ray Data lets run while each actor has been given `held` blocks."""
+    from ray.data._internal.execution.interfaces.execution_options import ExecutionResources as Resources
+    from ray.data._internal.execution.resource_manager import ReservationOpResourceAllocator
+
+    block = placement.block_rows * pixel_bytes
+    task = 2 * block
+    actors = placement.actors.max
+    given = actors * held * block
+    running = 0
+    inf = float("inf")
+    decoding = Resources(cpu=placement.decode_cpus)
+    actor = Resources(cpu=placement.actor_cpus, gpu=placement.actor_gpus)
+    decode, predict = (_operator(resources, task) for resources in (decoding, actor))
+    decode.output_dependencies, predict.input_dependencies = [predict], [decode]
+    decode.min_max_resource_requirements = lambda: (
+        Resources(cpu=placement.decode_cpus, object_store_memory=task),
+        Resources(cpu=inf, gpu=0, memory=0, object_store_memory=inf),
+    )
+    predict.min_max_resource_requirements = lambda: (
+        actor.scale(placement.actors.min),
+        actor.scale(actors).copy(object_store_memory=inf),
+    )
+    manager = MagicMock()
+    manager._topology = {decode: None, predict: None}
+    manager._is_blocking_materializing_op.return_value = False
+    manager.get_mem_op_internal.side_effect = lambda op: running * task if op is decode else 0
+    manager.get_mem_op_outputs.side_effect = lambda op, **_: given if op is decode else 0
+    manager.get_op_usage.side_effect = lambda op, **_: (
+        decoding.scale(running).copy(object_store_memory=running * task + given)
+        if op is decode
+        else actor.scale(actors)
+    )
+    allocator = ReservationOpResourceAllocator(manager, 0.5, None, None)
+    store = min(placement.stream_bytes, machines.object_store_bytes / 2)
+    limits = Resources(cpu=machines.cpus, gpu=machines.gpus, memory=inf, object_store_memory=store)
+    while running < 2 * machines.cpus:
+        allocator.update_budgets(limits=limits)
+        if not allocator.can_submit_new_task(decode):
+            break
+        running += 1
+    return running
+
+
+def _operator(resources: Any, pending_bytes: int) -> Any:
+    class Operator(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    return Operator(
+        output_dependencies=[],
+        input_dependencies=[],
+        throttling_disabled=lambda: False,
+        has_execution_finished=lambda: False,
+        has_completed=lambda: False,
+        incremental_resource_usage=lambda: resources,
+        min_scheduling_resources=lambda: resources,
+        metrics=SimpleNamespace(obj_store_mem_max_pending_output_per_task=pending_bytes),
+    )
+
+
+@pytest.mark.parametrize("held", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("machines", "pixel_bytes"),
+    [
+        (cluster(16, 1), PIXELS_224),
+        (cluster(128, 8), PIXELS_224),
+        (cluster(48, 4), PIXELS_384),
+        (cluster(40, 1, nodes=4, may_grow=True), PIXELS_224),
+        (cluster(64, 0), PIXELS_224),
+        (cluster(16, 0, nodes=32), PIXELS_224),
+    ],
+)
+def test_every_core_that_is_left_decodes(machines: Machines, pixel_bytes: int, held: int) -> None:
+    placement = placed(machines, pixel_bytes)
+    cores = machines.cpus - placement.actors.max * placement.actor_cpus
+    assert admitted(placement, machines, pixel_bytes, held) >= cores / max(placement.decode_cpus, 1.0)
+
+
+def test_a_small_machine_holds_little() -> None:
+    assert placed(cluster(2, 0)).stream_bytes == 512 << 20
+
+
+def test_blocks_shrink_where_the_object_store_is_small() -> None:
+    machines = cluster(64, 4)
+    assert placed(machines).block_rows == 512
+    assert placed(machines._replace(object_store_bytes=8 * GIB)).block_rows == 256
+
+
+def test_an_actor_that_fits_nowhere_is_told_at_once() -> None:
+    """DINOv2-giant, on machines of 8 GiB: Ray would wait for a larger one for ever."""
+    with pytest.raises(ClusterError, match=r"needs 9\.1 GB of memory, the largest machine gives Ray 6\.0 GB"):
+        placed(cluster(8, 0, nodes=3, memory_gib=8), model_bytes=8 * 1_136_000_000)
+
+
+def test_memory_for_few_actors_gives_each_more_threads() -> None:
+    """ViT-L on four cores with 4 GiB."""
+    placement = placed(cluster(4, 0, memory_gib=4), model_bytes=8 * 304_000_000)
+    assert (placement.actors.min, placement.actors.max, placement.threads) == (1, 1, 4)
+    assert placed(cluster(4, 0), model_bytes=8 * 304_000_000).actors.max == 4
