@@ -45,16 +45,18 @@ def plan(
 
     options = parse_options(storage_options)
     count = parse_count(images)
-    chosen = _device(device, run)
     if run is not None:
         from pipeline.sampling import from_run
 
         if source or model:
             raise SpecError("--run brings its own measurements: leave out SOURCE and --model")
         sample = from_run(run, options)
+        assert sample.device is not None
+        chosen = sample.device
     else:
         values = {"features": [name for name in features.split(",") if name not in {"", "none"}], "labels": labels}
         values |= {"feature_dtype": feature_dtype, "decode": decode, "storage_options": options}
+        chosen = _device(device)
         sample = _sample(source, model, values)
     made = make_plan(count, sample.costs, chosen, devices=devices, hours=hours, cpus=cpus)
     if as_json:
@@ -73,11 +75,9 @@ def _sample(source: list[str] | None, model: str | None, values: dict[str, Any])
     return from_source(build_spec({"sources": source, "model": model, "out": "memory://plan", **values}))
 
 
-def _device(name: str, run: str | None) -> "Device":
-    from pipeline.planning import DEVICES, Device
+def _device(name: str) -> "Device":
+    from pipeline.planning import DEVICES
 
-    if run is not None:
-        return Device("an actor as in that run", 0.0)
     if name not in DEVICES:
         raise SpecError(f"--device {name}: choose one of {', '.join(DEVICES)}, or measure with --run DIR")
     return DEVICES[name]

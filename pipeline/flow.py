@@ -119,6 +119,7 @@ def _work(
     first, stop = shard_rows(opened.record.manifest_rows, spec.shard.index, spec.shard.count)
     placement = place_job(question, machines, intervals.count(rest))
     meter = Meter(stop - first, stop - first - intervals.count(rest), 0, placement, spec.fetch.concurrency)
+    attempt.device = "triton" if spec.backend == "triton" else "gpu" if spec.gpus_per_actor else "cpu"
     job = WriteJob(fence, opened.schema, opened.record.part_metadata(), opened.record.run_id)
     try:
         if question.dtype in MEASURED:

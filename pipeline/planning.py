@@ -50,7 +50,7 @@ class Costs(NamedTuple):
     """For one image: bytes read, core-seconds of decoding, uint8 bytes between the stages, bytes of output.
 
     `model_flop` are floating-point operations of a forward pass (two for a multiply and add). `predict_s`, where it
-    was measured, are seconds of one device and win over the estimate from `model_flop`.
+    was measured, are seconds of one device (of a core with decoding) and win over the estimate from `model_flop`.
     """
 
     file_bytes: float

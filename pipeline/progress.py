@@ -122,7 +122,7 @@ class Meter:
         # Up to the last rows: writing what is still held has another pace, which in a short job would count.
         attempt.images_per_s = self._rate(self._recent[-1][0])
         attempt.stage_seconds = self.seconds
-        attempt.actors = self._placement.actors.max
+        attempt.actors, attempt.decode_tasks = self._placement.actors.max, self._placement.decoders
         attempt.bottleneck = self.bottleneck()
 
     def bottleneck(self) -> str | None:

@@ -12,11 +12,12 @@ from pipeline import storage
 from pipeline.images.stage import fetch_and_decode
 from pipeline.models.cost import forward_flop
 from pipeline.opening import ask
-from pipeline.planning import Costs, row_bytes
+from pipeline.planning import Costs, Device, row_bytes
 from pipeline.record import require_record
 from pipeline.sinks.attempts import read_attempts
 from pipeline.sources.columns import concatenated
 from pipeline.sources.manifest import read_sources
+from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError, SourceError
 from schemas.spec import JobSpec
 
@@ -27,11 +28,12 @@ TYPICAL_FILE_BYTES = 110_000.0
 
 
 class Sample(NamedTuple):
-    """Costs, and on what they rest."""
+    """Costs, and on what they rest; the device where they were measured on one."""
 
     costs: Costs
     model: str
     origin: str
+    device: Device | None = None
 
 
 def from_source(spec: JobSpec) -> Sample:
@@ -93,6 +95,7 @@ def from_run(out: str, storage_options: dict[str, Any]) -> Sample:
     fs, root = storage.filesystem(out, storage_options)
     parts = [info for info in fs.ls(storage.join(root, "images"), detail=True) if info["name"].endswith(".parquet")]
     manifest = _read_manifest(fs, storage.join(root, "manifest", record.manifest_parts[0]))
+    device, predict_s = _measured(attempts)
     height, width = record.model.preprocessing.output_size
     written = sum(info["size"] for info in parts) / max(1, sum(_rows(fs, info["name"]) for info in parts))
     costs = Costs(
@@ -101,10 +104,26 @@ def from_run(out: str, storage_options: dict[str, Any]) -> Sample:
         pixel_bytes=height * width * 3,
         output_bytes=written,
         model_flop=0.0,
-        predict_s=sum(attempt.stage_seconds.predict for attempt in attempts) / images,
+        predict_s=predict_s,
         uri_bytes=statistics.fmean(len(uri) for uri in manifest["uri"].to_pylist()),
     )
-    return Sample(costs, record.model.name, f"{len(attempts)} attempts of {storage.redact(out)}, {images:,} images")
+    origin = f"{len(attempts)} attempts of {storage.redact(out)}, {images:,} images"
+    return Sample(costs, record.model.name, origin, device)
+
+
+def _measured(attempts: list[AttemptRecord]) -> tuple[Device, float]:
+    """What ran the model, and its seconds for an image: an actor's, or a core's with decoding, which shares the cores.
+
+    On CPUs the stages' own seconds would count twice, because each also waits for cores that the other has.
+    """
+    rates = [(a.images, a.decode_tasks / a.images_per_s) for a in attempts if a.decode_tasks and a.images_per_s]
+    if len(rates) == len(attempts) and all(attempt.device == "cpu" for attempt in attempts):
+        seconds = sum(images * core_s for images, core_s in rates)
+        device = Device("a core as in that run", 0.0, is_gpu=False)
+    else:
+        seconds = sum(attempt.stage_seconds.predict for attempt in attempts)
+        device = Device("an actor as in that run", 0.0)
+    return device, seconds / sum(attempt.images for attempt in attempts)
 
 
 def _spread(table: pa.Table, count: int) -> pa.Table:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+AttemptDevice = Literal["cpu", "gpu", "triton"]
 AttemptStatus = Literal["running", "done", "interrupted", "failed"]
 
 
@@ -59,6 +60,7 @@ class AttemptRecord(BaseModel):
     images_per_s: float | None = None
     stage_seconds: StageSeconds = StageSeconds()
     actors: int | None = None
+    device: AttemptDevice | None = None  # what the model ran on
     decode_tasks: int | None = None
     bottleneck: str | None = None
     message: str | None = None
