@@ -23,6 +23,7 @@ COMMANDS: dict[str, list[str]] = {
     "transformers float32": [str(HERE / "transformers_loop.py")],
     "transformers bfloat16": [str(HERE / "transformers_loop.py"), "--dtype", "bfloat16"],
     "ray data, documented way": [str(HERE / "ray_data.py")],
+    "ray data, all cores": [str(HERE / "ray_data.py"), "--all-cores"],
     "daft": [str(HERE / "daft_class.py")],
     "timm": [str(HERE / "timm_loop.py")],
     "patchstream int8": [],
@@ -59,7 +60,7 @@ def run(name: str, python: str, photos: Path, model: Path, out: Path, dtype: str
             "--dtype", dtype, "--no-report", "--json",
         ]  # fmt: skip
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1", "DAFT_ANALYTICS_ENABLED": "0"}
-    # What a person's shell would have: nobody is held to one thread here.
+    # What a person's shell would have. Ray itself gives each of its actors as many threads as it booked CPUs.
     environment.pop("OMP_NUM_THREADS", None)
     started = time.monotonic()
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)

@@ -203,7 +203,8 @@ def measure(
             found["left_out"].append(f"{name} {kind} batch {batch}: out of memory")
             continue
         ceiling = found["ceilings"].get(f"product_{dtype}_tflops")
-        share = row["model_only"] * forward_flop(a, a.trained_size) / 1e12 / ceiling if ceiling else None
+        flop = forward_flop(a, a.trained_size, prefix_only=model.trunk.prefix_block is not None)
+        share = row["model_only"] * flop / 1e12 / ceiling if ceiling else None
         # What a copy of the pixels takes of the time that they compute: below 1 it can hide behind it.
         pixel_gb = 3e-9 * a.trained_size[0] * a.trained_size[1]
         row["copy_over_compute"] = pixel_gb / found["ceilings"]["copy_to_device_gb_per_s"] * row["model_only"]

@@ -1,11 +1,15 @@
 """Ray Data as its documentation shows it: read_images, then a class with processor and model in map_batches.
 
-    python benchmarks/peers/ray_data.py PHOTOS MODEL OUT
+    python benchmarks/peers/ray_data.py [--all-cores] PHOTOS MODEL OUT
+
+As it stands there, one actor computes, to which Ray gives one thread. With an actor for each core, half a CPU booked by
+each so that reading goes on beside them, all cores compute.
 
 Written after https://docs.ray.io/en/latest/data/working-with-images.html and its example of batch inference with a
 Hugging Face vision transformer.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,10 +42,13 @@ class Embedder:
 
 
 def main() -> None:
-    photos, model, out = sys.argv[1:4]
+    *flags, photos, model, out = sys.argv[1:]
+    actors: dict[str, Any] = {"concurrency": 1}
+    if flags == ["--all-cores"]:
+        actors = {"concurrency": os.cpu_count(), "num_cpus": 0.5}
     ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}})
     images = ray.data.read_images(photos, mode="RGB", include_paths=True)
-    embedded = images.map_batches(Embedder, fn_constructor_args=(model,), batch_size=BATCH, concurrency=1)
+    embedded = images.map_batches(Embedder, fn_constructor_args=(model,), batch_size=BATCH, **actors)
     embedded.write_parquet(out)
 
 

@@ -3,10 +3,10 @@
 from pipeline.models.architecture import Architecture, head_input_width, stem_shapes
 
 
-def forward_flop(a: Architecture, image_size: tuple[int, int]) -> float:
+def forward_flop(a: Architecture, image_size: tuple[int, int], *, prefix_only: bool = False) -> float:
     """Floating-point operations for one image of (height, width) pixels: two for each multiplication of the patch
     embedding, the blocks, the pooling and the classifier. As torch's FlopCounterMode counts them; visual tokens, which
-    are computed only on request, are left out."""
+    are computed only on request, are left out. `prefix_only`: the last block as in `prefix.py`."""
     rows, columns = a.grid(image_size)
     patches = rows * columns
     tokens = patches + a.prefix_tokens
@@ -14,12 +14,16 @@ def forward_flop(a: Architecture, image_size: tuple[int, int]) -> float:
     if a.network == "mixer":
         mixing = 2 * tokens * a.width * a.token_mlp_width
     mlp = (3 if a.swiglu else 2) * tokens * a.width * a.mlp_width
+    spared = 0
+    if prefix_only:
+        unread = tokens - a.prefix_tokens
+        spared = 2 * unread * a.width**2 + 2 * unread * tokens * a.width + mlp // tokens * unread
     if a.stem is None:
         embedding = patches * a.patch_size[0] * a.patch_size[1] * 3 * a.width
     else:
         pixels = image_size[0] * image_size[1]
         embedding = pixels // a.stem.stride**2 * a.stem.channels * a.width + _stem_multiplications(a, pixels)
-    return 2.0 * (a.depth * (mixing + mlp) + embedding + _readout_multiplications(a, patches))
+    return 2.0 * (a.depth * (mixing + mlp) - spared + embedding + _readout_multiplications(a, patches))
 
 
 def _readout_multiplications(a: Architecture, patches: int) -> int:

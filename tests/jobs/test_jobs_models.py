@@ -18,6 +18,7 @@ from jobs.models import heads
 from pipeline.models import inspect_model, load_model
 from pipeline.models.architecture import parameter_count, tensor_shapes
 from pipeline.models.cost import forward_flop
+from pipeline.models.prefix import prefix_suffices
 
 
 def described(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
@@ -39,6 +40,16 @@ def test_cost_and_parameters(kind: str, tmp_path: Path) -> None:
             # With every token read: for CLS alone the last block computes less.
             model(torch.zeros(1, size, size, 3, dtype=torch.uint8), ["patches"])
         assert forward_flop(info.network, info.image_size) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    if prefix_suffices(info.network, frozenset({"cls"})):
+        less = load_model(info, packed=False, outputs=("cls",))
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            less.trunk(torch.zeros(1, size, size, 3, dtype=torch.uint8), whole=False)
+        spared = forward_flop(info.network, info.image_size) - forward_flop(
+            info.network, info.image_size, prefix_only=True
+        )
+        with FlopCounterMode(display=False) as whole, sdpa_kernel(SDPBackend.MATH):
+            less.trunk(torch.zeros(1, size, size, 3, dtype=torch.uint8))
+        assert spared == pytest.approx(whole.get_total_flops() - counter.get_total_flops(), rel=1e-6)
     assert info.parameters == parameter_count(tensor_shapes(info.network))
 
 
