@@ -1,5 +1,6 @@
 """What is asked, and the directory it goes to: the model is read, the inputs are frozen, the two are compared."""
 
+from functools import partial
 from typing import Literal, NamedTuple
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ from pipeline.predictors.null import NULL_DIM
 from pipeline.record import check_empty, check_same, freezing, new_record, read_record, require_record, write_record
 from pipeline.sinks import intervals
 from pipeline.sinks.intervals import Spans
+from pipeline.sinks.ledger import read_ledger
 from pipeline.sources.manifest import ManifestPart, part_named, read_schema, read_sources, write_manifest
 from pipeline.sources.update import new_and_changed, superseded_rows
 from pipeline.storage import Options
@@ -208,7 +210,9 @@ def _update(question: Question) -> RunRecord:
         # Read anew: another job may just have added what there was to add.
         record = require_record(spec.out, spec.storage_options)
         known = [part_named(name) for name in record.manifest_parts]
-        fresh = new_and_changed(read_sources(spec), spec.out, known, spec.storage_options)
+        images = read_ledger(spec.out, spec.storage_options).images
+        done = partial(intervals.contains, images)
+        fresh = new_and_changed(read_sources(spec), spec.out, known, done, spec.storage_options)
         schema = read_schema(spec.out, known[0], spec.storage_options)
         added = write_manifest(fresh, spec.out, spec.storage_options, first_row=record.manifest_rows, schema=schema)
         if not added:

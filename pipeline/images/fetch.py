@@ -1,5 +1,6 @@
 """Rows of a manifest to the bytes of their files, in manifest order, later files read while earlier ones decode."""
 
+import tarfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,11 +10,11 @@ import pyarrow as pa
 
 from pipeline.images.failures import bare
 from pipeline.images.parquet import TableRun
-from pipeline.images.plan import ObjectRead, RangeRead, Read, TableRead, plan_reads
+from pipeline.images.plan import Member, ObjectRead, RangeRead, Read, TableRead, plan_reads
 from pipeline.images.readahead import ReadAhead, Room
 from pipeline.images.reader import Extent, Reader
 from pipeline.images.retry import Attempts
-from pipeline.images.verdict import too_many_bytes
+from pipeline.images.verdict import changed, too_many_bytes
 from pipeline.storage import redact
 from schemas.errors import ImageError
 from schemas.spec import FetchSpec
@@ -109,7 +110,7 @@ class _Fetcher:
         limit = self._fetch.max_bytes
         if read.rows == 1 and read.nbytes > limit:
             raise too_many_bytes(read.url, read.nbytes, limit)
-        extent = Extent(read.start, read.nbytes)
+        extent = Extent(read.start - tarfile.BLOCKSIZE, read.nbytes + tarfile.BLOCKSIZE)
         attempts.wait_for_room(extent.length)
         try:
             data = self._stretch(read, extent, attempts)
@@ -117,11 +118,15 @@ class _Fetcher:
             if error.error != "TruncatedBody" or read.rows == 1:
                 raise
             return self._singly(read, attempts)
-        begins = ((offset - read.start, length) for offset, length in read.members)
-        return [
-            too_many_bytes(read.url, length, limit) if length > limit else data[begin : begin + length]
-            for begin, length in begins
-        ]
+        return [self._member(read, member, data, member.offset - extent.start) for member in read.members]
+
+    def _member(self, read: RangeRead, member: Member, data: bytes, begin: int) -> bytes | ImageError:
+        """The bytes of `member`, which begin at `begin` of `data`, if it is this one that stands there."""
+        if member.length > self._fetch.max_bytes:
+            return too_many_bytes(read.url, member.length, self._fetch.max_bytes)
+        if not _is_header_of(data[begin - tarfile.BLOCKSIZE : begin], member):
+            return changed(read.url)
+        return data[begin : begin + member.length]
 
     def _stretch(self, read: RangeRead, extent: Extent, attempts: Attempts) -> bytes:
         return attempts.run(
@@ -132,13 +137,15 @@ class _Fetcher:
         """The container ends before the last of these members do; those before its end are there all the same."""
         results: list[bytes | ImageError] = []
         tried = attempts.count
-        for offset, length in read.members:
+        for member in read.members:
             attempts.restart_clock()
             attempts.count = tried
             try:
-                if length > self._fetch.max_bytes:
-                    raise too_many_bytes(read.url, length, self._fetch.max_bytes)
-                results.append(self._stretch(read, Extent(offset, length), attempts))
+                if member.length > self._fetch.max_bytes:
+                    raise too_many_bytes(read.url, member.length, self._fetch.max_bytes)
+                extent = Extent(member.offset - tarfile.BLOCKSIZE, member.length + tarfile.BLOCKSIZE)
+                data = self._stretch(read, extent, attempts)
+                results.append(self._member(read, member, data, tarfile.BLOCKSIZE))
             except ImageError as error:
                 results.append(bare(error))
         return results
@@ -168,3 +175,16 @@ class _Fetcher:
             new = TableRun(read.url, read.run, self._image_column, self._reader, read.etag)
             run = self._runs.setdefault(id(read.run), new)
         return run
+
+
+def _is_header_of(block: bytes, member: Member) -> bool:
+    """Whether `block` is the tar header (POSIX ustar) of `member`.
+
+    Names that are long or not ASCII stand in a header of their own, and cut short or not at all in this one.
+    """
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    told = len(member.name) <= tarfile.LENGTH_NAME and member.name.isascii()
+    return header.size == member.length and (header.name == member.name or not told)

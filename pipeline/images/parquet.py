@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.images.reader import Reader, same_size
+from pipeline.images.reader import Reader, same_size, same_version
 from pipeline.images.verdict import changed
 from pipeline.storage import redact
 from schemas.errors import ImageError
@@ -77,7 +77,7 @@ class TableRun:
         taken = 0
         with fs.open(path, "rb", block_size=_READ_BYTES, cache_type="readahead") as file:
             file.seek(0, os.SEEK_END)
-            if not same_size(self._etag, file.tell()):
+            if not (same_size(self._etag, file.tell()) and same_version(self._etag, fs.info(path))):
                 raise changed(self.url)
             parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
             column = _image_column(parquet.schema_arrow, self._column)

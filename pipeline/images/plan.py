@@ -23,15 +23,23 @@ class ObjectRead:
         return 1
 
 
+class Member(NamedTuple):
+    """A file in a tar: where its bytes lie, and its name there."""
+
+    offset: int
+    length: int
+    name: str
+
+
 @dataclass(frozen=True, slots=True)
 class RangeRead:
-    """Members of one container: (offset, length) in bytes, in manifest order, of one stretch of it.
+    """Members of one tar, in manifest order, of one stretch of it; each is preceded by its header.
 
     `etag` is that of the container when it was listed, where it has one: the places hold for no other.
     """
 
     url: str
-    members: tuple[tuple[int, int], ...]
+    members: tuple[Member, ...]
     etag: str | None = None
 
     @property
@@ -40,12 +48,12 @@ class RangeRead:
 
     @property
     def start(self) -> int:
-        return self.members[0][0]
+        return self.members[0].offset
 
     @property
     def nbytes(self) -> int:
-        offset, length = self.members[-1]
-        return offset + length - self.start
+        last = self.members[-1]
+        return last.offset + last.length - self.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,4 +118,6 @@ def _reads(group: list[_Row]) -> Iterator[Read]:
         run = tuple(row.offset for row in group)
         yield from (TableRead(first.container, run, position, first.etag) for position in range(len(run)))
     else:
-        yield RangeRead(first.container, tuple((row.offset, row.length or 0) for row in group), first.etag)
+        within = len(first.container) + 1
+        members = tuple(Member(row.offset, row.length or 0, row.uri[within:]) for row in group)
+        yield RangeRead(first.container, members, first.etag)

@@ -104,6 +104,14 @@ def same_size(etag: str | None, size: int) -> bool:
     return told is None or int(told[1], 16) == size
 
 
+def same_version(etag: str | None, known: Mapping[str, Any]) -> bool:
+    """Whether a table with these facts may be the one that was listed with `etag`, which ends with the size. Stores
+    without an ETag have nothing to be held against it."""
+    told = (etag or "").rpartition("-")[0]
+    now = {str(known[key]).strip('"') for key in ("ETag", "md5Hash", "crc32c", "etag") if known.get(key)}
+    return not told or not now or told in now
+
+
 def _read_local(path: str, extent: Extent | None, max_bytes: int, need: Need, etag: str | None) -> bytes:
     # Without O_NONBLOCK, opening a named pipe that nobody writes to would wait for ever.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,9 @@ from pipeline.storage import Options, filesystem, join
 
 if TYPE_CHECKING:
     import duckdb
+
+# For row numbers, which of them have their image.
+Done = Callable[[np.ndarray], np.ndarray]
 
 _BATCH_ROWS = 131_072
 # Beyond it DuckDB goes on on the disk, in the same temporary folder.
@@ -31,27 +34,30 @@ _SIGNATURES = {
     "sig": re.compile("sig|s[eiprstv]|sdd|ses|sip|spr|srt|scid|sk[estv]|skoid|sktid|saoid|suoid"),
 }
 # Two rows are the same object if they share an address, the n-th of that address there with the n-th here: a table
-# may name an image twice, and sources may overlap. An object without ETag and size (a plain URL) counts as unchanged.
+# may name an image twice, and sources may overlap. An object without ETag and size (a plain URL) counts as unchanged;
+# but one that has no image yet is taken up again under another address, because the signature in its own may be over.
 _COMPARE = """
     with live as (
-        select row, key, etag, size, row_number() over (partition by key order by row) as copy
+        select row, key, url, etag, size, done, row_number() over (partition by key order by row) as copy
         from known anti join (select replaces as row from known where replaces is not null) using (row)
     ), seen as (
-        select place, key, etag, size, row_number() over (partition by key order by place) as copy from listed
+        select place, key, url, etag, size, row_number() over (partition by key order by place) as copy from listed
     )
     select place, live.row as replaces
     from seen left join live using (key, copy)
     where live.row is null
        or (seen.etag is not null and seen.etag is distinct from live.etag)
        or (seen.size is not null and seen.size is distinct from live.size)
+       or (not live.done and seen.url <> live.url)
     order by place
 """
 
 
 def new_and_changed(
-    tables: Iterable[pa.Table], out: str, parts: list[ManifestPart], storage_options: Options
+    tables: Iterable[pa.Table], out: str, parts: list[ManifestPart], done: Done, storage_options: Options
 ) -> Iterator[pa.Table]:
-    """Rows of `tables` whose address is unknown, or known with another etag or size.
+    """Rows of `tables` whose address is unknown, or known with another etag or size, or with another signature where
+    the row is not `done`.
 
     A changed row carries the row it replaces in `replaces`. What is listed waits on the local disk until all of it
     is there, and DuckDB compares it there: neither side need fit into memory.
@@ -60,9 +66,10 @@ def new_and_changed(
 
     with tempfile.TemporaryDirectory(prefix="patchstream-update-") as folder:
         with duckdb.connect(f"{folder}/compare.duckdb", config={"memory_limit": _MEMORY}) as database:
-            database.execute("create table known (row bigint, key varchar, etag varchar, size bigint, replaces bigint)")
-            database.execute("create table listed (place bigint, key varchar, etag varchar, size bigint)")
-            _load_known(database, out, parts, storage_options)
+            facts = "key varchar, url ubigint, etag varchar, size bigint"
+            database.execute(f"create table known (row bigint, {facts}, replaces bigint, done boolean)")
+            database.execute(f"create table listed (place bigint, {facts})")
+            _load_known(database, out, parts, done, storage_options)
             files = _set_aside(tables, database, folder)
             found = database.sql(_COMPARE).to_arrow_table()
         yield from _picked(files, found["place"].to_numpy(), found["replaces"].combine_chunks())
@@ -80,7 +87,7 @@ def superseded_rows(out: str, parts: list[ManifestPart], storage_options: Option
 
 
 def _load_known(
-    database: duckdb.DuckDBPyConnection, out: str, parts: list[ManifestPart], storage_options: Options
+    database: duckdb.DuckDBPyConnection, out: str, parts: list[ManifestPart], done: Done, storage_options: Options
 ) -> None:
     fs, path = filesystem(out, storage_options)
     columns = ["row", "uri", "etag", "size", "replaces"]
@@ -88,7 +95,8 @@ def _load_known(
         with fs.open(join(path, "manifest", part.name), "rb") as file, pq.ParquetFile(file) as parquet:
             for batch in parquet.iter_batches(_BATCH_ROWS, columns=columns):
                 row, uri, etag, size, replaces = batch.columns
-                _insert(database, "known", [row, _keys(uri), etag, size, replaces])
+                has_image = pa.array(done(row.to_numpy()))
+                _insert(database, "known", [row, _keys(uri), uri, etag, size, replaces, has_image])
 
 
 def _set_aside(tables: Iterable[pa.Table], database: duckdb.DuckDBPyConnection, folder: str) -> list[tuple[str, int]]:
@@ -102,15 +110,16 @@ def _set_aside(tables: Iterable[pa.Table], database: duckdb.DuckDBPyConnection, 
         files.append((name, len(table)))
         columns = [table[column].combine_chunks() for column in ("uri", "etag", "size")]
         places = pa.array(np.arange(place, place + len(table)))
-        _insert(database, "listed", [places, _keys(columns[0]), *columns[1:]])
+        _insert(database, "listed", [places, _keys(columns[0]), *columns])
         place += len(table)
     return files
 
 
 def _insert(database: duckdb.DuckDBPyConnection, table: str, columns: list[pa.Array]) -> None:
-    names = [str(place) for place in range(len(columns))]
+    """`columns` in the order of `table`'s, the full address in the place of its hash."""
+    names = [name for (name,) in database.execute(f"select name from pragma_table_info('{table}')").fetchall()]
     database.register("batch", pa.table(columns, names=names))
-    database.execute(f"insert into {table} select * from batch")
+    database.execute(f"insert into {table} select * replace (hash(url) as url) from batch")
     database.unregister("batch")
 
 

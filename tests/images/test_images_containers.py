@@ -1,59 +1,23 @@
 """Images inside tar shards and Parquet tables, fetched by few reads."""
 
-import io
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 from support.faults import Rule
 from support.manifests import decode_all, manifest_of
+from support.shards import make_tar, png, shades, tar_manifest
 
 from pipeline.images.plan import RangeRead, plan_reads
-from pipeline.sources.manifest import read_sources
-from schemas.spec import FetchSpec, build_spec
+from schemas.spec import FetchSpec
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr("pipeline.images.retry.BASE_S", 0.005)
-
-
-def png(shade, size=(40, 30)):
-    file = io.BytesIO()
-    Image.new("L", size, shade).save(file, "PNG")
-    return file.getvalue()
-
-
-def make_tar(path, payloads):
-    """A shard and its manifest, as the listing makes it."""
-    with tarfile.open(path, "w") as shard:
-        for number, payload in enumerate(payloads):
-            for suffix, content in ((".png", payload), (".json", b'{"caption": "x"}')):
-                info = tarfile.TarInfo(f"{number:04d}{suffix}")
-                info.size = len(content)
-                shard.addfile(info, io.BytesIO(content))
-    with tarfile.open(path) as shard:
-        return [member for member in shard if member.name.endswith(".png")]
-
-
-def tar_manifest(url, members, **columns):
-    return manifest_of(
-        [f"{url}#{member.name}" for member in members],
-        container=[url] * len(members),
-        offset=[member.offset_data for member in members],
-        length=[member.size for member in members],
-        size=[member.size for member in members],
-        **columns,
-    )
-
-
-def shades(table):
-    return [pixels[0] if pixels else None for pixels in table["pixels"].to_pylist()]
 
 
 def test_members_of_a_tar_are_decoded(tmp_path):
@@ -76,7 +40,7 @@ def test_neighbours_are_fetched_by_one_ranged_read(tmp_path, http_server):
     assert shades(decode_all(manifest)) == list(range(50))
     ((_, _, extent, _),) = server.control.stats()["log"]
     last = members[-1]
-    assert extent == f"bytes={members[0].offset_data}-{last.offset_data + last.size - 1}"
+    assert extent == f"bytes={members[0].offset}-{last.offset_data + last.size - 1}"
 
 
 def test_one_read_covers_at_most_eight_mebibytes_and_no_large_gap():
@@ -127,49 +91,6 @@ def test_a_short_shard_of_very_many_small_members(tmp_path):
     table = decode_all(tar_manifest(str(tmp_path / "a.tar"), members), fetch=FetchSpec(attempts=2))
     assert table["error"].to_pylist() == [None] * 1099 + ["TruncatedBody"]
     assert table["attempts"][-1].as_py() == 3, "two tries of the whole stretch, one of the member alone"
-
-
-def listed(source, storage_options=None):
-    """The manifest of a source, as a run freezes it."""
-    spec = build_spec({"sources": [source], "model": "m", "out": "/o", "storage_options": storage_options or {}})
-    table = pa.concat_tables(read_sources(spec))
-    return table.add_column(0, "row", pa.array(range(len(table)), pa.int64()))
-
-
-def test_a_shard_that_was_touched_is_the_same_and_one_that_grew_is_not(tmp_path):
-    make_tar(tmp_path / "a.tar", [png(n) for n in range(3)])
-    manifest = listed(str(tmp_path / "a.tar"))
-    (tmp_path / "a.tar").touch()
-    assert shades(decode_all(manifest)) == [0, 1, 2]
-    make_tar(tmp_path / "a.tar", [png(n) for n in range(200)])
-    table = decode_all(manifest)
-    assert table["error"].to_pylist() == ["Changed"] * 3
-    assert "--update" in table["message"][0].as_py()
-
-
-@pytest.mark.parametrize("kind", ["s3", "gs"])
-def test_a_shard_in_a_store_that_was_rewritten_gives_no_wrong_picture(tmp_path, request, kind):
-    store = request.getfixturevalue({"s3": "s3_server", "gs": "gcs_server"}[kind])
-    make_tar(tmp_path / "a.tar", [png(n) for n in range(3)])
-    bucket = store.make_bucket()
-    url = store.put(bucket, "a.tar", (tmp_path / "a.tar").read_bytes())
-    manifest = listed(url, store.storage_options)
-    assert shades(decode_all(manifest, storage_options=store.storage_options)) == [0, 1, 2]
-    make_tar(tmp_path / "a.tar", [png(n) for n in (2, 1, 0)])  # as many bytes as before
-    store.put(bucket, "a.tar", (tmp_path / "a.tar").read_bytes())
-    table = decode_all(manifest, storage_options=store.storage_options)
-    assert table["error"].to_pylist() == ["Changed"] * 3
-    assert table["attempts"].to_pylist() == [1] * 3
-
-
-def test_a_table_that_was_rewritten_gives_no_wrong_picture(tmp_path):
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"image": [png(n) for n in range(3)]}), path)
-    manifest = listed(str(path))
-    path.touch()
-    assert shades(decode_all(manifest)) == [0, 1, 2]
-    pq.write_table(pa.table({"image": [png(n) for n in range(30, 70)]}), path)
-    assert decode_all(manifest)["error"].to_pylist() == ["Changed"] * 3
 
 
 def test_a_missing_shard_fails_each_of_its_rows(tmp_path):
