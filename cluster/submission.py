@@ -1,9 +1,11 @@
 """A command as a Ray job: handed to a cluster's dashboard, followed, stopped, asked for its exit code."""
 
 import asyncio
+import contextlib
+import os
 import shlex
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -20,6 +22,8 @@ from schemas.release import VERSION
 _STOP_WAIT_S = 30
 _LOST_S = 120.0
 _AGAIN_S = 2.0
+# Where set, Ray's client goes there and not to the address that it is given.
+_OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _REFUSED = (ConnectionError, RuntimeError, ValueError, requests.exceptions.RequestException, ray.exceptions.RayError)
 
 
@@ -48,7 +52,8 @@ class Jobs:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._client = self._asked(lambda: JobSubmissionClient(address))
+        with _without(_OVERRIDES):
+            self._client = self._asked(lambda: JobSubmissionClient(address))
 
     def submit(
         self,
@@ -129,6 +134,16 @@ class Jobs:
             return question()
         except _REFUSED as error:
             raise ClusterError(_explained(self.address, error)) from error
+
+
+@contextlib.contextmanager
+def _without(names: Sequence[str]) -> Iterator[None]:
+    """No such variables in this process for the duration of the block."""
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 class _Follower:

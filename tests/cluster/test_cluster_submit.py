@@ -20,6 +20,7 @@ from support.relay import relay
 from cluster.nodes import LocalCluster
 from cluster.submission import Jobs
 from jobs.cli import run_command
+from schemas.errors import ClusterError
 from schemas.release import PACKAGES
 
 ROOT = Path(__file__).parents[2]
@@ -272,3 +273,12 @@ def test_nobody_answers_is_said_at_once() -> None:
     with pytest.raises(Exception, match="no Ray dashboard answers"):
         Jobs("http://127.0.0.1:1")
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("variable", ["RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"])
+def test_the_address_that_was_given_is_asked(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "http://127.0.0.1:2")
+    with pytest.raises(ClusterError, match=r"no Ray dashboard answers at http://127\.0\.0\.1:1 ") as caught:
+        Jobs("http://127.0.0.1:1")
+    assert "127.0.0.1:2" not in str(caught.value)
+    assert os.environ[variable] == "http://127.0.0.1:2"
