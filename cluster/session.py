@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -134,12 +135,20 @@ def _keep_workers() -> None:
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
 
 
+def _own_token() -> None:
+    """Let the Ray of this job have a token that nobody else knows. Ray would write one to ~/.ray, and a container may
+    have no home to write to. The mode is left to Ray, which read it when it was imported; what was set stays."""
+    if not any(os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
 def _attach(address: str) -> dict[str, Any]:
     return {"address": address}
 
 
 def _start(cpus: int | None) -> dict[str, Any]:
     _keep_workers()
+    _own_token()
     return {
         "address": "local",
         "num_cpus": cpus,

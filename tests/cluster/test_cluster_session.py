@@ -1,6 +1,7 @@
 """The Ray that a job starts on its own machine."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,3 +39,30 @@ def test_idle_workers_are_kept() -> None:
     started, alive = json.loads(done.stdout)
     assert started > 1
     assert alive == started
+
+
+ONE_TASK = """
+import os, ray
+from cluster.session import ray_session
+
+@ray.remote
+def token():
+    return os.environ["RAY_AUTH_TOKEN"]
+
+with ray_session(cpus=1):
+    assert ray.get(token.remote()) == os.environ["RAY_AUTH_TOKEN"]
+print(os.environ["RAY_AUTH_MODE"])
+"""
+
+
+@pytest.mark.slow
+def test_a_home_that_cannot_be_written_to_is_no_hindrance(tmp_path: Path) -> None:
+    """As in a container with a read-only root file system. A file stands in its place, which holds for root too."""
+    home = tmp_path / "home"
+    home.touch()
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"HOME": str(home)}
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_TASK], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "token"
