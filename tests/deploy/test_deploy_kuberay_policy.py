@@ -1,18 +1,22 @@
 """What every rendered manifest must keep: versions, hardening, resources, secrets by reference, a job that is valid."""
 
 import re
+import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from support.kustomize import Resource, build
 
+from jobs.cli import app
 from schemas.spec import build_spec
 
 ROOT = Path(__file__).parents[2]
 OVERLAYS = sorted(path.parent for path in (ROOT / "deploy/kuberay").glob("overlays/*/*/kustomization.yaml"))
+MONITORING = ROOT / "deploy/kuberay/components/monitoring"
 SHAPES = {
     "RayCluster": ("spec",),
     "RayJob": ("spec", "rayClusterSpec"),
@@ -152,7 +156,7 @@ def test_the_autoscaler_is_version_2_and_its_pods_are_not_restarted_in_place(ove
 
 @each_overlay
 def test_policy_and_monitor_find_the_pods(overlay: Path) -> None:
-    resources = {resource["kind"]: resource for resource in build(overlay)}
+    resources = {resource["kind"]: resource for resource in build(overlay, MONITORING)}
     for pod in pod_templates(ray_resource(overlay)):
         assert PART_OF.items() <= pod["metadata"]["labels"].items()
     assert resources["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"] == PART_OF
@@ -163,6 +167,13 @@ def test_policy_and_monitor_find_the_pods(overlay: Path) -> None:
         assert endpoint["port"] in ports
     assert resources["NetworkPolicy"]["spec"]["policyTypes"] == ["Ingress", "Egress"]
     assert all("from" in rule for rule in resources["NetworkPolicy"]["spec"]["ingress"])
+
+
+@each_overlay
+def test_nothing_is_needed_but_kubernetes_and_kuberay(overlay: Path) -> None:
+    """One kind that the cluster does not know, and `kubectl apply -k` of the rest fails too."""
+    versions = {resource["apiVersion"] for resource in build(overlay)}
+    assert versions == {"v1", "networking.k8s.io/v1", "ray.io/v1"}
 
 
 @each_overlay
@@ -215,3 +226,25 @@ def test_gpu_workers_reserve_a_gpu_and_spot_ones_ask_for_spot_machines() -> None
         assert "affinity" not in groups["decode"]["template"]["spec"]
         assert ("affinity" in pod) is (hardware == "spot")
         assert hardware == "gpu" or pod["terminationGracePeriodSeconds"] <= 30
+
+
+@pytest.mark.parametrize("hardware", ["gpu", "spot"])
+@pytest.mark.parametrize("shape", ["job", "nightly"])
+def test_a_job_asks_for_the_gpus_that_were_scaled_away_before_it_connects(hardware: str, shape: str) -> None:
+    overlay = ROOT / f"deploy/kuberay/overlays/{hardware}/{shape}"
+    job = ray_resource(overlay)["spec"]
+    program, *arguments = shlex.split(job.get("jobTemplate", job)["entrypoint"])
+    assert program == "patchstream"
+    given = options(arguments)
+    (gpu,) = [group for group in cluster_spec(overlay)["workerGroupSpecs"] if group["groupName"] == "gpu"]
+    assert gpu["minReplicas"] == 0
+    # A machine has to be found, started and to pull the image.
+    assert given["cluster_wait"] >= 600
+    assert bool(given["update"]) is (shape == "nightly")
+
+
+def options(arguments: list[str]) -> dict[str, Any]:
+    """What the command line makes of them."""
+    command: Any = typer.main.get_command(app)
+    name, *rest = arguments
+    return dict(command.commands[name].make_context(name, rest, parent=typer.Context(command)).params)

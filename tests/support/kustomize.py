@@ -6,6 +6,7 @@ images and replacements over everything gathered so far; local-config resources 
 """
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ LOCAL_CONFIG = "config.kubernetes.io/local-config"
 Resource = dict[str, Any]
 
 
-def build(folder: Path) -> list[Resource]:
-    """Resources that `folder/kustomization.yaml` renders to. Raises ValueError for what is not understood."""
-    return _accumulate(folder, [])
+def build(folder: Path, *more: Path) -> list[Resource]:
+    """Resources that `folder/kustomization.yaml` renders to, with the components `more` as if it named them last.
+    Raises ValueError for what is not understood."""
+    return _accumulate(folder, [], more)
 
 
-def _accumulate(folder: Path, gathered: list[Resource]) -> list[Resource]:
+def _accumulate(folder: Path, gathered: list[Resource], more: Sequence[Path] = ()) -> list[Resource]:
     config = _load((folder / "kustomization.yaml").read_text())[0]
     _only(config, KEYS, folder)
     if KINDS.get(config["apiVersion"]) != config["kind"]:
@@ -41,8 +43,8 @@ def _accumulate(folder: Path, gathered: list[Resource]) -> list[Resource]:
         path = folder / name
         gathered += build(path) if path.is_dir() else _load(path.read_text())
     gathered += [_config_map(folder, generator) for generator in config.get("configMapGenerator", [])]
-    for name in config.get("components", []):
-        gathered = _accumulate(folder / name, gathered)
+    for component in [*(folder / name for name in config.get("components", [])), *more]:
+        gathered = _accumulate(component, gathered)
     for resource in gathered if "namespace" in config else []:
         resource["metadata"]["namespace"] = config["namespace"]
     for patch in config.get("patches", []):
