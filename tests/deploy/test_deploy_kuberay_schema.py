@@ -180,6 +180,16 @@ def test_each_pod_monitor_is_valid_and_a_mistyped_field_is_found() -> None:
                 jsonschema.validate(mistype(resource, place), POD_MONITOR)
 
 
+def test_an_overlay_that_names_the_monitoring_has_it(tmp_path: Path) -> None:
+    shutil.copytree(KUBERAY, tmp_path / "kuberay")
+    overlay = tmp_path / "kuberay/overlays/spot/nightly"
+    with (overlay / "kustomization.yaml").open("a") as file:
+        file.write("  - ../../../components/monitoring\n")
+    assert build(overlay) == build(KUBERAY / "overlays/spot/nightly", KUBERAY / "components/monitoring")
+    assert "PodMonitor" in {resource["kind"] for resource in build(overlay)}
+    test_kubectl_renders_the_same(overlay)
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: f"{path.parent.name}-{path.name}")
 def test_kubectl_renders_the_same(overlay: Path) -> None:
     kubectl = shutil.which("kubectl")

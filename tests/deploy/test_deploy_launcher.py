@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
+OPERATIONS = (ROOT / "docs/operations.md").read_text()
 CLOUDS = ("aws", "gcp")
 FILES = (*CLOUDS, "local")
 SPOT = {
@@ -95,6 +96,66 @@ def test_amazon_would_accept_the_machines(mutate: bool) -> None:
             request["InstanceTyp"] = request.pop("InstanceType")
         report = ParamValidator().validate(request, shape)
         assert report.has_errors() is mutate, report.generate_report()
+
+
+def test_machines_on_amazon_have_an_image_of_their_own() -> None:
+    """What Ray fills in is an Ubuntu 18.04 with a driver from before CUDA 13."""
+    aws = pytest.importorskip("ray.autoscaler._private.aws.config")
+    config = prepared("aws")
+    aws._check_ami(config)
+    images = {node["node_config"]["ImageId"] for node in config["available_node_types"].values()}
+    assert not images & set(aws.DEFAULT_AMI.values())
+    (image,) = images
+    assert re.fullmatch(
+        r"resolve:ssm:/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-[\w.-]+/latest/ami-id", image
+    )
+
+
+def test_machines_on_google_have_a_driver_for_cuda_13() -> None:
+    for node in prepared("gcp")["available_node_types"].values():
+        (disk,) = node["node_config"]["disks"]
+        driver = re.search(r"/images/family/common-cu\d+-[\w-]+-nvidia-(\d+)$", disk["initializeParams"]["sourceImage"])
+        assert driver is not None
+        assert int(driver.group(1)) >= 580
+
+
+def test_the_head_may_hand_the_workers_their_role() -> None:
+    """Ray keeps a profile that is named, and looks for its own, which has no such right, only where there is none."""
+    aws = pytest.importorskip("ray.autoscaler._private.aws.config")
+    config = prepared("aws")
+    assert aws._configure_iam_role(copy.deepcopy(config)) == config
+    profiles = {
+        kind: node["node_config"]["IamInstanceProfile"]["Name"] for kind, node in config["available_node_types"].items()
+    }
+    assert profiles["head"] not in (profiles["decode"], profiles["gpu"])
+    (created,) = re.findall(r"for name in (.*); do\n  aws iam create-role", OPERATIONS)
+    assert set(created.split()) == set(profiles.values())
+    allowed = [
+        (action, statement["Resource"])
+        for text in re.findall(r'^{"Version".*?}\]}$', OPERATIONS, re.MULTILINE | re.DOTALL)
+        for statement in json.loads(text)["Statement"]
+        if "Resource" in statement
+        for action in ([statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"])
+    ]
+    for worker in (profiles["decode"], profiles["gpu"]):
+        assert ("iam:PassRole", f"arn:aws:iam::ACCOUNT:role/{worker}") in allowed
+    assert {"ec2:RunInstances", "ec2:CreateTags", "ec2:TerminateInstances", "ec2:Describe*"} <= dict(allowed).keys()
+
+
+def test_the_service_account_of_the_workers_is_the_one_that_is_made() -> None:
+    nodes = prepared("gcp")["available_node_types"].values()
+    emails = {account["email"] for node in nodes for account in node["node_config"].get("serviceAccounts", [])}
+    (created,) = re.findall(r"^gcloud iam service-accounts create (patchstream\S*)", OPERATIONS, re.MULTILINE)
+    assert emails == {f"{created}@my-project.iam.gserviceaccount.com"}
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_machines_log_in_before_they_pull(name: str) -> None:
+    config = prepared(name)
+    login = {"aws": "docker login --username AWS --password-stdin registry.example.com", "gcp": "auth configure-docker"}
+    assert any(login[name] in command for command in config["initialization_commands"])
+    role = {"aws": "policy/AmazonEC2ContainerRegistryReadOnly", "gcp": "--role roles/artifactregistry.reader"}
+    assert role[name] in OPERATIONS
 
 
 @pytest.mark.parametrize("name", CLOUDS)

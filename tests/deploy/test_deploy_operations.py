@@ -8,6 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs/operations.md").read_text()
+BLOCKS = [block.replace("\\\n", " ") for block in re.findall(r"^```\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)]
+COMMANDS = [line.strip() for block in BLOCKS for line in block.splitlines()]
 
 
 def test_each_file_that_is_named_exists() -> None:
@@ -66,3 +68,32 @@ def test_the_ray_version_is_the_pinned_one() -> None:
     pinned = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned is not None
     assert set(re.findall(r"ray\[default\]==([\d.]+)", TEXT)) == {pinned.group(1)}
+
+
+def test_a_submitted_job_has_a_token_and_waits_for_its_gpus() -> None:
+    blocks = [block for block in BLOCKS if "patchstream submit" in block]
+    assert len(blocks) == 2
+    for block in blocks:
+        assert "export RAY_AUTH_MODE=token" in block.partition("patchstream submit")[0]
+        assert re.search(r"--cluster-wait \d{3}", block.partition("patchstream submit")[2])
+
+
+def test_amazon_commands_for_kubernetes_name_the_region_and_the_provider_of_identities() -> None:
+    commands = [command for command in COMMANDS if command.startswith("eksctl ")]
+    assert len(commands) == 5
+    assert all(" --region eu-central-1 " in command for command in commands)
+    assert all("--with-oidc" in command for command in commands if "create cluster" in command)
+
+
+def test_a_worker_fits_the_disk_of_a_node_on_google() -> None:
+    """GKE sets aside 10% for eviction and 35% + 6 GiB (at most half) for itself; a file system is 94% of its disk."""
+    sizes = [
+        int(found.group(1)) if (found := re.search(r"--disk-size (\d+)", command)) else 100
+        for command in COMMANDS
+        if command.startswith("gcloud container node-pools create")
+    ]
+    assert len(sizes) == 2
+    manifests = [ROOT / "deploy/kuberay/base/raycluster.yaml", ROOT / "deploy/kuberay/components/gpu/gpu-workers.yaml"]
+    asked = [int(gib) for path in manifests for gib in re.findall(r"ephemeral-storage: (\d+)Gi", path.read_text())]
+    for size in sizes:
+        assert 0.94 * 0.9 * size - min(0.35 * size + 6, 0.5 * size) >= max(asked)
