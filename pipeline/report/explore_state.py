@@ -65,8 +65,9 @@ class Thumbnails:
         if made.data is None:
             return "image/svg+xml", _placeholder(made.reason)
         with self._lock:
-            self._kept[row, side] = ("image/webp", made.data)
-            self._bytes += len(made.data)
+            if (row, side) not in self._kept:  # else another request made the same meanwhile
+                self._kept[row, side] = ("image/webp", made.data)
+                self._bytes += len(made.data)
             while self._bytes > _CACHE_BYTES:
                 _, (_, oldest) = self._kept.popitem(last=False)
                 self._bytes -= len(oldest)

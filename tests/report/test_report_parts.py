@@ -1,6 +1,9 @@
 """The pieces of the page: bins, times, projection, lookup of rows."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from sklearn.decomposition import PCA
 
 from pipeline.report import projection
 from pipeline.report.charts import bars, counter_bars, score_bars, side_bars, stage_times
+from pipeline.report.explore_state import Thumbnails
 from pipeline.report.groups import load_clusterings
 from pipeline.report.lookup import RowLookup, pieces
 from pipeline.report.projection import project, sample_features
@@ -162,3 +166,21 @@ def test_report_groups_hold_nearest_first(tmp_path: Path) -> None:
     assert grouping.ids.tolist() == [0, 1]
     assert grouping.rows[grouping.members(1)].tolist() == [1, 3, 5, 7]
     assert grouping.sizes.tolist() == [5, 4]
+
+
+def test_report_one_thumbnail_made_twice_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Thumbnails(open_run(str(Album(tmp_path, count=2, failed={}).write()), {}))
+    make = kept._source.thumbnails
+    together = threading.Barrier(2)
+
+    def both(*arguments: Any) -> Any:
+        made = make(*arguments)
+        together.wait(10)
+        return made
+
+    monkeypatch.setattr(kept._source, "thumbnails", both)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: kept.get(0, 64), range(2))
+    assert first == second
+    assert kept._bytes == len(first[1])
+    kept.close()
