@@ -68,7 +68,8 @@ class Catalogue:
         matching[np.isin(codes, named)] = True
         for batch in batches(self._run.fs, self._run.parts("images"), ["row", "uri"]):
             hit = pc.fill_null(pc.match_substring(batch.column("uri"), wanted.text, ignore_case=True), False)
-            matching[batch.column("row").filter(hit).to_numpy()] = True
+            found = batch.column("row").filter(hit).to_numpy()
+            matching[found[found < len(matching)]] = True  # an update may add rows while this is served
         return rows[matching[rows]]
 
     def _sort(self, rows: NDArray[np.int64], order: Order) -> NDArray[np.int64]:

@@ -1,5 +1,7 @@
 """The pages of `explore`: each a function from what was asked to a response. They are made here, without scripts."""
 
+import logging
+import traceback
 from collections.abc import Callable
 
 from pipeline.report import explore_groups
@@ -25,6 +27,8 @@ from schemas.errors import ImageError, PatchstreamError
 _NEIGHBOURS = 600
 _LISTED_LABELS = 1000
 
+log = logging.getLogger(__name__)
+
 
 def answer(at: Exploration, path: str, query: Query) -> Response:
     """The response to a GET. What cannot be found or read becomes a page that says so."""
@@ -37,6 +41,8 @@ def answer(at: Exploration, path: str, query: Query) -> Response:
         return message(at, "Not found", str(error), 404)
     except PatchstreamError as error:
         return message(at, "This cannot be read", str(error), 500)
+    except Exception as error:  # noqa: BLE001  file systems and Parquet raise what they like
+        return _unexpected(at, error)
 
 
 def search_by_picture(at: Exploration, data: bytes) -> Response:
@@ -50,7 +56,15 @@ def search_by_picture(at: Exploration, data: bytes) -> Response:
             vector = at.searcher.embed(data)
     except (ImageError, PatchstreamError) as error:
         return message(at, "This file cannot be used", str(error), 400)
+    except Exception as error:  # noqa: BLE001  a network that does not fit into memory, a store that is not there
+        return _unexpected(at, error)
     return Response(b"", status=303, headers={"Location": link("/found", id=at.uploads.add(vector))})
+
+
+def _unexpected(at: Exploration, error: Exception) -> Response:
+    log.error("a request could not be answered\n%s", redact("".join(traceback.format_exception(error))))
+    text = f"{type(error).__name__}: {error}. The program's own output has more; `patchstream verify` finds damage."
+    return message(at, "This cannot be shown", redact(text), 500)
 
 
 def pictures(at: Exploration, query: Query) -> Response:
