@@ -128,15 +128,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _check_token(self, token: str) -> Response | None:
         cookie = f"patchstream_{self.server.server_address[1]}"
+        path, query = _split(self.path)
+        # Also from who is known already: links of a page repeat what its address holds.
+        if _same(query.pop("token", ""), token):
+            target = link(path if path in PAGES else "/", **query)
+            keep = f"{cookie}={quote(token, safe='')}; Path=/; HttpOnly; SameSite=Lax"
+            return Response(b"", status=303, headers={"Location": target, "Set-Cookie": keep})
         bearer = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if _same(self._cookies().get(cookie, ""), token) or _same(bearer, token):
             return None
-        path, query = _split(self.path)
-        if not _same(query.pop("token", ""), token):
-            return self._plain(401, "Add ?token=… with the token that this server was started with to the address.")
-        target = link(path if path in PAGES else "/", **query)
-        keep = f"{cookie}={quote(token, safe='')}; Path=/; HttpOnly; SameSite=Lax"
-        return Response(b"", status=303, headers={"Location": target, "Set-Cookie": keep})
+        return self._plain(401, "Add ?token=… with the token that this server was started with to the address.")
 
     def _cookies(self) -> dict[str, str]:
         try:

@@ -87,6 +87,8 @@ def test_report_explore_with_a_token(explored: tuple[Album, Path]) -> None:
         assert "HttpOnly" in headers["set-cookie"]
         cookie = headers["set-cookie"].partition(";")[0]
         assert client.request("/clusters", headers={"Cookie": cookie})[0] == 200
+        again = client.request(f"/?page=1&token={quote(TOKEN)}", headers={"Cookie": cookie})
+        assert (again[0], again[1]["location"]) == (303, "/?page=1")
         assert client.request("/clusters", headers={"Cookie": f"{cookie}x"})[0] == 401
         assert client.request("/clusters", headers={"Authorization": f"Bearer {TOKEN}"})[0] == 200
         _, headers, _ = client.request(f"/%5celsewhere.example?token={quote(TOKEN)}")
