@@ -155,8 +155,7 @@ def thumbnail(at: Exploration, query: Query) -> Response:
     """One picture as an image, small or large."""
     row = _row(at, query)
     content_type, data = at.thumbnails.get(row, LARGE_SIDE if query.get("size") == "large" else SMALL_SIDE)
-    kept = "private, max-age=3600" if content_type == "image/webp" else "no-store"
-    return Response(data, content_type, headers={"Cache-Control": kept})
+    return Response(data, content_type)
 
 
 def style(at: Exploration, query: Query) -> Response:

@@ -163,6 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
         return Response(text.encode(), "text/plain; charset=utf-8", status)
 
     def _send(self, response: Response) -> None:
+        # Pictures too: the address of a row is the same for the next run that is looked through.
         headers = {"Cache-Control": "no-store", **_HEADERS, **response.headers}
         self.send_response(response.status)
         self.send_header("Content-Type", response.content_type)
