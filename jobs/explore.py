@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.directory import Directory, Options, emit, parse_options
-from schemas.errors import CheckpointError, ImageError
+from jobs.retrieve_embed import model_of
+from schemas.errors import ImageError
 
 if TYPE_CHECKING:
     from pipeline.predictors.torch_predictor import TorchPredictor
@@ -100,24 +101,10 @@ def _embedder(record: "RunRecord", feature: str, options: dict[str, Any]) -> "Ca
 
 
 def _predictor(record: "RunRecord", feature: str, options: dict[str, Any]) -> "TorchPredictor":
-    from pipeline.models import inspect_model
     from pipeline.predictors.batches import Wanted
     from pipeline.predictors.torch_predictor import TorchPredictor
 
-    spec = record.spec
-    name = record.model.name
-    info = inspect_model(
-        name,
-        revision=record.model.revision,
-        image_size=spec.get("image_size"),
-        beit_final_norm=bool(spec.get("beit_final_norm")),
-        storage_options=options,
-    )
-    if info.digest != record.model.digest:
-        raise CheckpointError(
-            f"{name} holds other weights than those of this run (digest {info.digest[:12]}, the run has "
-            f"{record.model.digest[:12]}); their features cannot be compared. Give the run its model back"
-        )
+    info = model_of(record, None, options)
     wanted = Wanted(
         (feature,), (info.pooled_size if feature == "pooled" else info.hidden_size,), "float32", 0, (), False
     )

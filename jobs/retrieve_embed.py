@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from pipeline.models import ModelInfo
     from pipeline.retrieval.search import Embed
     from pipeline.retrieval.store import FeatureStore
+    from schemas.run import RunRecord
 
 
 def embedder(store: "FeatureStore", feature: str, model: str | None, storage_options: dict[str, Any]) -> "Embed":
@@ -19,7 +20,7 @@ def embedder(store: "FeatureStore", feature: str, model: str | None, storage_opt
     """
 
     def embed(images: list[str]) -> Any:
-        return _embed(store, feature, _model_of(store, model, storage_options), images, storage_options)
+        return _embed(store, feature, model_of(store.record, model, storage_options), images, storage_options)
 
     return embed
 
@@ -46,7 +47,7 @@ def text_embedder(
     def embed(texts: list[str]) -> Any:
         from pipeline.models import load_text
 
-        info = _model_of(store, model, storage_options)
+        info = model_of(store.record, model, storage_options)
         return load_text(info, vocabulary or store.record.spec.get("vocabulary")).embed(texts)
 
     return embed
@@ -64,23 +65,32 @@ def check_text(store: "FeatureStore", feature: str, text: str) -> None:
         raise SpecError(f"--text: texts share a space with `pooled`, not with `{feature}`; add --features pooled")
 
 
-def _model_of(store: "FeatureStore", model: str | None, storage_options: dict[str, Any]) -> "ModelInfo":
-    from pipeline.models import inspect_model
+def model_of(record: "RunRecord", model: str | None, storage_options: dict[str, Any]) -> "ModelInfo":
+    """The model of a run, found where the record names it, or at `model`.
 
-    record = store.record
-    if record.model.family == "null":
+    Raises SpecError for a run without one, CheckpointError where the weights or the preprocessing are others by now.
+    """
+    from pipeline.models import inspect_model
+    from schemas.run import difference
+
+    wanted = record.model
+    if wanted.family == "null":
         raise SpecError("this run was made without a model (--backend null): search by --row, --uri or --vector")
     info = inspect_model(
-        model or record.model.name,
-        revision=record.model.revision if model is None else None,
+        model or wanted.name,
+        revision=wanted.revision if model is None else None,
         image_size=record.spec.get("image_size"),
         beit_final_norm=bool(record.spec.get("beit_final_norm")),
         storage_options=storage_options,
     )
-    if info.digest != record.model.digest or info.preprocessing != record.model.preprocessing:
+    recorded, found = (one.preprocessing.model_dump(mode="json") for one in (wanted, info))
+    changed = difference(recorded, found, "preprocessing.")
+    if info.digest != wanted.digest:
+        changed.insert(0, f"other weights: digest {info.digest[:12]}, the run's is {wanted.digest[:12]}")
+    if changed:
         raise CheckpointError(
-            f"{info.name} is not the model of this run any more (digest {info.digest[:12]}, the run's is "
-            f"{record.model.digest[:12]}), so its vectors cannot be compared; say with --model where the run's model is"
+            f"{info.name} is not the model of this run any more, so its vectors cannot be compared "
+            f"({'; '.join(changed)}). Put that model back; `search` also takes --model for where it is now"
         )
     return info
 

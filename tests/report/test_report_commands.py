@@ -1,11 +1,13 @@
 """`report` and `explore` as a person types them."""
 
+import dataclasses
 import http.client
 import json
 import re
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -14,13 +16,14 @@ import typer
 from report.album import Album
 from report.explore_client import Client, serving
 from support.processes import Process, running
+from support.runs import run_record
 from support.testdata import needs_testdata, photos, trained_vit
 from typer.testing import CliRunner
 
 from jobs.explore import COMMANDS as EXPLORE
 from jobs.report import COMMANDS as REPORT
-from pipeline.report.run import open_run
 from schemas.errors import CheckpointError, ImageError, OutputError, SpecError
+from schemas.run import ModelRecord
 
 _START = """
 import sys, typer
@@ -88,13 +91,17 @@ def test_report_explore_embeds_by_the_model_of_the_run(tmp_path: Path) -> None:
     files = photos(6)
     album = Album(tmp_path, count=6, failed={}, dim=192)
     info = inspect_model(str(trained_vit()))
-    directory = album.write(uris=[str(path) for path in files], digest=info.digest)
-    _give_model(directory, info.digest)
-    embed = _embedder(open_run(str(directory), {}).record, "cls", {})
-    assert embed is not None
+    model = ModelRecord(
+        name=info.name, family=info.family, architecture=info.architecture, digest=info.digest, dtype="float32",
+        hidden_size=info.hidden_size, num_labels=info.num_labels, pooled=info.pooled, preprocessing=info.preprocessing,
+    )  # fmt: skip
+
+    def embedder(model: ModelRecord) -> Any:
+        return _embedder(run_record(dataclasses.replace(album.content(), model=model)), "cls", {})
+
+    embed = embedder(model)
     album.features = np.stack([embed(path.read_bytes()) for path in files])
-    album.write(uris=[str(path) for path in files], digest=info.digest)
-    _give_model(directory, info.digest)
+    directory = album.write(uris=[str(path) for path in files], model=model)
 
     with serving(_open(str(directory), None, {})) as server:
         client = Client(server)
@@ -107,17 +114,11 @@ def test_report_explore_embeds_by_the_model_of_the_run(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"^(?!.*/tmp)"):
         embed(b"this is no picture")
 
-    _give_model(directory, "f" * 64)
     with pytest.raises(CheckpointError, match="other weights"):
-        _embedder(open_run(str(directory), {}).record, "cls", {})(files[0].read_bytes())  # type: ignore[misc]
-
-
-def _give_model(directory: Path, digest: str) -> None:
-    """Let the run name a real model, and weights of this digest."""
-    record = json.loads((directory / "run.json").read_text())
-    record["model"]["name"] = str(trained_vit())
-    record["model"]["digest"] = digest
-    (directory / "run.json").write_text(json.dumps(record))
+        embedder(model.model_copy(update={"digest": "f" * 64}))(files[0].read_bytes())
+    darker = info.preprocessing.model_copy(update={"mean": (0.25, 0.25, 0.25)})
+    with pytest.raises(CheckpointError, match=r"preprocessing\.mean: there .*25"):
+        embedder(model.model_copy(update={"preprocessing": darker}))(files[0].read_bytes())
 
 
 def _has_started(process: Process) -> bool:
