@@ -25,7 +25,8 @@ from schemas.spec import FetchSpec
 _MANIFEST_COLUMNS = ("row", "uri", "container", "offset", "length", "size")
 _READERS = 16
 _CACHED_GROUPS = 32
-_TABLE_BATCH_ROWS = 32
+# Pictures in a table come in batches of full size, so that few tables are read at a time.
+_TABLE_READERS, _TABLE_BATCH_ROWS = 2, 8
 
 Record = Mapping[str, Any]
 
@@ -53,6 +54,7 @@ class Thumbnailer:
         self._image_column = str(run.record.spec.get("image_column", "image"))
         self._manifest = RowLookup(run, "manifest", _MANIFEST_COLUMNS, cached_groups=_CACHED_GROUPS)
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="thumbnail")
+        self._tables = ThreadPoolExecutor(_TABLE_READERS, thread_name_prefix="thumbnail-table")
 
     def uris(self, rows: Iterable[int]) -> dict[int, str]:
         """The addresses of `rows`, without the secrets of signed ones."""
@@ -74,24 +76,23 @@ class Thumbnailer:
             else:
                 jobs[row] = self._pool.submit(self._from_file, record, side)
         found = {row: Thumbnail(None, "no such row in the manifest") for row in wanted if row not in records}
-        reads = {self._pool.submit(self._read_table, name, members): members for name, members in tables.items()}
-        _wait(reads, deadline)
+        reads = {
+            self._tables.submit(self._from_table, name, members, side, deadline, found): members
+            for name, members in tables.items()
+        }
+        _wait([*jobs.values(), *reads], deadline)
+        for row, job in jobs.items():
+            found[row] = _made(job)
         for read, members in reads.items():
             reason = _why_not(read)
-            for row in (int(member["row"]) for member in members):
-                if reason:
-                    found[row] = Thumbnail(None, reason)
-                else:
-                    jobs[row] = self._pool.submit(shrink, read.result().get(row), side, self._max_pixels)
-        _wait(jobs.values(), deadline)
-        for row, job in jobs.items():
-            reason = _why_not(job)
-            found[row] = Thumbnail(None, reason) if reason else Thumbnail(job.result())
+            for member in members:
+                found.setdefault(int(member["row"]), Thumbnail(None, reason or "no such row in the table"))
         return found
 
     def close(self) -> None:
         """Give up what has not begun."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._tables, self._pool):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _from_file(self, record: Record, side: int) -> bytes:
         container = record.get("container")
@@ -104,13 +105,20 @@ class Thumbnailer:
         start = int(record["offset"])
         return shrink(fs.cat_file(path, start=start, end=start + int(record["length"])), side, self._max_pixels)
 
-    def _read_table(self, container: str, members: list[Record]) -> dict[int, bytes | None]:
+    def _from_table(
+        self, container: str, members: list[Record], side: int, deadline: float | None, found: dict[int, Thumbnail]
+    ) -> None:
+        """Add the rows of one table to `found`; full-size pictures go as soon as they are shrunk."""
         row_at = {int(member["offset"]): int(member["row"]) for member in members}
         fs, path = filesystem(container, self._options)
-        with fs.open(path, "rb") as file, pq.ParquetFile(file) as part:
+        with fs.open(path, "rb") as file, pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as part:
             column = _image_column(part.schema_arrow, self._image_column)
-            found = _cells(part, column, sorted(row_at))
-            return {row_at[offset]: data for offset, data in found}
+            for offset, data in _cells(part, column, sorted(row_at)):
+                job = self._pool.submit(shrink, data, side, self._max_pixels)
+                _wait([job], deadline)
+                if deadline is not None and time.monotonic() > deadline:
+                    raise TimeoutError("not read in time")
+                found[row_at[offset]] = _made(job)
 
 
 def _image_column(schema: pa.Schema, preferred: str) -> str:
@@ -150,6 +158,11 @@ def _cells(part: pq.ParquetFile, column: str, offsets: list[int]) -> Iterator[tu
 
 def _wait(jobs: Iterable[Future[Any]], deadline: float | None) -> None:
     wait(list(jobs), timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+
+
+def _made(job: Future[bytes]) -> Thumbnail:
+    reason = _why_not(job)
+    return Thumbnail(None, reason) if reason else Thumbnail(job.result())
 
 
 def _why_not(job: Future[Any]) -> str:

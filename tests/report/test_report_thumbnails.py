@@ -85,6 +85,39 @@ def test_report_thumbnails_of_a_table(tmp_path: Path, column: str, nested: bool)
     assert found[41].data is None
 
 
+@pytest.mark.parametrize("tables", [1, 6])
+def test_report_thumbnails_of_tables_hold_few_pictures_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tables: int
+) -> None:
+    places = [(str(tmp_path / f"{row % tables}.parquet"), row // tables, None) for row in range(6)]
+    for name in sorted({container for container, _, _ in places}):
+        pq.write_table(pa.table({"image": [jpeg(RED)] * 6}), name)
+    source = thumbnailer(tmp_path, [f"{row}.jpg" for row in range(6)], containers=places)
+    opened: list[str] = []
+    whole: list[bytes] = []
+    held: list[int] = []
+    cells, small = thumbnails._cells, thumbnails.shrink
+
+    def read(part: Any, column: str, offsets: list[int]) -> Any:
+        opened.append(column)
+        for offset, data in cells(part, column, offsets):
+            whole.append(data)
+            time.sleep(0.02)
+            held.append(max(len(opened), len(whole)))
+            yield offset, data
+        opened.pop()
+
+    def shrunk(*arguments: Any) -> bytes:
+        made = small(*arguments)
+        whole.pop()
+        return made
+
+    monkeypatch.setattr(thumbnails, "_cells", read)
+    monkeypatch.setattr(thumbnails, "shrink", shrunk)
+    assert all(made.data for made in source.thumbnails(range(6), 64).values())
+    assert max(held) <= 2
+
+
 def test_report_thumbnails_over_http(tmp_path: Path, http_server: Callable[..., HttpServer]) -> None:
     (tmp_path / "web").mkdir()
     (tmp_path / "web" / "there.jpg").write_bytes(jpeg(BLUE))
