@@ -52,7 +52,7 @@ def render_report(run: RunDirectory, thumbnails: int, seed: int) -> str:
         pictures = Pictures(scan, thumbnailer.uris(rows), fetched)
     finally:
         thumbnailer.close()
-    causes = scan_failures(run)
+    causes = scan_failures(run, scan.superseded)
     failures = sum(cause.count for cause in causes)
     style, script = asset("base.css", "report.css"), asset("map.js")
     return (

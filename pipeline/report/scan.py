@@ -23,21 +23,19 @@ _EXAMPLES = 3
 class ImageScan:
     """What is known of the rows of `images/`.
 
-    `codes[row]` is an index into `names`, `NO_LABEL`, or `ABSENT` where the row is no image (yet) or was replaced
-    by a newer version of the same object. `scores[row]` is the score of its first label. `sides[n]` counts the
-    images whose longer side has n pixels.
+    `codes[row]` is an index into `names`, `NO_LABEL`, or `ABSENT` where the row is no image (yet). `scores[row]` is the
+    score of its first label. `sides[n]` counts the images whose longer side has n pixels. Rows of older versions of an
+    object are left out of everything; `superseded` are their numbers, ascending, wherever they still stand.
     """
 
     codes: NDArray[np.int32]
     scores: NDArray[np.float32]
+    superseded: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     names: list[str] = field(default_factory=list)
     sides: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_MAX_SIDE + 1, np.int64))
     shapes: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
     images: int = 0
-    replaced: int = 0
-    # Rows that newer ones replace, whether they still stand in `images/` or not.
-    superseded: int = 0
 
     @property
     def rows(self) -> NDArray[np.int64]:
@@ -71,9 +69,10 @@ def first_labels(column: pa.Array) -> tuple[NDArray[np.bool_], pa.Array, NDArray
 def scan_images(run: RunDirectory) -> ImageScan:
     """Read the narrow columns of `images/`. Raises OutputError for a row number below zero."""
     size = run.record.manifest_rows
-    scan = ImageScan(np.full(size, ABSENT, np.int32), np.full(size, np.nan, np.float32))
+    scan = ImageScan(np.full(size, ABSENT, np.int32), np.full(size, np.nan, np.float32), _superseded(run))
     code_of: dict[str, int] = {}
-    for batch in batches(run.fs, run.parts("images"), ["row", "labels", "width", "height", "format"]):
+    for found in batches(run.fs, run.parts("images"), ["row", "labels", "width", "height", "format"]):
+        batch = _newest(found, scan.superseded)
         rows = batch.column("row").to_numpy()
         if not len(rows):
             continue
@@ -84,8 +83,26 @@ def scan_images(run: RunDirectory) -> ImageScan:
         _add_facts(scan, batch)
         scan.images += len(rows)
     scan.names = list(code_of)
-    _drop_replaced(scan, run)
     return scan
+
+
+def _superseded(run: RunDirectory) -> NDArray[np.int64]:
+    """Rows that newer versions of the same objects replace, ascending."""
+    found = [np.empty(0, np.int64)]
+    for batch in batches(run.fs, run.parts("manifest"), ["replaces"]):
+        if "replaces" not in batch.schema.names:
+            break
+        found.append(pc.drop_null(batch.column("replaces")).to_numpy())
+    return np.unique(np.concatenate(found))
+
+
+def _newest(batch: pa.RecordBatch, superseded: NDArray[np.int64]) -> pa.RecordBatch:
+    """`batch` without the rows of older versions."""
+    if not len(superseded):
+        return batch
+    rows = batch.column("row").to_numpy()
+    nearest = superseded[np.minimum(np.searchsorted(superseded, rows), len(superseded) - 1)]
+    return batch.filter(pa.array(nearest != rows))
 
 
 def _grow(scan: ImageScan, rows: NDArray[np.int64]) -> None:
@@ -121,17 +138,6 @@ def _add_facts(scan: ImageScan, batch: pa.RecordBatch) -> None:
         scan.formats[item["values"] or "unknown"] += item["counts"]
 
 
-def _drop_replaced(scan: ImageScan, run: RunDirectory) -> None:
-    for batch in batches(run.fs, run.parts("manifest"), ["replaces"]):
-        if "replaces" not in batch.schema.names:
-            return
-        old = pc.drop_null(batch.column("replaces")).to_numpy()
-        scan.superseded += len(old)
-        old = old[(old >= 0) & (old < len(scan.codes))]
-        scan.replaced += int(np.count_nonzero(scan.codes[old] != ABSENT))
-        scan.codes[old] = ABSENT
-
-
 @dataclass
 class Cause:
     """Failures of one kind. `examples` are (row, uri, message)."""
@@ -143,11 +149,12 @@ class Cause:
     examples: list[tuple[int, str, str]] = field(default_factory=list)
 
 
-def scan_failures(run: RunDirectory) -> list[Cause]:
-    """Group `failures/` by stage and error, most frequent first, with a few examples of each."""
+def scan_failures(run: RunDirectory, superseded: NDArray[np.int64]) -> list[Cause]:
+    """Group `failures/` by stage and error, most frequent first, with a few examples of each; none of `superseded`."""
     causes: dict[tuple[str, str], Cause] = {}
     columns = ["row", "uri", "stage", "error", "message", "retryable"]
-    for batch in batches(run.fs, run.parts("failures"), columns):
+    for found in batches(run.fs, run.parts("failures"), columns):
+        batch = _newest(found, superseded)
         groups = pa.table(batch).group_by(["stage", "error"]).aggregate([("row", "count"), ("retryable", "sum")])
         for group in groups.to_pylist():
             key = (group["stage"] or "", group["error"] or "")

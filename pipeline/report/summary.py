@@ -21,14 +21,15 @@ class Tile:
 
 def tiles(run: RunDirectory, scan: ImageScan, failures: int) -> list[Tile]:
     """Rows, images, failures, speed and time. Speed is images over wall time, of the attempts that ended."""
-    rows = run.record.manifest_rows
+    rows = _asked(run, scan)
     ended = [item for item in run.attempts if item.wall_s]
     wall_s = sum(item.wall_s or 0.0 for item in ended)
     images = sum(item.images for item in ended)
     shares = [percent(count / rows) if rows else "" for count in (scan.images, failures)]
+    replaced = f"without {thousands(len(scan.superseded))} replaced by newer versions" if len(scan.superseded) else ""
     attempts = f"{len(run.attempts)} attempt{'' if len(run.attempts) == 1 else 's'}"
     return [
-        Tile("Rows asked for", thousands(rows), _replaced(scan)),
+        Tile("Rows asked for", thousands(rows), replaced),
         Tile("Images", thousands(scan.images), shares[0]),
         Tile("Failures", thousands(failures), shares[1]),
         Tile("Images per second", rate(images / wall_s if wall_s else None), "with start-up" if wall_s else ""),
@@ -36,13 +37,14 @@ def tiles(run: RunDirectory, scan: ImageScan, failures: int) -> list[Tile]:
     ]
 
 
-def _replaced(scan: ImageScan) -> str:
-    return f"{thousands(scan.replaced)} replaced by newer versions" if scan.replaced else ""
+def _asked(run: RunDirectory, scan: ImageScan) -> int:
+    """Rows of the manifest that no newer ones replace."""
+    return run.record.manifest_rows - len(scan.superseded)
 
 
 def progress(run: RunDirectory, scan: ImageScan, failures: int) -> dict[str, Any]:
     """Images and failures in percent of the rows that no newer ones replace, and the sentence that says so."""
-    images, rows = scan.images, run.record.manifest_rows - scan.superseded
+    images, rows = scan.images, _asked(run, scan)
     pending = max(0, rows - images - failures)
     text = f"{thousands(images)} images, {thousands(failures)} failures, {thousands(pending)} pending."
     whole = max(rows, images + failures, 1)

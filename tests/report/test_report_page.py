@@ -147,6 +147,17 @@ def test_report_of_a_finished_update_is_complete(tmp_path: Path) -> None:
     assert "not complete" not in text
 
 
+def test_report_of_an_update_cut_short_is_not_complete(tmp_path: Path) -> None:
+    run = Album(tmp_path, count=12, failed={1: "Truncated", 5: "NotFound"}).write(replaces={10: 0, 11: 1}, parts=5)
+    sorted((run / "images").glob("*.parquet"))[-1].unlink()
+    assert sorted(pq.read_table(run / "images")["row"].to_pylist()) == [0, 2, 3, 4, 6, 7, 8, 9]
+    text = page_of(run).text
+    assert "7 images, 1 failures, 2 pending. The run is not complete" in text
+    assert "Rows asked for 10 without 2 replaced by newer versions Images 7 70.0% Failures 1 10.0%" in text
+    assert "Truncated" not in text
+    assert "landscape 7 100%" in text
+
+
 def test_report_leaves_replaced_rows_out(tmp_path: Path) -> None:
     page = page_of(Album(tmp_path, count=12, failed={}).write(replaces={10: 0, 11: 1}))
     assert sorted(page.rows()) == list(range(2, 12))
