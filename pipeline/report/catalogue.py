@@ -3,7 +3,7 @@
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from pipeline.report.run import RunDirectory, batches
 from pipeline.report.scan import ImageScan
 
+# Row numbers in the smallest unsigned type that holds every one of them.
+Rows = NDArray[np.unsignedinteger[Any]]
 Order = Literal["row", "best", "worst"]
 ORDERS: dict[Order, str] = {"row": "row number", "best": "highest score first", "worst": "lowest score first"}
-_KEPT_ANSWERS = 16
+_KEPT_BYTES = 128 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -30,26 +32,28 @@ class Filter:
 class Catalogue:
     """The rows of `images/` to choose from. Safe to use from several threads.
 
-    Addresses are streamed from the parts for each new text instead of being held in memory.
+    Addresses are streamed from the parts for each new text instead of being held in memory. The last answer is kept,
+    and those before it as far as 128 MiB hold them.
     """
 
     def __init__(self, run: RunDirectory, scan: ImageScan) -> None:
         self._run = run
         self._scan = scan
         self._code_of = {name: code for code, name in enumerate(scan.names)}
-        self._answers: OrderedDict[Filter, NDArray[np.int64]] = OrderedDict()
+        self._answers: OrderedDict[Filter, Rows] = OrderedDict()
+        self._kind = np.min_scalar_type(len(scan.codes))
         self._lock = threading.Lock()
 
-    def rows(self, wanted: Filter) -> NDArray[np.int64]:
+    def rows(self, wanted: Filter) -> Rows:
         """Every row that matches, in order."""
         with self._lock:
             if wanted in self._answers:
                 self._answers.move_to_end(wanted)
                 return self._answers[wanted]
-        found = self._sort(self._match(wanted), wanted.order)
+        found = self._sort(self._match(wanted), wanted.order).astype(self._kind)
         with self._lock:
             self._answers[wanted] = found
-            while len(self._answers) > _KEPT_ANSWERS:
+            while len(self._answers) > 1 and sum(answer.nbytes for answer in self._answers.values()) > _KEPT_BYTES:
                 self._answers.popitem(last=False)
         return found
 

@@ -4,6 +4,8 @@ import logging
 import traceback
 from collections.abc import Callable
 
+import numpy as np
+
 from pipeline.report import explore_groups
 from pipeline.report.catalogue import ORDERS, Filter, failures_between
 from pipeline.report.explore_render import (
@@ -79,7 +81,7 @@ def pictures(at: Exploration, query: Query) -> Response:
         "explore_pictures.html",
         "Pictures",
         here="/",
-        tiles=make_tiles(at, rows[window]),
+        tiles=make_tiles(at, rows[window].astype(np.int64)),
         pager=pager,
         wanted=wanted,
         orders=ORDERS if at.scan.names else {"row": ORDERS["row"]},

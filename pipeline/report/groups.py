@@ -1,5 +1,6 @@
 """What `kmeans` and `duplicates` left under DIR: rows in groups, the most telling ones first."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,33 +40,28 @@ class Grouping:
         return slice(int(self.starts[index]), int(self.starts[index + 1]))
 
 
-def load_clusterings(run: RunDirectory) -> list[Grouping]:
-    """Every `clusters/NAME`: by cluster number, rows nearest to the centre first."""
-    found = []
+def load_clusterings(run: RunDirectory) -> Iterator[Grouping]:
+    """Each `clusters/NAME`, read when it is asked for: by cluster number, rows nearest to the centre first."""
     for name, table in _read(run, "clusters", ["row", "cluster", "distance"]):
         distances = _floats(table, "distance")
         keep = np.zeros(len(table), bool)
-        found.append(_group(name, _integers(table, "row"), _integers(table, "cluster"), distances, distances, keep))
-    return found
+        yield _group(name, _integers(table, "row"), _integers(table, "cluster"), distances, distances, keep)
 
 
-def load_duplicates(run: RunDirectory) -> list[Grouping]:
-    """Every `duplicates/NAME`: largest group first, in each the picture to keep first, then the most similar."""
-    found = []
+def load_duplicates(run: RunDirectory) -> Iterator[Grouping]:
+    """Each `duplicates/NAME`, read when it is asked for: largest group first, in each the picture to keep first, then
+    the most similar."""
     for name, table in _read(run, "duplicates", ["row", "group", "score", "keep"]):
         scores, keep = _floats(table, "score"), table.column("keep").to_numpy().astype(bool)
         ranks = np.where(keep, -np.inf, -scores).astype(np.float32)
-        found.append(_by_size(_group(name, _integers(table, "row"), _integers(table, "group"), scores, ranks, keep)))
-    return found
+        yield _by_size(_group(name, _integers(table, "row"), _integers(table, "group"), scores, ranks, keep))
 
 
-def _read(run: RunDirectory, folder: str, columns: list[str]) -> list[tuple[str, pa.Table]]:
-    found = []
+def _read(run: RunDirectory, folder: str, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
     for path in list_folders(run.fs, join(run.root, folder)):
         parts = list(batches(run.fs, list_files(run.fs, path, ".parquet"), columns))
         if sum(len(part) for part in parts):
-            found.append((path.rpartition("/")[2], pa.Table.from_batches(parts)))
-    return found
+            yield path.rpartition("/")[2], pa.Table.from_batches(parts)
 
 
 def _integers(table: pa.Table, name: str) -> NDArray[np.int64]:
@@ -94,14 +90,16 @@ def _group(
 
 def _by_size(grouping: Grouping) -> Grouping:
     order = np.argsort(-grouping.sizes, kind="stable")
-    gather = np.concatenate([np.empty(0, np.int64), *(np.arange(*grouping.starts[i : i + 2]) for i in order)])
+    sizes = grouping.sizes[order]
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    gather = np.arange(len(grouping.rows)) + np.repeat(grouping.starts[order] - starts[:-1], sizes)
     return Grouping(
         grouping.name,
         grouping.rows[gather],
         grouping.values[gather],
         grouping.keep[gather],
         grouping.ids[order],
-        np.concatenate([[0], np.cumsum(grouping.sizes[order])]).astype(np.int64),
+        starts,
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -120,10 +121,10 @@ def _choose(run: RunDirectory, scan: ImageScan, thumbnails: int, seed: int) -> P
     feature, found = _feature_map(run, scan, seed)
     pool = found.rows if found else scan.rows
     drawn = np.random.default_rng(seed).choice(pool, min(thumbnails, len(pool)), replace=False)
-    clusterings = [_shown_clusters(item) for item in load_clusterings(run)[:_SHOWN_GROUPINGS]]
+    clusterings = [_shown_clusters(item) for item in islice(load_clusterings(run), _SHOWN_GROUPINGS)]
     duplicates = [
         Shown(item, tuple(range(min(len(item), _DUPLICATE_GROUPS))), _GROUP_PICTURES)
-        for item in load_duplicates(run)[:_SHOWN_GROUPINGS]
+        for item in islice(load_duplicates(run), _SHOWN_GROUPINGS)
     ]
     return Plan(sorted(drawn.tolist()), feature, found, clusterings, duplicates)
 

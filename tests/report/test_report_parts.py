@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report.album import Album, big_run
+from report.album import Album, add_clusters, add_duplicates, big_run
 from sklearn.decomposition import PCA
 
-from pipeline.report import projection
+from pipeline.report import catalogue, groups, projection, write_report
 from pipeline.report.charts import bars, counter_bars, score_bars, side_bars, stage_times
 from pipeline.report.explore_state import Thumbnails
-from pipeline.report.groups import load_clusterings
+from pipeline.report.groups import load_clusterings, load_duplicates
 from pipeline.report.lookup import RowLookup, pieces
 from pipeline.report.projection import project, sample_features
 from pipeline.report.run import open_run
@@ -157,8 +157,6 @@ def test_report_lookup_reads_only_what_holds_the_rows(tmp_path: Path, monkeypatc
 
 
 def test_report_groups_hold_nearest_first(tmp_path: Path) -> None:
-    from report.album import add_clusters
-
     album = Album(tmp_path, count=9, failed={})
     run = album.write()
     add_clusters(run, list(range(8, -1, -1)), [row % 2 for row in range(8, -1, -1)])
@@ -184,3 +182,42 @@ def test_report_one_thumbnail_made_twice_counts_once(tmp_path: Path, monkeypatch
     assert first == second
     assert kept._bytes == len(first[1])
     kept.close()
+
+
+def test_report_reads_only_the_groupings_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    album = Album(tmp_path, count=6, failed={})
+    directory = album.write()
+    for name in "abcde":
+        add_clusters(directory, album.rows, [0] * 6, name)
+        add_duplicates(directory, [album.rows[:2]], name)
+    read: list[str] = []
+    original = groups.batches
+    monkeypatch.setattr(groups, "batches", lambda fs, paths, *rest: read.extend(paths) or original(fs, paths, *rest))
+    write_report(str(directory))
+    assert [path.rpartition("/out/")[2].rpartition("/")[0] for path in read] == [
+        f"{kind}/{name}" for kind in ("clusters", "duplicates") for name in "abc"
+    ]
+
+
+def test_report_groups_by_size_keep_their_rows(tmp_path: Path) -> None:
+    album = Album(tmp_path, count=12, failed={})
+    directory = album.write()
+    add_duplicates(directory, [[0, 1], [2, 3, 4], [5, 6], [7, 8, 9, 10]])
+    (grouping,) = load_duplicates(open_run(str(directory), {}))
+    assert grouping.ids.tolist() == [3, 1, 0, 2]
+    assert [grouping.rows[grouping.members(index)].tolist() for index in range(4)] == [
+        [8, 7, 9, 10], [3, 2, 4], [1, 0], [6, 5],
+    ]  # fmt: skip
+    assert grouping.keep.tolist() == [True, False, False, False, True, False, False, True, False, True, False]
+
+
+def test_report_answers_are_kept_within_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "_KEPT_BYTES", 2 * 400 * 2)  # two answers of 400 rows in two bytes each
+    run = open_run(str(big_run(tmp_path, 400, 4)), {})
+    kept = catalogue.Catalogue(run, scan_images(run))
+    for text in ("memory", "photo", "jpg", "label"):
+        assert kept.rows(catalogue.Filter(text=text)).tolist() == list(range(400))
+    assert [filter_.text for filter_ in kept._answers] == ["jpg", "label"]
+    monkeypatch.setattr(catalogue, "_KEPT_BYTES", 1)
+    kept.rows(catalogue.Filter(order="best"))
+    assert list(kept._answers) == [catalogue.Filter(order="best")]
