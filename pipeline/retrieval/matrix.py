@@ -10,6 +10,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -30,6 +31,7 @@ from schemas.run import RunRecord
 
 CHUNK_BYTES = 64 * 1024 * 1024
 _READ_ROWS = 8192
+_ABANDONED_S = 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -202,11 +204,15 @@ def _build(
                 start = stop
 
         starts = np.cumsum([0, *(part.rows for part in parts)]).tolist()
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        try:
             futures = [pool.submit(fill, start, part) for start, part in zip(starts, parts, strict=False)]
             for future, done in zip(futures, starts[1:], strict=True):
                 future.result()
                 progress(f"reading {name}", done, total)
+        finally:
+            # Whoever interrupts this waits neither for parts that are still to come nor for those under way.
+            pool.shutdown(wait=False, cancel_futures=True)
         with _explained(folder, size):
             vectors.flush()
             np.save(temporary / "rows.npy", rows)
@@ -266,6 +272,18 @@ def _remove_older(base: Path, name: str, key: str) -> None:
     for folder in base.glob(f"{name}-*"):
         if folder.name != key:
             shutil.rmtree(folder, ignore_errors=True)
+    # What a command that was killed left behind. One at work writes; no lock, for it may be on another machine.
+    for folder in base.glob(f".{name}-*"):
+        if time.time() - _last_write(folder) > _ABANDONED_S:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _last_write(folder: Path) -> float:
+    """Seconds since 1970; now where the folder has just been renamed or removed."""
+    try:
+        return max(path.stat().st_mtime for path in [folder, *folder.iterdir()])
+    except OSError:
+        return time.time()
 
 
 def map_matrix(folder: Path, name: str, replaced: Ints) -> Matrix:

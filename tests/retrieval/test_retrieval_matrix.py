@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,3 +98,38 @@ def test_no_folder_that_can_be_written_is_explained(run: Path, cache: Path) -> N
     cache.write_text("a file where the folder should be")
     with pytest.raises(OutputError, match=r"cannot keep the vectors in .*/cache/.*XDG_CACHE_HOME"):
         FeatureStore.open(str(run)).matrix("cls")
+
+
+def test_an_interrupt_waits_for_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path, RunContent({"cls": np.ones((40, 4), np.float32)}, parts=40))
+    asked: list[str] = []
+    over = threading.Event()
+
+    def slow(fs: Any, part: Any, *rest: Any) -> Any:
+        asked.append(part.name)
+        if len(asked) > 1:
+            over.wait(3)
+        return stream_part(fs, part, *rest)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "stream_part", slow)
+    store = FeatureStore.open(str(run))
+    store.progress = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        store.matrix("cls")
+    over.set()
+    assert len(asked) < 40
+    assert not list((run / "index" / "_matrix").iterdir())
+
+
+def test_what_a_killed_command_left_is_removed_after_a_day(run: Path) -> None:
+    base = run / "index" / "_matrix"
+    for name, age_s in ((".cls-0123-left", 25 * 3600), (".cls-0123-busy", 3600)):
+        (base / name).mkdir(parents=True)
+        for path in (base / name / "vectors.npy", base / name):
+            path.touch()
+            os.utime(path, (0, time.time() - age_s))
+    FeatureStore.open(str(run)).matrix("cls")
+    assert [path.name for path in base.glob(".cls-*")] == [".cls-0123-busy"]
