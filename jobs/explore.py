@@ -7,7 +7,7 @@ import typer
 
 from jobs.directory import Directory, Options, emit, parse_options
 from jobs.retrieve_embed import model_of
-from schemas.errors import ImageError
+from schemas.errors import ImageError, Interrupted
 
 if TYPE_CHECKING:
     from pipeline.predictors.torch_predictor import TorchPredictor
@@ -26,16 +26,21 @@ def explore(
 ) -> int:
     """Serve a local page: browse pictures, clusters and duplicates, search by picture. Ctrl-C ends it."""
     from pipeline.report.explore_server import ExploreServer
+    from pipeline.signals import stoppable
 
-    exploration = _open(directory, features, parse_options(storage_options))
-    try:
-        with ExploreServer(exploration, host, port, token) as server:
-            emit(f"{server.url}{'?token=…' if token else ''}  (Ctrl-C ends it)")
-            server.serve_forever(poll_interval=0.2)
-    except KeyboardInterrupt:
-        emit("ended", to_stderr=True)
-    finally:
-        exploration.close()
+    with stoppable() as stop:
+        try:
+            exploration = _open(directory, features, parse_options(storage_options))
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted", stop.number) from None
+        stop.at_once = False
+        try:
+            with ExploreServer(exploration, host, port, token) as server:
+                emit(f"{server.url}{'?token=…' if token else ''}  (Ctrl-C ends it)")
+                server.serve_until(lambda: bool(stop.number))
+        finally:
+            exploration.close()
+    emit("ended", to_stderr=True)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM as an exception, so that a job that is told to go writes what it holds before it does."""
+"""Being told to go: a job writes what it holds before it does, a server simply ends."""
 
 import contextlib
 import signal
@@ -27,3 +27,38 @@ def interruptible() -> Iterator[None]:
 
 def _raise(number: int, frame: Any) -> None:
     raise Interrupted("told to stop", number)
+
+
+class Stop:
+    """Whether SIGINT or SIGTERM has come: `number` is that of the signal, 0 until then.
+
+    While `at_once`, it also raises KeyboardInterrupt in the main thread. That alone would not do: an exception that
+    comes in the midst of a destructor is lost.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.at_once = True
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self.number = number
+        if self.at_once:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[Stop]:
+    """Heed SIGINT and SIGTERM, also where the process was started with SIGINT ignored or is the first of a container.
+
+    There Python installs no handler, and the system none of its own. Does nothing in another thread than the main one.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

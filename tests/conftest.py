@@ -5,6 +5,7 @@ Nothing heavy is imported here: a fast test pays for no torch, ray or moto.
 
 import contextlib
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -49,10 +50,14 @@ def _clean_environment(home: Path) -> dict[str, str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """No credentials, endpoints or proxies of the user in this process, and an empty home.
+    """No credentials, endpoints or proxies of the user in this process, an empty home, and SIGINT heeded.
 
     Before any test is imported: huggingface_hub and gcsfs read their variables when they are imported.
     """
+    # Where pytest itself was started with SIGINT ignored, as `pytest … &` in a script, children would inherit that, and
+    # tests that interrupt them would wait in vain.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     home = tempfile.TemporaryDirectory(prefix="patchstream-home-")
     before = dict(os.environ)
     _replace_environment(_clean_environment(Path(home.name)))

@@ -8,7 +8,7 @@ import hmac
 import logging
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from email.message import Message
 from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +23,7 @@ from schemas.errors import OutputError, SpecError
 
 MAX_UPLOAD_BYTES = 32 * 1024 * 1024
 _REQUEST_TIMEOUT_S = 30.0
+_POLL_S = 0.2
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self'; style-src 'self'; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'none'",
@@ -67,6 +68,12 @@ class ExploreServer(ThreadingHTTPServer):
             super().__init__((host, port), _Handler)
         except OSError as error:
             raise OutputError(f"cannot listen on {host} port {port}: {error}; give another --port") from error
+
+    def serve_until(self, told_to_stop: Callable[[], bool]) -> None:
+        """Answer requests until `told_to_stop`, which is asked after each and several times a second."""
+        self.timeout = _POLL_S
+        while not told_to_stop():
+            self.handle_request()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that goes away in the middle is nothing to report; anything else is."""

@@ -3,9 +3,10 @@
 import dataclasses
 import http.client
 import json
+import os
 import re
 import signal
-import sys
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,23 +16,20 @@ import pytest
 import typer
 from report.album import Album
 from report.explore_client import Client, serving
+from support.commands import PATCHSTREAM
 from support.processes import Process, running
 from support.runs import run_record
 from support.testdata import needs_testdata, photos, trained_vit
 from typer.testing import CliRunner
 
+from jobs import explore
 from jobs.explore import COMMANDS as EXPLORE
 from jobs.report import COMMANDS as REPORT
-from schemas.errors import CheckpointError, ImageError, OutputError, SpecError
+from schemas.errors import CheckpointError, ImageError, Interrupted, OutputError, SpecError
 from schemas.run import ModelRecord
 
-_START = """
-import sys, typer
-from jobs.explore import explore
-app = typer.Typer()
-app.command()(explore)
-app(sys.argv[1:])
-"""
+# As `explore … &` in a script, or under nohup: Python then installs no handler of its own.
+_IGNORING = ("sh", "-c", "trap '' INT; exec \"$@\"", "sh")
 
 
 def run(*arguments: str) -> str:
@@ -58,9 +56,10 @@ def test_report_command_on_no_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_report_explore_command_serves_until_interrupted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_report_explore_command_serves_until_interrupted(tmp_path: Path, number: int) -> None:
     directory = Album(tmp_path, count=8, failed={}).write()
-    arguments = [sys.executable, "-c", _START, str(directory), "--port", "0"]
+    arguments = [*_IGNORING, *PATCHSTREAM, "explore", str(directory), "--port", "0"]
     with running(arguments, name="explore", log_dir=tmp_path, ready=_has_started, timeout_s=60) as process:
         address = urlsplit(_address(process))
         connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=30)
@@ -69,9 +68,29 @@ def test_report_explore_command_serves_until_interrupted(tmp_path: Path) -> None
         assert "More like this" in page
         assert "Cosine of cls, exact search." in page
         connection.close()
-        process.popen.send_signal(signal.SIGINT)
+        process.popen.send_signal(number)
         assert process.popen.wait(15) == 0
         assert "ended" in process.log()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_report_explore_command_is_interrupted_while_it_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    def load(*_: Any) -> None:
+        assert callable(signal.getsignal(number))
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    monkeypatch.setattr(explore, "_open", load)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(Interrupted) as stopped:
+            run("explore", str(tmp_path), "--port", "0")
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.exit_code == code
 
 
 def test_report_explore_command_refuses_open_doors(tmp_path: Path) -> None:

@@ -242,6 +242,15 @@ def test_what_does_not_start_says_why(tmp_path: Path) -> None:
     assert not any(process.name == "broken" for process in RUNNING)
 
 
+def test_children_heed_an_interrupt_also_where_the_tests_run_in_the_background() -> None:
+    script = (
+        "import signal, types, conftest; conftest.pytest_configure(types.SimpleNamespace(add_cleanup=lambda _: None))\n"
+        "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    )
+    command = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", sys.executable, "-W", "ignore", "-c", script]
+    assert subprocess.check_output(command, text=True, env={**os.environ, "PYTHONPATH": str(TESTS)}) == "True\n"
+
+
 def test_servers_end_when_the_tests_are_killed(tmp_path: Path, folder: Path) -> None:
     script = (
         "import os, time, sys; from pathlib import Path; from support.http_server import http_server\n"
