@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from schemas.errors import PatchstreamError
+from schemas.redaction import redact
 
 _MODULES = (
     "jobs.embed",
@@ -69,10 +70,21 @@ def run_command(arguments: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        again = "; another command may have replaced it meanwhile" if isinstance(error, FileNotFoundError) else ""
+        message = f"{type(error).__name__}: {redact(str(error))}{again}. --verbose shows where it happened"
+        return _fail(error, message, 2, verbose)
+    except Exception as error:  # noqa: BLE001  what nobody foresaw, without what must not be printed
+        _show_traceback(error)
+        return 1
+
+
+def _show_traceback(error: BaseException) -> None:
+    sys.stderr.write(redact("".join(traceback.format_exception(error))))
 
 
 def _fail(error: BaseException | None, message: str, code: int, verbose: bool) -> int:
     if verbose and error is not None:
-        traceback.print_exception(error)
+        _show_traceback(error)
     sys.stderr.write(f"error: {message}\n" if code == 2 else f"{message}\n")
     return code

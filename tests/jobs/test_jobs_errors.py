@@ -144,3 +144,29 @@ def test_another_projects_packages_are_noticed(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "finds the package `pipeline` at" in done.stderr
+
+
+def test_a_file_that_goes_while_a_command_reads_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def overtaken(*arguments: object, **options: object) -> None:
+        (tmp_path / "images" / "part-0.parquet").read_bytes()
+
+    monkeypatch.setattr("jobs.cli.app", overtaken)
+    shown = refused(capsys, "sql", tmp_path)
+    assert "part-0.parquet" in shown
+    assert "another command may have replaced it meanwhile" in shown
+
+
+def test_what_nobody_foresaw_is_shown_without_secrets(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise RuntimeError("no route to s3://user:hunter2@b/a.jpg?X-Amz-Signature=hunter3")
+
+    monkeypatch.setattr("jobs.cli.app", broken)
+    assert run_command(["embed"]) == 1
+    shown = capsys.readouterr().err
+    assert "RuntimeError: no route to s3://b/a.jpg" in shown
+    assert "Traceback" in shown
+    assert "hunter" not in shown
