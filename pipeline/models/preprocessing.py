@@ -1,9 +1,9 @@
 """How a checkpoint wants its pixels.
 
-From `preprocessor_config.json` of Hugging Face image processors, old and new, or from timm's `pretrained_cfg`. Old
-Hugging Face files say `feature_extractor_type` and give sizes as one number; new ones say `image_processor_type` and
-give {height, width} or {shortest_edge}. What one number means, and what holds where a key is absent, is set by the
-processor's class: the table below.
+From the files of Hugging Face image processors, old and new (`processor_config.json` where that holds one, else
+`preprocessor_config.json`), or from timm's `pretrained_cfg`. Old Hugging Face files say `feature_extractor_type` and
+give sizes as one number; new ones say `image_processor_type` and give {height, width} or {shortest_edge}. What one
+number means, and what holds where a key is absent, is set by the processor's class: the table below.
 """
 
 from collections.abc import Callable, Mapping
@@ -58,8 +58,9 @@ def read_preprocessing(folder: str | Path, *, image_size: int | Size | None = No
     config_path = Path(folder) / "config.json"
     if not path.is_file() and config_path.is_file() and "pretrained_cfg" in read_json(config_path):
         return _read(config_path, partial(_from_timm, image_size=image_size), None)
-    together = path.with_name("processor_config.json")  # what transformers 5 saves for images and texts in one
-    if not path.is_file() and together.is_file() and "image_processor" in read_json(together):
+    # transformers 5 saves this for images and texts in one, leaves an older file beside it, and reads that one last.
+    together = path.with_name("processor_config.json")
+    if together.is_file() and isinstance(read_json(together).get("image_processor"), dict):
         return _read(together, lambda found, where: _from_processor(found["image_processor"], where), image_size)
     if not path.is_file():
         raise CheckpointError(

@@ -151,6 +151,20 @@ def test_a_processor_of_images_and_texts_in_one_file(tmp_path: Path) -> None:
     assert read_preprocessing(tmp_path, image_size=32).output_size == (32, 32)
 
 
+def test_an_older_file_beside_what_was_saved_last_is_not_read(tmp_path: Path) -> None:
+    """transformers 5 leaves it there, and itself takes what is in `processor_config.json`."""
+    transformers.SiglipImageProcessorPil(size={"height": 224, "width": 224}).save_pretrained(tmp_path)
+    fine = transformers.SiglipImageProcessorPil(size={"height": 384, "width": 320}, image_mean=QUARTER)
+    path = tmp_path / "processor_config.json"
+    path.write_text(json.dumps({"image_processor": fine.to_dict(), "processor_class": "SiglipProcessor"}))
+    theirs = transformers.SiglipImageProcessorPil.from_pretrained(tmp_path)
+    ours = read_preprocessing(tmp_path)
+    assert ours.output_size == (theirs.size["height"], theirs.size["width"]) == (384, 320)
+    assert ours.mean == tuple(theirs.image_mean) == QUARTER
+    path.write_text(json.dumps({"processor_class": "SiglipProcessor"}))
+    assert read_preprocessing(tmp_path).output_size == (224, 224)
+
+
 def test_never_assumed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no preprocessor_config.json.*ViTImageProcessor"):
         read_preprocessing(tmp_path)
