@@ -18,7 +18,7 @@ import pyarrow as pa
 from pipeline.images.decode import DecodeSpec, decode_into
 from pipeline.images.fetch import fetch_rows
 from pipeline.images.formats import prepare_process
-from pipeline.models import ModelInfo
+from pipeline.models import ModelInfo, require_classes
 from pipeline.predictors.batches import Wanted
 from pipeline.storage import redact
 from schemas.errors import ImageError, SpecError
@@ -63,13 +63,14 @@ def parse_request(text: str) -> list[str]:
 def answer(info: ModelInfo, items: list[str], settings: Settings) -> list[Answer]:
     """For each item its best labels with scores, best first, or why there are none.
 
-    Raises SpecError for a model without a classifier.
+    Raises SpecError for a model without a classifier, or trained for regression.
     """
     if not info.num_labels:
         raise SpecError(
             f"predict gives labels, but {info.name} ({info.architecture}) has no classifier; "
             "use a fine-tuned checkpoint"
         )
+    require_classes(info)
     answers: list[Answer] = [[] for _ in items]
     pictures, places = [], []
     for place, result in enumerate(_pixels(info, items, settings)):

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 import pyarrow as pa
 
-from pipeline.models import ModelInfo, choose_dtype, inspect_model, with_head, with_labels
+from pipeline.models import ModelInfo, choose_dtype, inspect_model, require_classes, with_head, with_labels
 from pipeline.predictors.batches import Wanted
 from pipeline.predictors.null import NULL_DIM
 from pipeline.record import check_empty, check_same, freezing, new_record, read_record, require_record, write_record
@@ -95,6 +95,8 @@ def ask(spec: JobSpec) -> Question:
             "Leave out --labels, use a fine-tuned checkpoint of the same model, or, if it has a text tower, say the "
             "labels with --zero-shot"
         )
+    if spec.labels:
+        require_classes(info)
     spec = _without_cls(spec, info) if "cls" in spec.features and not info.has_cls else spec
     if "visual_tokens" in spec.features and not info.network.visual_tokens:
         raise SpecError(

@@ -6,7 +6,7 @@ Importing this package imports neither torch nor numpy; `load_model` does when i
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.models.inspect import ModelInfo, inspect_model
+    from pipeline.models.inspect import ModelInfo, inspect_model, require_classes
     from pipeline.models.load import load_model
     from pipeline.models.network import VisionModel
     from pipeline.models.outputs import Outputs
@@ -26,6 +26,7 @@ __all__ = [
     "load_model",
     "load_text",
     "read_preprocessing",
+    "require_classes",
     "with_head",
     "with_labels",
 ]
@@ -41,6 +42,7 @@ _MODULES = {
     "load_model": "load",
     "load_text": "zero_shot",
     "read_preprocessing": "preprocessing",
+    "require_classes": "inspect",
     "with_head": "own_head",
     "with_labels": "zero_shot",
 }

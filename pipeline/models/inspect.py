@@ -14,7 +14,7 @@ from pipeline.models.preprocessing import read_preprocessing
 from pipeline.models.remap import Plan, check, plan
 from pipeline.models.resolve import resolve
 from pipeline.models.weights import Weights, find_weights, read_json, read_shapes
-from schemas.errors import CheckpointError
+from schemas.errors import CheckpointError, SpecError
 from schemas.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -51,8 +51,9 @@ class ModelInfo:
     `name` is what the user gave; `revision` the commit of a hub model. `digest` is the SHA-256 over config and
     weights. `pooled` says which image-level representation `pooled` is, and `pooled_size` its width. `labels` are in
     the order of the logits, empty without a classifier; `label_digest` is the SHA-256 of the file they come from, if it
-    was one of the user's. `plan` says how the tensors map to ours. `zero_shot` is set where the labels are the user's
-    own words, `head` where the classifier is the user's own.
+    was one of the user's. `multi_label`: each score is a sigmoid of its own, as it also is for a single label;
+    `regression`: the head gives quantities, of which there are no scores. `plan` says how the tensors map to ours.
+    `zero_shot` is set where the labels are the user's own words, `head` where the classifier is the user's own.
     """
 
     name: str
@@ -78,6 +79,7 @@ class ModelInfo:
     zero_shot: ZeroShot | None = None
     label_digest: str | None = None
     head: OwnHead | None = None
+    regression: bool = False
 
 
 def inspect_model(
@@ -116,6 +118,7 @@ def inspect_model(
     if label_file and network.num_labels:
         file = read_label_file(label_file, network.num_labels, storage_options)
     _require_whole_patches(preprocessing.output_size, network, place.name)
+    problem = config.get("problem_type")
     return ModelInfo(
         name=place.name,
         revision=place.revision,
@@ -129,7 +132,8 @@ def inspect_model(
         has_cls=network.class_token,
         num_labels=network.num_labels,
         labels=file.names if file else config_labels(config, network.num_labels, place.name),
-        multi_label=config.get("problem_type") == "multi_label_classification",
+        # A softmax over one logit is 1 for every image; transformers takes the sigmoid as well.
+        multi_label=problem == "multi_label_classification" or (network.num_labels == 1 and problem != "regression"),
         pooled=network.pooled,
         preprocessing=preprocessing,
         parameters=parameter_count(tensor_shapes(network)),
@@ -138,7 +142,17 @@ def inspect_model(
         network=network,
         plan=wanted,
         label_digest=file.digest if file else None,
+        regression=problem == "regression",
     )
+
+
+def require_classes(info: ModelInfo) -> None:
+    """Raise SpecError for a head that gives quantities: a softmax or sigmoid of them would mean nothing."""
+    if info.regression:
+        raise SpecError(
+            f"labels are asked for, but {info.name} was trained for regression (problem_type in its config.json): its "
+            "head gives quantities, not scores. Use it for features alone, or a checkpoint trained to classify"
+        )
 
 
 def _described(weights: Weights) -> tuple[Config, Shapes]:

@@ -29,6 +29,7 @@ def with_head(
         num_labels=len(labels),
         labels=labels,
         multi_label=False,
+        regression=False,
         network=replace(info.network, head_input=feature, num_labels=len(labels)),
         head=OwnHead(digest, weight.tobytes(), bias.tobytes()),
     )

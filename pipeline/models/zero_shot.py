@@ -148,6 +148,7 @@ def with_labels(
         num_labels=len(labels),
         labels=labels,
         multi_label=text.tower.a.sigmoid,
+        regression=False,
         network=replace(info.network, head_input="unit_pooled", num_labels=len(labels)),
         zero_shot=zero_shot,
     )

@@ -220,7 +220,7 @@ def check_server(info: ModelInfo, wanted: Wanted, spec: TritonSpec, connect_s: f
 
 
 def probabilities(logits: Floats, *, multi_label: bool) -> Floats:
-    """Softmax over the classes (n, L), or a sigmoid for each where a picture may have several."""
+    """Softmax over the classes (n, L), or a sigmoid for each where a picture may have several or there is only one."""
     if multi_label:
         return np.asarray(1 / (1 + np.exp(-logits.astype(np.float64))), np.float32)
     powers = np.exp(logits - logits.max(axis=1, keepdims=True), dtype=np.float64)

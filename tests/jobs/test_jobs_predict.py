@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.checkpoints import make_checkpoint, preprocessed, reference_outputs
+from support.checkpoints import make_checkpoint, make_timm_checkpoint, preprocessed, reference_outputs
 from support.http_server import HttpServer
 
 from jobs.cli import run_command
 from jobs.demo import draw
-from pipeline.models import inspect_model
+from pipeline.models import inspect_model, with_head
 from pipeline.online import Settings, answer, is_address, parse_request
+from pipeline.opening import ask
 from schemas.errors import SpecError
+from schemas.spec import JobSpec
 
 DEMO = Path(draw.__file__).parent / "model"
 
@@ -85,6 +87,34 @@ def test_scores_are_those_of_the_reference(tmp_path: Path, pictures: list[Path])
         np.testing.assert_allclose(got, expected.values.numpy(), atol=1e-5)
         assert [labels[0]["label"] for labels in answers] == [f"LABEL_{int(i)}" for i in expected.indices[:, 0]]
         assert (abs(got.sum(axis=1) - 1) < 1e-4).all() == (problem is None)
+
+
+def test_a_single_label_is_scored_by_a_sigmoid(tmp_path: Path, pictures: list[Path]) -> None:
+    """As transformers' pipeline does it; a softmax would be 1 for every picture."""
+    folder = make_checkpoint(tmp_path / "vit", "vit-classifier", num_labels=1)
+    _, values = preprocessed(folder, pictures)
+    logits = reference_outputs(folder, values).logits
+    assert logits is not None
+    answers = answer(inspect_model(str(folder)), [coded(path) for path in pictures], Settings())
+    got = np.array([[label["score"] for label in labels] for labels in answers])
+    np.testing.assert_allclose(got, torch.sigmoid(logits).numpy(), atol=1e-5)
+    make_timm_checkpoint(tmp_path / "timm", "vit_tiny_patch16_224", depth=1, num_classes=1)
+    assert inspect_model(str(tmp_path / "timm")).multi_label
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_quantities_are_no_scores(count: int, tmp_path: Path, predict: Predict, pictures: list[Path]) -> None:
+    folder = make_checkpoint(tmp_path / "vit", "vit-classifier", num_labels=count, problem_type="regression")
+    code, _, shown = predict({"input_data": [coded(pictures[0])]}, model=folder)
+    assert code == 2
+    assert "trained for regression" in shown
+    spec = JobSpec(sources=(str(pictures[0]),), out=str(tmp_path / "out"), model=str(folder))
+    assert ask(spec).wanted.labels == 0
+    with pytest.raises(SpecError, match="trained for regression"):
+        ask(spec.model_copy(update={"labels": 1}))
+    # A classifier of one's own in its place has scores all the same.
+    own = with_head(inspect_model(str(folder)), ("a", "b"), np.zeros((2, 96), np.float32), np.zeros(2), "cls", "")
+    assert not own.regression
 
 
 def test_one_bad_image_does_not_lose_the_others(
