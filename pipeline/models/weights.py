@@ -1,14 +1,16 @@
-"""Reading weight files: safetensors (memory-mapped), `.bin`/`.pth` (never unpickled), whole or in shards.
+"""Reading weight files: safetensors (memory-mapped), `.bin`/`.pth`/`.pt` (never unpickled), whole or in shards.
 
 Nothing in a checkpoint is executed. A safetensors header is read by ourselves, so that a truncated file can be named
 with the size it should have; the format is an 8-byte little-endian header length, a JSON header, then the data.
 """
 
+import argparse
 import json
 import os
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pipeline.models.architecture import Shape
 from pipeline.models.npz import read_npz_shapes
@@ -22,8 +24,15 @@ MAX_HEADER_BYTES = 100_000_000
 FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 TORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-TORCH_SUFFIXES = {".bin", ".pth", ".pt"}
-WEIGHT_SUFFIXES = {".safetensors", ".pth", ".pt", ".npz"}
+TORCH_SUFFIXES = (".bin", ".pth", ".pt", ".pth.tar")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".pth.tar", ".npz")
+# Under which keys training scripts keep a state dict; the first that is there counts. The running mean of the weights
+# (EMA) goes before what was trained, as timm has it.
+STATE_DICTS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "teacher")
+# What DataParallel and torch.compile put before every name.
+WRAPPERS = ("module.", "_orig_mod.")
+
+Each = TypeVar("Each")
 
 
 class Weights(NamedTuple):
@@ -42,7 +51,7 @@ class Weights(NamedTuple):
 def find_weights(folder: Path) -> Weights:
     """The weight files of a folder, or of a path that is itself a weight file. safetensors goes before `.bin`.
 
-    Under another name, a `.safetensors`, `.pth` or `.npz` file is taken if it is the only one.
+    Under another name, a file with one of `WEIGHT_SUFFIXES` is taken if it is the only one.
 
     Raises CheckpointError if there are none, or if a shard that the index names is not there.
     """
@@ -53,7 +62,7 @@ def find_weights(folder: Path) -> Weights:
             return Weights(_kind(folder / whole), (folder / whole,))
         if (folder / index).is_file():
             return _sharded(folder / index)
-    loose = [path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES]
+    loose = [path for path in folder.iterdir() if path.name.endswith(WEIGHT_SUFFIXES)]
     if len(loose) == 1:
         return Weights(_kind(loose[0]), (loose[0],))
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing"
@@ -66,11 +75,12 @@ def find_weights(folder: Path) -> Weights:
 def _kind(path: Path) -> str:
     if path.suffix == ".safetensors":
         return "safetensors"
-    if path.suffix in TORCH_SUFFIXES:
+    if path.name.endswith(TORCH_SUFFIXES):
         return "torch"
     if path.suffix == ".npz":
         return "npz"
-    raise CheckpointError(f"{path}: not a weight file that can be read; expected .safetensors, .bin, .pth, .pt or .npz")
+    suffixes = ", ".join((".safetensors", *TORCH_SUFFIXES, ".npz"))
+    raise CheckpointError(f"{path}: not a weight file that can be read; expected one of {suffixes}")
 
 
 def _sharded(index: Path) -> Weights:
@@ -118,7 +128,7 @@ def read_shapes(weights: Weights) -> dict[str, Shape]:
             shapes |= read_npz_shapes(path)
         else:
             shapes |= {name: tuple(tensor.shape) for name, tensor in _load_torch(path).items()}
-    return shapes
+    return _unwrapped(shapes)
 
 
 def read_tensors(weights: Weights) -> dict[str, "Tensor"]:
@@ -132,7 +142,15 @@ def read_tensors(weights: Weights) -> dict[str, "Tensor"]:
             tensors |= load_file(path)
         else:
             tensors |= _load_torch(path)
-    return tensors
+    return _unwrapped(tensors)
+
+
+def _unwrapped(named: Mapping[str, Each]) -> dict[str, Each]:
+    """The same under the names that the model itself gives: without a prefix of `WRAPPERS` that stands before all."""
+    for prefix in (*WRAPPERS, *WRAPPERS):  # one may be around the other, in either order
+        if all(name.startswith(prefix) for name in named):
+            named = {name.removeprefix(prefix): value for name, value in named.items()}
+    return dict(named)
 
 
 def _safetensors_shapes(path: Path) -> dict[str, Shape]:
@@ -170,14 +188,18 @@ def _require_floats(path: Path, others: dict[str, str]) -> None:
 
 
 def _load_torch(path: Path) -> dict[str, "Tensor"]:
-    """A state dict saved by torch, with `weights_only`: anything but tensors and plain containers is refused."""
+    """A state dict saved by torch, with `weights_only`: anything but tensors and plain containers is refused.
+
+    The one class let through is argparse.Namespace, in which timm's train.py keeps its settings; it runs nothing.
+    """
     import pickle
 
     import torch
 
     _refuse_compressed(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: loading it would run code stored in the file (pickle), which is refused. Convert it once where "
@@ -187,11 +209,9 @@ def _load_torch(path: Path) -> dict[str, "Tensor"]:
         raise CheckpointError(
             f"{path}: not a state dict that torch can read, or truncated ({path.stat().st_size} bytes): {error}"
         ) from error
-    for key in ("state_dict", "model", "model_state_dict", "teacher"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict (names and their tensors)")
+    content = next((content[key] for key in STATE_DICTS if isinstance(content.get(key), dict)), content)
     tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
     others = {name: str(value.dtype) for name, value in tensors.items() if not value.is_floating_point()}
     _require_floats(path, others)

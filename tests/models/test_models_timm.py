@@ -1,5 +1,7 @@
 """timm's state dicts against timm: every family, on real photographs, and at another resolution."""
 
+import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from support.checkpoints import (
     worst_error,
 )
 from support.testdata import needs_testdata, photos
+from timm.models import load_state_dict
 
 from pipeline.models import Outputs, inspect_model, load_model
+from pipeline.models.weights import find_weights, read_shapes
 from schemas.errors import CheckpointError
 
 SMALL = {"embed_dim": 96, "depth": 3, "num_heads": 4}
@@ -180,6 +184,45 @@ def test_pth_file(tmp_path: Path) -> None:
     make_timm_checkpoint(tmp_path, "vit_tiny_patch16_224", depth=1, num_classes=3, safetensors=False)
     (tmp_path / "pytorch_model.bin").rename(tmp_path / "checkpoint.pth")
     assert inspect_model(str(tmp_path)).num_labels == 3
+
+
+Dicts = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda last, mean: {"epoch": 3, "state_dict": last, "state_dict_ema": mean},
+        lambda last, mean: {"model": last, "model_ema": mean, "optimizer": {"state": {}}},
+        lambda last, mean: {"model": last, "model_ema": None},
+        lambda last, mean: {"state_dict": last, "args": argparse.Namespace(lr=0.1)},
+        lambda last, mean: {"state_dict": {f"module.{name}": tensor for name, tensor in last.items()}},
+        lambda last, mean: {f"_orig_mod.{name}": tensor for name, tensor in last.items()},
+        lambda last, mean: {f"module._orig_mod.{name}": tensor for name, tensor in last.items()},
+        lambda last, mean: {f"_orig_mod.module.{name}": tensor for name, tensor in last.items()},
+    ],
+)
+def test_what_a_training_script_saved_loads_as_timm_loads_it(content: Dicts, tmp_path: Path) -> None:
+    last = make_timm_checkpoint(tmp_path, "vit_tiny_patch16_224", depth=1, num_classes=3, safetensors=False)
+    mean = make_timm_checkpoint(tmp_path / "mean", "vit_tiny_patch16_224", depth=1, num_classes=3, seed=1)
+    (tmp_path / "pytorch_model.bin").unlink()
+    path = tmp_path / "model_best.pth.tar"
+    torch.save(content(last.state_dict(), mean.state_dict()), path)
+    last.load_state_dict(load_state_dict(str(path)))
+    pixels = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    logits = load_model(inspect_model(str(tmp_path)))(pixels).logits
+    assert logits is not None
+    with torch.no_grad():
+        assert worst_error(logits, last(((pixels / 255 - 0.5) / 0.5).permute(0, 3, 1, 2))) < 1e-4
+
+
+def test_the_state_dict_of_a_file_with_several(tmp_path: Path) -> None:
+    """In the order in which the running mean goes first; DINO's teacher comes behind everything else."""
+    order = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "teacher")
+    for start, taken in enumerate(order):
+        content = {key: {key: torch.zeros(1)} for key in reversed(order[start:])}
+        torch.save({"student": {"student": torch.zeros(1)}, **content}, tmp_path / "checkpoint.pth")
+        assert list(read_shapes(find_weights(tmp_path))) == [taken]
 
 
 @pytest.mark.slow
