@@ -108,16 +108,20 @@ def _checked(names: list[str], count: int, where: str) -> tuple[str, ...]:
 def config_labels(config: Mapping[str, Any], count: int, where: str) -> tuple[str, ...]:
     """Names from a config's `id2label` (Hugging Face) or `label_names` (timm), `LABEL_i` where it has none.
 
-    Converted BEiT checkpoints number their 21,841 classes as the 21,843 of Google. Raises CheckpointError if the
-    names do not belong to the classes.
+    timm writes a list or a map from numbers, beside `pretrained_cfg` or, of a model that it loaded itself, in it.
+    Converted BEiT checkpoints number their 21,841 classes as the 21,843 of Google. Raises CheckpointError if the names
+    do not belong to the classes.
     """
     names = config.get("id2label")
-    if isinstance(config.get("label_names"), list):
-        names = dict(enumerate(config["label_names"]))
+    in_timm = config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names")
+    if isinstance(in_timm, list):
+        names = dict(enumerate(in_timm))
+    elif isinstance(in_timm, dict):  # by number, so that some may be left out
+        names = {str(i): f"LABEL_{i}" for i in range(count)} | in_timm
     if not names or not count:
         return tuple(f"LABEL_{i}" for i in range(count))
     if not isinstance(names, dict) or not all(str(key).isascii() and str(key).isdigit() for key in names):
-        raise CheckpointError(f"{where}: id2label of the config does not map class numbers to names")
+        raise CheckpointError(f"{where}: what the config has as labels does not map class numbers to names")
     by_index = {int(index): str(label) for index, label in names.items()}
     if count == BEIT_21K and max(by_index) == GOOGLE_21K - 1:
         kept = sorted(set(by_index) - set(LEFT_OUT_BY_BEIT))

@@ -113,6 +113,25 @@ def test_a_config_with_gaps_elsewhere_is_refused() -> None:
         config_labels({"id2label": {"a": 0}}, 1, "here")
 
 
+def test_names_in_timm_s_config(tmp_path: Path) -> None:
+    """A list, a map from numbers, and what timm itself writes of a model that it loaded with such names."""
+    import timm
+    from timm.models._hub import save_for_hf
+
+    sizes = {"embed_dim": 96, "depth": 1, "num_heads": 4}
+    model = timm.create_model("vit_base_patch16_224", num_classes=3, **sizes)
+    for name, given in (("list", NAMES), ("map", dict(enumerate(NAMES)))):
+        save_for_hf(model, str(tmp_path / name), model_args=sizes, model_config={"label_names": given})
+        again = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True)
+        save_for_hf(again, str(tmp_path / f"{name} again"), model_args=sizes)
+        for folder in (name, f"{name} again"):
+            assert inspect_model(str(tmp_path / folder)).labels == tuple(NAMES), folder
+    assert config_labels({"label_names": {"0": "a", "2": "c"}}, 3, "here") == ("a", "LABEL_1", "c")
+    for wrong in (["a", "b"], {"3": "d"}):
+        with pytest.raises(CheckpointError, match="but the classifier has 3"):
+            config_labels({"label_names": wrong}, 3, "here")
+
+
 def test_a_checkpoint_takes_names_from_the_file(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "vit", "vit-classifier")
     plain = inspect_model(str(folder))
