@@ -203,7 +203,8 @@ def _load_torch(path: Path) -> dict[str, "Tensor"]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: loading it would run code stored in the file (pickle), which is refused. Convert it once where "
-            "you trust it: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
+            "you trust it: model.save_pretrained('folder') with transformers, with timm "
+            "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise CheckpointError(

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import save_file
 from support.checkpoints import (
     KINDS,
     OTHER_KINDS,
@@ -67,6 +69,26 @@ def test_matches_transformers(kind: str, tmp_path: Path) -> None:
     assert worst_error(full.flatten(0, 1), expected.tokens.flatten(0, 1)) < FLOAT32_ERROR
 
 
+# A family each; BEiT with a table for each block and with one for all, DINOv2 with SwiGLU too.
+FROM_MEMORY = (
+    *("vit", "vit-classifier", "beit", "beit-classifier", "beit-mim", "deit-distilled", "mae"),
+    *("dinov2-classifier", "dinov2-registers", "data2vec-classifier", "clip", "siglip"),
+)
+
+
+@pytest.mark.parametrize("kind", FROM_MEMORY)
+def test_names_that_transformers_has_in_memory(kind: str, tmp_path: Path) -> None:
+    """A state dict does not hold the names that `save_pretrained` writes, which are those of older versions."""
+    folder = make_checkpoint(tmp_path / kind, kind)
+    pixels, values = preprocessed(folder, photos(2))
+    expected = reference_outputs(folder, values)
+    model = getattr(transformers, (KINDS | OTHER_KINDS)[kind].saved).from_pretrained(folder)
+    saved = set(saved_tensors(folder))
+    save_file(model.state_dict(), folder / "model.safetensors")
+    assert (set(saved_tensors(folder)) == saved) == kind.startswith(("data2vec", "clip", "siglip"))
+    compare(load_model(inspect_model(str(folder)))(pixels), expected, torch.float32)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vit-classifier", "beit-mim", "beit-classifier"])
 def test_matches_transformers_at_base_size(kind: str, tmp_path: Path) -> None:
@@ -123,8 +145,6 @@ def resized(folder: Path, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Te
 
 
 def test_trained_final_norm_of_beit_is_applied_when_asked(tmp_path: Path) -> None:
-    import transformers
-
     folder = make_checkpoint(tmp_path / "beit", "beit-mim")
     pixels, values = preprocessed(folder, photos(2))
     reference = transformers.BeitForMaskedImageModeling.from_pretrained(folder).eval()
@@ -180,8 +200,6 @@ def test_a_size_that_is_no_multiple_of_a_patch(tmp_path: Path) -> None:
 
 
 def test_a_classifier_of_siglip_reads_the_mean_of_the_patches(tmp_path: Path) -> None:
-    import transformers
-
     folder = make_checkpoint(tmp_path / "siglip", "siglip")
     tower = transformers.SiglipVisionConfig.from_pretrained(folder).to_dict()
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}

@@ -9,10 +9,12 @@ from pipeline.models.architecture import Architecture, Pooled, PoolNorm
 from pipeline.models.formats.format import Config, Format, Shapes, Spelling
 from pipeline.models.formats.hugging_face import (
     DEFAULTS,
+    IN_MEMORY,
     SPELLING,
     by_model_type,
     classes,
     common,
+    from_memory,
     has,
     prefixed,
     saved_as,
@@ -39,6 +41,14 @@ BODY: Spelling = {
         "encoder.layer.{i}.attention.attention.relative_position_bias.relative_position_bias_table"
     ),
     "pool_norm": "pooler.layernorm",
+}
+BODY_IN_MEMORY: Spelling = {
+    **BODY,
+    **IN_MEMORY,
+    "blocks.{i}.scale1": "layers.{i}.lambda_1",
+    "blocks.{i}.scale2": "layers.{i}.lambda_2",
+    "relative_table": "shared_position_bias.relative_position_bias_table",
+    "blocks.{i}.relative_table": "layers.{i}.relative_position_bias.relative_position_bias_table",
 }
 
 
@@ -83,7 +93,8 @@ def architecture(config: Config, shapes: Shapes) -> Architecture:
 
 def spell(a: Architecture, shapes: Shapes) -> Spelling:
     """The trained norm of a pre-training checkpoint is the top-level `layernorm`, beside the body `beit.`."""
-    spelling = prefixed(BODY, "beit.", shapes) | {"head": "classifier"}
+    body = BODY_IN_MEMORY if from_memory(shapes) else BODY
+    spelling = prefixed(body, "beit.", shapes) | {"head": "classifier"}
     spelling |= {"token_norm": "layernorm", "token_head": "lm_head"}
     if a.pooled == "mean_patch_tokens":
         spelling["norm"] = "layernorm"

@@ -2,7 +2,7 @@
 
 from pipeline.models.architecture import Architecture, HeadInput
 from pipeline.models.formats.format import Config, Format, Shapes, Spelling
-from pipeline.models.formats.hugging_face import DEFAULTS, SPELLING, by_model_type, classes, common, has, prefixed
+from pipeline.models.formats.hugging_face import DEFAULTS, by_model_type, classes, common, has, prefixed, spelling
 
 
 def architecture(config: Config, shapes: Shapes) -> Architecture:
@@ -27,7 +27,7 @@ def architecture(config: Config, shapes: Shapes) -> Architecture:
 def spell(a: Architecture, shapes: Shapes) -> Spelling:
     """Two heads are called `cls_classifier` and `distillation_classifier`."""
     head = "cls_classifier" if a.head_input == "cls_and_distillation" else "classifier"
-    return prefixed(SPELLING, "deit.", shapes) | {"head": head, "distillation_head": "distillation_classifier"}
+    return prefixed(spelling(shapes), "deit.", shapes) | {"head": head, "distillation_head": "distillation_classifier"}
 
 
 FORMAT = Format(

@@ -2,7 +2,16 @@
 
 from pipeline.models.architecture import Architecture
 from pipeline.models.formats.format import Config, Format, Shapes, Spelling
-from pipeline.models.formats.hugging_face import DEFAULTS, SPELLING, by_model_type, classes, common, prefixed
+from pipeline.models.formats.hugging_face import (
+    ATTENTION_IN_MEMORY,
+    DEFAULTS,
+    SPELLING,
+    by_model_type,
+    classes,
+    common,
+    from_memory,
+    prefixed,
+)
 
 BODY: Spelling = {
     **SPELLING,
@@ -17,6 +26,15 @@ BODY: Spelling = {
 SWIGLU: Spelling = {
     "blocks.{i}.fc1": "encoder.layer.{i}.mlp.weights_in",
     "blocks.{i}.fc2": "encoder.layer.{i}.mlp.weights_out",
+}
+BODY_IN_MEMORY: Spelling = {
+    **BODY,
+    "blocks.{i}.qkv": tuple(f"encoder.layer.{{i}}.{name}" for name in ATTENTION_IN_MEMORY),
+    "blocks.{i}.out": "encoder.layer.{i}.attention.o_proj",
+}
+SWIGLU_IN_MEMORY: Spelling = {
+    "blocks.{i}.fc1": ("encoder.layer.{i}.mlp.gate_proj", "encoder.layer.{i}.mlp.up_proj"),
+    "blocks.{i}.fc2": "encoder.layer.{i}.mlp.down_proj",
 }
 
 
@@ -43,7 +61,8 @@ def architecture(config: Config, shapes: Shapes) -> Architecture:
 
 def spell(a: Architecture, shapes: Shapes) -> Spelling:
     """The prefix is the name of the family."""
-    body = {**BODY, **SWIGLU} if a.swiglu else BODY
+    body, swiglu = (BODY_IN_MEMORY, SWIGLU_IN_MEMORY) if from_memory(shapes) else (BODY, SWIGLU)
+    body = {**body, **swiglu} if a.swiglu else body
     prefix = "dinov2_with_registers." if a.registers else "dinov2."
     return prefixed(body, prefix, shapes) | {"head": "classifier"}
 

@@ -2,7 +2,7 @@
 
 from pipeline.models.architecture import Architecture
 from pipeline.models.formats.format import Config, Format, Shapes, Spelling
-from pipeline.models.formats.hugging_face import DEFAULTS, SPELLING, by_model_type, common, prefixed
+from pipeline.models.formats.hugging_face import DEFAULTS, by_model_type, common, prefixed, spelling
 
 
 def architecture(config: Config, shapes: Shapes) -> Architecture:
@@ -13,7 +13,7 @@ def architecture(config: Config, shapes: Shapes) -> Architecture:
 
 def spell(a: Architecture, shapes: Shapes) -> Spelling:
     """Saved for pre-training, the encoder carries the prefix `vit.`."""
-    return prefixed(SPELLING, "vit.", shapes)
+    return prefixed(spelling(shapes), "vit.", shapes)
 
 
 FORMAT = Format(

@@ -2,7 +2,7 @@
 
 from pipeline.models.architecture import Architecture
 from pipeline.models.formats.format import Config, Format, Shapes, Spelling
-from pipeline.models.formats.hugging_face import DEFAULTS, SPELLING, by_model_type, classes, common, has, prefixed
+from pipeline.models.formats.hugging_face import DEFAULTS, by_model_type, classes, common, has, prefixed, spelling
 from schemas.errors import CheckpointError
 
 
@@ -26,7 +26,7 @@ def architecture(config: Config, shapes: Shapes) -> Architecture:
 
 def spell(a: Architecture, shapes: Shapes) -> Spelling:
     """Everything but the classifier carries the prefix `vit.` when saved from a model with a head."""
-    return prefixed(SPELLING, "vit.", shapes) | {"head": "classifier"}
+    return prefixed(spelling(shapes), "vit.", shapes) | {"head": "classifier"}
 
 
 FORMAT = Format(

@@ -39,6 +39,29 @@ SPELLING: Spelling = {
     "pooler": "pooler.dense",
 }
 
+# What transformers 5 calls these modules in memory, and so in a state dict; `save_pretrained` goes back to the names
+# above unless told `save_original_format=False`.
+ATTENTION_IN_MEMORY = tuple(f"attention.{name}_proj" for name in "qkv")
+IN_MEMORY: Spelling = {
+    **SPELLING,
+    "blocks.{i}.norm1": "layers.{i}.layernorm_before",
+    "blocks.{i}.qkv": tuple(f"layers.{{i}}.{name}" for name in ATTENTION_IN_MEMORY),
+    "blocks.{i}.out": "layers.{i}.attention.o_proj",
+    "blocks.{i}.norm2": "layers.{i}.layernorm_after",
+    "blocks.{i}.fc1": "layers.{i}.mlp.fc1",
+    "blocks.{i}.fc2": "layers.{i}.mlp.fc2",
+}
+
+
+def from_memory(shapes: Shapes) -> bool:
+    """Whether tensors go by the names of transformers 5 in memory."""
+    return any(f".{ATTENTION_IN_MEMORY[0]}." in name for name in shapes)
+
+
+def spelling(shapes: Shapes) -> Spelling:
+    """The one of the two by which these tensors go."""
+    return IN_MEMORY if from_memory(shapes) else SPELLING
+
 
 def prefixed(spelling: Spelling, prefix: str, shapes: Shapes) -> dict[str, str | tuple[str | None, ...]]:
     """`spelling` with `prefix` before each name, if the checkpoint was saved from a model that has one."""
