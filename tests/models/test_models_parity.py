@@ -199,18 +199,23 @@ def test_a_size_that_is_no_multiple_of_a_patch(tmp_path: Path) -> None:
         inspect_model(str(folder), image_size=100)
 
 
-def test_a_classifier_of_siglip_reads_the_mean_of_the_patches(tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path / "siglip", "siglip")
-    tower = transformers.SiglipVisionConfig.from_pretrained(folder).to_dict()
+@pytest.mark.parametrize("family", ["Siglip", "CLIP"])
+def test_a_classifier_of_an_image_tower_reads_the_mean_of_the_patches(family: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / family, family.lower())
+    tower = getattr(transformers, f"{family}VisionConfig").from_pretrained(folder).to_dict()
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = transformers.SiglipConfig(text_config={**small, "vocab_size": 9}, vision_config=tower, num_labels=37)
-    reference = transformers.SiglipForImageClassification(config).eval()
+    texts = {**small, "vocab_size": 9, "bos_token_id": 0, "eos_token_id": 1}
+    config = getattr(transformers, f"{family}Config")(text_config=texts, vision_config=tower, num_labels=37)
+    reference = getattr(transformers, f"{family}ForImageClassification")(config).eval()
     spread_out(reference, 0)
     reference.save_pretrained(folder)
-    assert "vision_model.head.probe" in saved_tensors(folder), "which nothing reads"
+    unread = {"Siglip": "vision_model.head.probe", "CLIP": "vision_model.post_layernorm.weight"}
+    assert unread[family] in saved_tensors(folder), "which nothing reads"
     pixels, values = preprocessed(folder, photos(2))
     with torch.no_grad():
         theirs = reference(values)
-    ours = load_model(inspect_model(str(folder)))(pixels)
+    info = inspect_model(str(folder))
+    assert (info.pooled, info.num_labels) == ("mean_patch_tokens", 37)
+    ours = load_model(info)(pixels)
     assert ours.logits is not None
     assert worst_error(ours.logits, theirs.logits) < FLOAT32_ERROR

@@ -46,8 +46,10 @@ def vision(config: Config, defaults: Mapping[str, Any]) -> dict[str, Any]:
 def clip(config: Config, shapes: Shapes) -> Architecture:
     """`pooled` is the embedding shared with text where the projection is there, else the normalised CLS token.
 
-    As in transformers the last hidden state, and so `cls`, is not normalised.
+    As in transformers the last hidden state, and so `cls`, is not normalised. A classifier instead reads the mean of
+    its patch tokens, not normalised either.
     """
+    labels = shapes.get("classifier.weight", (0,))[0]
     projection = shapes.get("visual_projection.weight", (0,))[0]
     return Architecture(
         network="vit",
@@ -55,10 +57,12 @@ def clip(config: Config, shapes: Shapes) -> Architecture:
         patch_bias=False,
         pre_norm=True,
         final_norm=False,
-        pooled="projected_cls" if projection else "layernormed_cls",
-        pool_norm="trained",
-        projection_width=projection,
+        pooled="mean_patch_tokens" if labels else "projected_cls" if projection else "layernormed_cls",
+        pool_norm="none" if labels else "trained",
+        projection_width=0 if labels else projection,
         projection_bias=False,
+        head_input="pooled" if labels else "none",
+        num_labels=labels,
     )
 
 
@@ -92,7 +96,8 @@ CLIP = Format(
     recognise=by_model_type("clip", "clip_vision_model"),
     architecture=clip,
     spell=spell,
-    ignored=IGNORED,
+    # A classifier's checkpoint holds the norm of CLS all the same, which nothing reads.
+    ignored=(*IGNORED, r"(vision_model\.)?post_layernorm\..*"),
 )
 SIGLIP = Format(
     family="siglip",
