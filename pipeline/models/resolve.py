@@ -1,8 +1,8 @@
 """From what the user calls a model to a folder on this machine.
 
-    a folder                    used where it lies
+    a folder, file:///folder    used where it lies
     s3://bucket/models/vit      downloaded once into the cache, under a name that changes when the files do;
-    https://host/B_16.npz       so is a single file, with the vocabulary of that name beside it
+    https://host/B_16.npz       so is a single weight file, with its config, or the vocabulary of that name, beside it
     google/vit-base-patch16-224 through huggingface_hub, in its own cache; HF_HUB_OFFLINE is honoured
 
 The cache of object-store checkpoints is `$PATCHSTREAM_CACHE`, by default `~/.cache/patchstream`.
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from fsspec import AbstractFileSystem
 
-from pipeline.models.weights import SAFETENSORS, TORCH, WEIGHT_SUFFIXES
+from pipeline.models.weights import SAFETENSORS, TORCH, WEIGHT_SUFFIXES, is_weight_file
 from pipeline.storage import exists, filesystem, redact, scheme
 from schemas.errors import CheckpointError
 
@@ -49,12 +49,13 @@ def resolve(model: str, revision: str | None, storage_options: Mapping[str, Any]
     Raises CheckpointError for a folder that is not there, a prefix without files, an unknown hub model, or a hub
     that cannot be reached.
     """
-    path = Path(model).expanduser()
+    on_disk = "://" in model and scheme(model) == "file"
+    path = Path(filesystem(model, {})[1] if on_disk else model).expanduser()
     if path.exists():
         return Place(model, path.absolute())
-    if "://" in model and scheme(model) != "file":
+    if "://" in model and not on_disk:
         return Place(redact(model), _download(model, storage_options))
-    if "://" in model or model.startswith(("/", ".", "~")) or not HUB_NAME.fullmatch(model):
+    if on_disk or model.startswith(("/", ".", "~")) or not HUB_NAME.fullmatch(model):
         raise CheckpointError(f"{model}: no such folder; a model is a folder, an object-store prefix or a hub name")
     return _from_hub(model, revision)
 
@@ -68,7 +69,7 @@ def _download(url: str, storage_options: Mapping[str, Any]) -> Path:
     """Copy the files under `url` into the cache, once for all processes of this machine."""
     fs, prefix = filesystem(url, storage_options)
     try:
-        files = _one_file(fs, prefix) if prefix.endswith(tuple(WEIGHT_SUFFIXES)) else _in_folder(fs, prefix)
+        files = _one_file(fs, prefix) if prefix.endswith(WEIGHT_SUFFIXES) else _in_folder(fs, prefix)
     except Exception as error:
         # fsspec's HTTP says "not found" of everything, and why only in the cause, an aiohttp error with a status.
         cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
@@ -118,8 +119,7 @@ def _one_file(fs: AbstractFileSystem, path: str) -> dict[str, Any]:
 
 
 def _wanted(name: str) -> bool:
-    suffixes = (".json", ".safetensors", ".bin", ".pth", ".npz", ".model")
-    return (name.endswith(suffixes) or name in TEXT_FILES) and not name.startswith("training_args")
+    return is_weight_file(name) or name.endswith((".json", ".model")) or name in TEXT_FILES
 
 
 def _named(error: BaseException) -> str:

@@ -25,7 +25,9 @@ FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 TORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 TORCH_SUFFIXES = (".bin", ".pth", ".pt", ".pth.tar")
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".pth.tar", ".npz")
+WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".npz")
+# What transformers' Trainer keeps beside a checkpoint to go on from it.
+TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 # Under which keys training scripts keep a state dict; the first that is there counts. The running mean of the weights
 # (EMA) goes before what was trained, as timm has it.
 STATE_DICTS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "teacher")
@@ -51,7 +53,7 @@ class Weights(NamedTuple):
 def find_weights(folder: Path) -> Weights:
     """The weight files of a folder, or of a path that is itself a weight file. safetensors goes before `.bin`.
 
-    Under another name, a file with one of `WEIGHT_SUFFIXES` is taken if it is the only one.
+    Under another name, a weight file is taken if it is the only one (`.bin` says too little for that).
 
     Raises CheckpointError if there are none, or if a shard that the index names is not there.
     """
@@ -62,7 +64,7 @@ def find_weights(folder: Path) -> Weights:
             return Weights(_kind(folder / whole), (folder / whole,))
         if (folder / index).is_file():
             return _sharded(folder / index)
-    loose = [path for path in folder.iterdir() if path.name.endswith(WEIGHT_SUFFIXES)]
+    loose = [path for path in folder.iterdir() if is_weight_file(path.name) and path.suffix != ".bin"]
     if len(loose) == 1:
         return Weights(_kind(loose[0]), (loose[0],))
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing"
@@ -72,6 +74,11 @@ def find_weights(folder: Path) -> Weights:
     )
 
 
+def is_weight_file(name: str) -> bool:
+    """Whether a file of this name may hold the weights of a model."""
+    return name.endswith(WEIGHT_SUFFIXES) and not name.startswith(TRAINING_STATE)
+
+
 def _kind(path: Path) -> str:
     if path.suffix == ".safetensors":
         return "safetensors"
@@ -79,8 +86,7 @@ def _kind(path: Path) -> str:
         return "torch"
     if path.suffix == ".npz":
         return "npz"
-    suffixes = ", ".join((".safetensors", *TORCH_SUFFIXES, ".npz"))
-    raise CheckpointError(f"{path}: not a weight file that can be read; expected one of {suffixes}")
+    raise CheckpointError(f"{path}: not a weight file that can be read; expected one of {', '.join(WEIGHT_SUFFIXES)}")
 
 
 def _sharded(index: Path) -> Weights:

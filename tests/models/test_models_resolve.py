@@ -136,3 +136,24 @@ def test_a_weight_file_on_disk_with_its_config_beside_it(tmp_path: Path) -> None
     assert inspect_model(str(folder / "other.safetensors")).digest != whole.digest
     (name,) = export_triton(file, str(tmp_path / "repository"), Serving(), onnx=False)
     assert inspect_model(str(tmp_path / "repository" / name / "1/checkpoint")).digest == whole.digest
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.pth.tar", "other.safetensors"])
+def test_what_loads_from_disk_loads_from_a_store(name: str, tmp_path: Path, s3_server: S3Server, cache: Path) -> None:
+    """As a folder and as a single file. What a Trainer keeps beside the weights is not taken for them, nor fetched."""
+    folder = make_checkpoint(tmp_path / "vit", "vit", image_size=32, hidden_size=32, num_attention_heads=2)
+    if name.endswith(".safetensors"):
+        (folder / "model.safetensors").rename(folder / name)
+    else:
+        torch.save(load_file(folder / "model.safetensors"), folder / name)
+        (folder / "model.safetensors").unlink()
+    for left in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+        torch.save({"x": torch.zeros(1)}, folder / left)
+    url, options = s3_server.upload(folder, s3_server.make_bucket(), "vit"), s3_server.storage_options
+    digest = inspect_model(str(folder)).digest
+    for model in (folder.as_uri(), f"{folder.as_uri()}/{name}", url, f"{url}/{name}"):
+        info = inspect_model(model, storage_options=options)
+        assert info.digest == digest, model
+        load_model(info)
+    fetched = {path.name for path in (cache / "models").glob("*/*")}
+    assert fetched == {"config.json", "preprocessor_config.json", name}
