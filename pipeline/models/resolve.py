@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 
 from fsspec import AbstractFileSystem
 
-from pipeline.models.weights import SAFETENSORS, TORCH, WEIGHT_SUFFIXES, is_weight_file
+from pipeline.models.weights import ADAPTER_CONFIG, SAFETENSORS, TORCH, WEIGHT_SUFFIXES, is_weight_file
 from pipeline.storage import exists, filesystem, redact, scheme
 from schemas.errors import CheckpointError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-SMALL_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
+# The last of them says of an adapter which model it belongs to.
+SMALL_FILES = ("config.json", "preprocessor_config.json", "processor_config.json", ADAPTER_CONFIG)
 # What says that a file has changed: of S3, GCS, disks and HTTP.
 _VERSION_KEYS = (
     *("size", "ETag", "etag", "mtime", "LastModified", "updated"),

@@ -28,6 +28,9 @@ TORCH_SUFFIXES = (".bin", ".pth", ".pt", ".pth.tar")
 WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".npz")
 # What transformers' Trainer keeps beside a checkpoint to go on from it.
 TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+# What PEFT saves in place of a model.
+ADAPTER = "adapter_model"
+ADAPTER_CONFIG = "adapter_config.json"
 # Under which keys training scripts keep a state dict; the first that is there counts. The running mean of the weights
 # (EMA) goes before what was trained, as timm has it.
 STATE_DICTS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "teacher")
@@ -55,9 +58,11 @@ def find_weights(folder: Path) -> Weights:
 
     Under another name, a weight file is taken if it is the only one (`.bin` says too little for that).
 
-    Raises CheckpointError if there are none, or if a shard that the index names is not there.
+    Raises CheckpointError if there are none, or only an adapter's, or if a shard that the index names is not there.
     """
     if folder.is_file():
+        if folder.name.startswith(ADAPTER):
+            _refuse_adapter(folder.parent)
         return Weights(_kind(folder), (folder,))
     for whole, index in (SAFETENSORS, TORCH):
         if (folder / whole).is_file():
@@ -67,6 +72,7 @@ def find_weights(folder: Path) -> Weights:
     loose = [path for path in folder.iterdir() if is_weight_file(path.name) and path.suffix != ".bin"]
     if len(loose) == 1:
         return Weights(_kind(loose[0]), (loose[0],))
+    _refuse_adapter(folder)
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing"
     raise CheckpointError(
         f"{folder}: no weights; expected model.safetensors (or shards with model.safetensors.index.json) or "
@@ -76,7 +82,17 @@ def find_weights(folder: Path) -> Weights:
 
 def is_weight_file(name: str) -> bool:
     """Whether a file of this name may hold the weights of a model."""
-    return name.endswith(WEIGHT_SUFFIXES) and not name.startswith(TRAINING_STATE)
+    return name.endswith(WEIGHT_SUFFIXES) and not name.startswith((*TRAINING_STATE, ADAPTER))
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Raise CheckpointError where PEFT saved an adapter (LoRA and its kin): matrices to be added to another model."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "a model that it does not name"
+        raise CheckpointError(
+            f"{folder}: an adapter for {base}, not a model. Merge the two once where peft is installed: "
+            "PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained('folder')"
+        )
 
 
 def _kind(path: Path) -> str:

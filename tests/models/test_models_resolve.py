@@ -18,6 +18,7 @@ from support.http_server import HttpServer
 from support.s3 import S3Server
 
 from pipeline.models import inspect_model, load_model, load_text
+from pipeline.models.resolve import SMALL_FILES
 from pipeline.predictors.triton_repository import Serving, export_triton
 from schemas.errors import CheckpointError
 
@@ -157,3 +158,25 @@ def test_what_loads_from_disk_loads_from_a_store(name: str, tmp_path: Path, s3_s
         load_model(info)
     fetched = {path.name for path in (cache / "models").glob("*/*")}
     assert fetched == {"config.json", "preprocessor_config.json", name}
+
+
+def test_an_adapter_is_no_model(tmp_path: Path, s3_server: S3Server, cache: Path) -> None:
+    """As PEFT saves a LoRA: without the model that it was trained on, and without its config."""
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    save_file({"base_model.model.vit.x.lora_A.weight": torch.zeros(4, 32)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "google/vit-base", "peft_type": "LORA"}')
+    url = s3_server.upload(folder, s3_server.make_bucket(), "lora")
+    for place in (str(folder), url):
+        for model in (place, f"{place}/adapter_model.safetensors"):
+            with pytest.raises(
+                CheckpointError, match=r"an adapter for google/vit-base, not a model\..*merge_and_unload"
+            ):
+                inspect_model(model, storage_options=s3_server.storage_options)
+    assert "adapter_config.json" in SMALL_FILES, "what is fetched of a hub name"
+    # Beside the weights of the whole model it is in nobody's way.
+    whole = make_checkpoint(tmp_path / "vit", "vit", image_size=32, hidden_size=32, num_attention_heads=2)
+    (whole / "model.safetensors").rename(whole / "merged.safetensors")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (folder / name).rename(whole / name)
+    assert inspect_model(str(whole)).family == "vit"
