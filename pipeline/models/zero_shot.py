@@ -135,6 +135,11 @@ def with_labels(
     """
     labels, templates = check_labels(labels), check_templates(templates or DEFAULT_TEMPLATES)
     text = load_text(info, vocabulary)
+    if len(labels) == 1 and not text.tower.a.sigmoid:
+        raise SpecError(
+            f"--zero-shot: {labels[0]!r} alone would have the score 1 in every picture, because scores of "
+            f"{info.name} add up to 1 over the labels; add what it is to be told from, such as 'something else'"
+        )
     parts = (labels, templates, file_digest(text.tokenizer.where))
     zero_shot = ZeroShot(
         templates=templates,

@@ -102,6 +102,16 @@ def test_texts_match_numpy(pair: tuple[Path, lit.Arrays, Any]) -> None:
     assert np.abs(vectors[0] - vectors[1]).max() > 0.01
 
 
+def test_a_single_label_needs_another_to_be_told_from(tmp_path: Path) -> None:
+    arrays = lit.random_pair("bert")
+    lit.write_words(tmp_path / "vocab.txt")
+    np.savez(tmp_path / "model.npz", **arrays)
+    with pytest.raises(SpecError, match=r"'a dog' alone would have the score 1 in every picture.*'something else'"):
+        with_labels(inspect_model(str(tmp_path)), ["a dog"])
+    np.savez(tmp_path / "model.npz", **arrays, **{"params/b": np.array([-1.5], np.float32)})
+    assert with_labels(inspect_model(str(tmp_path)), ["a dog"]).multi_label, "a sigmoid says how likely it is"
+
+
 @pytest.mark.parametrize("prefix", ["params/", "opt/target/", ""])
 def test_other_prefixes(prefix: str, tmp_path: Path) -> None:
     arrays = lit.random_pair("bert")
