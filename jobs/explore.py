@@ -20,7 +20,9 @@ def explore(
     directory: Directory,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8765,
     host: Annotated[str, typer.Option(help="Address to listen on; other than loopback needs --token.")] = "127.0.0.1",
-    token: Annotated[str | None, typer.Option(help="What a browser must know to be let in.")] = None,
+    token: Annotated[
+        str | None, typer.Option(envvar="PATCHSTREAM_TOKEN", help="What a browser must know to be let in.")
+    ] = None,
     features: Annotated[str | None, typer.Option(help="cls or pooled; default: the first the run has.")] = None,
     storage_options: Options = None,
 ) -> int:

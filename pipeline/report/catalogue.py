@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.report.run import RunDirectory, batches
-from pipeline.report.scan import ImageScan
+from pipeline.report.scan import ImageScan, newest
 
 # Row numbers in the smallest unsigned type that holds every one of them.
 Rows = NDArray[np.unsignedinteger[Any]]
@@ -83,11 +83,15 @@ class Catalogue:
         return rows[np.argsort(-scores if order == "best" else scores, kind="stable")]
 
 
-def failures_between(run: RunDirectory, start: int, stop: int) -> tuple[list[dict[str, object]], int]:
-    """Failures number `start` to `stop` in the order of the parts, and how many there are."""
+def failures_between(
+    run: RunDirectory, superseded: NDArray[np.int64], start: int, stop: int
+) -> tuple[list[dict[str, object]], int]:
+    """Failures number `start` to `stop` in the order of the parts, and how many there are; none of `superseded`."""
     found: list[pa.RecordBatch] = []
     position = 0
-    for batch in batches(run.fs, run.parts("failures"), ["row", "uri", "stage", "error", "message", "retryable"]):
+    columns = ["row", "uri", "stage", "error", "message", "retryable"]
+    for whole in batches(run.fs, run.parts("failures"), columns):
+        batch = newest(whole, superseded)
         low, high = max(start - position, 0), min(stop - position, len(batch))
         if low < high:
             found.append(batch.slice(low, high - low))

@@ -72,7 +72,7 @@ def scan_images(run: RunDirectory) -> ImageScan:
     scan = ImageScan(np.full(size, ABSENT, np.int32), np.full(size, np.nan, np.float32), _superseded(run))
     code_of: dict[str, int] = {}
     for found in batches(run.fs, run.parts("images"), ["row", "labels", "width", "height", "format"]):
-        batch = _newest(found, scan.superseded)
+        batch = newest(found, scan.superseded)
         rows = batch.column("row").to_numpy()
         if not len(rows):
             continue
@@ -96,7 +96,7 @@ def _superseded(run: RunDirectory) -> NDArray[np.int64]:
     return np.unique(np.concatenate(found))
 
 
-def _newest(batch: pa.RecordBatch, superseded: NDArray[np.int64]) -> pa.RecordBatch:
+def newest(batch: pa.RecordBatch, superseded: NDArray[np.int64]) -> pa.RecordBatch:
     """`batch` without the rows of older versions."""
     if not len(superseded):
         return batch
@@ -154,7 +154,7 @@ def scan_failures(run: RunDirectory, superseded: NDArray[np.int64]) -> list[Caus
     causes: dict[tuple[str, str], Cause] = {}
     columns = ["row", "uri", "stage", "error", "message", "retryable"]
     for found in batches(run.fs, run.parts("failures"), columns):
-        batch = _newest(found, superseded)
+        batch = newest(found, superseded)
         groups = pa.table(batch).group_by(["stage", "error"]).aggregate([("row", "count"), ("retryable", "sum")])
         for group in groups.to_pylist():
             key = (group["stage"] or "", group["error"] or "")

@@ -194,6 +194,14 @@ def test_report_explore_shows_no_replaced_rows(tmp_path: Path) -> None:
         assert Client(server).request("/picture?row=0")[0] == 404
 
 
+def test_report_explore_shows_no_failures_of_replaced_rows(tmp_path: Path) -> None:
+    run = Album(tmp_path, count=12, failed={1: "Truncated", 5: "NotFound"}).write(replaces={10: 0, 11: 1})
+    with serving(open_exploration(open_run(str(run), {}), None)) as server:
+        page = Client(server).page("/failures")
+        assert "NotFound" in page.text
+        assert "Truncated" not in page.text
+
+
 def test_report_explore_shows_the_users_columns(tmp_path: Path) -> None:
     run = Album(tmp_path, count=4, failed={}).write(user={"shop": ["<i>a</i>", "b", None, "d"]})
     with serving(open_exploration(open_run(str(run), {}), None)) as server:
