@@ -82,28 +82,35 @@ def compact(
 
 
 def retry(
+    context: typer.Context,
     directory: Directory,
     everything: Annotated[
         bool, typer.Option("--all", help="Also failures that are not retryable (403, 404 …).")
     ] = False,
-    gpus_per_actor: Annotated[float | None, typer.Option(help="As for embed.")] = None,
+    gpus_per_actor: Annotated[float | None, typer.Option(help="In place of the run's; 0 for CPUs.")] = None,
     actors: Annotated[str | None, typer.Option(help="As for embed.")] = None,
     address: Annotated[str | None, typer.Option(help="As for embed.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="In place of the run's, as for embed.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="In place of the run's, as for embed.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(help="In place of the run's, as for embed.")] = None,
+    backend: Annotated[str | None, typer.Option(help="In place of the run's: torch or triton.")] = None,
+    triton_url: Annotated[str | None, typer.Option(help="In place of the run's, as for embed.")] = None,
+    triton_model: Annotated[str | None, typer.Option(help="In place of the run's, as for embed.")] = None,
+    triton_header: Annotated[list[str] | None, typer.Option(help="As for embed; headers are stored nowhere.")] = None,
     force: Force = False,
     storage_options: Options = None,
     json_output: AsJson = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show tracebacks and Ray's own output.")] = False,
 ) -> int:
-    """Run the failed rows of a directory again: those worth it, or all."""
+    """Run the failed rows of a directory again, within the limits and where the run did: those worth it, or all."""
     from jobs.embed import nested_values
     from jobs.run import run_job
     from pipeline.maintenance import reopen_failures
 
     options = parse_options(storage_options)
-    placement = nested_values({"actors": actors})
-    if gpus_per_actor is not None:
-        placement["gpus_per_actor"] = gpus_per_actor
-    reopened, values = reopen_failures(directory, everything, options, placement, force=force)
+    given = {"gpus_per_actor": gpus_per_actor, "backend": backend}
+    changes = {key: value for key, value in given.items() if value is not None} | nested_values(context.params)
+    reopened, values = reopen_failures(directory, everything, options, changes, force=force)
     emit(f"{reopened:,} failed rows are pending again", to_stderr=True)
     return run_job(values, address=address, report=True, json_output=json_output, verbose=verbose)
 

@@ -72,16 +72,16 @@ def reopen_failures(
     out: str,
     everything: bool,
     storage_options: Options,
-    placement: Mapping[str, Any] = _NONE,
+    changes: Mapping[str, Any] = _NONE,
     *,
     force: bool = False,
 ) -> tuple[int, dict[str, Any]]:
     """Make failed rows pending again (the retryable ones, or all), by taking them out of `failures/`.
 
-    `placement`: values of the spec that say where the rows run. Returns how many rows, and the values of the spec that
-    runs them. Should that run be cut short, they simply stay pending. Raises OutputError when no row qualifies or while
-    a run is writing there (as `compact`), and, with nothing taken out, whatever would keep such a run from beginning:
-    SpecError, CheckpointError or OutputError.
+    `changes`: values of the spec that differ from those of the run: how hard it is tried, and where. Returns how many
+    rows, and the values of the spec that runs them. Should that run be cut short, they simply stay pending. Raises
+    OutputError when no row qualifies or while a run is writing there (as `compact`), and, with nothing taken out,
+    whatever would keep such a run from beginning: SpecError, CheckpointError, OutputError or ClusterError.
     """
     record = require_record(out, storage_options)
     ledger = read_ledger(out, storage_options)
@@ -96,7 +96,7 @@ def reopen_failures(
             if count
             else f"{redact(out)} has no failures, there is nothing to retry"
         )
-    values = {**_same_again(record), **placement, "out": out, "storage_options": dict(storage_options)}
+    values = {**_changed(_same_again(record), changes), "out": out, "storage_options": dict(storage_options)}
     open_directory(ask(build_spec(values)))
     if len(again):
         _, attempt = attempts.claim(out, _WHOLE, storage_options, "retry", take_over=force)
@@ -111,6 +111,16 @@ def _same_again(record: RunRecord) -> dict[str, Any]:
     model = {"model": record.model.name, "revision": record.model.revision, "dtype": record.model.dtype}
     backend = {"backend": "null"} if record.model.family == "null" else {}
     return {**record.spec, **model, **backend}
+
+
+def _changed(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`changes` over `values`; one level down, only what they name. Without the back end of a server, no server."""
+    changed = dict(values)
+    for key, value in changes.items():
+        changed[key] = {**(values.get(key) or {}), **value} if isinstance(value, Mapping) else value
+    if changed.get("backend") != "triton" and "triton" not in changes:
+        changed["triton"] = None
+    return changed
 
 
 def _failures(ledger: Ledger) -> list[Part]:

@@ -209,5 +209,6 @@ def _check_gpus(machines: Machines, actors: ActorRange | None, gpus_per_actor: f
         asked = f"--gpus-per-actor {gpus_per_actor:g}" + (f" × --actors {actors.min}" if actors else "")
         raise ClusterError(
             f"{asked} needs {needed:g} GPUs, the cluster has {machines.gpus:g} GPUs and {machines.cpus:g} CPUs. "
-            "Ask for fewer, add GPU nodes, or leave out --gpus-per-actor to run on CPUs"
+            "Ask for fewer, add GPU nodes, or leave out --gpus-per-actor to run on CPUs (`retry` has it from the run: "
+            "--gpus-per-actor 0)"
         )

@@ -80,12 +80,15 @@ def new_record(spec: JobSpec, model: ModelRecord, feature_dims: dict[str, Featur
 
 
 def recorded_spec(spec: JobSpec) -> dict[str, Any]:
-    """The part of a spec that decides the result, and where the files are that go with it; without credentials."""
-    values = spec.model_dump(mode="json", include=set(RECORDED_FIELDS))
+    """The part of a spec that decides the result, where the files are that go with it, and how the run was carried out;
+    without credentials."""
+    values = spec.model_dump(mode="json", include=set(RECORDED_FIELDS), exclude={"triton": {"headers"}})
     for name in PLACE_FIELDS:
         if values[name] is not None:
             values[name] = redact(absolute(os.path.expanduser(values[name])))
     values["sources"] = [redact(source) for source in spec.sources]
+    if spec.triton:
+        values["triton"]["url"] = redact(spec.triton.url)
     return values
 
 

@@ -233,7 +233,9 @@ def parse_image_size(text: str | None) -> int | tuple[int, int] | None:
 PLACE_FIELDS = ("vocabulary", "label_file", "head")
 # What run.json keeps, so that a later command can run the same again. The revision is no result field: a branch and
 # the commit it stands for are one model, and the model's digest tells which.
-RECORDED_FIELDS = (*RESULT_FIELDS, *PLACE_FIELDS, "revision")
+# So it is with how hard it was tried and where: `retry` does as the run did. An older run.json holds none of these.
+EXECUTION_FIELDS = ("fetch", "sink", "backend", "triton", "batch_size", "gpus_per_actor", "max_failure_rate")
+RECORDED_FIELDS = (*RESULT_FIELDS, *PLACE_FIELDS, "revision", *EXECUTION_FIELDS)
 
 
 def build_spec(values: dict[str, Any]) -> JobSpec:

@@ -97,7 +97,7 @@ def test_actors_on_gpus_leave_cores_to_decode_on(node_cpus: tuple[int, ...], gpu
 def test_gpus_that_are_not_there() -> None:
     with pytest.raises(ClusterError, match=r"needs 8 GPUs, the cluster has 4 GPUs and 64 CPUs"):
         placed(GPU_BOX, gpus_per_actor=2.0, actors=ActorRange(min=4, max=4))
-    with pytest.raises(ClusterError, match="leave out --gpus-per-actor"):
+    with pytest.raises(ClusterError, match=r"leave out --gpus-per-actor.*--gpus-per-actor 0"):
         placed(LAPTOP, gpus_per_actor=1.0)
 
 

@@ -115,8 +115,12 @@ def test_a_server_that_never_returns_ends_the_job_with_code_3_and_retry_finishes
     assert len(away) > 10
     assert {r for r, e in zip(failed["retryable"], failed["error"], strict=True) if e == "ServerAway"} == {True}
     assert sorted(rows_in(out) + failed["row"]) == list(range(COPIES * (PICTURES + job.broken)))
-    again = patchstream("retry", out, "--json")
-    # The spec in run.json does not say where rows are predicted: they are finished by the torch back end.
+    early = patchstream("retry", out)
+    assert early.returncode == 2
+    assert "no model" in early.stderr
+    # Nothing was taken out of failures/ for a server that is not there; once it is, it is asked again.
+    with triton_server(job.repository, [job.name], log_dir=log_dir, port=server.port):
+        again = patchstream("retry", out, "--json")
     assert again.returncode == 0, again.stderr
     assert attempt_records(out)[-1]["rows_planned"] >= len(away)
     assert len(rows_in(out)) == COPIES * PICTURES

@@ -1,8 +1,10 @@
 """What `retry` asks for again is what the directory holds; where it cannot be had, the failures stay as they are."""
 
+import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -10,6 +12,7 @@ import pyarrow as pa
 import pytest
 from support.checkpoints import make_checkpoint
 
+from jobs.cli import run_command
 from pipeline.maintenance import reopen_failures, status
 from pipeline.opening import Opened, ask, open_directory
 from pipeline.sinks.parts import write_part
@@ -19,6 +22,7 @@ from schemas.tables import FAILURES_SCHEMA
 
 COMMIT = "3f49326eb077187dfe1c2a2bb15fbd74e6ab91e3"
 NAME = "somebody/vit"
+SERVER = {"url": "grpc://user:hush@host:8001", "model_name": "vit", "headers": {"authorization": "hush"}}
 
 
 @pytest.fixture
@@ -88,3 +92,65 @@ def test_damaged_failures_are_named(tmp_path: Path, hub: Path) -> None:
     for look in (lambda: status(out, {}), lambda: reopen_failures(out, False, {})):
         with pytest.raises(OutputError, match=f"{part} cannot be read"):
             look()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Triton server that serves whatever is asked for, in float16."""
+    monkeypatch.setattr(
+        "pipeline.predictors.triton.check_server", lambda info, wanted, spec: SimpleNamespace(dtype="float16")
+    )
+
+
+@pytest.fixture
+def run_again(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`retry` from the command line up to the run itself; returns the spec of that."""
+    asked: list[Any] = []
+    monkeypatch.setattr("jobs.run.run_job", lambda values, **_: asked.append(build_spec(values)) or 0)
+
+    def retry(*arguments: object) -> Any:
+        assert run_command(["retry", *map(str, arguments)]) == 0
+        return asked[-1]
+
+    return retry
+
+
+def test_limits_and_gpus_are_those_of_the_run(tmp_path: Path, hub: Path, run_again: Any) -> None:
+    fetch = {"max_pixels": 400_000_000, "timeout_s": 7.5, "concurrency": 3}
+    failed_run(tmp_path, fetch=fetch, gpus_per_actor=0.5, batch_size=96, max_failure_rate=0.25, dtype="float16")
+    spec = run_again(tmp_path / "out")
+    assert spec.fetch.model_dump(include=set(fetch)) == fetch
+    assert (spec.gpus_per_actor, spec.batch_size, spec.max_failure_rate) == (0.5, 96, 0.25)
+
+
+def test_limits_and_gpus_can_be_changed(tmp_path: Path, hub: Path, run_again: Any) -> None:
+    failed_run(tmp_path, fetch={"max_bytes": 5, "concurrency": 3}, gpus_per_actor=1, dtype="bfloat16")
+    limits = ("--timeout", 9, "--max-bytes", 6, "--max-pixels", 7)
+    spec = run_again(tmp_path / "out", *limits, "--gpus-per-actor", 0, "--actors", "1:2")
+    assert (spec.fetch.timeout_s, spec.fetch.max_bytes, spec.fetch.max_pixels, spec.fetch.concurrency) == (9, 6, 7, 3)
+    assert (spec.gpus_per_actor, spec.actors.max) == (0, 2)
+
+
+@pytest.mark.usefixtures("server")
+def test_a_server_is_asked_again_and_its_headers_are_kept_nowhere(tmp_path: Path, hub: Path, run_again: Any) -> None:
+    failed_run(tmp_path, backend="triton", triton={**SERVER, "outage_s": 2.0})
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and b"hush" in path.read_bytes()]
+    spec = run_again(tmp_path / "out", "--triton-header", "authorization: again")
+    assert (spec.backend, spec.triton.url, spec.triton.model_name) == ("triton", "grpc://host:8001", "vit")
+    assert (spec.triton.headers, spec.triton.outage_s) == ({"authorization": "again"}, 2.0)
+    moved = run_again(tmp_path / "out", "--all", "--triton-url", "grpc://other:8001")
+    assert (moved.triton.url, moved.triton.model_name) == ("grpc://other:8001", "vit")
+    here = run_again(tmp_path / "out", "--all", "--backend", "torch", "--gpus-per-actor", "1")
+    assert (here.backend, here.triton, here.dtype) == ("torch", None, "float16")
+
+
+def test_a_record_of_an_earlier_version_is_tried_again_as_ever(tmp_path: Path, hub: Path, run_again: Any) -> None:
+    failed_run(tmp_path)
+    place = tmp_path / "out" / "run.json"
+    record = json.loads(place.read_text())
+    for name in ("fetch", "sink", "backend", "triton", "batch_size", "gpus_per_actor", "max_failure_rate"):
+        del record["spec"][name]
+    place.write_text(json.dumps(record))
+    spec = run_again(tmp_path / "out", "--max-pixels", 7)
+    assert (spec.backend, spec.fetch.max_pixels, spec.gpus_per_actor) == ("torch", 7, 0)
+    assert status(str(tmp_path / "out"), {})["pending"] == 1
