@@ -18,7 +18,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
 
-from schemas.errors import OutputError, SourceError, SpecError
+from schemas.errors import OutputError, PatchstreamError, SourceError, SpecError
 from schemas.redaction import redact as redact
 
 Options = Mapping[str, Any]
@@ -62,8 +62,26 @@ def options_for(url: str, storage_options: Options) -> dict[str, Any]:
 def filesystem(url: str, storage_options: Options) -> tuple[AbstractFileSystem, str]:
     """The file system that serves `url`, and the path of `url` on it.
 
+    Raises SourceError where it cannot be opened: a scheme that fsspec does not know, a driver that is not installed, or
+    credentials that a driver asks for at once and does not get.
+    """
+    try:
+        return open_filesystem(url, storage_options)
+    except PatchstreamError:
+        raise
+    except Exception as error:  # noqa: BLE001  each driver has errors of its own
+        detail = redact(" ".join(str(error).split()))
+        # Not chained: what the driver says may hold the token that it tried.
+        raise SourceError(
+            f"{redact(url)}: cannot be opened ({type(error).__name__}: {detail}). Check the credentials (environment, "
+            "profile or --storage-options) and the endpoint"
+        ) from None
+
+
+def open_filesystem(url: str, storage_options: Options) -> tuple[AbstractFileSystem, str]:
+    """As `filesystem`, but for one who judges the driver's own errors: they come as they are.
+
     Listings are never cached: a bucket changes while a job runs. Instances are cached by fsspec for each process.
-    Raises SourceError for a scheme that fsspec does not know or whose driver is not installed.
     """
     options = options_for(url, storage_options)
     if scheme(url) in {"s3", "gs"}:
@@ -74,7 +92,7 @@ def filesystem(url: str, storage_options: Options) -> tuple[AbstractFileSystem, 
             return fs, str(fs._strip_protocol(url))
         fs, path = fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
-        raise SourceError(f"{redact(url)}: no file system for this address ({error})") from error
+        raise SourceError(f"{redact(url)}: no file system for this address ({redact(str(error))})") from None
     return fs, str(path)
 
 

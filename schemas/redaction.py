@@ -4,6 +4,8 @@ import re
 
 # `user:password@` after the scheme; also in the middle of a chained URL or of a message.
 _USER = re.compile(r"(?<=://)[^/?#\s]*@")
+# How libraries tell of a request without its host: `… exceeded with url: /path?…`, `GET /path?… HTTP/1.1`.
+_REQUEST = re.compile(r"(?:\burl:|\b(?:GET|HEAD|POST|PUT|PATCH|DELETE)) /[^\s?]*\?")
 _PARAMETER = re.compile(r"(?<=[?&;#])([^=?&;#\s]+=)[^&;#\s'\"<>]+")
 # Names that sign a request on S3 (v2, v4), Google Cloud Storage (v2, v4), Azure (SAS) and CloudFront, and common ones.
 _SECRET_NAME = re.compile(
@@ -16,9 +18,10 @@ _SECRET_NAME = re.compile(
 def redact(text: str) -> str:
     """`text` without user, password and the values of signed query parameters in the URLs it holds.
 
-    `text` is a URL or a message with URLs in it; what is no URL stays as it is. Safe to print and to store.
+    `text` is a URL or a message with URLs or requests in it; what is neither stays as it is. Safe to print and
+    to store.
     """
-    if "://" not in text:
+    if "://" not in text and not _REQUEST.search(text):
         return text
     return _PARAMETER.sub(_redact_parameter, _USER.sub("", text))
 

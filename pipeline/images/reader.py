@@ -12,7 +12,7 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem, sync
 
 from pipeline.images.verdict import HttpStatusError, TruncatedBodyError, answered, changed, too_many_bytes
-from pipeline.storage import filesystem, is_local, scheme
+from pipeline.storage import is_local, open_filesystem, scheme
 from schemas.errors import ImageError
 
 Need = Callable[[int], None]
@@ -61,7 +61,7 @@ class Reader:
         """The file system of `url` and the path on it."""
         kind = scheme(url)
         if kind not in _READ_BY_SCHEME:
-            return filesystem(url, self._options)
+            return open_filesystem(url, self._options)
         fs = self._file_systems.get(kind)
         if fs is None:
             with self._opening:
@@ -83,7 +83,7 @@ class Reader:
                 return
 
     def _open(self, kind: str, url: str) -> AbstractFileSystem:
-        fs, _ = filesystem("https://" if kind == "http" else url, self._options)
+        fs, _ = open_filesystem("https://" if kind == "http" else url, self._options)
         return _single_try_s3(fs, self._concurrency) if kind == "s3" else fs
 
 

@@ -1,11 +1,15 @@
 """Addresses in `pipeline/storage.py`: whom the options are for, and what may be shown of a signed URL."""
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from support.gcs import GcsServer
 from support.s3 import S3Server
 
+from jobs.cli import run_command
 from pipeline.storage import filesystem, is_local, options_for, redact, scheme
 from schemas.errors import SourceError, SpecError
 
@@ -41,6 +45,11 @@ def test_redact_signed_urls() -> None:
             "GET https://host/a?key=… failed, http://x/?api_key=…",
         ),
         ("https://host/#access_token=x", "https://host/#access_token=…"),
+        (
+            "Pool(host='h'): Max retries exceeded with url: /tokeninfo?access_token=x (Caused by",
+            "Pool(host='h'): Max retries exceeded with url: /tokeninfo?access_token=… (Caused by",
+        ),
+        ('"GET /a?page=2&sig=x HTTP/1.1" 403', '"GET /a?page=2&sig=… HTTP/1.1" 403'),
     ],
 )
 def test_redact_users_and_keys(text: str, expected: str) -> None:
@@ -51,6 +60,7 @@ def test_redact_users_and_keys(text: str, expected: str) -> None:
     "text",
     [
         "/data/a?token=x",
+        "/my url: photos/a?token=x",
         "s3://bucket/a b/é#1.jpg",
         "https://host/a.jpg?design=1&keyword=cat&page=2&empty=&flag",
         "memory://a",
@@ -105,6 +115,28 @@ def test_listings_are_never_cached(s3_server: S3Server, gcs_server: GcsServer) -
 def test_unknown_schemes() -> None:
     with pytest.raises(SourceError, match=r"nope://x/y: no file system for this address"):
         filesystem("nope://x/y", {})
+
+
+class TokenExchange(MemoryFileSystem):
+    """A driver that asks for its credentials when it is opened, and tells what it sent."""
+
+    cachable = False
+
+    def __init__(self, **_: Any) -> None:
+        raise ConnectionError("Max retries exceeded with url: /tokeninfo?access_token=hush (Caused by …)")
+
+
+def test_a_driver_that_fails_when_it_is_opened_tells_no_token(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "gs", TokenExchange)
+    for more in ((), ("--storage-options", '{"gs": {"token": "hush"}}')):
+        assert run_command(["status", "gs://bucket/out", *more]) == 2
+    monkeypatch.setenv("PATCHSTREAM_VERBOSE", "1")
+    assert run_command(["status", "gs://bucket/out"]) == 2
+    shown = capsys.readouterr().err
+    assert "gs://bucket/out: cannot be opened (ConnectionError: Max retries" in shown
+    assert "hush" not in shown
 
 
 def test_which_file_systems_are_local(tmp_path: Path) -> None:
