@@ -121,7 +121,7 @@ def write_page(path: str, page: str) -> None:
     from pipeline.storage import write_error
 
     try:
-        Path(path).write_text(page, encoding="utf-8")
+        Path(path).expanduser().write_text(page, encoding="utf-8")
     except OSError as error:
         raise write_error(path, error) from error
     sys.stderr.write(f"wrote {path}\n")

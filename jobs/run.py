@@ -3,11 +3,14 @@
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.console import Screen, native_messages_aside, plain_summary, print_summary
 from schemas.errors import TooManyFailures
 from schemas.spec import JobSpec, build_spec
+
+if TYPE_CHECKING:
+    from pipeline.flow import Summary
 
 
 def run(spec: JobSpec, *, address: str | None = None) -> Any:
@@ -40,7 +43,7 @@ def run_job(
     connect = partial(ray_session, address, verbose=verbose, bundles=_bundles(spec), wait_s=wait_s)
     with native_messages_aside(verbose), Screen(quiet=json_output) as screen:
         summary = run_flow(spec, connect, screen.show)
-    page = _report(spec, screen) if report else None
+    page = _report(summary.out, spec, screen) if report else None
     maps = None
     try:
         maps = write_maps() if write_maps else None
@@ -49,7 +52,7 @@ def run_job(
             print(json.dumps(plain_summary(summary, page, maps)))  # noqa: T201 - this is the output
         else:
             print_summary(summary, page, maps)
-    _check_rate(spec, summary.rows, summary.failures)
+    _check_rate(summary, spec.max_failure_rate)
     return 0
 
 
@@ -68,24 +71,23 @@ def _bundles(spec: JobSpec) -> list[dict[str, float]]:
     return [{"GPU": spec.gpus_per_actor, "CPU": 1.0} if spec.gpus_per_actor else {"CPU": 1.0}] * least
 
 
-def _report(spec: JobSpec, screen: Screen) -> str | None:
+def _report(out: str, spec: JobSpec, screen: Screen) -> str | None:
     """Write report.html. A picture of the result is not the result: if it fails, the run has still succeeded."""
     from pipeline.report import write_report
 
     try:
-        return write_report(spec.out, storage_options=spec.storage_options)
+        return write_report(out, storage_options=spec.storage_options)
     except Exception as error:  # noqa: BLE001  whatever it is, the summary and the exit code are the run's
         screen.warn(f"report.html was not written: {str(error) or type(error).__name__}")
         return None
 
 
-def _check_rate(spec: JobSpec, rows: int, failures: int) -> None:
+def _check_rate(summary: "Summary", max_failure_rate: float) -> None:
+    rows, failures = summary.rows, summary.failures
     rate = failures / rows if rows else 0.0
-    if rate > spec.max_failure_rate or (rows and failures == rows):
-        allowed = (
-            f"more than --max-failure-rate {spec.max_failure_rate:g}" if failures < rows else "that is all of them"
-        )
+    if rate > max_failure_rate or (rows and failures == rows):
+        allowed = f"more than --max-failure-rate {max_failure_rate:g}" if failures < rows else "that is all of them"
         raise TooManyFailures(
             f"{failures:,} of {rows:,} images failed ({rate:.1%}), {allowed}. "
-            f"See why: duckdb -c \"select stage, error, count(*) from '{spec.out}/failures/*.parquet' group by all\""
+            f"See why: duckdb -c \"select stage, error, count(*) from '{summary.out}/failures/*.parquet' group by all\""
         )

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 import uuid
 from collections.abc import Iterator
@@ -85,7 +84,7 @@ def recorded_spec(spec: JobSpec) -> dict[str, Any]:
     values = spec.model_dump(mode="json", include=set(RECORDED_FIELDS), exclude={"triton": {"headers"}})
     for name in PLACE_FIELDS:
         if values[name] is not None:
-            values[name] = redact(absolute(os.path.expanduser(values[name])))
+            values[name] = redact(absolute(values[name]))
     values["sources"] = [redact(source) for source in spec.sources]
     if spec.triton:
         values["triton"]["url"] = redact(spec.triton.url)

@@ -102,8 +102,9 @@ def is_local(fs: AbstractFileSystem) -> bool:
 
 
 def absolute(url: str) -> str:
-    """`url` in a form that means the same place in every process of this machine: local paths become absolute."""
-    return os.path.abspath(url.removeprefix("file://")) if scheme(url) == "file" else url
+    """`url` in a form that means the same place in every process of this machine: local paths become absolute, read as
+    `filesystem` reads them (`~`, `file:`, `local:`)."""
+    return os.path.abspath(LocalFileSystem._strip_protocol(url)) if scheme(url) == "file" else url
 
 
 def join(base: str, *names: str) -> str:

@@ -25,8 +25,9 @@ def demo(
     from jobs.run import run_job
     from pipeline.report import write_report
 
-    images = Path(out) / "pictures"
-    dataset = str(Path(out) / "dataset")
+    folder = Path(out).expanduser()
+    images = folder / "pictures"
+    dataset = str(folder / "dataset")
     if not images.exists():
         _draw(images, pictures)
     typer.echo("the model is a toy, trained on such pictures only; it knows nothing about photographs")

@@ -1,6 +1,7 @@
 """Addresses in `pipeline/storage.py`: whom the options are for, and what may be shown of a signed URL."""
 
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from support.gcs import GcsServer
 from support.s3 import S3Server
 
 from jobs.cli import run_command
-from pipeline.storage import filesystem, is_local, options_for, redact, scheme
+from pipeline.storage import absolute, filesystem, is_local, options_for, redact, scheme
 from schemas.errors import SourceError, SpecError
+
+SetEnv = Callable[[Mapping[str, str]], None]
 
 
 def test_redact_signed_urls() -> None:
@@ -76,6 +79,22 @@ def test_redact_leaves_the_rest_as_it_is(text: str) -> None:
 def test_schemes_and_their_aliases() -> None:
     urls = ("/a", "file:///a", "s3a://b/k", "gcs://b/k", "https://h/k", "memory://k")
     assert [scheme(url) for url in urls] == ["file", "file", "s3", "gs", "http", "memory"]
+
+
+@pytest.mark.parametrize("given", ["~/{}", "file://~/{}", "file://{home}/{}", "file:{home}/{}", "local://{home}/{}"])
+@pytest.mark.parametrize("name", ["out", "a b%20#?x", "~old/out", "out/"])
+def test_an_absolute_address_is_where_files_go(set_env: SetEnv, tmp_path: Path, given: str, name: str) -> None:
+    set_env({"HOME": str(tmp_path)})
+    url = given.format(name, home=tmp_path)
+    assert absolute(url) == f"{tmp_path}/{name}".rstrip("/")
+    assert filesystem(url, {})[1].rstrip("/") == absolute(url)
+
+
+def test_addresses_that_are_absolute_already(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute("./out/../in") == absolute("in") == f"{tmp_path}/in"
+    for url in ("s3://b/~/k", "memory://k", "zip://a::/b", "https://h/~me/k"):
+        assert absolute(url) == url
 
 
 def test_flat_options_are_for_every_remote_scheme() -> None:
