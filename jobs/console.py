@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
+
+from jobs.directory import show_rows
 
 if TYPE_CHECKING:
     from pipeline.flow import Summary
@@ -32,7 +33,7 @@ class Screen:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(stderr=True, highlight=False, emoji=False)
         self._live = Live(console=self._console, refresh_per_second=5, transient=True)
         self._last = (0.0, "")
 
@@ -139,38 +140,31 @@ def plain_summary(summary: "Summary", report: str | None, attention: str | None 
 
 
 def print_summary(summary: "Summary", report: str | None, attention: str | None = None) -> None:
-    """What was done, how fast, and what to type next."""
-    console = Console(highlight=False, file=sys.stdout)
-    attempt = summary.attempt
-    table = Table.grid(padding=(0, 2))
-    table.add_row("images", f"{summary.images:,} of {summary.rows:,}")
-    table.add_row("failures", f"{summary.failures:,}")
-    if attempt.rows_planned and attempt.wall_s is not None:
-        done = attempt.images + attempt.failures
-        table.add_row(
-            "this attempt", f"{done:,} rows in {duration(attempt.wall_s)}, {attempt.images_per_s or 0:,.1f}/s"
-        )
-        work = attempt.stage_seconds
-        stages = ", ".join(f"{name} {duration(value)}" for name, value in work.model_dump().items())
-        table.add_row("work by stage", stages)
-        if attempt.distance:
-            off = attempt.distance
-            table.add_row(
-                "precision",
-                f"{off.dtype}: cosine to float32 {off.median:.5f} in the median, {off.least:.5f} at least, over "
-                f"{off.images} of these images",
-            )
-    else:
-        table.add_row("this attempt", "nothing was left to do")
-    table.add_row("dataset", f"{summary.out}/images/*.parquet")
-    if report:
-        table.add_row("report", report)
-    if attention:
-        table.add_row("attention maps", attention)
-    console.print(table)
+    """What was done, how fast, and what to type next. Nothing is read as markup and no path is cut."""
+    show_rows(_summary_rows(summary, report, attention))
+    console = Console(highlight=False, emoji=False, file=sys.stdout)
     if summary.failures:
         console.print(f"next: patchstream status {summary.out}", style="bold", markup=False, soft_wrap=True)
     else:
         columns = "columns(c -> c not in ('row', 'cls', 'pooled', 'patches', 'visual_tokens'))"
         query = f"select {columns} from '{summary.out}/images/*.parquet' limit 5"
         console.print(f'next: duckdb -c "{query}"', style="bold", markup=False, soft_wrap=True)
+
+
+def _summary_rows(summary: "Summary", report: str | None, attention: str | None) -> list[tuple[str, str]]:
+    attempt = summary.attempt
+    rows = [("images", f"{summary.images:,} of {summary.rows:,}"), ("failures", f"{summary.failures:,}")]
+    if attempt.rows_planned and attempt.wall_s is not None:
+        done = attempt.images + attempt.failures
+        pace = f"{done:,} rows in {duration(attempt.wall_s)}, {attempt.images_per_s or 0:,.1f}/s"
+        work = attempt.stage_seconds.model_dump().items()
+        rows.append(("this attempt", pace))
+        rows.append(("work by stage", ", ".join(f"{name} {duration(value)}" for name, value in work)))
+        if attempt.distance:
+            off = attempt.distance
+            distance = f"cosine to float32 {off.median:.5f} in the median, {off.least:.5f} at least"
+            rows.append(("precision", f"{off.dtype}: {distance}, over {off.images} of these images"))
+    else:
+        rows.append(("this attempt", "nothing was left to do"))
+    places = (("report", report), ("attention maps", attention))
+    return [*rows, ("dataset", f"{summary.out}/images/*.parquet"), *((name, at) for name, at in places if at)]
