@@ -16,6 +16,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from cluster.check import NEEDED_VARIABLES
 from cluster.token import no_token
 from schemas.errors import ClusterError
+from schemas.redaction import redact
 from schemas.release import VERSION
 
 # Ray kills a job 3 s after it was told to stop. Ours wants to write what it holds, for at most 15 s.
@@ -176,7 +177,7 @@ def _exit_code(found: Any) -> int | None:
 
 
 def _explained(address: str, error: BaseException) -> str:
-    text = str(error).strip()
+    address, text = redact(address), redact(str(error).strip())
     if any(word in text for word in ("401", "403", "Unauthenticated", "Authentication", "authentication token")):
         return no_token(address)
     if "does not exist" in text:

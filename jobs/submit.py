@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from schemas.errors import ClusterError, SpecError
+from schemas.redaction import redact
 
 if TYPE_CHECKING:
     from cluster.submission import Job, Jobs
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = re.compile(r"key|secret|token|password|credential|authorization|connection|sas", re.IGNORECASE)
+_SECRET = re.compile(
+    r"key|secret|token|passw|passphrase|pwd|credential|auth|cookie|headers|connection|sas", re.IGNORECASE
+)
+# Ways to come by credentials that drivers know by name, and no credential themselves.
+_WAYS = ("anon", "google_default", "cloud", "cache", "browser", True, False, None)
 _NOT_HERE = ("submit", "explore")
 
 
@@ -46,7 +51,7 @@ def submit(
     if detach:
         typer.echo(job)
         return 0
-    typer.echo(f"submitted {job} to {address}", err=True)
+    typer.echo(f"submitted {job} to {redact(address)}", err=True)
     return _follow(jobs, job)
 
 
@@ -55,9 +60,10 @@ def _follow(jobs: "Jobs", job: str) -> int:
         over = jobs.follow(job, _show)
     except KeyboardInterrupt:
         if not _wants_to_stop():
+            at = redact(jobs.address)
             typer.echo(
-                f"{job} goes on. Look: patchstream status {job} --address {jobs.address}. "
-                f"Stop: ray job stop {job} --address {jobs.address}",
+                f"{job} goes on. Look: patchstream status {job} --address {at}. "
+                f"Stop: ray job stop {job} --address {at}",
                 err=True,
             )
             return 130
@@ -101,35 +107,35 @@ def _check_command(command: Sequence[str]) -> None:
         near = difflib.get_close_matches(command[0], known, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"it may be one of {', '.join(sorted(known))}"
         raise SpecError(f"submit -- {command[0]}: no such command to run as a job; {hint}")
-    from pipeline.storage import redact
-
     for position, word in enumerate(command):
         option, equals, value = word.partition("=")
         given = value if equals and option.startswith("--") else word
         name = option if given is value else command[position - 1]
-        if redact(given) != given or (name == "--storage-options" and _SECRET.search(_keys(given))):
+        if redact(given) != given or (name == "--storage-options" and _holds_secret(given)):
             raise SpecError(
                 f"the value of {name if name.startswith('--') else 'a source'} holds a credential, which Ray would "
                 "show in the dashboard. Put it into the environment of the cluster's machines (a Secret, an identity) "
                 "and give its name with --env"
             )
-        if name == "--triton-header" and _SECRET.search(given):
+        if option == "--triton-header":
             raise SpecError(
-                "--triton-header holds a credential, which Ray would show in the dashboard. Put it into the file of "
-                "--config, on the cluster: triton.headers"
+                "--triton-header holds a credential, or may, and Ray would show it in the dashboard. Put it into the "
+                "file of --config, on the cluster: triton.headers"
             )
 
 
-def _keys(text: str) -> str:
-    """The keys of a JSON object, at every depth, as one string."""
+def _holds_secret(text: str) -> bool:
+    """Whether a key of a JSON object, at any depth, is one that credentials stand under."""
 
-    def below(node: Any) -> list[str]:
-        return [key for name in node for key in (name, *below(node[name]))] if isinstance(node, dict) else []
+    def below(node: Any) -> bool:
+        if isinstance(node, dict):
+            return any((_SECRET.search(key) and value not in _WAYS) or below(value) for key, value in node.items())
+        return isinstance(node, list) and any(below(item) for item in node)
 
     try:
-        return " ".join(below(json.loads(text)))
+        return below(json.loads(text))
     except json.JSONDecodeError:
-        return text
+        return bool(_SECRET.search(text))
 
 
 def _check_names(names: Sequence[str]) -> None:
@@ -146,7 +152,6 @@ def show_job(job: str, address: str) -> list[tuple[str, str]]:
     from datetime import UTC, datetime
 
     from cluster.submission import Jobs
-    from pipeline.storage import redact
 
     found = Jobs(address).look(job)
     times = [datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds") if at else "" for at in found[-2:]]
