@@ -125,6 +125,17 @@ def parse_options(text: str | None) -> dict[str, Any]:
     return json_object(text) if text else {}
 
 
+def options_given(context: typer.Context, *names: str) -> str:
+    """Those of the options `names` that stand on the command line, as they are typed; empty if none does."""
+    found = []
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if option.name in names and source is not None and source.name != "DEFAULT":
+            switched_off = context.params[option.name] is False and option.secondary_opts
+            found.append((option.secondary_opts if switched_off else option.opts)[0])
+    return ", ".join(found)
+
+
 def show_rows(rows: list[tuple[str, str]]) -> None:
     """A small two-column table on standard output."""
     width = max(len(name) for name, _ in rows)

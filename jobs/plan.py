@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.directory import AsJson, Options, emit, parse_options
+from jobs.directory import AsJson, Options, emit, options_given, parse_options
 from schemas.errors import SpecError
 
 if TYPE_CHECKING:
@@ -18,7 +18,12 @@ _SCALES = {
 }
 
 
+# What --run has measured already.
+_OF_A_SOURCE = ("model", "device", "features", "labels", "feature_dtype", "decode")
+
+
 def plan(
+    context: typer.Context,
     source: Annotated[list[str] | None, typer.Argument(help="As for embed; a sample of it is measured.")] = None,
     model: Annotated[str | None, typer.Option(help="A folder, an object-store prefix or a hub name.")] = None,
     images: Annotated[str, typer.Option(help="How many images, such as 250000, 40e6 or 1e9.")] = "1e6",
@@ -48,8 +53,9 @@ def plan(
     if run is not None:
         from pipeline.sampling import from_run
 
-        if source or model:
-            raise SpecError("--run brings its own measurements: leave out SOURCE and --model")
+        others = [*(["SOURCE"] if source else []), *filter(None, [options_given(context, *_OF_A_SOURCE)])]
+        if others:
+            raise SpecError(f"--run brings its own measurements: leave out {', '.join(others)}")
         sample = from_run(run, options)
         assert sample.device is not None
         chosen = sample.device

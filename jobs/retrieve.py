@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.directory import AsJson, Directory, Options, emit, parse_options, show_rows
+from jobs.directory import AsJson, Directory, Options, emit, options_given, parse_options, show_rows
 from jobs.retrieve_embed import Embedders, check_text, embedder, text_embedder
 from jobs.retrieve_screen import (
     LOCAL_RAY,
@@ -176,7 +176,11 @@ def _write_strip(path: str, directory: str, storage_options: str | None, hits: "
     write_page(path, pictures_page("Search results", [(f"The {len(hits)} nearest", pictures)], shown))
 
 
+_BUILT_WITH = ("kind", "features", "centre", "normalise", "ray")
+
+
 def index(
+    context: typer.Context,
     directory: Directory,
     kind: Annotated[str | None, typer.Option(help="flat, ivf-flat, ivf-pq or hnsw; by size if not said.")] = None,
     name: Name = "main",
@@ -199,12 +203,17 @@ def index(
     from pipeline.retrieval.recall import tune
 
     check_name(name)
-    if update and (kind or ray):
-        raise SpecError("--update keeps an index as it was built; leave out --kind and --ray, or build it anew")
+    if update and (others := options_given(context, *_BUILT_WITH)):
+        raise SpecError(f"--update keeps an index as it was built; leave out {others}, or build it anew")
     summary: dict[str, Any] = {"name": name}
     with opened(directory, storage_options) as store:
         asked_only = evaluate and not update and kind is None and indexes.exists(store, name)
         if asked_only:
+            if others := options_given(context, *_BUILT_WITH):
+                raise SpecError(
+                    f"--evaluate measures the index `{name}` as it was built; leave out {others}, or add --kind to "
+                    "build it anew"
+                )
             built = indexes.load(store, name)
         elif update:
             built, summary["added"] = indexes.update(store, name)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.directory import AsJson, Directory, Options, emit
+from jobs.directory import AsJson, Directory, Options, emit, options_given
 from jobs.retrieve_screen import (
     LOCAL_RAY,
     Features,
@@ -157,6 +157,7 @@ def _memory_bytes() -> int:
 
 
 def duplicates(
+    context: typer.Context,
     directory: Directory,
     threshold: Annotated[float, typer.Option(help="Cosine from which two pictures are near-duplicates.")] = 0.88,
     name: Annotated[str, typer.Option(help="The name under DIR/duplicates/.")] = "main",
@@ -178,6 +179,10 @@ def duplicates(
     check_name(name)
     if html is not None and around is None:
         raise SpecError("--html writes the pairs that --around T shows; give both")
+    if around is not None and (others := options_given(context, "threshold", "exact_only", "name")):
+        raise SpecError(f"--around T shows pairs that lie around T and writes no table; leave out {others}")
+    if exact_only and (others := options_given(context, "threshold", "features")):
+        raise SpecError(f"--exact-only compares files, not vectors; leave out {others}")
     with opened(directory, storage_options) as store:
         if not exact_only:
             warn_left_out(store, features)

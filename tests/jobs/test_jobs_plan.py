@@ -141,6 +141,9 @@ def test_a_run_that_did_nothing_measures_nothing(measured: Path) -> None:
         (["SOURCE", "--model", "MODEL", "--images", "many"], "--images many"),
         (["SOURCE", "--model", "MODEL", "--images", "2e9"], "1,000,000,000"),
         (["SOURCE", "--run", "RUN"], "leave out SOURCE"),
+        (["--run", "RUN", "--device", "l4", "--decode", "fast"], "leave out --device, --decode"),
+        (["--run", "RUN", "--features", "cls", "--labels", "1"], "leave out --features, --labels"),
+        (["--run", "RUN", "--feature-dtype", "float32"], "leave out --feature-dtype"),
     ],
 )
 def test_refused(pictures: Path, checkpoint: Path, arguments: list[str], message: str) -> None:

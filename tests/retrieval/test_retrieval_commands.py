@@ -94,6 +94,9 @@ def test_index_then_search_by_it(run: Run, directory: Path) -> None:
     assert len({hit["row"] for hit in exact} & {hit["row"] for hit in by_index}) >= 9
     again = json.loads(run("index", directory, "--name", "lists", "--evaluate", "--json"))
     assert again["kind"] == "ivf-flat"
+    for option in ("--features=cls", "--centre", "--no-normalise", "--ray=local"):
+        with pytest.raises(SpecError, match=f"as it was built; leave out {option.partition('=')[0]}, or add --kind"):
+            run("index", directory, "--name", "lists", "--evaluate", option)
     with pytest.raises(OutputError, match="no index `absent`"):
         run("search", directory, "--row", 42, "--index", "absent")
     with pytest.raises(SpecError, match="leave out --centre"):
@@ -199,7 +202,11 @@ def test_sql_prints_and_writes(run: Run, directory: Path, tmp_path: Path) -> Non
         (["kmeans", "{d}"], "either -k N or --sweep"),
         (["kmeans", "{d}", "-k", "2", "--ray", "local", "--mini-batch"], "--ray goes over all rows"),
         (["index", "{d}", "--update", "--kind", "flat"], "--update keeps an index as it was built"),
+        (["index", "{d}", "--update", "--features", "cls", "--centre"], "leave out --features, --centre, or build it"),
+        (["index", "{d}", "--update", "--no-normalise"], "leave out --no-normalise, or build it anew"),
         (["duplicates", "{d}", "--html", "{t}/p.html"], "--html writes the pairs that --around"),
+        (["duplicates", "{d}", "--around", "0.9", "--exact-only"], "writes no table; leave out --exact-only"),
+        (["duplicates", "{d}", "--exact-only", "--threshold", "0.9"], "files, not vectors; leave out --threshold"),
         (["kmeans", "{d}", "-k", "500"], "-k 500: there are 400"),
         (["kmeans", "{d}", "-k", "2", "--name", "a/b"], "--name"),
         (["duplicates", "{d}", "--threshold", "2"], "--threshold 2"),
