@@ -21,6 +21,7 @@ _PLACED_ROWS = 1_000_000
 
 
 def benchmark(
+    context: typer.Context,
     source: Annotated[list[str], typer.Argument(help="As for embed; a sample of it is measured.")],
     model: Annotated[str, typer.Option(help="A folder, an object-store prefix or a hub name.")],
     features: Annotated[str, typer.Option(help="As for embed.")] = "cls,pooled",
@@ -28,7 +29,12 @@ def benchmark(
     dtype: Annotated[str, typer.Option(help="As for embed.")] = "auto",
     batch_size: Annotated[str, typer.Option(help="As for embed.")] = "auto",
     decode: Annotated[str, typer.Option(help="exact or fast, as for embed.")] = "exact",
-    image_size: Annotated[int | None, typer.Option(help="As for embed.")] = None,
+    image_size: Annotated[str | None, typer.Option(help="As for embed.")] = None,
+    revision: Annotated[str | None, typer.Option(help="As for embed.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="As for embed.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="As for embed.")] = None,
+    uri_column: Annotated[str | None, typer.Option(help="As for embed.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="As for embed.")] = None,
     actors: Annotated[str | None, typer.Option(help="As for embed.")] = None,
     gpus_per_actor: Annotated[float, typer.Option(help="As for embed.")] = 0.0,
     address: Annotated[str | None, typer.Option(help="As for embed.")] = None,
@@ -42,7 +48,7 @@ def benchmark(
 ) -> int:
     """Measure each stage apart and all together for about a minute; name the bottleneck and what to change."""
     from jobs.console import native_messages_aside
-    from jobs.embed import nested_values
+    from jobs.embed import nested_values, sampled_values
     from schemas.spec import build_spec
 
     values: dict[str, Any] = {
@@ -54,11 +60,10 @@ def benchmark(
         "dtype": dtype,
         "batch_size": int(batch_size) if batch_size.isdigit() else batch_size,
         "decode": decode,
-        "image_size": image_size,
         "gpus_per_actor": gpus_per_actor,
         "storage_options": parse_options(storage_options),
     }
-    spec = build_spec(values | nested_values({"actors": actors}))
+    spec = build_spec(values | sampled_values(context.params) | nested_values({"actors": actors}))
     with native_messages_aside(verbose):
         measured, shape, placement, together = look(spec, seconds, address, scratch, verbose)
     found = result(measured, shape, placement, together)

@@ -152,6 +152,12 @@ def _values(given: dict[str, Any], task: str) -> dict[str, Any]:
     return values
 
 
+def sampled_values(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that say which images, and how the model sees them, for commands that try a sample of a job."""
+    names = ("image_size", "revision", "include", "exclude", "uri_column", "image_column")
+    return {name: given[name] for name in names if given[name]}
+
+
 def nested_values(given: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Options that stand one level down in the spec, over those that `base` already has there."""
     from schemas.spec import ActorRange, Shard

@@ -19,7 +19,10 @@ _SCALES = {
 
 
 # What --run has measured already.
-_OF_A_SOURCE = ("model", "device", "features", "labels", "feature_dtype", "decode")
+_OF_A_SOURCE = (
+    "model", "device", "features", "labels", "feature_dtype", "decode", "image_size", "revision", "include", "exclude",
+    "uri_column", "image_column",
+)  # fmt: skip
 
 
 def plan(
@@ -40,12 +43,19 @@ def plan(
     labels: Annotated[int, typer.Option(min=0, help="As for embed.")] = 0,
     feature_dtype: Annotated[str, typer.Option(help="float32 or float16 in the output.")] = "float32",
     decode: Annotated[str, typer.Option(help="exact or fast, as for embed.")] = "exact",
+    image_size: Annotated[str | None, typer.Option(help="As for embed.")] = None,
+    revision: Annotated[str | None, typer.Option(help="As for embed.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="As for embed.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="As for embed.")] = None,
+    uri_column: Annotated[str | None, typer.Option(help="As for embed.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="As for embed.")] = None,
     storage_options: Options = None,
     as_json: AsJson = False,
 ) -> int:
     """Say how many CPUs a GPU needs, how long a job takes, and how much memory and output, with the arithmetic."""
     import json
 
+    from jobs.embed import sampled_values
     from pipeline.planning import make_plan
 
     options = parse_options(storage_options)
@@ -63,6 +73,7 @@ def plan(
         values = {"features": [name for name in features.split(",") if name not in {"", "none"}], "labels": labels}
         values |= {"feature_dtype": feature_dtype, "decode": decode, "storage_options": options}
         chosen = _device(device)
+        values |= sampled_values(context.params)
         sample = _sample(source, model, values)
     made = make_plan(count, sample.costs, chosen, devices=devices, hours=hours, cpus=cpus)
     if as_json:

@@ -15,6 +15,7 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from jobs.cli import run_command
 from jobs.plan import COMMANDS, parse_count, readable
 from schemas.attempt import AttemptRecord, StageSeconds
 from schemas.errors import OutputError, SourceError, SpecError
@@ -80,6 +81,41 @@ def test_features_and_precision_change_the_output(pictures: Path, checkpoint: Pa
     )
     assert both - one == pytest.approx(1e6 * 96 * 4)
     assert both - half == pytest.approx(1e6 * 2 * 96 * 2)
+
+
+SAMPLED = (
+    "--include",
+    "*/1?.png",
+    "--exclude",
+    "*/10.png",
+    "--uri-column",
+    "u",
+    "--image-column",
+    "i",
+    "--revision",
+    "v1",
+)
+
+
+def test_what_is_sampled_is_chosen_as_for_embed(pictures: Path, checkpoint: Path) -> None:
+    asked = (str(pictures), "--model", str(checkpoint))
+    whole, part = figures(run(*asked, "--json")), run(*asked, "--image-size", "16x24", *SAMPLED, "--json")
+    assert figures(part)["forward pass"] < 0.5 * whole["forward pass"]  # 6 patches for 16
+    assert "9 images listed, 9 of them" in json.loads(part.stdout)["origin"]
+
+
+def test_a_benchmark_samples_as_embed_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[Any] = []
+
+    def look(spec: Any, *_: Any) -> None:
+        looked.append(spec)
+        raise SpecError("enough")
+
+    monkeypatch.setattr("jobs.benchmark.look", look)
+    assert run_command(["benchmark", "x", "--model", "m", "--image-size", "224x320", *SAMPLED]) == 2
+    (spec,) = looked
+    assert (spec.image_size, spec.revision, spec.uri_column, spec.image_column) == ((224, 320), "v1", "u", "i")
+    assert (spec.include, spec.exclude) == (("*/1?.png",), ("*/10.png",))
 
 
 @pytest.fixture
