@@ -138,9 +138,12 @@ def _values(given: dict[str, Any], task: str) -> dict[str, Any]:
     if given["batch_size"] is not None:
         values["batch_size"] = _whole_number(given["batch_size"])
     values |= nested_values(given, values)
+    storage_options = values.get("storage_options") or {}
+    if not isinstance(storage_options, Mapping):
+        raise SpecError("storage_options: expected a table, such as [storage_options.s3] with the keys below it")
     for name, option in (("zero_shot", "--zero-shot"), ("templates", "--templates")):
         if given[name] is not None:
-            values[name] = read_lines(given[name], option, values.get("storage_options", {}))
+            values[name] = read_lines(given[name], option, storage_options)
     missing = [name for name in ("sources", "model", "out") if not values.get(name)]
     if missing and not (missing == ["model"] and values.get("backend") == "null"):
         shown = {"sources": "SOURCE", "model": "--model", "out": "--out"}
@@ -172,13 +175,18 @@ def nested_values(given: Mapping[str, Any], base: Mapping[str, Any] | None = Non
         values["storage_options"] = json_object(given["storage_options"])
     fetch = {key: given.get(option) for key, option in _FETCH_KEYS.items() if given.get(option) is not None}
     if fetch:
-        values["fetch"] = {**base.get("fetch", {}), **fetch}
+        values["fetch"] = _over(base.get("fetch"), fetch)
     triton = {key: given.get(option) for key, option in _TRITON_KEYS.items() if given.get(option) is not None}
     if given.get("triton_header"):
         triton["headers"] = dict(_header(text) for text in given["triton_header"])
     if triton:
-        values["triton"] = {**base.get("triton", {}), **triton}
+        values["triton"] = _over(base.get("triton"), triton)
     return values
+
+
+def _over(table: Any, options: dict[str, Any]) -> Any:
+    """`options` over a table of the config file; what is no table stays, for the spec to refuse."""
+    return table if table is not None and not isinstance(table, Mapping) else {**(table or {}), **options}
 
 
 def read_lines(path: str, option: str, storage_options: Mapping[str, Any]) -> list[str]:

@@ -60,6 +60,8 @@ def plan(
 
     options = parse_options(storage_options)
     count = parse_count(images)
+    if hours is not None and not 0 < hours < float("inf"):
+        raise SpecError(f"--hours {hours:g}: expected a number above 0, such as 8 or 0.5")
     if run is not None:
         from pipeline.sampling import from_run
 

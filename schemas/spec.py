@@ -250,14 +250,20 @@ def build_spec(values: dict[str, Any]) -> JobSpec:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """Values of a `--config` TOML file. Raises SpecError if it is absent or not TOML."""
+    """Values of a `--config` TOML file. Raises SpecError if it cannot be read or is not TOML."""
     try:
-        with Path(path).open("rb") as file:
+        with Path(path).expanduser().open("rb") as file:
             return tomllib.load(file)
     except FileNotFoundError:
         raise SpecError(f"--config {path}: no such file") from None
+    except OSError as error:
+        raise SpecError(f"--config {path}: cannot be read ({error.strerror}); give a TOML file") from None
     except tomllib.TOMLDecodeError as error:
         raise SpecError(f"--config {path} is not TOML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise SpecError(
+            f"--config {path} is not TOML, which is text in UTF-8: {error.reason} at {error.start}"
+        ) from None
 
 
 def _explain(item: Any) -> str:

@@ -13,27 +13,32 @@ from schemas.errors import PatchstreamError
 
 _MODEL = Path(__file__).parent / "model"
 _SEED = 2026
+# Of pictures, each in a cluster of its own in the end.
+_KINDS = 25
 
 
 def demo(
     out: Annotated[str, typer.Option(help="Folder for the pictures and the dataset.")] = "demo-output",
-    pictures: Annotated[int, typer.Option(help="How many pictures to draw.")] = 240,
+    pictures: Annotated[int, typer.Option(min=_KINDS, help="How many pictures to draw.")] = 240,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show tracebacks and Ray's own output.")] = False,
 ) -> int:
     """Draw pictures, break a few, embed, label and cluster them: the whole job in a minute, without a network."""
-    from jobs.demo.draw import CLASSES
     from jobs.run import run_job
     from pipeline.report import write_report
+    from pipeline.storage import write_error
 
     folder = Path(out).expanduser()
     images = folder / "pictures"
     dataset = str(folder / "dataset")
     if not images.exists():
-        _draw(images, pictures)
+        try:
+            _draw(images, pictures)
+        except OSError as error:
+            raise write_error(str(folder), error) from error
     typer.echo("the model is a toy, trained on such pictures only; it knows nothing about photographs")
     values = {"sources": [str(images)], "model": str(_MODEL), "out": dataset, "labels": 3}
     code = run_job(values, address=None, report=False, json_output=False, verbose=verbose)
-    _group(dataset, len(CLASSES))
+    _group(dataset)
     typer.echo(f"look at {write_report(dataset)}\nlook around with: patchstream explore {dataset}")
     return code
 
@@ -50,11 +55,11 @@ def _draw(images: Path, pictures: int) -> None:
     typer.echo(f"drew {drawn} pictures of {len(CLASSES)} kinds and {broken} broken files into {images}")
 
 
-def _group(dataset: str, clusters: int) -> None:
+def _group(dataset: str) -> None:
     """What one would type next, so that the report has clusters and groups to show; their own tables stay away."""
     from jobs.cli import run_command
 
-    for arguments in (["kmeans", dataset, "-k", str(clusters), "--name", "kinds"], ["duplicates", dataset]):
+    for arguments in (["kmeans", dataset, "-k", str(_KINDS), "--name", "kinds"], ["duplicates", dataset]):
         typer.echo(f"patchstream {' '.join(arguments)}")
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as problems:
             code = run_command(arguments)

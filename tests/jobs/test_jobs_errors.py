@@ -70,6 +70,37 @@ def test_an_unknown_key_names_the_nearest(capsys: pytest.CaptureFixture[str], fo
     assert "unknown key `fetch.concurency` in the spec; did you mean `concurrency`?" in shown
 
 
+@pytest.mark.parametrize(
+    ("content", "more", "message"),
+    [
+        (None, (), "cannot be read (Is a directory); give a TOML file"),
+        (b"model = '\xff\xfe'", (), "is not TOML, which is text in UTF-8"),
+        (b"model = ", (), "is not TOML: "),
+        (b"fetch = 4", ("--timeout", "3"), "fetch: "),
+        (b'triton = "hush"', ("--triton-model", "m"), "triton: "),
+        (b'storage_options = "hush"', ("--zero-shot", "labels.txt"), "storage_options: expected a table"),
+        (b"storage_options = 4", (), "storage_options: expected a table"),
+    ],
+)
+def test_config_files(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes | None, more: tuple[str, ...], message: str
+) -> None:
+    config = tmp_path / "job.toml"
+    config.mkdir() if content is None else config.write_bytes(content)
+    shown = refused(capsys, "embed", "x", "--model", MODEL, "--out", tmp_path / "o", "--config", config, *more)
+    assert message in shown
+    assert "hush" not in shown
+
+
+def test_a_demo_where_none_can_be(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert f"cannot write {tmp_path}/file: a file stands" in refused(capsys, "demo", "--out", tmp_path / "file")
+    for count in (0, -4, 24):  # fewer than there are kinds to tell apart
+        assert "--pictures" in refused(capsys, "demo", "--out", tmp_path / "new", "--pictures", count)
+    assert len(draw.CLASSES) == 25
+    assert not (tmp_path / "new").exists()
+
+
 def test_nothing_matches(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
     rest = ("--model", MODEL, "--out", tmp_path / "o")
     assert "no image matches" in refused(capsys, "embed", f"{folder}/*.tiff", *rest)

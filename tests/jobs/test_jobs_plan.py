@@ -176,6 +176,8 @@ def test_a_run_that_did_nothing_measures_nothing(measured: Path) -> None:
         (["SOURCE", "--model", "MODEL", "--device", "abacus"], "--device abacus"),
         (["SOURCE", "--model", "MODEL", "--images", "many"], "--images many"),
         (["SOURCE", "--model", "MODEL", "--images", "2e9"], "1,000,000,000"),
+        (["SOURCE", "--model", "MODEL", "--hours", "nan"], "--hours nan: expected a number above 0"),
+        (["SOURCE", "--model", "MODEL", "--hours", "inf"], "--hours inf: expected a number above 0"),
         (["SOURCE", "--run", "RUN"], "leave out SOURCE"),
         (["--run", "RUN", "--device", "l4", "--decode", "fast"], "leave out --device, --decode"),
         (["--run", "RUN", "--features", "cls", "--labels", "1"], "leave out --features, --labels"),
