@@ -55,7 +55,7 @@ def benchmark(
         "sources": source,
         "model": model,
         "out": "memory://benchmark",
-        "features": [name for name in features.split(",") if name not in {"", "none"}],
+        "features": features,
         "labels": labels,
         "dtype": dtype,
         "batch_size": int(batch_size) if batch_size.isdigit() else batch_size,

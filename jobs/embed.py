@@ -16,7 +16,7 @@ _SOURCE_HELP = (
 
 # Options whose value goes into the spec under the same name.
 _SPEC_KEYS = (
-    "model", "out", "revision", "labels", "label_file", "feature_dtype", "dtype", "decode", "image_size",
+    "model", "out", "revision", "features", "labels", "label_file", "feature_dtype", "dtype", "decode", "image_size",
     "beit_final_norm", "limit", "uri_column", "image_column", "backend", "vocabulary", "head", "gpus_per_actor",
     "max_failure_rate", "update",
 )  # fmt: skip
@@ -131,10 +131,9 @@ def _values(given: dict[str, Any], task: str) -> dict[str, Any]:
         values.setdefault("labels", 5)
     values |= {key: given[key] for key in _SPEC_KEYS if given[key] is not None}
     for key, option in (("sources", "source"), ("include", "include"), ("exclude", "exclude")):
-        if given[option]:
-            values[key] = given[option]
-    if given["features"] is not None:
-        values["features"] = [name for name in given["features"].split(",") if name not in {"", "none"}]
+        value = given[option] or values.get(key)
+        if value:
+            values[key] = [value] if isinstance(value, str) else value
     if given["batch_size"] is not None:
         values["batch_size"] = _whole_number(given["batch_size"])
     values |= nested_values(given, values)
@@ -142,8 +141,9 @@ def _values(given: dict[str, Any], task: str) -> dict[str, Any]:
     if not isinstance(storage_options, Mapping):
         raise SpecError("storage_options: expected a table, such as [storage_options.s3] with the keys below it")
     for name, option in (("zero_shot", "--zero-shot"), ("templates", "--templates")):
-        if given[name] is not None:
-            values[name] = read_lines(given[name], option, storage_options)
+        lines = values.get(name) if given[name] is None else given[name]
+        if isinstance(lines, str):
+            values[name] = read_lines(lines, option, storage_options)
     missing = [name for name in ("sources", "model", "out") if not values.get(name)]
     if missing and not (missing == ["model"] and values.get("backend") == "null"):
         shown = {"sources": "SOURCE", "model": "--model", "out": "--out"}

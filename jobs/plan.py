@@ -72,7 +72,7 @@ def plan(
         assert sample.device is not None
         chosen = sample.device
     else:
-        values = {"features": [name for name in features.split(",") if name not in {"", "none"}], "labels": labels}
+        values = {"features": features, "labels": labels}
         values |= {"feature_dtype": feature_dtype, "decode": decode, "storage_options": options}
         chosen = _device(device)
         values |= sampled_values(context.params)

@@ -3,10 +3,9 @@
 A key that does not exist is an error that names the nearest one that does.
 """
 
-import difflib
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -20,7 +19,7 @@ from pydantic import (
 )
 
 from schemas.errors import SpecError
-from schemas.redaction import redact
+from schemas.explain import explain
 
 FeatureName = Literal["cls", "pooled", "patches", "visual_tokens"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "float8"]
@@ -62,6 +61,17 @@ class ActorRange(Strict):
     min: int = Field(ge=1)
     max: int = Field(ge=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _spelled(cls, value: Any) -> Any:
+        """`4`, `"4"` or `"2:8"`, as the option takes it."""
+        if isinstance(value, str) or type(value) is int:
+            low, _, high = str(value).partition(":")
+            if not low.isdecimal() or not (high or low).isdecimal():
+                raise ValueError("expected N or MIN:MAX with 1 <= MIN <= MAX")
+            return {"min": int(low), "max": int(high or low)}
+        return value
+
     @model_validator(mode="after")
     def _ordered(self) -> "ActorRange":
         if self.max < self.min:
@@ -70,10 +80,9 @@ class ActorRange(Strict):
 
     @classmethod
     def parse(cls, text: str) -> "ActorRange":
-        """`4` or `2:8`."""
-        low, _, high = text.partition(":")
+        """`--actors`: `4` or `2:8`."""
         try:
-            return cls(min=int(low), max=int(high or low))
+            return cls.model_validate(text)
         except ValueError as error:
             raise SpecError(f"--actors {text}: expected N or MIN:MAX with 1 <= MIN <= MAX") from error
 
@@ -84,6 +93,17 @@ class Shard(Strict):
     index: int = Field(ge=0)
     count: int = Field(ge=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _spelled(cls, value: Any) -> Any:
+        """`"0/4"`, as the option takes it."""
+        if isinstance(value, str):
+            index, _, count = value.partition("/")
+            if not index.isdecimal() or not count.isdecimal():
+                raise ValueError("expected I/N with 0 <= I < N, such as 0/4")
+            return {"index": int(index), "count": int(count)}
+        return value
+
     @model_validator(mode="after")
     def _inside(self) -> "Shard":
         if self.index >= self.count:
@@ -92,10 +112,9 @@ class Shard(Strict):
 
     @classmethod
     def parse(cls, text: str) -> "Shard":
-        """`0/4` … `3/4`."""
-        index, _, count = text.partition("/")
+        """`--shard`: `0/4` … `3/4`."""
         try:
-            return cls(index=int(index), count=int(count))
+            return cls.model_validate(text)
         except ValueError as error:
             raise SpecError(f"--shard {text}: expected I/N with 0 <= I < N, such as 0/4") from error
 
@@ -172,6 +191,12 @@ class JobSpec(Strict):
     sink: SinkSpec = SinkSpec()
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False, exclude=True)
 
+    @field_validator("features", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """Also `"cls,pooled"` or `"none"`, as the option takes them."""
+        return [name for name in value.split(",") if name not in {"", "none"}] if isinstance(value, str) else value
+
     @field_validator("features")
     @classmethod
     def _in_order_once(cls, value: tuple[FeatureName, ...]) -> tuple[FeatureName, ...]:
@@ -246,7 +271,7 @@ def build_spec(values: dict[str, Any]) -> JobSpec:
     try:
         return JobSpec.model_validate(values)
     except ValidationError as error:
-        raise SpecError("\n".join(_explain(item) for item in error.errors())) from None
+        raise SpecError("\n".join(explain(item, JobSpec) for item in error.errors())) from None
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -264,34 +289,3 @@ def read_config(path: str) -> dict[str, Any]:
         raise SpecError(
             f"--config {path} is not TOML, which is text in UTF-8: {error.reason} at {error.start}"
         ) from None
-
-
-def _explain(item: Any) -> str:
-    location = [str(part) for part in item["loc"]]
-    name = ".".join(location)
-    if item["type"] != "extra_forbidden":
-        return f"{name or 'spec'}: {redact(item['msg'].removeprefix('Value error, '))}{_given(item)}"
-    known = _known_keys(location[:-1])
-    near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-    hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
-    return f"unknown key `{name}` in the spec; {hint}"
-
-
-def _given(item: Any) -> str:
-    """The value at fault, in words. Only one that is no container and stands where no secret does: the input of a rule
-    about several keys is all of them, credentials included."""
-    value, location = item["input"], item["loc"]
-    secret = location[:1] == ("storage_options",) or location == ("triton",) or location[:2] == ("triton", "headers")
-    if secret or not location or item["type"] == "missing" or not isinstance(value, str | int | float | None):
-        return ""
-    return f" (given: {redact(value) if isinstance(value, str) else value!r:.120})"
-
-
-def _known_keys(location: list[str]) -> list[str]:
-    model: type[BaseModel] = JobSpec
-    for part in location:
-        annotation = model.model_fields[part].annotation
-        for kind in (annotation, *get_args(annotation)):  # of `TritonSpec | None`, TritonSpec
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                model = kind
-    return sorted(model.model_fields)

@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobs.cli import run_command
 from jobs.demo import draw
+from schemas.spec import build_spec
 
 MODEL = Path(draw.__file__).parent / "model"
 
@@ -90,6 +92,19 @@ def test_config_files(
     shown = refused(capsys, "embed", "x", "--model", MODEL, "--out", tmp_path / "o", "--config", config, *more)
     assert message in shown
     assert "hush" not in shown
+
+
+def test_a_config_file_takes_what_the_options_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("words.txt").write_text("a cat\n\na dog\n")
+    config = Path("job.toml")
+    config.write_text(f'sources = "in"\ninclude = "*.jpg"\nmodel = "{MODEL}"\nout = "o"\nzero_shot = "words.txt"\n')
+    asked: list[Any] = []
+    monkeypatch.setattr("jobs.run.run_job", lambda values, **_: asked.append(build_spec(values)) or 0)
+    assert run_command(["classify", "--config", "job.toml", "--features", "none"]) == 0
+    (spec,) = asked
+    assert (spec.sources, spec.include, spec.zero_shot) == (("in",), ("*.jpg",), ("a cat", "a dog"))
+    assert (spec.features, spec.labels) == ((), 5)
 
 
 def test_a_demo_where_none_can_be(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
