@@ -237,5 +237,5 @@ def _command(summary: str) -> Callable[..., int]:
 
 COMMANDS = {
     "embed": _command("Write CLS and pooled features of every image to Parquet (and labels, with --labels K)."),
-    "classify": _command("Write the best labels of every image to Parquet (and features, with --features)."),
+    "classify": _command("Write the best labels of every image to Parquet, with its features unless --features none."),
 }
