@@ -10,7 +10,7 @@ from typing import NoReturn
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns its exit code (0, 2, 3, 130, 143; see the README)."""
+    """Run the command line; returns its exit code (0, 1, 2, 3, 130, 143; see the README)."""
     _check_own_packages()
     from jobs.cli import run_command
 

@@ -17,7 +17,7 @@ def predict(
     label_file: Annotated[str | None, typer.Option(help="As for embed.")] = None,
     image_size: Annotated[str | None, typer.Option(help="As for embed.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    dtype: Annotated[str, typer.Option(help="As for embed; on the CPU of this machine.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16, on the CPU of this machine.")] = "auto",
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for fetching one image, all tries together.")] = 60.0,
     storage_options: Options = None,
 ) -> int:
@@ -47,7 +47,7 @@ def predict(
 
 
 def _dtype(text: str) -> Any:
-    known = ("auto", "float32", "bfloat16", "float16")
+    known = ("auto", "float32", "bfloat16")
     if text not in known:
         raise SpecError(f"--dtype {text}: choose one of {', '.join(known)}")
     return text

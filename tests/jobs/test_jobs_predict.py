@@ -167,7 +167,9 @@ def test_requests_that_are_none(predict: Predict, request_text: str, message: st
 
 def test_wrong_use(predict: Predict, pictures: list[Path], tmp_path: Path) -> None:
     request = {"input_data": [coded(pictures[0])]}
-    assert predict(request, "--dtype", "int3")[0] == 2
+    for dtype in ("int3", "int8", "float16"):
+        code, _, shown = predict(request, "--dtype", dtype)
+        assert (code, shown) == (2, f"error: --dtype {dtype}: choose one of auto, float32, bfloat16\n")
     assert predict(request, "--top-k", "0")[0] == 2
     assert predict(request, "--label-file", str(tmp_path / "none"))[0] == 2
     code, _, shown = predict(request, model=make_checkpoint(tmp_path / "vit", "vit"))
