@@ -56,9 +56,11 @@ def ray_session(
     try:
         with _keeping_handlers():
             ray.init(**(_attach(address) if address else _start(cpus)), **_logging(verbose))
-    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+    except Exception as error:  # a start that took half a minute is a bare one
         if not address:
-            raise ClusterError(f"Ray could not be started on this machine: {error}") from error
+            raise ClusterError(
+                f"Ray could not be started on this machine: {error}. Where it is busy, the same command may pass"
+            ) from error
         raise _nobody(address, str(error).splitlines()[0]) from error
     try:
         if address and wait_s:

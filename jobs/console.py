@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -143,12 +144,10 @@ def print_summary(summary: "Summary", report: str | None, attention: str | None 
     """What was done, how fast, and what to type next. Nothing is read as markup and no path is cut."""
     show_rows(_summary_rows(summary, report, attention))
     console = Console(highlight=False, emoji=False, file=sys.stdout)
-    if summary.failures:
-        console.print(f"next: patchstream status {summary.out}", style="bold", markup=False, soft_wrap=True)
-    else:
-        columns = "columns(c -> c not in ('row', 'cls', 'pooled', 'patches', 'visual_tokens'))"
-        query = f"select {columns} from '{summary.out}/images/*.parquet' limit 5"
-        console.print(f'next: duckdb -c "{query}"', style="bold", markup=False, soft_wrap=True)
+    out = shlex.quote(summary.out)
+    query = "select uri, width, height from images limit 5"
+    command = f"status {out}" if summary.failures else f'sql {out} "{query}"'
+    console.print(f"next: patchstream {command}", style="bold", markup=False, soft_wrap=True)
 
 
 def _summary_rows(summary: "Summary", report: str | None, attention: str | None) -> list[tuple[str, str]]:
@@ -156,7 +155,7 @@ def _summary_rows(summary: "Summary", report: str | None, attention: str | None)
     rows = [("images", f"{summary.images:,} of {summary.rows:,}"), ("failures", f"{summary.failures:,}")]
     if attempt.rows_planned and attempt.wall_s is not None:
         done = attempt.images + attempt.failures
-        pace = f"{done:,} rows in {duration(attempt.wall_s)}, {attempt.images_per_s or 0:,.1f}/s"
+        pace = f"{done:,} rows in {duration(attempt.wall_s)}, {attempt.images_per_s or 0:,.1f}/s once all ran"
         work = attempt.stage_seconds.model_dump().items()
         rows.append(("this attempt", pace))
         rows.append(("work by stage", ", ".join(f"{name} {duration(value)}" for name, value in work)))

@@ -1,6 +1,7 @@
 """Run a job for a person: spec, session, progress, report, summary, exit code. `run` is the same for Python."""
 
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -89,5 +90,6 @@ def _check_rate(summary: "Summary", max_failure_rate: float) -> None:
         allowed = f"more than --max-failure-rate {max_failure_rate:g}" if failures < rows else "that is all of them"
         raise TooManyFailures(
             f"{failures:,} of {rows:,} images failed ({rate:.1%}), {allowed}. "
-            f"See why: duckdb -c \"select stage, error, count(*) from '{summary.out}/failures/*.parquet' group by all\""
+            f"See why: patchstream sql {shlex.quote(summary.out)} "
+            '"select stage, error, count(*) from failures group by all"'
         )

@@ -9,8 +9,10 @@ the visible parts what is left, and does that.
 
 from __future__ import annotations  # a mere mention of ray.data would load it
 
+import logging
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from importlib import import_module
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -82,6 +84,7 @@ def _run(spec: JobSpec, connect: Connect, listen: Listener) -> Summary:
         rest = pending(read_ledger(spec.out, spec.storage_options), first, stop, opened.superseded)
         attempt.rows_planned = intervals.count(rest)
         if attempt.rows_planned:
+            listen(Progress("starting"))
             with connect() as machines:
                 _work(question, opened, machines, fence, attempt, rest, listen)
         listen(Progress("finishing"))
@@ -121,17 +124,22 @@ def _work(
     meter = Meter(stop - first, stop - first - intervals.count(rest), 0, placement, spec.fetch.concurrency)
     attempt.device = "triton" if spec.backend == "triton" else "gpu" if spec.gpus_per_actor else "cpu"
     job = WriteJob(fence, opened.schema, opened.record.part_metadata(), opened.record.run_id)
+
+    def note(done: Committed) -> None:
+        meter.committed(done.images, done.failures, done.parts, done.seconds)
+
     try:
         if question.dtype in MEASURED:
             attempt.distance = _distance(question, opened, placement, rest)
         for _ in range(_MAX_PASSES):
             dataset = build(question, opened, placement, rest)
-            for event in commit_stream(_bundles(dataset), job, spec.sink):
-                if isinstance(event, Received):
-                    meter.received(event.rows)
-                elif isinstance(event, Committed):
-                    meter.committed(event.images, event.failures, event.parts, event.seconds)
-                listen(meter.look())
+            with closing(commit_stream(_bundles(dataset), job, spec.sink, late=note)) as events:
+                for event in events:
+                    if isinstance(event, Received):
+                        meter.received(event.rows)
+                    elif isinstance(event, Committed):
+                        note(event)
+                    listen(meter.look())
             rest = pending(read_ledger(spec.out, spec.storage_options), first, stop, opened.superseded)
             if not len(rest):
                 return
@@ -178,6 +186,7 @@ def build(question: Question, opened: Opened, placement: Placement, rest: Spans)
     fuse them and decode serially inside the actors. Ray Data repeats a task whose worker died for ever; the crash
     guard sees to it that a picture which kills its decoder costs one repetition.
     """
+    _load_ray_data()
     rows = intervals.count(rest)
     actor = actor_job(question, placement, rows)
     with ray.data.DataContext.current(_context(question, placement)):
@@ -230,6 +239,15 @@ def place_job(question: Question, machines: Machines, rows: int) -> Placement:
         image_gflop=question.image_gflop,
         output_bytes=question.output_bytes,
     )
+
+
+def _load_ray_data() -> None:
+    """Import it; only now, because that takes a second. What its logger may say is not for the import to set."""
+    logger = logging.getLogger("ray.data")
+    level = logger.level
+    import_module("ray.data")
+    if level:
+        logger.setLevel(level)
 
 
 def _context(question: Question, placement: Placement) -> ray.data.DataContext:

@@ -83,12 +83,12 @@ class Received(NamedTuple):
 
 
 def commit_stream(
-    bundles: Generator[Any, None, None], job: WriteJob, sink: SinkSpec
-) -> Iterator[Received | Committed | None]:
+    bundles: Generator[Any, None, None], job: WriteJob, sink: SinkSpec, late: Callable[[Committed], None]
+) -> Generator[Received | Committed | None, None, None]:
     """Drive `bundles` (Ray Data's block references) to their end and write them.
 
     Yields what happened, and None about five times a second when nothing did. If the caller closes the generator
-    early, what was received is still written, for at most 15 seconds.
+    early, what was received is still written, for at most 15 seconds, and `late` is told.
     """
     writes = _Writes(job)
     feed = _Feed(bundles)
@@ -106,7 +106,8 @@ def commit_stream(
             yield from writes.finished(wait=True)
     except (GeneratorExit, KeyboardInterrupt, Interrupted):
         feed.stop()
-        writes.drain(_DRAIN_S)
+        for committed in writes.drain(_DRAIN_S):
+            late(committed)
         raise
     finally:
         feed.stop()
@@ -195,13 +196,12 @@ class _Writes:
         for reference in ready:
             yield _result(reference)
 
-    def drain(self, limit_s: float) -> None:
+    def drain(self, limit_s: float) -> Iterator[Committed]:
         """Write what is held, for at most `limit_s` seconds."""
         self.submit()
         if self.running:
             ready, _ = ray.wait(self.running, num_returns=len(self.running), timeout=limit_s)
-            for reference in ready:
-                _result(reference)
+            yield from map(_result, ready)
 
 
 def _result(reference: Any) -> Committed:

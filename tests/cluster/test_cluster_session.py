@@ -66,3 +66,14 @@ def test_a_home_that_cannot_be_written_to_is_no_hindrance(tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "token"
+
+
+def test_a_ray_that_does_not_come_up_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray gives its own processes half a minute, and raises a bare Exception then."""
+
+    def too_late(**options: object) -> None:
+        raise Exception("The current node timed out during startup.")  # noqa: TRY002 - as Ray does
+
+    monkeypatch.setattr("ray.init", too_late)
+    with pytest.raises(ClusterError, match="timed out during startup.*busy, the same command may pass"), ray_session():
+        pass

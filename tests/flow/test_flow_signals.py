@@ -38,6 +38,8 @@ def test_stopped_and_resumed(tmp_path: Path, pictures: Path, checkpoint: Path, n
     assert record["status"] == "interrupted"
     kept = len(rows_in(out)) + len(rows_in(out, "failures"))
     assert 0 < kept < record["rows_planned"]
+    assert record["images"] + record["failures"] == kept, "what the signal made it write is told as well"
+    assert record["stage_seconds"]["predict"] > 0
     again = patchstream(*job)
     assert again.returncode == 0, again.stderr
     assert attempt_records(out)[-1]["rows_planned"] == record["rows_planned"] - kept

@@ -23,7 +23,7 @@ def test_places_are_printed_as_they_are(capsys: pytest.CaptureFixture[str], out:
     lines = capsys.readouterr().out.splitlines()
     told = {line[:15].rstrip(): line[16:] for line in lines[:-1]}
     assert told["images"] == f"{3 - failures} of 3"
-    assert told["this attempt"] == "3 rows in 1.5 s, 2.0/s"
+    assert told["this attempt"] == "3 rows in 1.5 s, 2.0/s once all ran"
     assert told["dataset"] == f"{out}/images/*.parquet"
     assert told["report"] == f"{out}/report.html"
     assert told["attention maps"] == f"{out}/maps"

@@ -31,7 +31,23 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pictures(folder / "photos", ROWS, seed=5)
     done = patchstream("embed", folder / "photos", "--model", DEMO_MODEL, "--labels", "5", "--out", folder / "features")
     assert done.returncode == 0, done.stderr
+    (folder / "said").write_text(done.stdout)
+    (folder / "told").write_text(done.stderr)
     return folder
+
+
+def test_what_is_printed_is_ours(features: Path) -> None:
+    """Ray and Ray Data speak with --verbose alone."""
+    told = [line for line in (features / "told").read_text().splitlines() if line]
+    assert [line for line in told if not re.match("… |[0-9,]+/[0-9,]+ ", line)] == []
+
+
+def test_the_next_command_that_is_printed_works(features: Path) -> None:
+    program, *command = shlex.split((features / "said").read_text().splitlines()[-1].removeprefix("next: "))
+    assert program == "patchstream"
+    done = patchstream(*command)
+    assert done.returncode == 0, done.stderr
+    assert "width" in done.stdout
 
 
 def test_duckdb_line(features: Path, monkeypatch: pytest.MonkeyPatch) -> None:
