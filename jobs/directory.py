@@ -9,6 +9,8 @@ import typer
 Directory = Annotated[str, typer.Argument(help="The --out of a run.", metavar="DIR")]
 Options = Annotated[str | None, typer.Option("--storage-options", help="JSON for fsspec.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_SHOWN_ATTEMPTS = 5
+
 Force = Annotated[bool, typer.Option("--force", help="Take a run that another machine began for dead, and end it.")]
 
 
@@ -33,15 +35,25 @@ def status(
         return 0
     rows = [
         ("model", f"{found['model']} ({found['dtype']})"),
-        ("manifest", f"{found['manifest_rows']:,} rows"),
+        ("manifest", f"{found['manifest_rows']:,} rows" + _replaced(found["replaced"])),
         ("images", f"{found['images']:,}"),
         ("failures", f"{found['failures']:,}" + _causes(found["failures_by_cause"])),
         ("pending", f"{found['pending']:,}"),
         ("parts", f"{found['parts']:,}, {found['bytes'] / 2**20:,.1f} MiB"),
-        ("attempts", ", ".join(f"{a['attempt']} {a['status']}" for a in found["attempts"])),
+        ("attempts", _last_attempts(found["attempts"])),
     ]
     show_rows(rows)
     return 0
+
+
+def _replaced(rows: int) -> str:
+    return f", {rows:,} of them replaced by newer versions" if rows else ""
+
+
+def _last_attempts(attempts: list[dict[str, Any]]) -> str:
+    told = [f"#{attempt['attempt']} {attempt['status']}" for attempt in attempts[-_SHOWN_ATTEMPTS:]]
+    earlier = len(attempts) - len(told)
+    return ", ".join([f"{earlier:,} earlier ones"] * bool(earlier) + told) or "none"
 
 
 def verify(directory: Directory, storage_options: Options = None, as_json: AsJson = False) -> int:
@@ -54,7 +66,7 @@ def verify(directory: Directory, storage_options: Options = None, as_json: AsJso
     else:
         show_rows(
             [
-                ("manifest", f"{result.manifest_rows:,} rows"),
+                ("manifest", f"{result.manifest_rows:,} rows" + _replaced(result.replaced)),
                 ("images", f"{result.images:,}"),
                 ("failures", f"{result.failures:,}"),
                 ("pending", f"{result.pending:,}"),

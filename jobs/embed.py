@@ -91,7 +91,8 @@ def job(
     max_bytes: Annotated[int | None, typer.Option(help="Files above this become failures.")] = None,
     max_pixels: Annotated[int | None, typer.Option(help="Pictures above this become failures.")] = None,
     max_failure_rate: Annotated[
-        float | None, typer.Option(help="Exit with code 3 if a larger share of the images fails (0 to 1).")
+        float | None,
+        typer.Option(help="Exit with code 3 if a larger share of the images fails (default 1: if all do)."),
     ] = None,
     update: Annotated[
         bool | None, typer.Option("--update", help="List the sources again; process what is new or changed.")

@@ -35,6 +35,7 @@ def status(out: str, storage_options: Options) -> dict[str, Any]:
         "model": record.model.name,
         "dtype": record.model.dtype,
         "manifest_rows": record.manifest_rows,
+        "replaced": intervals.count(opened.superseded),
         "images": intervals.count(ledger.images),
         "failures": intervals.count(ledger.failures),
         "failures_by_cause": _causes(out, ledger, storage_options),

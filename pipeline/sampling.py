@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.images.fetch import fetch_rows
 from pipeline.images.stage import fetch_and_decode
 from pipeline.models.cost import forward_flop
 from pipeline.opening import ask
@@ -23,7 +24,7 @@ from schemas.spec import JobSpec
 
 LISTED = 1000
 DECODED = 64
-# Where a listing gives no size: the mean of ImageNet's files.
+# Where nothing gives a size: the mean of ImageNet's files.
 TYPICAL_FILE_BYTES = 110_000.0
 
 
@@ -64,7 +65,7 @@ def from_source(spec: JobSpec) -> Sample:
     decode_s = (time.process_time() - started) / rows.num_rows
     if rows["pixels"].null_count == rows.num_rows:
         raise SourceError(f"none of {rows.num_rows} sampled images could be decoded: {rows['message'][0].as_py()}")
-    file_bytes = _file_bytes(listed)
+    file_bytes = _file_bytes(listed) or _fetched_bytes(chosen, spec) or TYPICAL_FILE_BYTES
     uri_bytes = statistics.fmean(len(uri) for uri in listed["uri"].to_pylist())
     costs = Costs(
         file_bytes=file_bytes,
@@ -96,10 +97,11 @@ def from_run(out: str, storage_options: dict[str, Any]) -> Sample:
     parts = [info for info in fs.ls(storage.join(root, "images"), detail=True) if info["name"].endswith(".parquet")]
     manifest = _read_manifest(fs, storage.join(root, "manifest", record.manifest_parts[0]))
     device, predict_s = _measured(attempts)
+    file_bytes = _file_bytes(manifest)
     height, width = record.model.preprocessing.output_size
     written = sum(info["size"] for info in parts) / max(1, sum(_rows(fs, info["name"]) for info in parts))
     costs = Costs(
-        file_bytes=_file_bytes(manifest),
+        file_bytes=file_bytes or TYPICAL_FILE_BYTES,
         decode_s=sum(attempt.stage_seconds.decode for attempt in attempts) / images,
         pixel_bytes=height * width * 3,
         output_bytes=written,
@@ -108,6 +110,8 @@ def from_run(out: str, storage_options: dict[str, Any]) -> Sample:
         uri_bytes=statistics.fmean(len(uri) for uri in manifest["uri"].to_pylist()),
     )
     origin = f"{len(attempts)} attempts of {storage.redact(out)}, {images:,} images"
+    if file_bytes is None:
+        origin += "; its listing gave no sizes of files, so a usual one is assumed"
     return Sample(costs, record.model.name, origin, device)
 
 
@@ -132,12 +136,19 @@ def _spread(table: pa.Table, count: int) -> pa.Table:
     return table.take(pa.array(range(0, table.num_rows, step)[:count]))
 
 
-def _file_bytes(manifest: pa.Table) -> float:
-    """Mean bytes of an image: of its member in a shard, else of its file."""
+def _file_bytes(manifest: pa.Table) -> float | None:
+    """Mean bytes of an image as listed: of its member in a shard, else of its file. None where nothing tells."""
     columns = [manifest[name].to_pylist() for name in ("length", "size") if name in manifest.column_names]
     known = [next((value for value in row if value is not None), None) for row in zip(*columns, strict=True)]
     sizes = [size for size in known if size is not None]
-    return statistics.fmean(sizes) if sizes else TYPICAL_FILE_BYTES
+    return statistics.fmean(sizes) if sizes else None
+
+
+def _fetched_bytes(rows: pa.Table, spec: JobSpec) -> float | None:
+    """Mean bytes of the images in `rows`, by fetching them; None where none of them can be."""
+    fetched = fetch_rows(rows, fetch=spec.fetch, image_column=spec.image_column, storage_options=spec.storage_options)
+    sizes = [len(one.result) for one in fetched if isinstance(one.result, bytes)]
+    return statistics.fmean(sizes) if sizes else None
 
 
 def _read_manifest(fs: Any, path: str) -> pa.Table:

@@ -46,6 +46,14 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def check_reach(host: str, token: str | None) -> None:
+    """Raise SpecError for another host than loopback without a token, or one that is too short."""
+    if not is_loopback(host) and not token:
+        raise SpecError(f"--host {host} can be reached from other machines; give a --token that they must know")
+    if token is not None and len(token) < 8:
+        raise SpecError("--token is too short; give at least 8 characters")
+
+
 class ExploreServer(ThreadingHTTPServer):
     """Serves one Exploration on `host:port` (0 takes a free port). With a `token` every request must carry it.
 
@@ -55,10 +63,7 @@ class ExploreServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, exploration: Exploration, host: str, port: int, token: str | None) -> None:
-        if not is_loopback(host) and not token:
-            raise SpecError(f"--host {host} can be reached from other machines; give a --token that they must know")
-        if token is not None and len(token) < 8:
-            raise SpecError("--token is too short; give at least 8 characters")
+        check_reach(host, token)
         self.exploration = exploration
         self.token = token
         self.local = is_loopback(host)

@@ -18,9 +18,11 @@ from schemas.tables import FAILURES_SCHEMA, METADATA_KEY
 
 
 class Verification(NamedTuple):
-    """Counts, and every problem in words; no problem means every row of the manifest is in exactly one place."""
+    """Counts (`replaced`: rows of the manifest that newer versions replace), and every problem in words; no problem
+    means every row of the manifest is in exactly one place."""
 
     manifest_rows: int
+    replaced: int
     images: int
     failures: int
     pending: int
@@ -57,6 +59,7 @@ def verify(
         problems.append(f"{intervals.count(pending)} rows of the manifest are in neither place: {_show(pending)}")
     return Verification(
         run.manifest_rows,
+        intervals.count(superseded),
         intervals.count(ledger.images),
         intervals.count(ledger.failures),
         intervals.count(pending),

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.session import ray_session
+from schemas.errors import ClusterError
+
 ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
@@ -72,8 +75,8 @@ def test_a_ray_that_does_not_come_up_is_one_message(monkeypatch: pytest.MonkeyPa
     """Ray gives its own processes half a minute, and raises a bare Exception then."""
 
     def too_late(**options: object) -> None:
-        raise Exception("The current node timed out during startup.")  # noqa: TRY002 - as Ray does
+        raise Exception("The current node timed out during startup.")
 
     monkeypatch.setattr("ray.init", too_late)
-    with pytest.raises(ClusterError, match="timed out during startup.*busy, the same command may pass"), ray_session():
+    with pytest.raises(ClusterError, match=r"timed out during startup.*busy, the same command may pass"), ray_session():
         pass

@@ -63,6 +63,15 @@ def test_from_a_source(pictures: Path, checkpoint: Path) -> None:
     assert 1e-4 < decode_s < 0.1
 
 
+def test_sizes_that_no_listing_tells_are_those_of_what_was_fetched(
+    pictures: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "addresses.csv"
+    table.write_text("uri\n" + "\n".join(str(path) for path in sorted(pictures.iterdir())))
+    found = figures(run(str(table), "--model", str(checkpoint), "--images", "1e6", "--json"))
+    assert found["read"] == pytest.approx(1e6 * np.mean([path.stat().st_size for path in pictures.iterdir()]))
+
+
 def test_shows_its_arithmetic(pictures: Path, checkpoint: Path) -> None:
     result = run(str(pictures), "--model", str(checkpoint), "--images", "1,000,000", "--device", "h100", "--hours", "2")
     assert result.exit_code == 0, result.output
