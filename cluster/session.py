@@ -53,6 +53,16 @@ def ray_session(
     quiet(verbose)
     if address:
         _knock(address)
+    with contextlib.nullcontext() if address else _own_token(), _connected(address, verbose, cpus):
+        if address and wait_s:
+            _wait_for_machines(bundles, wait_s)
+        if address:
+            check_nodes()
+        yield machines()._replace(may_grow=bool(address))
+
+
+@contextlib.contextmanager
+def _connected(address: str | None, verbose: bool, cpus: int | None) -> Iterator[None]:
     try:
         with _keeping_handlers():
             ray.init(**(_attach(address) if address else _start(cpus)), **_logging(verbose))
@@ -63,11 +73,7 @@ def ray_session(
             ) from error
         raise _nobody(address, str(error).splitlines()[0]) from error
     try:
-        if address and wait_s:
-            _wait_for_machines(bundles, wait_s)
-        if address:
-            check_nodes()
-        yield machines()._replace(may_grow=bool(address))
+        yield
     finally:
         with _keeping_handlers():
             ray.shutdown()
@@ -137,11 +143,22 @@ def _keep_workers() -> None:
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
 
 
-def _own_token() -> None:
-    """Let the Ray of this job have a token that nobody else knows. Ray would write one to ~/.ray, and a container may
-    have no home to write to. The mode is left to Ray, which read it when it was imported; what was set stays."""
-    if not any(os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+@contextlib.contextmanager
+def _own_token() -> Iterator[None]:
+    """Let the Ray of this job have a token that nobody else knows, where there is none. Ray would write one to ~/.ray,
+    and a container may have no home to write to. The mode is left to Ray, which read it when it was imported."""
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled
+
+    tokens = AuthenticationTokenLoader.instance()
+    if os.environ.get("RAY_AUTH_MODE") == "disabled" or tokens.has_token(ignore_auth_mode=True):
+        yield
+        return
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    try:
+        yield
+    finally:  # a cluster that this process turns to later has another
+        os.environ.pop("RAY_AUTH_TOKEN", None)
+        tokens.reset_cache()
 
 
 def _attach(address: str) -> dict[str, Any]:
@@ -150,7 +167,6 @@ def _attach(address: str) -> dict[str, Any]:
 
 def _start(cpus: int | None) -> dict[str, Any]:
     _keep_workers()
-    _own_token()
     return {
         "address": "local",
         "num_cpus": cpus,
@@ -189,5 +205,6 @@ def machines() -> Machines:
         object_store_bytes=total.get("object_store_memory", 0.0),
         nodes=len(alive),
         node_cpus=tuple(resources["CPU"] for resources in workers),
+        node_gpus=tuple(resources.get("GPU", 0.0) for resources in workers),
         node_memory=tuple(resources.get("memory", 0.0) for resources in workers),
     )

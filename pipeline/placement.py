@@ -82,7 +82,7 @@ def place(
 
     Raises ClusterError when the GPUs asked for are not there, or no machine has the memory for an actor.
     """
-    carried = _carried_by_memory(machines, model_bytes)
+    carried = _carried_by_memory(machines, model_bytes, gpus_per_actor)
     cpus = max(1, int(machines.cpus))
     if gpus_per_actor:
         _check_gpus(machines, actors, gpus_per_actor)
@@ -141,11 +141,14 @@ def _fair_block(machines: Machines, actors: ActorRange, decoders: int) -> float:
     return machines.object_store_bytes * _STORE_SHARE / _blocks(actors, decoders) or float("inf")
 
 
-def _carried_by_memory(machines: Machines, model_bytes: int) -> int:
+def _carried_by_memory(machines: Machines, model_bytes: int, gpus_per_actor: float) -> int:
     """How many actors the memory of the machines carries. Raises ClusterError where it carries none: Ray would wait for
-    a larger machine for ever."""
-    known = machines.node_memory
+    a larger machine for ever, and nothing says that one may come."""
+    gpus = machines.node_gpus or (0.0,) * len(machines.node_memory)
+    known = [memory for memory, here in zip(machines.node_memory, gpus, strict=True) if here >= gpus_per_actor]
     carried = sum(int(memory // max(1, model_bytes)) for memory in known)
+    if machines.may_grow:
+        return max(1, carried) if known else _UNKNOWN
     if known and not carried:
         raise ClusterError(
             f"an actor with this model needs {model_bytes / 1e9:.1f} GB of memory, the largest machine gives Ray "

@@ -13,5 +13,6 @@ class Machines(NamedTuple):
     nodes: int = 1
     # Of each node that takes tasks; empty where only the totals are known.
     node_cpus: tuple[float, ...] = ()
+    node_gpus: tuple[float, ...] = ()
     node_memory: tuple[float, ...] = ()
     may_grow: bool = False

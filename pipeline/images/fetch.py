@@ -180,11 +180,13 @@ class _Fetcher:
 def _is_header_of(block: bytes, member: Member) -> bool:
     """Whether `block` is the tar header (POSIX ustar) of `member`.
 
-    Names that are long or not ASCII stand in a header of their own, and cut short or not at all in this one.
+    Names that are long or not ASCII stand in a header of their own, and cut short or not at all in this one. Some
+    writers (tar-stream) put every name that other attributes go with there, and a mere word in this one.
     """
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         return False
-    told = len(member.name) <= tarfile.LENGTH_NAME and member.name.isascii()
+    plain = member.name.isascii() and "\\udc" not in member.name  # so the manifest shows bytes that are no UTF-8
+    told = plain and len(member.name) <= tarfile.LENGTH_NAME and not header.name.startswith("PaxHeader")
     return header.size == member.length and (header.name == member.name or not told)

@@ -107,9 +107,14 @@ def same_size(etag: str | None, size: int) -> bool:
 def same_version(etag: str | None, known: Mapping[str, Any]) -> bool:
     """Whether a table with these facts may be the one that was listed with `etag`, which ends with the size. Stores
     without an ETag have nothing to be held against it."""
-    told = (etag or "").rpartition("-")[0]
-    now = {str(known[key]).strip('"') for key in ("ETag", "md5Hash", "crc32c", "etag") if known.get(key)}
+    told = _bare((etag or "").rpartition("-")[0])
+    now = {_bare(str(known[key])) for key in ("ETag", "md5Hash", "crc32c", "etag") if known.get(key)}
     return not told or not now or told in now
+
+
+def _bare(etag: str) -> str:
+    """Drivers give it as the header has it, in quotes and perhaps marked as weak (RFC 9110, 8.8.3), or without."""
+    return etag.removeprefix("W/").strip('"')
 
 
 def _read_local(path: str, extent: Extent | None, max_bytes: int, need: Need, etag: str | None) -> bytes:

@@ -113,7 +113,11 @@ def config_labels(config: Mapping[str, Any], count: int, where: str) -> tuple[st
     do not belong to the classes.
     """
     names = config.get("id2label")
-    in_timm = config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names")
+    in_timm = config.get("label_names")
+    if not in_timm and not names:
+        # Those of the checkpoint that this one was trained from, which may have had other classes.
+        loaded = (config.get("pretrained_cfg") or {}).get("label_names")
+        in_timm = loaded if isinstance(loaded, dict) or len(loaded or ()) == count else None
     if isinstance(in_timm, list):
         names = dict(enumerate(in_timm))
     elif isinstance(in_timm, dict):  # by number, so that some may be left out

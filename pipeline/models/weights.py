@@ -31,9 +31,10 @@ TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_stat
 # What PEFT saves in place of a model.
 ADAPTER = "adapter_model"
 ADAPTER_CONFIG = "adapter_config.json"
-# Under which keys training scripts keep a state dict; the first that is there counts. The running mean of the weights
+# Under which keys training scripts keep a state dict; the first that is there counts. A running mean of the weights
 # (EMA) goes before what was trained, as timm has it.
-STATE_DICTS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "teacher")
+STATE_DICTS = ("state_dict", "model", "model_state_dict", "teacher")
+RUNNING_MEANS = ("state_dict_ema", "model_ema")
 # What DataParallel and torch.compile put before every name.
 WRAPPERS = ("module.", "_orig_mod.")
 
@@ -234,11 +235,30 @@ def _load_torch(path: Path) -> dict[str, "Tensor"]:
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict (names and their tensors)")
-    content = next((content[key] for key in STATE_DICTS if isinstance(content.get(key), dict)), content)
-    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    tensors = _state_dict(content)
     others = {name: str(value.dtype) for name, value in tensors.items() if not value.is_floating_point()}
     _require_floats(path, others)
     return tensors
+
+
+def _state_dict(content: dict[str, Any]) -> dict[str, "Tensor"]:
+    """The tensors of a training script's file, wherever they are below it. A running mean counts where it is one of the
+    very weights that lie beside it."""
+    plain = content
+    while inner := [plain[key] for key in STATE_DICTS if isinstance(plain.get(key), dict)]:
+        plain = inner[0]
+    tensors = _tensors(plain)
+    means = (content[key] for key in RUNNING_MEANS if isinstance(content.get(key), dict))
+    found = [_tensors(one) for mean in means for one in (mean, mean.get("module")) if isinstance(one, dict)]
+    names = set(_unwrapped(tensors))
+    return next((one for one in found if one and (not names or set(_unwrapped(one)) == names)), tensors)
+
+
+def _tensors(content: Mapping[str, Any]) -> dict[str, "Tensor"]:
+    """The tensors of a state dict, without the count that torch's AveragedModel keeps among them."""
+    import torch
+
+    return {name: value for name, value in content.items() if isinstance(value, torch.Tensor) and name != "n_averaged"}
 
 
 def _refuse_compressed(path: Path) -> None:

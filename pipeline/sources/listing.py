@@ -10,7 +10,7 @@ from fsspec import AbstractFileSystem
 
 from pipeline.sources.reading import source_error
 from pipeline.sources.stores import Entry, crawl, list_gcs, list_s3, local_entry, walk_any, walk_local
-from pipeline.storage import Options, exists, filesystem, is_local, scheme
+from pipeline.storage import Options, exists, is_local, open_filesystem, scheme
 from schemas.errors import SourceError
 
 _LIST_KEYS: dict[str, Callable[[AbstractFileSystem, str, str], Iterator[Entry]]] = {"s3": list_s3, "gs": list_gcs}
@@ -33,7 +33,7 @@ def list_source(source: str, storage_options: Options) -> Iterator[Entry]:
 
 
 def _list(source: str, storage_options: Options) -> Iterator[Entry]:
-    fs, path = filesystem(source, storage_options)
+    fs, path = open_filesystem(source, storage_options)
     kind = scheme(source)
     if kind == "http":
         yield from _list_http(fs, source)

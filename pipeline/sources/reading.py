@@ -15,7 +15,7 @@ from typing import BinaryIO, TypeVar
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 
-from pipeline.storage import Options, filesystem, is_local, redact
+from pipeline.storage import Options, is_local, open_filesystem, redact
 from schemas.errors import SourceError
 
 T = TypeVar("T")
@@ -31,7 +31,12 @@ _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 @contextlib.contextmanager
 def open_object(uri: str, storage_options: Options) -> Iterator[BinaryIO]:
     """`uri` as a seekable binary file. Raises SourceError where it cannot be read."""
-    fs, path = filesystem(uri, storage_options)
+    try:
+        fs, path = open_filesystem(uri, storage_options)
+    except SourceError:
+        raise
+    except Exception as error:
+        raise source_error(uri, error) from error
     with _open(fs, path, uri) as file:
         yield file
 

@@ -55,6 +55,9 @@ def token():
 with ray_session(cpus=1):
     assert ray.get(token.remote()) == os.environ["RAY_AUTH_TOKEN"]
 print(os.environ["RAY_AUTH_MODE"])
+assert "RAY_AUTH_TOKEN" not in os.environ, "a cluster that this process turns to next has a token of its own"
+with ray_session(cpus=1):
+    ray.get(token.remote())
 """
 
 

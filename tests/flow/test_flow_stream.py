@@ -129,6 +129,18 @@ def test_an_actor_that_fits_nowhere_is_told_at_once() -> None:
         placed(cluster(8, 0, nodes=3, memory_gib=8), model_bytes=8 * 1_136_000_000)
 
 
+def test_an_actor_that_fits_no_machine_with_a_gpu_is_told_too() -> None:
+    machines = cluster(16, 1, nodes=2)._replace(node_gpus=(0, 1), node_memory=(50 * GIB, 3 * GIB))
+    with pytest.raises(ClusterError, match=r"needs 8\.0 GB of memory, the largest machine gives Ray 3\.2 GB"):
+        placed(machines, model_bytes=8_000_000_000)
+    assert placed(machines._replace(node_gpus=(1, 1)), model_bytes=8_000_000_000).actors.max == 2
+
+
+def test_a_cluster_that_grows_may_bring_a_larger_machine() -> None:
+    small = cluster(4, 0, memory_gib=4, may_grow=True)
+    assert placed(small, model_bytes=8_000_000_000).actors.max == 1
+
+
 def test_memory_for_few_actors_gives_each_more_threads() -> None:
     """ViT-L on four cores with 4 GiB."""
     placement = placed(cluster(4, 0, memory_gib=4), model_bytes=8 * 304_000_000)

@@ -1,5 +1,6 @@
 """Shards and tables that are not what they were when they were listed."""
 
+import io
 import tarfile
 
 import pyarrow as pa
@@ -7,6 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from support.manifests import decode_all
 from support.shards import listed, make_named_tar, make_tar, png, shades
+
+from pipeline.images.reader import same_version
 
 
 def test_a_shard_that_was_touched_is_the_same_and_one_that_grew_is_not(tmp_path):
@@ -68,6 +71,26 @@ def test_members_with_any_name_are_known_again(tmp_path, form):
     make_named_tar(tmp_path / "a.tar", {name: png(n) for n, name in enumerate(names)}, format=form)
     table = decode_all(listed(str(tmp_path / "a.tar")))
     assert shades(table) == list(range(len(names)))
+
+
+def test_members_whose_name_stands_elsewhere_are_known_again(tmp_path):
+    """tar-stream's word in its place where other attributes go with a member; a name that is not UTF-8."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as shard:
+        for number, name in enumerate(("PaxHeader", "caf\udce9.png")):
+            info = tarfile.TarInfo(name)
+            info.size, info.pax_headers = len(png(number)), {"path": "a.png"} if number == 0 else {}
+            shard.addfile(info, io.BytesIO(png(number)))
+    manifest = listed(str(tmp_path / "a.tar"))
+    assert [uri.rpartition("#")[2] for uri in manifest["uri"].to_pylist()] == ["a.png", "caf\\udce9.png"]
+    assert shades(decode_all(manifest)) == [0, 1]
+
+
+@pytest.mark.parametrize("given", ['"0x8D"', 'W/"0x8D"', "0x8D"])
+def test_an_etag_may_stand_in_quotes(given):
+    """As Azure's and WebDAV's drivers give it, when a table is listed and when it is read."""
+    assert same_version(f"{given}-1f", {"etag": given})
+    assert same_version(f"{given}-1f", {"ETag": "0x8D"})
+    assert not same_version(f"{given}-1f", {"etag": '"0x9"'})
 
 
 @pytest.mark.parametrize("kind", ["s3", "gs"])

@@ -113,6 +113,13 @@ def test_a_config_with_gaps_elsewhere_is_refused() -> None:
         config_labels({"id2label": {"a": 0}}, 1, "here")
 
 
+def test_names_of_the_checkpoint_that_this_one_was_trained_from_are_not_its_own() -> None:
+    """timm 1.0.15 keeps them beside a classifier of other classes."""
+    base = {"pretrained_cfg": {"label_names": [f"name {i}" for i in range(1000)]}}
+    assert config_labels(base, 10, "here") == tuple(f"LABEL_{i}" for i in range(10))
+    assert config_labels({**base, "id2label": {"0": "a", "1": "b"}}, 2, "here") == ("a", "b")
+
+
 def test_names_in_timm_s_config(tmp_path: Path) -> None:
     """A list, a map from numbers, and what timm itself writes of a model that it loaded with such names."""
     import timm

@@ -19,7 +19,7 @@ from support.testdata import needs_testdata, photos
 from timm.models import load_state_dict
 
 from pipeline.models import Outputs, inspect_model, load_model
-from pipeline.models.weights import find_weights, read_shapes
+from pipeline.models.weights import find_weights, read_shapes, read_tensors
 from schemas.errors import CheckpointError
 
 SMALL = {"embed_dim": 96, "depth": 3, "num_heads": 4}
@@ -216,13 +216,37 @@ def test_what_a_training_script_saved_loads_as_timm_loads_it(content: Dicts, tmp
         assert worst_error(logits, last(((pixels / 255 - 0.5) / 0.5).permute(0, 3, 1, 2))) < 1e-4
 
 
+LAST, MEAN = torch.tensor([1.0]), torch.tensor([2.0])
+
+
 def test_the_state_dict_of_a_file_with_several(tmp_path: Path) -> None:
     """In the order in which the running mean goes first; DINO's teacher comes behind everything else."""
     order = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "teacher")
-    for start, taken in enumerate(order):
-        content = {key: {key: torch.zeros(1)} for key in reversed(order[start:])}
-        torch.save({"student": {"student": torch.zeros(1)}, **content}, tmp_path / "checkpoint.pth")
-        assert list(read_shapes(find_weights(tmp_path))) == [taken]
+    for start in range(len(order)):
+        content = {key: {"w": torch.full((1,), float(order.index(key)))} for key in reversed(order[start:])}
+        torch.save({"student": {"w": torch.full((1,), -1.0)}, **content}, tmp_path / "checkpoint.pth")
+        assert read_tensors(find_weights(tmp_path)) == {"w": torch.tensor([float(start)])}
+
+
+@pytest.mark.parametrize(
+    ("content", "taken"),
+    [
+        # torch's AveragedModel, as torchvision's reference script saves it
+        ({"model": {"w": LAST}, "model_ema": {"n_averaged": torch.tensor(7), "module.w": MEAN}}, MEAN),
+        ({"model": {"w": LAST}, "model_ema": {"decay": 0.99, "module": {"w": MEAN}}}, MEAN),
+        ({"model": {"w": LAST}, "model_ema": {}}, LAST),
+        ({"model": {"w": LAST}, "model_ema": {"shadow.w": MEAN}}, LAST),
+        ({"state_dict": {"model": {"w": LAST}}}, LAST),
+        ({"model_ema": {"w": MEAN}}, MEAN),
+        ({"w": LAST}, LAST),
+    ],
+)
+def test_a_running_mean_counts_where_it_is_one_of_these_weights(
+    content: dict[str, Any], taken: torch.Tensor, tmp_path: Path
+) -> None:
+    torch.save(content, tmp_path / "checkpoint.pth")
+    assert read_tensors(find_weights(tmp_path)) == {"w": taken}
+    assert read_shapes(find_weights(tmp_path)) == {"w": (1,)}
 
 
 @pytest.mark.slow

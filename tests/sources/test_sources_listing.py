@@ -186,7 +186,9 @@ class _Pages:
 
 def test_listing_many_keys_holds_some_pages_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     pages = _Pages()
-    monkeypatch.setattr("pipeline.sources.listing.filesystem", lambda url, options: (pages, url.removeprefix("s3://")))
+    monkeypatch.setattr(
+        "pipeline.sources.listing.open_filesystem", lambda url, options: (pages, url.removeprefix("s3://"))
+    )
     rows = sum(table.num_rows for table in read_sources(spec_of("s3://bucket/many/")))
     assert (rows, len(pages.blocks)) == (200_000, 200)
     early, late = max(pages.blocks[:40]) - pages.blocks[0], max(pages.blocks[40:]) - pages.blocks[0]
