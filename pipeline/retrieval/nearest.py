@@ -37,8 +37,9 @@ def top_k(
     device: str = "cpu",
     release: bool = False,
 ) -> tuple[Floats, Ints]:
-    """Scores and positions (Q, k) of the k best for each of `queries` (Q, D), best first; equal scores by position.
+    """Scores and positions (Q, k) of the k best for each of `queries` (Q, D), best first.
 
+    Of rows that score alike, such as copies of one picture, any may be found, in any order.
     `queries` are prepared already; `prepare` says what to do to the matrix (default: scale to unit length, so that
     scores are cosines). `positions` (ascending) restricts the search. With fewer than k candidates, k shrinks.
     With `release` the matrix does not stay in memory, which is slower.

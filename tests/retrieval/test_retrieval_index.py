@@ -9,7 +9,7 @@ from support.runs import RunContent, clustered, write_run
 
 from pipeline.retrieval import index as indexes
 from pipeline.retrieval.arrays import Preparation
-from pipeline.retrieval.index import Kind
+from pipeline.retrieval.index import Index, Kind
 from pipeline.retrieval.nearest import top_k
 from pipeline.retrieval.recall import evaluate, tune
 from pipeline.retrieval.search import Example, build_query, search
@@ -44,6 +44,23 @@ def test_recall_of_each_kind_and_back_from_disk(store: FeatureStore, kind: Kind,
     scores, positions = indexes.find(loaded, matrix, queries, 1)
     np.testing.assert_array_equal(positions[:, 0], np.arange(5))
     np.testing.assert_allclose(scores[:, 0], 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_copies_of_a_picture_are_no_misses(tmp_path: Path, normalise: bool) -> None:
+    """Any ten of thirty copies are the nearest; which of them are found differs from search to search."""
+    vectors = VECTORS[:3000].copy()
+    vectors[:2400] = np.repeat(VECTORS[:80], 30, axis=0)
+    store = FeatureStore.open(str(write_run(tmp_path, RunContent({"cls": vectors}))))
+    matrix = store.load("cls")
+    flat = indexes.build(store, feature="cls", kind="flat", normalise=normalise)
+    assert evaluate(flat, matrix)["recall_at_10"] == 1
+    lists = indexes.build(store, feature="cls", kind="ivf-flat", normalise=normalise)
+    tuned = tune(lists, matrix)
+    assert tuned.record.search == lists.record.search
+    assert (tuned.record.recall_at_10 or 0) >= 0.97
+    narrow = Index(lists.faiss, lists.record.model_copy(update={"search": {"nprobe": 1}}))
+    assert evaluate(narrow, matrix)["recall_at_10"] < 0.97
 
 
 def test_without_normalisation_scores_are_inner_products(store: FeatureStore) -> None:
