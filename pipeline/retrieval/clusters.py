@@ -11,7 +11,7 @@ from pipeline.retrieval.arrays import Floats, Ints, Preparation
 from pipeline.retrieval.lloyd import Clustering, assign
 from pipeline.retrieval.matrix import Matrix
 from pipeline.retrieval.output import place, remove_folder, staged, write_json
-from pipeline.retrieval.store import FeatureStore, quote
+from pipeline.retrieval.store import FeatureStore, quote, run_query
 from pipeline.storage import join
 from schemas.errors import SpecError
 
@@ -125,9 +125,8 @@ def top_labels(store: FeatureStore, name: str, label_column: str | None = None) 
         return {}
     # By table: the user's own columns may be named `cluster` or `distance` too.
     label = f"CAST(i.{quote(store.sql_name(label_column))} AS VARCHAR)" if label_column else "i.labels[1].label"
-    clusters = quote(f"clusters_{name}")
-    found = store.sql(
-        f"WITH named AS (SELECT c.cluster, {label} AS label FROM images i JOIN {clusters} c ON i.row = c.row), "
+    query = (
+        f"WITH named AS (SELECT c.cluster, {label} AS label FROM images i JOIN members c ON i.row = c.row), "
         "counts AS (SELECT cluster, label, count(*) AS n FROM named WHERE label IS NOT NULL GROUP BY ALL), "
         "shares AS (SELECT cluster, label, n / sum(n) OVER (PARTITION BY cluster) AS share, "
         "sum(n) OVER (PARTITION BY label) / sum(n) OVER () AS base FROM counts) "
@@ -135,6 +134,10 @@ def top_labels(store: FeatureStore, name: str, label_column: str | None = None) 
         "QUALIFY row_number() OVER (PARTITION BY cluster ORDER BY share * ln(share / base) DESC, label) "
         f"<= {_TOP_LABELS} ORDER BY cluster, share * ln(share / base) DESC, label"
     )
+    with store.connect() as connection:
+        # By its folder: what the view of a clustering is called depends on which others there are.
+        store.add_view(connection, "members", place(store.root, "clusters", name))
+        found = run_query(connection, query)
     labels: dict[int, list[dict[str, Any]]] = {}
     for item in found.to_pylist():
         labels.setdefault(item.pop("cluster"), []).append(item)

@@ -1,7 +1,6 @@
 """`FeatureStore`: what a run wrote, as tables, matrices and SQL. It reads `DIR` as it stands and needs nothing else."""
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -190,17 +189,14 @@ class FeatureStore:
         if not is_local(self.fs):
             connection.register_filesystem(DirFileSystem(path=self.root, fs=self.fs))
         for kind in _TABLES:
-            self._add_view(connection, kind, join(self.root, kind))
+            self.add_view(connection, kind, join(self.root, kind))
         for kind in ("clusters", "duplicates"):
-            seen: Counter[str] = Counter()
-            for name in list_folders(self.fs, join(self.root, kind)):
-                # DuckDB takes A and a for one name; the second becomes a_1, as it does with columns.
-                again = f"_{seen[name.casefold()]}" if seen[name.casefold()] else ""
-                self._add_view(connection, f"{kind}_{name}{again}", join(self.root, kind, name))
-                seen[name.casefold()] += 1
+            for name, view in _view_names(list_folders(self.fs, join(self.root, kind))).items():
+                self.add_view(connection, f"{kind}_{view}", join(self.root, kind, name))
         return connection
 
-    def _add_view(self, connection: duckdb.DuckDBPyConnection, view: str, folder: str) -> None:
+    def add_view(self, connection: duckdb.DuckDBPyConnection, view: str, folder: str) -> None:
+        """A view of the Parquet files in `folder`, or in the parts of the run if `view` is one of its tables."""
         paths = self._paths(view) if view in _TABLES else [path for path, _ in list_parquet(self.fs, folder)]
         if paths:
             # DuckDB claims s3:// and gs:// for its own drivers; under `dir://` it asks ours, with our credentials.
@@ -238,6 +234,24 @@ class FeatureStore:
         wanted = pa.array(np.unique(np.asarray(rows, np.int64)))
         table = self.dataset(kind).to_table(columns=["row", *columns], filter=pads.field("row").isin(wanted))
         return {item["row"]: item for item in table.to_pylist()}
+
+
+def _view_names(names: list[str]) -> dict[str, str]:
+    """What results of these names are called in SQL: DuckDB takes A and a for one, so the second becomes a_1.
+
+    Where there is an a_1 it keeps its name, and the second of A and a becomes a_2.
+    """
+    taken = {name.casefold() for name in names}
+    views: dict[str, str] = {}
+    for name in names:
+        view, number = name, 0
+        if name.casefold() in {other.casefold() for other in views}:
+            while view.casefold() in taken:
+                number += 1
+                view = f"{name}_{number}"
+        taken.add(view.casefold())
+        views[name] = view
+    return views
 
 
 def run_query(connection: duckdb.DuckDBPyConnection, query: str, limit: int | None = None) -> pa.Table:

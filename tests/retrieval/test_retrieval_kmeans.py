@@ -175,6 +175,20 @@ def test_columns_named_like_ours_say_what_clusters_hold(tmp_path: Path) -> None:
         assert [found[number][0]["label"] for number in (0, 1)] == names
 
 
+def test_labels_are_those_of_the_clustering_whatever_the_others_are_called(tmp_path: Path) -> None:
+    """DuckDB ignores case, so the view of `a` cannot be called after it where there is an `A`."""
+    labels = [[(row // 10, ["cat", "dog"][row // 10], 0.9)] for row in range(20)]
+    vectors = np.repeat(np.eye(2, 4, dtype=np.float32), 10, axis=0)
+    store = FeatureStore.open(str(write_run(tmp_path, RunContent({"cls": vectors}, labels=labels))))
+    for name, numbers in (("A", range(20)), ("a", [row // 10 for row in range(20)])):
+        (tmp_path / "clusters" / name).mkdir(parents=True)
+        pq.write_table(
+            pa.table({"row": range(20), "cluster": numbers}), tmp_path / "clusters" / name / "clusters.parquet"
+        )
+    found = top_labels(store, "a")
+    assert {number: [item["label"] for item in best] for number, best in found.items()} == {0: ["cat"], 1: ["dog"]}
+
+
 def test_sweep_finds_the_number_of_clusters() -> None:
     source = ArraySource(clustered(1500, 24, 12, seed=5, spread=0.3))
     trials = sweep(source, [4, 8, 10, 11, 12, 13, 14, 18, 24, 30], spherical=False)

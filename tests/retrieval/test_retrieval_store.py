@@ -100,6 +100,15 @@ def test_results_whose_names_differ_in_case_alone_are_two_views(run: Path) -> No
     assert store.sql("SELECT cluster FROM clusters_A UNION ALL SELECT cluster FROM clusters_a_1").num_rows == 2
 
 
+def test_a_result_named_as_the_view_of_another_keeps_its_name(run: Path) -> None:
+    for number, name in enumerate(("A", "a", "a_1")):
+        (run / "clusters" / name).mkdir(parents=True)
+        pq.write_table(pa.table({"cluster": [number]}), run / "clusters" / name / "part-0.parquet")
+    store = FeatureStore.open(str(run))
+    for view, number in (("A", 0), ("a_1", 2), ("a_2", 1)):
+        assert store.sql(f"SELECT * FROM clusters_{view}").to_pylist() == [{"cluster": number}]
+
+
 def test_a_damaged_record_is_explained(run: Path) -> None:
     (run / "run.json").write_text("{")
     with pytest.raises(OutputError, match=r"cannot read .*run.json"):
