@@ -118,7 +118,7 @@ def top_labels(store: FeatureStore, name: str, label_column: str | None = None) 
 
     `share` is how much of the cluster has the label, `base` how much of all rows. They are ordered by
     share · ln(share / base): what makes up much of a cluster and is rare elsewhere comes first. The label is the first
-    of `labels`, or the content of `label_column`. Raises SpecError if that column is not there.
+    of `labels`, or the content of `label_column`; one of blanks is none. Raises SpecError if that column is not there.
     """
     check_label_column(store, label_column)
     if label_column is None and "labels" not in store.schema.names:
@@ -127,7 +127,7 @@ def top_labels(store: FeatureStore, name: str, label_column: str | None = None) 
     label = f"CAST(i.{quote(store.sql_name(label_column))} AS VARCHAR)" if label_column else "i.labels[1].label"
     query = (
         f"WITH named AS (SELECT c.cluster, {label} AS label FROM images i JOIN members c ON i.row = c.row), "
-        "counts AS (SELECT cluster, label, count(*) AS n FROM named WHERE label IS NOT NULL GROUP BY ALL), "
+        "counts AS (SELECT cluster, label, count(*) AS n FROM named WHERE trim(label) <> '' GROUP BY ALL), "
         "shares AS (SELECT cluster, label, n / sum(n) OVER (PARTITION BY cluster) AS share, "
         "sum(n) OVER (PARTITION BY label) / sum(n) OVER () AS base FROM counts) "
         "SELECT cluster, label, share, base FROM shares WHERE share > base "

@@ -175,6 +175,20 @@ def test_columns_named_like_ours_say_what_clusters_hold(tmp_path: Path) -> None:
         assert [found[number][0]["label"] for number in (0, 1)] == names
 
 
+def test_empty_cells_say_nothing_about_a_cluster(tmp_path: Path) -> None:
+    user = {"kind": ["", " ", "cat", None] * 5 + ["dog", "", "dog", "dog"] * 5}
+    vectors = np.repeat(np.eye(2, 4, dtype=np.float32), 20, axis=0)
+    store = FeatureStore.open(str(write_run(tmp_path, RunContent({"cls": vectors}, user=user))))
+    (tmp_path / "clusters" / "two").mkdir(parents=True)
+    table = pa.table({"row": range(40), "cluster": [row // 20 for row in range(40)]})
+    pq.write_table(table, tmp_path / "clusters" / "two" / "clusters.parquet")
+    found = top_labels(store, "two", "kind")
+    assert [[(item["label"], item["share"]) for item in found[number]] for number in (0, 1)] == [
+        [("cat", 1.0)],
+        [("dog", 1.0)],
+    ]
+
+
 def test_labels_are_those_of_the_clustering_whatever_the_others_are_called(tmp_path: Path) -> None:
     """DuckDB ignores case, so the view of `a` cannot be called after it where there is an `A`."""
     labels = [[(row // 10, ["cat", "dog"][row // 10], 0.9)] for row in range(20)]
