@@ -61,12 +61,10 @@ def find_duplicates(
     return _describe(store, matrix, matrix.rows[members], labels[members])
 
 
-def check_threshold(threshold: float) -> None:
-    """Raises SpecError unless 0 < `threshold` <= 1."""
+def check_threshold(threshold: float, option: str = "--threshold") -> None:
+    """Raises SpecError naming the option unless 0 < `threshold` <= 1."""
     if not 0 < threshold <= 1:
-        raise SpecError(
-            f"--threshold {threshold}: a cosine above 0 and at most 1 is needed, such as {DEFAULT_THRESHOLD}"
-        )
+        raise SpecError(f"{option} {threshold}: a cosine above 0 and at most 1 is needed, such as {DEFAULT_THRESHOLD}")
 
 
 def _same_bytes(store: FeatureStore) -> tuple[Ints, Ints]:

@@ -15,7 +15,10 @@ _STEPS = 5
 
 @dataclass
 class Band:
-    """Pairs with a cosine in [low, high). `examples` are (row, row, cosine), a random few of them."""
+    """Pairs with a cosine in [low, high), up to and with 1 where that is `high`.
+
+    `examples` are (row, row, cosine), a random few of them.
+    """
 
     low: float
     high: float
@@ -26,12 +29,16 @@ class Band:
 def pairs_around(
     store: FeatureStore, threshold: float, *, feature: str = "cls", examples: int = 4, seed: int = 0
 ) -> list[Band]:
-    """Ten bands of 0.01 around `threshold`, highest first. Raises SpecError for a threshold outside (0, 1]."""
-    check_threshold(threshold)
+    """Ten bands of 0.01 around `threshold`, or those of them below 1, highest first.
+
+    Raises SpecError for a threshold outside (0, 1].
+    """
+    check_threshold(threshold, "--around")
     matrix = store.load(feature)
-    lows = [threshold + STEP * step for step in range(-_STEPS, _STEPS)]
-    edges = np.array([*lows, lows[-1] + STEP], np.float32)
-    bands = [Band(low, low + STEP, 0, []) for low in lows]
+    bands = _bands(threshold)
+    # Copies have a cosine of 1 itself, and a band ends before its upper edge.
+    top = np.inf if bands[-1].high == 1 else bands[-1].high
+    edges = np.array([*(band.low for band in bands), top], np.float32)
     rng = np.random.default_rng(seed)
     for found in near_pairs(matrix, np.flatnonzero(matrix.usable), float(edges[0]), Preparation(), store.progress):
         band_of = np.searchsorted(edges, found.score, side="right") - 1
@@ -45,4 +52,10 @@ def pairs_around(
                     continue
                 pair = (int(matrix.rows[found.first[at]]), int(matrix.rows[found.second[at]]), float(found.score[at]))
                 band.examples[slot : slot + 1] = [pair]
-    return [band for band in reversed(bands) if band.low < 1]
+    return bands[::-1]
+
+
+def _bands(threshold: float) -> list[Band]:
+    """Empty bands, lowest first. Rounded, since sums of hundredths miss 1 by a little."""
+    lows = [round(threshold + STEP * step, 6) for step in range(-_STEPS, _STEPS)]
+    return [Band(low, min(1.0, round(low + STEP, 6)), 0, []) for low in lows if low < 1]

@@ -177,6 +177,18 @@ def test_bands_around_a_threshold(tmp_path: Path) -> None:
     assert all(other == row + 100 for row, other, _ in shown)
 
 
+@pytest.mark.parametrize("threshold", [0.94, 0.95, 0.955, 0.97, 1.0])
+def test_the_top_band_holds_the_copies(tmp_path: Path, threshold: float) -> None:
+    base = np.random.default_rng(0).standard_normal((50, 64)).astype(np.float32)
+    vectors = np.concatenate([base, base, at_cosine(base, 0.985, seed=1)])
+    bands = pairs_around(open_run(tmp_path, RunContent({"cls": vectors})), threshold)
+    assert all(band.low < band.high <= 1 for band in bands)
+    # Below 0.95 the ten bands end before 1.
+    assert bands[0].high == pytest.approx(min(1, threshold + 0.05))
+    assert sum(band.pairs for band in bands) == (150 if bands[0].high == 1 else 100)
+    assert bands[0].pairs >= (50 if bands[0].high == 1 else 0)
+
+
 def test_components_contract_as_they_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.retrieval.components._BUFFERED_EDGES", 3)
     joined = Components(10)
