@@ -251,7 +251,12 @@ def _reserved(path: Path, shape: tuple[int, int], dtype: Any) -> np.memmap[Any, 
     array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     # The file is sparse as it is made: a write through the map that finds the disk full ends the process.
     with open(path, "r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        else:  # macOS: zeros that are written take their room as well
+            file.seek(array.offset)
+            for start in range(0, array.nbytes, CHUNK_BYTES):
+                file.write(bytes(min(CHUNK_BYTES, array.nbytes - start)))
     return array
 
 
