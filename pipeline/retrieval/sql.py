@@ -5,7 +5,6 @@ nearest(row, k)       table (row, uri, score): the k rows most like this one by 
 nearest_NAME(row, k)  the same by feature NAME
 """
 
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,6 @@ from pipeline.retrieval.store import FeatureStore, literal, quote, run_query
 from pipeline.storage import Options, filesystem, redact
 from schemas.errors import SpecError
 
-_MEMORY = "2GiB"
 _FORMATS = {".parquet": "FORMAT parquet, COMPRESSION zstd", ".csv": "FORMAT csv, HEADER"}
 
 
@@ -29,10 +27,8 @@ class Answer(NamedTuple):
 
 
 def connect(store: FeatureStore) -> duckdb.DuckDBPyConnection:
-    """The store's connection with our functions. Memory is bounded; what does not fit goes to temporary files."""
+    """The store's connection with our functions."""
     connection = store.connect()
-    connection.execute(f"SET memory_limit = '{_MEMORY}'")
-    connection.execute("SET temp_directory = ?", [str(Path(tempfile.gettempdir(), "patchstream-duckdb"))])
     connection.execute("CREATE MACRO cosine(a, b) AS list_cosine_similarity(CAST(a AS FLOAT[]), CAST(b AS FLOAT[]))")
     connection.register("_replaced", pa.table({"row": pa.array(store.replaced, pa.int64())}))
     for name in store.features:

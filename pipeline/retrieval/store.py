@@ -1,8 +1,11 @@
 """`FeatureStore`: what a run wrote, as tables, matrices and SQL. It reads `DIR` as it stands and needs nothing else."""
 
 import re
+import tempfile
+import uuid
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
 
 _TABLES = ("images", "manifest", "failures")
+_SQL_MEMORY = "2GiB"
 
 
 class FeatureStore:
@@ -181,11 +185,14 @@ class FeatureStore:
         return pads.dataset(empty.empty_table())
 
     def connect(self) -> duckdb.DuckDBPyConnection:
-        """A DuckDB connection in memory.
+        """A DuckDB connection in memory, of which it takes 2 GiB; what does not fit goes to temporary files.
 
         Its views are `images`, `manifest`, `failures`, and `clusters_NAME` and `duplicates_NAME` for what there is.
         """
-        connection = duckdb.connect()
+        # Of one name for all, the folder would be closed to other users than the first. DuckDB makes it when memory is
+        # short, and removes it when the connection is closed.
+        temporary = Path(tempfile.gettempdir(), f"patchstream-duckdb-{uuid.uuid4().hex}")
+        connection = duckdb.connect(config={"memory_limit": _SQL_MEMORY, "temp_directory": str(temporary)})
         if not is_local(self.fs):
             connection.register_filesystem(DirFileSystem(path=self.root, fs=self.fs))
         for kind in _TABLES:

@@ -97,6 +97,24 @@ def test_csv_with_a_rare_comma_or_line_break(store: FeatureStore, tmp_path: Path
     assert rows[49_000] == {"row": "49000", "uri": late}
 
 
+def test_every_connection_keeps_to_its_memory_and_folder(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`duplicates` and labels ask by `store.connect` too."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    setting = "SELECT current_setting('memory_limit'), current_setting('temp_directory')"
+    with store.connect() as connection, sql.connect(store) as other:
+        memory, folder = connection.sql(setting).fetchall()[0]
+        assert memory == other.sql(setting).fetchall()[0][0] == "2.0 GiB"
+        assert Path(folder).parent == tmp_path
+        assert folder != other.sql(setting).fetchall()[0][1], "one of another user would be closed to us"
+        connection.execute("SET threads = 1")
+        connection.execute("SET memory_limit = '12MiB'")
+        connection.execute("CREATE TABLE t AS SELECT hash(range)::VARCHAR AS h FROM range(300_000) ORDER BY h")
+        assert [path.name for path in tmp_path.iterdir()] == [Path(folder).name]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("query", ["SELECT nothing FROM images", "SELEC 1", "SELECT row FROM clusters_none"])
 def test_bad_queries(store: FeatureStore, tmp_path: Path, query: str) -> None:
     with pytest.raises(SpecError, match="in: SELEC"):
