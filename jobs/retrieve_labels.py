@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.directory import AsJson, Directory, Options, emit, parse_options
-from jobs.retrieve_screen import Features, opened, print_json, print_table, warn_left_out
+from jobs.retrieve_screen import Features, cell, opened, print_json, print_table, warn_left_out
 from schemas.errors import SpecError
 
 if TYPE_CHECKING:
-    from pipeline.retrieval.labels import Labelled
+    from pipeline.retrieval.labels import Labelled, RowLabels
     from pipeline.retrieval.probe import ProbeResult
     from pipeline.retrieval.store import FeatureStore
+
+_NAMED = 10
 
 
 def probe(
@@ -30,7 +32,7 @@ def probe(
     as_json: AsJson = False,
 ) -> int:
     """Train a linear classifier on the features, judge it on held-out rows, and save it."""
-    from pipeline.retrieval.labels import labels_from_column, labels_from_csv
+    from pipeline.retrieval.labels import labels_from_column, labels_from_csv, locate
     from pipeline.retrieval.output import check_name
     from pipeline.retrieval.probe import describe, run_probe
 
@@ -39,15 +41,18 @@ def probe(
         raise SpecError("give either --label-column C or --labels F.csv")
     few = _shots(shots)
     with opened(directory, storage_options) as store:
+        store.check_feature(features)
+        if label_column is not None:
+            given = labels_from_column(store, label_column)
+        else:
+            given = labels_from_csv(store, str(labels))
+        _warn_unknown(given)
         warn_left_out(store, features)
         matrix = store.load(features)
-        if label_column is not None:
-            found = labels_from_column(store, matrix, label_column)
-        else:
-            found = labels_from_csv(store, matrix, str(labels))
+        found = locate(matrix, given)
         result = run_probe(matrix, found, few=few, seeds=seeds, seed=seed, progress=store.progress)
-        source = f"column {label_column}" if label_column is not None else str(labels)
-        summary = {"name": name, "feature": features, "labels_from": source, "seed": seed, **describe(result, found)}
+        settings = {"name": name, "feature": features, "labels_from": given.source, "seed": seed}
+        summary = {**settings, **describe(result, found)}
         _save(store, result, found, summary)
     if as_json:
         print_json(summary)
@@ -65,6 +70,17 @@ def _shots(text: str | None) -> tuple[int, ...]:
     if any(count < 1 for count in few):
         raise SpecError(f"--shots {text}: expected numbers of examples, such as 1,5,10")
     return few
+
+
+def _warn_unknown(given: "RowLabels") -> None:
+    if given.unknown:
+        more = ["…"] if len(given.unknown) > _NAMED else []
+        shown = ", ".join([*(cell(name) for name in given.unknown[:_NAMED]), *more])
+        emit(
+            f"warning: {len(given.unknown):,} of the {given.named:,} names in {given.source} are of no row in images/ "
+            f"and are left out: {shown}",
+            to_stderr=True,
+        )
 
 
 def _save(store: "FeatureStore", result: "ProbeResult", found: "Labelled", summary: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Labels to learn from: a column that rode along, or a CSV file that names rows."""
 
 import csv
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,22 @@ class Labelled:
         return Labelled(self.positions[chosen], self.codes[chosen], self.classes)
 
 
-def labels_from_column(store: FeatureStore, matrix: Matrix, column: str) -> Labelled:
-    """Labels in a column of `images/`. Raises SpecError if there is no such column, or fewer than two classes."""
+@dataclass(frozen=True)
+class RowLabels:
+    """Ids of rows (n,) and their labels (n,), from `source`: a column or a file.
+
+    Of the `named` names in a file, `unknown` are those that no row has.
+    """
+
+    source: str
+    rows: Ints
+    labels: list[str]
+    named: int = 0
+    unknown: tuple[str, ...] = ()
+
+
+def labels_from_column(store: FeatureStore, column: str) -> RowLabels:
+    """Labels in a column of `images/`. Raises SpecError if there is no such column."""
     if column not in store.schema.names:
         raise SpecError(f"--label-column {column}: images/ has the columns {', '.join(store.schema.names)}")
     label = quote(store.sql_name(column))
@@ -38,26 +53,35 @@ def labels_from_column(store: FeatureStore, matrix: Matrix, column: str) -> Labe
     found = store.sql(
         f"SELECT row, CAST({label} AS VARCHAR) AS label FROM images WHERE trim(CAST({label} AS VARCHAR)) <> ''"
     )
-    return _labelled(matrix, found.column("row").to_numpy(), found.column("label").to_pylist(), f"column {column}")
+    return RowLabels(f"column {column}", found.column("row").to_numpy(), found.column("label").to_pylist())
 
 
-def labels_from_csv(store: FeatureStore, matrix: Matrix, path: str) -> Labelled:
+def labels_from_csv(store: FeatureStore, path: str) -> RowLabels:
     """Labels in a CSV with the column `label` and one of `row`, `uri` or `name` (the last part of the uri).
 
-    Raises SpecError if the file is no such table, or names no row of the run.
+    Raises SpecError if the file is no such table, contradicts itself, names no row of the run, or goes by a name that
+    several pictures have.
     """
     key, named = _read_csv(path)
-    rows = _rows_by_key(store, key)
+    rows, shared = _rows_by_key(store, key)
+    ambiguous = [name for name in named if name in shared]
+    if ambiguous:
+        raise SpecError(
+            f"--labels {path}: {len(ambiguous):,} of its {len(named):,} names belong to several pictures, such as "
+            f"{' and '.join(shared[ambiguous[0]])}; name them by `uri` in place of `name`"
+        )
     matched = [(row, label) for name, label in named.items() for row in rows.get(name, ())]
     if not matched:
         raise SpecError(
             f"--labels {path}: none of its {len(named)} names is a `{key}` of this run.\n"
             f"  in the file: {', '.join(list(named)[:_SHOWN])}\n  in the run:  {', '.join(list(rows)[:_SHOWN])}"
         )
-    return _labelled(matrix, np.array([row for row, _ in matched]), [label for _, label in matched], path)
+    unknown = tuple(name for name in named if name not in rows)
+    return RowLabels(path, np.array([row for row, _ in matched]), [label for _, label in matched], len(named), unknown)
 
 
 def _read_csv(path: str) -> tuple[str, dict[str, str]]:
+    """The column that names rows, and the label of each name in it."""
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -67,7 +91,7 @@ def _read_csv(path: str) -> tuple[str, dict[str, str]]:
                 raise SpecError(
                     f"--labels {path}: needs a column `label` and one of {', '.join(_KEYS)}; it has {', '.join(fields)}"
                 )
-            return key, {item[key]: item["label"] for item in reader if item["label"]}
+            return key, _labels_by_name(path, reader, key)
     except FileNotFoundError:
         raise SpecError(f"--labels {path}: no such file") from None
     except OSError as error:
@@ -76,26 +100,61 @@ def _read_csv(path: str) -> tuple[str, dict[str, str]]:
         raise SpecError(f"--labels {path}: not a CSV file in UTF-8 ({error})") from None
 
 
-def _rows_by_key(store: FeatureStore, key: str) -> dict[str, list[int]]:
+def _labels_by_name(path: str, reader: "csv.DictReader[str]", key: str) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for item in reader:
+        # A line that is too short has None in its last columns.
+        label, name = (item["label"] or "").strip(), item[key] or ""
+        if not label:
+            continue
+        if not name.strip():
+            raise SpecError(f"--labels {path}: line {reader.line_num} has no `{key}`; fill it in, or leave it out")
+        name = _row_number(name) if key == "row" else name
+        if named.setdefault(name, label) != label:
+            advice = "; if they are two pictures of one name, name them by `uri`" if key == "name" else ""
+            raise SpecError(
+                f"--labels {path}: line {reader.line_num} says that `{key}` {name} is `{label}`, and a line before it "
+                f"that it is `{named[name]}`; leave one of them{advice}"
+            )
+    return named
+
+
+def _row_number(text: str) -> str:
+    """`7` for `7.0`, as pandas writes a column of numbers that has gaps."""
+    whole = re.fullmatch(r"\s*([0-9]{1,18})(\.0*)?\s*", text)
+    return str(int(whole[1])) if whole else text
+
+
+def _rows_by_key(store: FeatureStore, key: str) -> tuple[dict[str, list[int]], dict[str, tuple[str, str]]]:
+    """Ids of the rows of each name; for a name that several pictures have, two of their addresses."""
     table = store.table(["row"] if key == "row" else ["row", "uri"])
     rows = table.column("row").to_pylist()
     if key == "row":
-        return {str(row): [row] for row in rows}
+        return {str(row): [row] for row in rows}, {}
     names: dict[str, list[int]] = {}
+    first: dict[str, str] = {}
+    shared: dict[str, tuple[str, str]] = {}
     for row, uri in zip(rows, table.column("uri").to_pylist(), strict=True):
-        names.setdefault(uri if key == "uri" else uri.rpartition("/")[2], []).append(row)
-    return names
+        name = uri if key == "uri" else uri.rpartition("/")[2]
+        names.setdefault(name, []).append(row)
+        # Several rows of one address are one picture, listed twice or replaced by a newer version.
+        if first.setdefault(name, uri) != uri:
+            shared.setdefault(name, (first[name], uri))
+    return names, shared
 
 
-def _labelled(matrix: Matrix, rows: Ints, labels: list[str], source: str) -> Labelled:
-    positions = matrix.positions_of(rows)
+def locate(matrix: Matrix, found: RowLabels) -> Labelled:
+    """The labels of rows whose vector can be used. Raises SpecError if those are of fewer than two classes."""
+    positions = matrix.positions_of(found.rows)
     usable = (positions >= 0) & matrix.usable[positions]
-    classes = sorted({label for label, use in zip(labels, usable, strict=True) if use})
+    classes = sorted({label for label, use in zip(found.labels, usable, strict=True) if use})
     if len(classes) < 2:
         have = f"only the class `{classes[0]}`" if classes else "no class"
-        raise SpecError(f"{source}: {int(usable.sum())} labelled rows with {have}; a probe needs at least two classes")
+        raise SpecError(
+            f"{found.source}: {int(usable.sum())} labelled rows with {have}; a probe needs at least two classes"
+        )
     code_of = {name: code for code, name in enumerate(classes)}
-    codes = np.array([code_of.get(label, -1) for label in labels])[usable]
+    codes = np.array([code_of.get(label, -1) for label in found.labels])[usable]
     order = np.argsort(positions[usable], kind="stable")
     return Labelled(positions[usable][order], codes[order], classes)
 
@@ -116,12 +175,17 @@ def split(labelled: Labelled, share: float, rng: np.random.Generator) -> tuple[L
 
 def shots(labelled: Labelled, count: int, rng: np.random.Generator) -> Labelled:
     """`count` examples of each class. Raises SpecError if a class has fewer."""
-    sizes = Counter(labelled.codes.tolist())
-    code, fewest = min(((code, sizes.get(code, 0)) for code in range(len(labelled.classes))), key=lambda item: item[1])
-    if fewest < count:
-        raise SpecError(f"--shots {count}: class `{labelled.classes[code]}` has {fewest} examples to learn from")
+    check_shots(labelled, count)
     chosen = [
         rng.choice(np.flatnonzero(labelled.codes == code), count, replace=False)
         for code in range(len(labelled.classes))
     ]
     return labelled.take(np.sort(np.concatenate(chosen)))
+
+
+def check_shots(labelled: Labelled, count: int) -> None:
+    """Raises SpecError if a class has fewer than `count` examples."""
+    sizes = Counter(labelled.codes.tolist())
+    code, fewest = min(((code, sizes.get(code, 0)) for code in range(len(labelled.classes))), key=lambda item: item[1])
+    if fewest < count:
+        raise SpecError(f"--shots {count}: class `{labelled.classes[code]}` has {fewest} examples to learn from")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.retrieval.arrays import Floats, Ints, Preparation, Progress
-from pipeline.retrieval.labels import Labelled, shots, split
+from pipeline.retrieval.labels import Labelled, check_shots, shots, split
 from pipeline.retrieval.logistic import Linear, TrainingSet, fit_logistic
 from pipeline.retrieval.matrix import Matrix
 from pipeline.retrieval.nearest import top_k
@@ -52,6 +52,7 @@ def run_probe(
     """
     rng = np.random.default_rng(seed)
     rest, test = split(labelled, TEST_SHARE, rng)
+    check_shots(rest, max(few, default=0))
     training, validation = _halve(rest, rng)
     strength, start, sharpness, tried = _choose_strength(matrix, training, validation, rng, progress)
     head = fit_logistic(TrainingSet(matrix, rest), strength, start).sharpened(sharpness)

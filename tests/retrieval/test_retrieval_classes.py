@@ -10,7 +10,7 @@ from support.runs import RunContent, clustered, write_run
 from pipeline.retrieval.apply import apply_head
 from pipeline.retrieval.arrays import no_progress
 from pipeline.retrieval.head import HeadRecord, save_head
-from pipeline.retrieval.labels import Labelled, labels_from_column
+from pipeline.retrieval.labels import Labelled, labels_from_column, locate
 from pipeline.retrieval.logistic import Linear, TrainingSet
 from pipeline.retrieval.probe import _sharpness, evaluate, run_probe
 from pipeline.retrieval.scores import Scores, score
@@ -63,7 +63,7 @@ def test_many_classes_take_no_more_memory(tmp_path: Path, monkeypatch: pytest.Mo
 def test_choosing_keeps_no_confusions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = RunContent({"cls": clustered(400, 16, 4)}, user={"kind": [f"kind {row % 4}" for row in range(400)]})
     store = FeatureStore.open(str(write_run(tmp_path, content)))
-    labelled = labels_from_column(store, store.load("cls"), "kind")
+    labelled = locate(store.load("cls"), labels_from_column(store, "kind"))
     made: list[int] = []
 
     def counted(confusion: np.ndarray, error: float, log_loss: float) -> Scores:

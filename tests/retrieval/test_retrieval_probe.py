@@ -1,7 +1,6 @@
-"""Probe and apply: as good as scikit-learn, honest numbers, labels from columns and files, a head that travels."""
+"""Probe and apply: as good as scikit-learn, honest numbers, a head that travels."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from pipeline.maintenance import verify
 from pipeline.retrieval.apply import apply_head
 from pipeline.retrieval.arrays import no_progress
 from pipeline.retrieval.head import HeadRecord, load_head, parse_head, save_head
-from pipeline.retrieval.labels import Labelled, labels_from_column, labels_from_csv, shots, split
+from pipeline.retrieval.labels import Labelled, labels_from_column, locate, shots, split
 from pipeline.retrieval.logistic import Linear, TrainingSet, fit_logistic
 from pipeline.retrieval.probe import describe, evaluate, run_probe
 from pipeline.retrieval.scores import calibration_error, score
@@ -46,7 +45,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
 
 @pytest.fixture(scope="module")
 def labelled(store: FeatureStore) -> Labelled:
-    return labels_from_column(store, store.load("cls"), "kind")
+    return locate(store.load("cls"), labels_from_column(store, "kind"))
 
 
 def test_accuracy_within_half_a_point_of_scikit_learn(store: FeatureStore, labelled: Labelled) -> None:
@@ -76,6 +75,14 @@ def test_same_optimum_as_scikit_learn(store: FeatureStore, labelled: Labelled) -
     np.testing.assert_allclose(head.probabilities(store.load("cls").take(labelled.positions)), wanted, atol=5e-3)
 
 
+def test_too_many_shots_are_refused_before_anything_is_fitted(
+    store: FeatureStore, labelled: Labelled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.retrieval.probe.fit_logistic", lambda *_: pytest.fail("fitted"))
+    with pytest.raises(SpecError, match="--shots 2000: class"):
+        run_probe(store.load("cls"), labelled, few=(1, 2000), progress=no_progress)
+
+
 def test_streaming_gives_what_memory_gives(
     store: FeatureStore, labelled: Labelled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,75 +93,6 @@ def test_streaming_gives_what_memory_gives(
     pieces = fit_logistic(TrainingSet(matrix, labelled), 0.1)
     vectors = matrix.take(labelled.positions)
     np.testing.assert_allclose(pieces.probabilities(vectors), whole.probabilities(vectors), atol=2e-3)
-
-
-def write_csv(path: Path, header: str, lines: Sequence[str]) -> str:
-    path.write_text("\n".join([header, *lines]) + "\n")
-    return str(path)
-
-
-@pytest.mark.parametrize(
-    ("header", "line"),
-    [("row,label", "{row},{label}"), ("label,uri", "{label},memory://photo-{row:07d}.jpg"),
-     ("name,label", "photo-{row:07d}.jpg,{label}")],
-)  # fmt: skip
-def test_labels_from_csv(store: FeatureStore, labelled: Labelled, tmp_path: Path, header: str, line: str) -> None:
-    kinds = store.to_pandas(["row", "kind"])
-    lines = [line.format(row=row, label=kind) for row, kind in zip(kinds["row"], kinds["kind"], strict=True)]
-    found = labels_from_csv(
-        store, store.load("cls"), write_csv(tmp_path / "l.csv", header, [*lines, "nowhere,class 1"])
-    )
-    np.testing.assert_array_equal(found.positions, labelled.positions)
-    np.testing.assert_array_equal(found.codes, labelled.codes)
-    assert 17 not in found.positions
-
-
-def test_labels_that_match_no_row_show_both_sides(store: FeatureStore, tmp_path: Path) -> None:
-    path = write_csv(tmp_path / "l.csv", "uri,label", [f"s3://b/{i}.jpg,{i % 2}" for i in range(9)])
-    with pytest.raises(SpecError) as caught:
-        labels_from_csv(store, store.load("cls"), path)
-    message = str(caught.value)
-    assert message.count("s3://b/") == 5
-    assert message.count("memory://photo-") == 5
-
-
-@pytest.mark.parametrize(
-    ("header", "lines", "message"),
-    [
-        ("file,label", ["a,b"], "needs a column `label` and one of row, uri, name; it has file, label"),
-        ("row,label", ["1,x", "2,x"], "only the class `x`; a probe needs at least two"),
-        ("row,label", ["17,x", "18,y"], "only the class `y`"),
-    ],
-)
-def test_bad_label_files(store: FeatureStore, tmp_path: Path, header: str, lines: list[str], message: str) -> None:
-    with pytest.raises(SpecError, match=message):
-        labels_from_csv(store, store.load("cls"), write_csv(tmp_path / "l.csv", header, lines))
-    with pytest.raises(SpecError, match="no such file"):
-        labels_from_csv(store, store.load("cls"), str(tmp_path / "none.csv"))
-    with pytest.raises(SpecError, match=r"--labels .* cannot be read as a file \(Is a directory\); give a CSV file"):
-        labels_from_csv(store, store.load("cls"), str(tmp_path))
-    with pytest.raises(SpecError, match=r"--label-column colour: images/ has the columns row, uri, cls"):
-        labels_from_column(store, store.load("cls"), "colour")
-
-
-def test_empty_cells_are_no_class(tmp_path: Path) -> None:
-    """As a CSV leaves them that is filled in for some of its rows."""
-    vectors, _ = overlapping(6)
-    content = RunContent({"cls": vectors}, user={"kind": ["a", "", "b", "  ", "b", None]})
-    store = FeatureStore.open(str(write_run(tmp_path, content)))
-    found = labels_from_column(store, store.load("cls"), "kind")
-    assert (found.classes, found.positions.tolist()) == (["a", "b"], [0, 2, 4])
-
-
-def test_label_column_that_differs_in_case_from_ours(tmp_path: Path) -> None:
-    vectors, _ = overlapping(6)
-    user = {"Width": ["wide", "wide", "narrow", None, "narrow", "wide"]}
-    content = RunContent({"cls": vectors}, user=user, sizes=[(10 * row, 5) for row in range(6)])
-    store = FeatureStore.open(str(write_run(tmp_path, content)))
-    found = labels_from_column(store, store.load("cls"), "Width")
-    assert found.classes == ["narrow", "wide"]
-    assert found.positions.tolist() == [0, 1, 2, 4, 5]
-    assert found.codes.tolist() == [1, 1, 0, 0, 1]
 
 
 def test_split_and_shots() -> None:

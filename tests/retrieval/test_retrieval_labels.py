@@ -1,0 +1,130 @@
+"""Labels for a probe: from a column, and from a CSV that names rows by number, address or file name."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.runs import RunContent, clustered, write_run
+
+from pipeline.retrieval.labels import labels_from_column, labels_from_csv, locate
+from pipeline.retrieval.store import FeatureStore
+from schemas.errors import SpecError
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    vectors = clustered(60, 8, 3)
+    vectors[17] = np.nan
+    content = RunContent({"cls": vectors}, user={"kind": [f"class {row % 3}" for row in range(60)]}, parts=3)
+    return FeatureStore.open(str(write_run(tmp_path_factory.mktemp("run"), content)))
+
+
+def write_csv(path: Path, header: str, lines: Sequence[str]) -> str:
+    path.write_text("\n".join([header, *lines]) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "line"),
+    [("row,label", "{row},{label}"), ("label,uri", "{label},memory://photo-{row:07d}.jpg"),
+     ("name,label", "photo-{row:07d}.jpg,{label}")],
+)  # fmt: skip
+def test_labels_from_csv(store: FeatureStore, tmp_path: Path, header: str, line: str) -> None:
+    labelled = locate(store.load("cls"), labels_from_column(store, "kind"))
+    kinds = store.to_pandas(["row", "kind"])
+    lines = [line.format(row=row, label=kind) for row, kind in zip(kinds["row"], kinds["kind"], strict=True)]
+    given = labels_from_csv(store, write_csv(tmp_path / "l.csv", header, [*lines, "nowhere,class 1"]))
+    assert len(given.unknown) == 1
+    assert given.named == len(lines) + 1
+    found = locate(store.load("cls"), given)
+    np.testing.assert_array_equal(found.positions, labelled.positions)
+    np.testing.assert_array_equal(found.codes, labelled.codes)
+    assert 17 not in found.positions
+
+
+def test_labels_that_match_no_row_show_both_sides(store: FeatureStore, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "l.csv", "uri,label", [f"s3://b/{i}.jpg,{i % 2}" for i in range(9)])
+    with pytest.raises(SpecError) as caught:
+        labels_from_csv(store, path)
+    message = str(caught.value)
+    assert message.count("s3://b/") == 5
+    assert message.count("memory://photo-") == 5
+
+
+@pytest.mark.parametrize(
+    ("header", "lines", "message"),
+    [
+        ("file,label", ["a,b"], "needs a column `label` and one of row, uri, name; it has file, label"),
+        ("row,label", ["1,x", "2,x"], "only the class `x`; a probe needs at least two"),
+        ("row,label", ["17,x", "18,y"], "only the class `y`"),
+    ],
+)
+def test_bad_label_files(store: FeatureStore, tmp_path: Path, header: str, lines: list[str], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        locate(store.load("cls"), labels_from_csv(store, write_csv(tmp_path / "l.csv", header, lines)))
+    with pytest.raises(SpecError, match="no such file"):
+        labels_from_csv(store, str(tmp_path / "none.csv"))
+    with pytest.raises(SpecError, match=r"--labels .* cannot be read as a file \(Is a directory\); give a CSV file"):
+        labels_from_csv(store, str(tmp_path))
+    with pytest.raises(SpecError, match=r"--label-column colour: images/ has the columns row, uri, cls"):
+        labels_from_column(store, "colour")
+
+
+def test_empty_cells_are_no_class(tmp_path: Path) -> None:
+    """As a CSV leaves them that is filled in for some of its rows."""
+    vectors = clustered(6, 8, 2)
+    content = RunContent({"cls": vectors}, user={"kind": ["a", "", "b", "  ", "b", None]})
+    store = FeatureStore.open(str(write_run(tmp_path, content)))
+    found = locate(store.load("cls"), labels_from_column(store, "kind"))
+    assert (found.classes, found.positions.tolist()) == (["a", "b"], [0, 2, 4])
+
+
+def test_label_column_that_differs_in_case_from_ours(tmp_path: Path) -> None:
+    vectors = clustered(6, 8, 2)
+    user = {"Width": ["wide", "wide", "narrow", None, "narrow", "wide"]}
+    content = RunContent({"cls": vectors}, user=user, sizes=[(10 * row, 5) for row in range(6)])
+    store = FeatureStore.open(str(write_run(tmp_path, content)))
+    found = locate(store.load("cls"), labels_from_column(store, "Width"))
+    assert found.classes == ["narrow", "wide"]
+    assert found.positions.tolist() == [0, 1, 2, 4, 5]
+    assert found.codes.tolist() == [1, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_name_of_several_pictures_is_refused(tmp_path: Path, again: bool) -> None:
+    """Unless they are one picture, listed twice."""
+    folders = ("cat", "cat") if again else ("cat", "dog")
+    uris = [f"/data/{folder}/{number}.jpg" for folder in folders for number in range(4)]
+    run = write_run(tmp_path, RunContent({"cls": clustered(8, 8, 2)}, uris=uris))
+    path = write_csv(tmp_path / "l.csv", "name,label", ["1.jpg,a", "2.jpg,b"])
+    if again:
+        assert sorted(labels_from_csv(FeatureStore.open(str(run)), path).rows.tolist()) == [1, 2, 5, 6]
+        return
+    with pytest.raises(SpecError) as caught:
+        labels_from_csv(FeatureStore.open(str(run)), path)
+    assert "2 of its 2 names belong to several pictures" in str(caught.value)
+    assert "/data/cat/1.jpg and /data/dog/1.jpg; name them by `uri`" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("header", "lines", "message"),
+    [
+        ("name,label", ["1.jpg,a", "1.jpg,b"], "line 3 says that `name` 1.jpg is `b`, .* it is `a`; .* by `uri`"),
+        ("row,label", ["1,a", "2,b", "1.0,b"], "line 4 says that `row` 1 is `b`, .* it is `a`; leave one of them$"),
+        ("label,row", ["a,1", "b"], "line 3 has no `row`; fill it in"),
+        ("label,row", ["a,1", "b, "], "line 3 has no `row`; fill it in"),
+    ],
+)
+def test_lines_that_make_no_sense(
+    store: FeatureStore, tmp_path: Path, header: str, lines: list[str], message: str
+) -> None:
+    with pytest.raises(SpecError, match=message):
+        labels_from_csv(store, write_csv(tmp_path / "l.csv", header, lines))
+
+
+def test_row_numbers_as_pandas_writes_them_and_lines_without_a_label(store: FeatureStore, tmp_path: Path) -> None:
+    lines = ["7.0, a ", "8,a", " 9 ,b", "10.5,b", "99.0,b", "11,", "12,  ", "13", "7,a"]
+    found = labels_from_csv(store, write_csv(tmp_path / "l.csv", "row,label", lines))
+    assert dict(zip(found.rows.tolist(), found.labels, strict=True)) == {7: "a", 8: "a", 9: "b"}
+    assert (found.named, found.unknown) == (5, ("10.5", "99"))
