@@ -205,6 +205,7 @@ def index(
     check_name(name)
     if update and (others := options_given(context, *_BUILT_WITH)):
         raise SpecError(f"--update keeps an index as it was built; leave out {others}, or build it anew")
+    checked = indexes.check_kind(kind) if kind else None
     summary: dict[str, Any] = {"name": name}
     with opened(directory, storage_options) as store:
         asked_only = evaluate and not update and kind is None and indexes.exists(store, name)
@@ -221,7 +222,6 @@ def index(
             indexes.save(store, built, name)
         else:
             warn_left_out(store, features)
-            checked = indexes.check_kind(kind) if kind else None
             built = _build(store, ray, feature=features, kind=checked, normalise=normalise, centre=centre)
             built = tune(built, store.load(features))
             indexes.save(store, built, name)

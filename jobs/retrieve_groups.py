@@ -52,19 +52,21 @@ def kmeans(
     """Cluster the vectors, and say what distinguishes each cluster."""
     from pipeline.retrieval.clusters import check_label_column
     from pipeline.retrieval.output import check_name
+    from pipeline.retrieval.sweep import parse_sweep
 
     check_name(name or "k")
     if (k is None) == (sweep is None):
         raise SpecError("give either -k N or --sweep LOW:HIGH")
     if ray is not None and mini_batch is not None:
         raise SpecError("--ray goes over all rows in each step; leave out --mini-batch and --no-mini-batch")
+    ks = parse_sweep(sweep) if sweep is not None else None
     with opened(directory, storage_options) as store:
         check_label_column(store, label_column)
         settings = {"feature": features, "centre": centre, "seed": seed, "label_column": label_column}
         if ray is not None:
             summary = _kmeans_on_ray(store, k, ray, name, spherical, settings)
         else:
-            summary = _kmeans_here(store, k, sweep, name, spherical, mini_batch, settings)
+            summary = _kmeans_here(store, k, ks, name, spherical, mini_batch, settings)
     if as_json:
         print_json(summary)
         return 0
@@ -108,7 +110,7 @@ def _kmeans_on_ray(
 def _kmeans_here(
     store: "FeatureStore",
     k: int | None,
-    sweep: str | None,
+    ks: list[int] | None,
     name: str | None,
     spherical: bool,
     mini_batch: bool | None,
@@ -121,8 +123,7 @@ def _kmeans_here(
     from pipeline.retrieval.lloyd import MatrixSource
     from pipeline.retrieval.output import place
     from pipeline.retrieval.plots import line_charts
-    from pipeline.retrieval.sweep import best_k, elbow, parse_sweep
-    from pipeline.retrieval.sweep import sweep as try_all
+    from pipeline.retrieval.sweep import best_k, elbow, sweep
     from pipeline.storage import put_bytes
 
     feature, seed = settings["feature"], settings["seed"]
@@ -131,13 +132,13 @@ def _kmeans_here(
     prepare = store.preparation(feature, normalise=spherical, centre=settings["centre"])
     source = MatrixSource(matrix, np.flatnonzero(matrix.usable), prepare)
     chart = None
-    if sweep is not None:
-        trials = try_all(source, parse_sweep(sweep), spherical=spherical, seed=seed, progress=store.progress)
+    if ks is not None:
+        trials = sweep(source, ks, spherical=spherical, seed=seed, progress=store.progress)
         k, bend = best_k(trials), elbow(trials)
-        ks = [float(trial.k) for trial in trials]
+        tried = [float(trial.k) for trial in trials]
         charts = [
-            ("inertia for each vector", ks, [trial.inertia for trial in trials], float(bend)),
-            ("silhouette", ks, [trial.silhouette for trial in trials], float(k)),
+            ("inertia for each vector", tried, [trial.inertia for trial in trials], float(bend)),
+            ("silhouette", tried, [trial.silhouette for trial in trials], float(k)),
         ]
         chart = line_charts(charts, "k")
         settings = {**settings, "sweep": [trial._asdict() for trial in trials], "elbow": bend}
@@ -172,7 +173,7 @@ def duplicates(
     as_json: AsJson = False,
 ) -> int:
     """Group files with the same bytes and pictures that are nearly the same; say what could be deleted."""
-    from pipeline.retrieval.duplicates import find_duplicates, write_duplicates
+    from pipeline.retrieval.duplicates import check_threshold, find_duplicates, write_duplicates
     from pipeline.retrieval.output import check_name
     from pipeline.retrieval.thresholds import pairs_around
 
@@ -183,6 +184,9 @@ def duplicates(
         raise SpecError(f"--around T shows pairs that lie around T and writes no table; leave out {others}")
     if exact_only and (others := options_given(context, "threshold", "features")):
         raise SpecError(f"--exact-only compares files, not vectors; leave out {others}")
+    check_threshold(threshold)
+    if around is not None:
+        check_threshold(around, "--around")
     with opened(directory, storage_options) as store:
         if not exact_only:
             warn_left_out(store, features)

@@ -155,6 +155,25 @@ def test_kmeans_checks_before_it_computes(run: Run, directory: Path, monkeypatch
     assert set(pq.read_table(directory / "clusters" / "kept").column("cluster").to_pylist()) == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["kmeans", "--sweep", "abc"], "--sweep abc: expected LOW:HIGH"),
+        (["duplicates", "--threshold", "2"], "--threshold 2"),
+        (["duplicates", "--around", "7"], "--around 7"),
+        (["index", "--kind", "lsh"], "--kind lsh: choose one of"),
+        (["probe", "--labels", "/nope.csv"], "--labels /nope.csv: no such file"),
+        (["probe", "--label-column", "typo"], "--label-column typo: images/ has the columns"),
+    ],
+)
+def test_mistakes_are_told_before_any_vector_is_read(
+    run: Run, directory: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.setattr(FeatureStore, "load", lambda *_: pytest.fail("read"))
+    with pytest.raises(SpecError, match=message):
+        run(arguments[0], directory, *arguments[1:])
+
+
 def test_duplicates_and_around(run: Run, directory: Path, tmp_path: Path) -> None:
     summary = json.loads(run("duplicates", directory, "--threshold", 0.999, "--json"))
     assert summary["groups"] == 1
@@ -179,6 +198,16 @@ def test_probe_then_apply_then_ask(run: Run, directory: Path, tmp_path: Path) ->
         run("sql", out, "SELECT labels[1].label AS l, count(*) AS n FROM images GROUP BY l ORDER BY l", "--json")
     )
     assert [item["l"] for item in rows] == [f"kind {kind}" for kind in range(4)]
+
+
+def test_labels_that_name_no_row_are_told(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [f"{row},{row // 100}" for row in range(0, 400, 5)] + [f"{row},x" for row in range(1000, 1012)]
+    (tmp_path / "l.csv").write_text("\n".join(["row,label", *lines]))
+    assert retrieve_labels.probe(str(directory), labels=str(tmp_path / "l.csv"), name="csv") == 0
+    warning = capsys.readouterr().err
+    assert "12 of the 92 names in" in warning
+    assert "left out: 1000, 1001," in warning
+    assert "1009, …" in warning
 
 
 def test_sql_prints_and_writes(run: Run, directory: Path, tmp_path: Path) -> None:
