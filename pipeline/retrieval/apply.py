@@ -71,20 +71,48 @@ def _new_record(store: FeatureStore, head: HeadRecord, digest: str, top_k: int) 
 
 
 def _open_out(store: FeatureStore, fs: Any, root: str, record: RunRecord) -> None:
-    """Make `out` with the run's manifest, or check that it is this very result's."""
+    """Bring the manifest and the record in `out` up to date; raise OutputError where it holds anything else.
+
+    The record comes last: with parts of our manifest and no record, an earlier command was cut short.
+    """
     there = read_json(fs, join(root, "run.json"))
     wanted = record.model_dump(mode="json")
-    if there is not None and there != wanted:
-        lines = "\n  ".join(difference(there, wanted))
-        raise OutputError(f"{redact(root)} holds another result:\n  {lines}\nChoose another --out.")
-    if there is None and exists(fs, root) and fs.ls(root, detail=False):
-        raise OutputError(f"{redact(root)} is not empty and no run's directory; choose another --out")
+    copied: list[str] = []
     if there is not None:
-        return
-    for name in _names(store.fs, store.root, "manifest"):
+        copied = list(there.get("manifest_parts") or [])
+        # `embed --update` adds parts to the manifest of a run; what is there stays right.
+        follows = copied == record.manifest_parts[: len(copied)]
+        lines = difference({**there, **_growing(wanted)} if follows else there, wanted)
+        if lines:
+            listed = "\n  ".join(lines)
+            raise OutputError(f"{redact(root)} holds another result:\n  {listed}\nChoose another --out.")
+    elif not _holds_only_manifest(store, fs, root):
+        raise OutputError(f"{redact(root)} is not empty and no run's directory; choose another --out")
+    for part in record.manifest_parts[len(copied) :]:
+        name = part.rpartition("/")[2]
         with staged(fs, join(root, "manifest", name)) as local:
             store.fs.get_file(join(store.root, "manifest", name), str(local))
-    put_bytes(fs, join(root, "run.json"), record.model_dump_json(indent=1).encode())
+    if there != wanted:
+        put_bytes(fs, join(root, "run.json"), record.model_dump_json(indent=1).encode())
+
+
+def _growing(record: dict[str, Any]) -> dict[str, Any]:
+    """What `embed --update` changes in a record."""
+    return {key: record[key] for key in ("manifest_rows", "manifest_parts")}
+
+
+def _holds_only_manifest(store: FeatureStore, fs: Any, root: str) -> bool:
+    """Whether `root` is empty, or holds nothing but parts of the run's manifest, as large as they are there."""
+    if not exists(fs, root):
+        return True
+    names = [str(path).rstrip("/").rpartition("/")[2] for path in fs.ls(root, detail=False)]
+    if any(name != "manifest" and not name.startswith(".run.json.") for name in names):
+        return False
+    found, ours = (
+        {(path.rpartition("/")[2], size) for path, size in list_parquet(some, join(base, "manifest"))}
+        for some, base in ((fs, root), (store.fs, store.root))
+    )
+    return found <= ours
 
 
 def _remove_stale(store: FeatureStore, fs: Any, root: str, record: RunRecord) -> None:
