@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 from pipeline.retrieval.arrays import Floats, Ints, Preparation
 from pipeline.retrieval.lloyd import Clustering, assign
 from pipeline.retrieval.matrix import Matrix
-from pipeline.retrieval.output import place, remove_folder, staged, write_json
-from pipeline.retrieval.store import FeatureStore, quote, run_query
+from pipeline.retrieval.output import check_name, replacing, staged, write_json
+from pipeline.retrieval.store import FeatureStore, quote
 from pipeline.storage import join
 from schemas.errors import SpecError
 
@@ -58,23 +58,22 @@ def write_clusters(
 
     `settings` goes into the JSON as it is. The centres go to `NAME.centres.npy`, (k, D) float32.
     """
-    folder = place(store.root, "clusters", name)
-    remove_folder(store.fs, folder)
     members = new_members(len(found.centres))
     done, total = 0, int(matrix.usable.sum())
-    with staged(store.fs, join(folder, "clusters.parquet")) as local, pq.ParquetWriter(local, _SCHEMA) as writer:
-        for at, vectors in matrix.chunks(release=True):
-            writer.write_table(clusters_table(matrix.rows[at], prepare.apply(vectors), found, members))
-            done += len(at)
-            store.progress("writing clusters", done, total)
-    return finish(store, matrix.left_out, found, members, name, settings)
+    with replacing(store.fs, join(store.root, "clusters"), check_name(name)) as home:
+        path = join(home, name, "clusters.parquet")
+        with staged(store.fs, path) as local, pq.ParquetWriter(local, _SCHEMA) as writer:
+            for at, vectors in matrix.chunks(release=True):
+                writer.write_table(clusters_table(matrix.rows[at], prepare.apply(vectors), found, members))
+                done += len(at)
+                store.progress("writing clusters", done, total)
+        return finish(store, matrix.left_out, found, members, join(home, name), settings)
 
 
 def finish(
-    store: FeatureStore, left_out: Ints, found: Clustering, members: Members, name: str, settings: dict[str, Any]
+    store: FeatureStore, left_out: Ints, found: Clustering, members: Members, folder: str, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write what goes beside the Parquet files of a clustering, and give back the content of the JSON."""
-    folder = place(store.root, "clusters", name)
+    """Write what goes beside the `folder` of a clustering, which is there, and give back the content of the JSON."""
     with staged(store.fs, f"{folder}.centres.npy") as local:
         np.save(local, found.centres)
     summary = {
@@ -86,16 +85,16 @@ def finish(
         "rows": int(members.sizes.sum()),
         "left_out": {"count": len(left_out), "rows": left_out[:_NAMED_ROWS].tolist()},
         "run_id": store.record.run_id,
-        "clusters": _describe(store, members, name, settings.get("label_column")),
+        "clusters": _describe(store, members, folder, settings.get("label_column")),
     }
     write_json(store.fs, f"{folder}.json", summary)
     return summary
 
 
-def _describe(store: FeatureStore, members: Members, name: str, label_column: str | None) -> list[dict[str, Any]]:
+def _describe(store: FeatureStore, members: Members, folder: str, label_column: str | None) -> list[dict[str, Any]]:
     medoids = members.medoids[members.medoids >= 0]
     uris = dict(zip(medoids.tolist(), store.uris(medoids), strict=True))
-    labels = top_labels(store, name, label_column)
+    labels = top_labels(store, folder, label_column)
     return [
         {
             "cluster": number,
@@ -113,8 +112,8 @@ def check_label_column(store: FeatureStore, label_column: str | None) -> None:
         raise SpecError(f"--label-column {label_column}: images/ has the columns {', '.join(store.schema.names)}")
 
 
-def top_labels(store: FeatureStore, name: str, label_column: str | None = None) -> dict[int, list[dict[str, Any]]]:
-    """The labels that distinguish each cluster of `clusters/NAME`, best first.
+def top_labels(store: FeatureStore, folder: str, label_column: str | None = None) -> dict[int, list[dict[str, Any]]]:
+    """The labels that distinguish each cluster of `folder`, such as `DIR/clusters/NAME`, best first.
 
     `share` is how much of the cluster has the label, `base` how much of all rows. They are ordered by
     share · ln(share / base): what makes up much of a cluster and is rare elsewhere comes first. The label is the first
@@ -125,19 +124,16 @@ def top_labels(store: FeatureStore, name: str, label_column: str | None = None) 
         return {}
     # By table: the user's own columns may be named `cluster` or `distance` too.
     label = f"CAST(i.{quote(store.sql_name(label_column))} AS VARCHAR)" if label_column else "i.labels[1].label"
-    query = (
-        f"WITH named AS (SELECT c.cluster, {label} AS label FROM images i JOIN members c ON i.row = c.row), "
+    found = store.sql(
+        f"WITH named AS (SELECT c.cluster, {label} AS label FROM images i JOIN _clusters c ON i.row = c.row), "
         "counts AS (SELECT cluster, label, count(*) AS n FROM named WHERE trim(label) <> '' GROUP BY ALL), "
         "shares AS (SELECT cluster, label, n / sum(n) OVER (PARTITION BY cluster) AS share, "
         "sum(n) OVER (PARTITION BY label) / sum(n) OVER () AS base FROM counts) "
         "SELECT cluster, label, share, base FROM shares WHERE share > base "
         "QUALIFY row_number() OVER (PARTITION BY cluster ORDER BY share * ln(share / base) DESC, label) "
-        f"<= {_TOP_LABELS} ORDER BY cluster, share * ln(share / base) DESC, label"
+        f"<= {_TOP_LABELS} ORDER BY cluster, share * ln(share / base) DESC, label",
+        {"_clusters": folder},
     )
-    with store.connect() as connection:
-        # By its folder: what the view of a clustering is called depends on which others there are.
-        store.add_view(connection, "members", place(store.root, "clusters", name))
-        found = run_query(connection, query)
     labels: dict[int, list[dict[str, Any]]] = {}
     for item in found.to_pylist():
         labels.setdefault(item.pop("cluster"), []).append(item)

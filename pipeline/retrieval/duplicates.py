@@ -13,7 +13,7 @@ import pyarrow as pa
 from pipeline.retrieval.arrays import Floats, Ints, Mask, Preparation
 from pipeline.retrieval.components import Components
 from pipeline.retrieval.matrix import Matrix
-from pipeline.retrieval.output import place, remove_folder, write_json, write_table
+from pipeline.retrieval.output import check_name, replacing, write_json, write_table
 from pipeline.retrieval.pairs import near_pairs
 from pipeline.retrieval.store import FeatureStore
 from pipeline.storage import join, put_bytes
@@ -144,12 +144,9 @@ def write_duplicates(store: FeatureStore, found: Duplicates, name: str, settings
     The list to delete has one address a line. An address that some kept row has too is not in it, nor is one that
     would be read as several: with a line break, or a NUL. The summary counts both.
     """
-    folder = place(store.root, "duplicates", name)
-    remove_folder(store.fs, folder)
+    check_name(name)
     columns = {"row": found.row, "group": found.group, "keep": found.keep, "score": found.score}
-    write_table(store.fs, join(folder, "duplicates.parquet"), pa.table(columns))
     delete, shared, unsafe = _delete_list(store, found)
-    put_bytes(store.fs, f"{folder}.delete.txt", "".join(f"{uri}\n" for uri in delete).encode())
     summary = {
         **settings,
         "rows": len(store),
@@ -163,7 +160,10 @@ def write_duplicates(store: FeatureStore, found: Duplicates, name: str, settings
         "kept": "most pixels, then lowest row",
         "run_id": store.record.run_id,
     }
-    write_json(store.fs, f"{folder}.json", summary)
+    with replacing(store.fs, join(store.root, "duplicates"), name) as home:
+        write_table(store.fs, join(home, name, "duplicates.parquet"), pa.table(columns))
+        put_bytes(store.fs, join(home, f"{name}.delete.txt"), "".join(f"{uri}\n" for uri in delete).encode())
+        write_json(store.fs, join(home, f"{name}.json"), summary)
     return summary
 
 

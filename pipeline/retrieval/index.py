@@ -7,6 +7,8 @@ The kind is chosen by size: exact (`flat`) where that takes milliseconds, invert
 vectors fit in memory, product-quantised lists (`ivf-pq`) beyond. `hnsw` is there for the asking.
 """
 
+import errno
+import os
 from typing import Any, Literal, NamedTuple, get_args
 
 import faiss
@@ -15,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.retrieval.arrays import Floats, Ints, Preparation
 from pipeline.retrieval.matrix import Matrix
-from pipeline.retrieval.output import check_name, list_folders, remove_folder, staged, write_json
+from pipeline.retrieval.output import check_name, list_folders, replacing, staged, write_json
 from pipeline.retrieval.store import FeatureStore
 from pipeline.storage import is_local, join, read_json, redact
 from schemas.errors import OutputError, SpecError
@@ -201,31 +203,48 @@ def _set_parameters(index: Index) -> None:
 
 def save(store: FeatureStore, index: Index, name: str) -> None:
     """Write an index to `DIR/index/NAME/`."""
-    folder = join(store.root, "index", check_name(name))
-    remove_folder(store.fs, folder)
-    with staged(store.fs, join(folder, "vectors.faiss")) as local:
-        faiss.write_index(index.faiss, str(local))
-    write_json(store.fs, join(folder, "index.json"), index.record.model_dump(mode="json"))
+    with replacing(store.fs, join(store.root, "index"), check_name(name)) as home:
+        with staged(store.fs, join(home, name, "vectors.faiss")) as local:
+            _write_faiss(index.faiss, str(local))
+        write_json(store.fs, join(home, name, "index.json"), index.record.model_dump(mode="json"))
+
+
+def _write_faiss(index: Any, path: str) -> None:
+    try:
+        faiss.write_index(index, path)
+    except RuntimeError as error:  # faiss quotes what the system told it
+        number = next((number for number in errno.errorcode if f"({os.strerror(number)})" in str(error)), 0)
+        raise OSError(number, str(error)) from error
 
 
 def load(store: FeatureStore, name: str, *, allow_stale: bool = False) -> Index:
     """The index NAME. Raises OutputError if there is none, or if it was built from other parts or another model."""
     folder = join(store.root, "index", check_name(name))
-    content = read_json(store.fs, join(folder, "index.json"))
-    if content is None:
+    damaged = f"index `{name}` is damaged or being rebuilt; run `patchstream index DIR --name {name}`"
+    try:
+        content = read_json(store.fs, join(folder, "index.json"))
+        record = None if content is None else IndexRecord.model_validate(content)
+    except ValueError as error:
+        raise OutputError(f"{damaged} (index.json: {error})") from error
+    if record is None:
         there = ", ".join(list_folders(store.fs, join(store.root, "index"))) or "none"
-        raise OutputError(
-            f"no index `{name}` under {redact(store.root)}/index (there: {there}); run `patchstream index`"
-        )
-    record = IndexRecord.model_validate(content)
+        place = f"{redact(store.root)}/index"
+        raise OutputError(f"no index `{name}` under {place} (there: {there}); run `patchstream index`")
     if record.model_digest != store.record.model.digest:
         raise OutputError(f"index `{name}` was built from another model's vectors; build it anew")
     if not allow_stale:
         refuse_stale(name, stale(store, record))
     path = join(folder, "vectors.faiss")
-    if is_local(store.fs):
-        return Index(faiss.read_index(path), record)
-    return Index(faiss.deserialize_index(np.frombuffer(store.fs.cat_file(path), np.uint8)), record)
+    try:
+        if is_local(store.fs):
+            vectors = faiss.read_index(path)
+        else:
+            vectors = faiss.deserialize_index(np.frombuffer(store.fs.cat_file(path), np.uint8))
+    except (RuntimeError, FileNotFoundError) as error:
+        raise OutputError(damaged) from error
+    if (vectors.d, vectors.ntotal) != (record.dim, record.rows):
+        raise OutputError(damaged)
+    return Index(vectors, record)
 
 
 def refuse_stale(name: str, changes: str) -> None:

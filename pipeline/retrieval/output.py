@@ -1,10 +1,20 @@
-"""Writing results: every file appears whole or not at all, on a disk and on an object store."""
+"""Writing results: each appears whole or not at all, on a disk and on an object store.
 
+A result NAME is a folder and files beside it, such as `clusters/NAME/` and `clusters/NAME.json`. It is written under a
+hidden name first, and takes the place of an earlier one of its name when all of it is there.
+"""
+
+import errno
+import itertools
 import json
+import os
 import re
+import shutil
 import tempfile
+import time
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +26,10 @@ from pipeline.storage import exists, is_local, join, put_bytes, write_error
 from schemas.errors import SpecError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# What some result or other has beside its folder.
+_BESIDE = (".json", ".centres.npy", ".delete.txt", ".svg")
+_UNFINISHED = re.compile(r"\..+-(\d+)-[0-9a-f]{8}")
+_ABANDONED_S = 24 * 3600
 
 
 def check_name(name: str) -> str:
@@ -58,10 +72,91 @@ def write_json(fs: AbstractFileSystem, path: str, content: dict[str, Any]) -> No
     put_bytes(fs, path, (text + "\n").encode())
 
 
-def remove_folder(fs: AbstractFileSystem, folder: str) -> None:
-    """Delete the results of an earlier command of the same name, if there are any."""
-    if exists(fs, folder):
+@contextmanager
+def replacing(fs: AbstractFileSystem, home: str, name: str) -> Iterator[str]:
+    """A hidden folder to write a result to, laid out as `home`: a folder `name`, and `name.json` and others beside it.
+
+    When the block ends well they take the place of an earlier result of that name, of which nothing is left. When it
+    does not, they vanish and the earlier result stays. Raises OutputError if the place cannot be written.
+    """
+    staging = join(home, f".{name}-{int(time.time())}-{uuid.uuid4().hex[:8]}")
+    try:
+        yield staging
+        try:
+            _put_in_place(fs, staging, home, name)
+        except OSError as error:
+            raise write_error(join(home, name), error) from error
+    finally:
+        # What cannot be removed now goes with a later command.
+        with suppress(Exception):
+            _remove_folder(fs, staging)
+            _remove_abandoned(fs, home)
+
+
+def _put_in_place(fs: AbstractFileSystem, staging: str, home: str, name: str) -> None:
+    fresh, beside = _below(fs, staging), [name + ending for ending in _BESIDE]
+    old = [file for file in beside if exists(fs, join(home, file))]
+    if not is_local(fs):
+        old += [join(name, file) for file in _below(fs, join(home, name))]
+    # The record goes first and comes last: without it nobody takes the two halves of a swap for one result.
+    for file in filter(_is_record, old):
+        _remove_file(fs, join(home, file))
+    if is_local(fs):
+        _swap_folders(Path(staging), name, Path(home, name))
+        fresh = [file for file in fresh if file in beside]
+    for file in sorted(fresh, key=_is_record):
+        if is_local(fs):
+            os.replace(join(staging, file), join(home, file))
+        else:
+            fs.cp_file(join(staging, file), join(home, file))
+    for file in set(old) - set(fresh):
+        if not _is_record(file):
+            _remove_file(fs, join(home, file))
+
+
+def _remove_file(fs: AbstractFileSystem, path: str) -> None:
+    with suppress(FileNotFoundError):  # another command of this name was faster
+        fs.rm_file(path)
+
+
+def _below(fs: AbstractFileSystem, folder: str) -> list[str]:
+    return [str(path).removeprefix(folder).strip("/") for path in fs.find(folder)]
+
+
+def _is_record(file: str) -> bool:
+    return file.endswith(".json")
+
+
+def _swap_folders(staging: Path, name: str, folder: Path) -> None:
+    """Rename the new folder to the place of the old one, again where another command of this name was faster."""
+    for number in itertools.count():
+        aside = staging / f"replaced-{number}"
+        try:
+            with suppress(FileNotFoundError):
+                folder.rename(aside)
+            (staging / name).rename(folder)
+        except BaseException as error:
+            if not folder.exists() and aside.exists():
+                aside.rename(folder)
+            if not isinstance(error, OSError) or error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                raise
+        else:
+            return
+
+
+def _remove_folder(fs: AbstractFileSystem, folder: str) -> None:
+    if is_local(fs):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif exists(fs, folder):
         fs.rm(folder, recursive=True)
+
+
+def _remove_abandoned(fs: AbstractFileSystem, home: str) -> None:
+    """Delete what commands that were killed left in `home`. One that began today may still be at work."""
+    for path in fs.ls(home, detail=False):
+        begun = _UNFINISHED.fullmatch(str(path).rstrip("/").rpartition("/")[2])
+        if begun and time.time() - int(begun[1]) > _ABANDONED_S:
+            _remove_folder(fs, str(path))
 
 
 def list_folders(fs: AbstractFileSystem, folder: str) -> list[str]:

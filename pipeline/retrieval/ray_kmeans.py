@@ -15,7 +15,7 @@ from pipeline.retrieval.arrays import Floats, Ints, Preparation
 from pipeline.retrieval.clusters import Members, check_label_column, clusters_table, finish, new_members
 from pipeline.retrieval.kmeans import fit, running_mean
 from pipeline.retrieval.lloyd import ArraySource, Clustering, Totals, add, moved, totals
-from pipeline.retrieval.output import check_name, place, remove_folder, write_table
+from pipeline.retrieval.output import check_name, replacing, write_table
 from pipeline.retrieval.parts import Part
 from pipeline.retrieval.ray_parts import PartReader, over_parts
 from pipeline.retrieval.store import FeatureStore
@@ -103,18 +103,17 @@ def _sum(results: Any) -> Totals:
 def _write(
     store: FeatureStore, reader: PartReader, found: Clustering, name: str, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    folder = place(store.root, "clusters", name)
-    remove_folder(store.fs, folder)
     members = new_members(len(found.centres))
     written: list[Ints] = []
-    for number, (_, (part_members, rows)) in enumerate(
-        over_parts(_write_part, store.parts, reader, found, store.fs, folder)
-    ):
-        _merge(members, part_members)
-        written.append(rows)
-        store.progress("writing clusters", number + 1, len(store.parts))
-    left_out = np.setdiff1d(np.concatenate(written), store.replaced)
-    return finish(store, left_out, found, members, name, settings)
+    with replacing(store.fs, join(store.root, "clusters"), name) as home:
+        folder = join(home, name)
+        results = over_parts(_write_part, store.parts, reader, found, store.fs, folder)
+        for number, (_, (part_members, rows)) in enumerate(results):
+            _merge(members, part_members)
+            written.append(rows)
+            store.progress("writing clusters", number + 1, len(store.parts))
+        left_out = np.setdiff1d(np.concatenate(written), store.replaced)
+        return finish(store, left_out, found, members, folder, settings)
 
 
 def _write_part(

@@ -3,7 +3,7 @@
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -223,9 +223,14 @@ class FeatureStore:
         counted = {name.rpartition("/")[2] for name in self.record.manifest_parts}
         return [path for path in paths if kind != "manifest" or path.rpartition("/")[2] in counted]
 
-    def sql(self, query: str) -> pa.Table:
-        """The result of one DuckDB query over the views of `connect`. Raises SpecError if DuckDB refuses it."""
+    def sql(self, query: str, folders: Mapping[str, str] | None = None) -> pa.Table:
+        """The result of one DuckDB query over the views of `connect`, and those of other `folders` by their names.
+
+        Raises SpecError if DuckDB refuses it.
+        """
         with self.connect() as connection:
+            for view, folder in (folders or {}).items():
+                self.add_view(connection, view, folder)
             return run_query(connection, query)
 
     def uris(self, rows: Ints) -> list[str]:

@@ -173,3 +173,22 @@ def test_nothing_to_index_and_too_few_for_codes(tmp_path: Path) -> None:
     store = FeatureStore.open(str(write_run(tmp_path / "few", RunContent({"cls": VECTORS[:100]}))))
     with pytest.raises(SpecError, match="ivf-pq: needs at least 256 vectors"):
         indexes.build(store, feature="cls", kind="ivf-pq")
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone", "other", "record"])
+def test_a_damaged_index_is_explained(tmp_path: Path, harm: str) -> None:
+    store = FeatureStore.open(str(write_run(tmp_path, RunContent({"cls": VECTORS[:100]}))))
+    indexes.save(store, indexes.build(store, feature="cls", kind="flat"), "main")
+    path = tmp_path / "index" / "main" / "vectors.faiss"
+    if harm == "cut":
+        path.write_bytes(path.read_bytes()[:3000])
+    elif harm == "gone":
+        path.unlink()
+    elif harm == "other":
+        fewer = FeatureStore.open(str(write_run(tmp_path / "few", RunContent({"cls": VECTORS[:90]}))))
+        indexes.save(fewer, indexes.build(fewer, feature="cls", kind="flat"), "main")
+        path.write_bytes((tmp_path / "few" / "index" / "main" / "vectors.faiss").read_bytes())
+    else:
+        (path.parent / "index.json").write_text('{"kind": "fl')
+    with pytest.raises(OutputError, match="index `main` is damaged or being rebuilt; run `patchstream index DIR"):
+        indexes.load(store, "main")

@@ -171,7 +171,7 @@ def test_columns_named_like_ours_say_what_clusters_hold(tmp_path: Path) -> None:
     table = pa.table({"row": range(20), "cluster": [row // 10 for row in range(20)]})
     pq.write_table(table, tmp_path / "clusters" / "two" / "clusters.parquet")
     for column, names in ((None, ["cat", "dog"]), ("Format", ["raw", "jpg"])):
-        found = top_labels(store, "two", column)
+        found = top_labels(store, str(tmp_path / "clusters" / "two"), column)
         assert [found[number][0]["label"] for number in (0, 1)] == names
 
 

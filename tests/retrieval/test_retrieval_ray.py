@@ -55,6 +55,27 @@ def test_kmeans_over_parts(store: FeatureStore, monkeypatch: pytest.MonkeyPatch)
     assert sum(item["size"] for item in summary["clusters"]) == 5998
 
 
+def test_kmeans_that_is_interrupted_leaves_the_earlier_clusters(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def files() -> dict[Path, int]:
+        folder = Path(store.root, "clusters")
+        return {path: path.stat().st_mtime_ns for path in [*folder.glob("kept/*"), *folder.glob("kept.*")]}
+
+    def interrupt(what: str, *_: int) -> None:
+        if what == "writing clusters":
+            raise KeyboardInterrupt
+
+    settings = {"feature": "cls", "seed": 0, "label_column": None}
+    kmeans_on_ray(store, "cls", 3, "kept", spherical=True, settings=settings)
+    before = files()
+    assert len(before) == 12 + 2
+    monkeypatch.setattr(store, "progress", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        kmeans_on_ray(store, "cls", 2, "kept", spherical=True, settings=settings)
+    assert files() == before
+
+
 def test_kmeans_names_what_is_left_out_without_reading_the_vectors_here(
     store: FeatureStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,127 @@
+"""A result appears whole or not at all, and doing it again under its name replaces it."""
+
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from support.runs import RunContent, clustered, write_run
+
+from pipeline.retrieval import index as indexes
+from pipeline.retrieval.clusters import write_clusters
+from pipeline.retrieval.duplicates import find_duplicates, write_duplicates
+from pipeline.retrieval.kmeans import fit
+from pipeline.retrieval.lloyd import ArraySource
+from pipeline.retrieval.output import replacing
+from pipeline.retrieval.store import FeatureStore
+from pipeline.storage import put_bytes, read_json
+from schemas.errors import OutputError
+
+VECTORS = clustered(1500, 16, 4, spread=0.3)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FeatureStore:
+    return FeatureStore.open(str(write_run(tmp_path / "run", RunContent({"cls": VECTORS}))))
+
+
+def cluster(store: FeatureStore, k: int) -> None:
+    found = fit(ArraySource(VECTORS), k, spherical=True, restarts=1)
+    write_clusters(store, store.load("cls"), store.preparation("cls"), found, "n", {"name": "n"})
+
+
+def index(store: FeatureStore, k: int) -> None:
+    indexes.save(store, indexes.build(store, feature="cls", kind="flat", centre=k > 4), "n")
+
+
+def deduplicate(store: FeatureStore, k: int) -> None:
+    write_duplicates(store, find_duplicates(store, 0.8 + k / 100), "n", {"k": k})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file grows beyond 8 KiB, as if the disk were full then."""
+    before, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"), [(cluster, "clusters"), (index, "index/n"), (deduplicate, "duplicates")]
+)  # fmt: skip
+def test_a_full_disk_leaves_the_earlier_result(
+    store: FeatureStore, command: Callable[[FeatureStore, int], None], kind: str
+) -> None:
+    folder = Path(store.root, kind)
+    command(store, 4)
+    before = files(folder)
+    with full_disk(), pytest.raises(OutputError, match=r"cannot write .* larger than the limit"):
+        command(store, 5)
+    assert files(folder) == before
+    command(store, 5)
+    assert set(files(folder)) == set(before)
+    assert files(folder) != before
+
+
+def test_two_commands_of_one_name_leave_one_result_of_the_last(store: FeatureStore) -> None:
+    started = []
+
+    def start_another(what: str, *_: int) -> None:
+        if what == "writing clusters" and not started:
+            started.append(what)
+            cluster(store, 3)
+
+    store.progress = start_another
+    cluster(store, 5)
+    assert started
+    folder = Path(store.root, "clusters")
+    assert len(set(pq.read_table(folder / "n").column("cluster").to_pylist())) == 5
+    assert read_json(store.fs, f"{folder}/n.json")["k"] == len(np.load(folder / "n.centres.npy")) == 5
+    assert sorted(path.name for path in folder.iterdir()) == ["n", "n.centres.npy", "n.json"]
+
+
+@pytest.mark.parametrize("url", ["memory://home-{pid}", "{tmp}/home"])
+def test_nothing_of_the_earlier_result_is_left(tmp_path: Path, url: str) -> None:
+    fs, home = fsspec.core.url_to_fs(url.format(pid=os.getpid(), tmp=tmp_path))
+
+    def write(name: str, *names: str) -> None:
+        with replacing(fs, home, name) as staging:
+            for path in names:
+                put_bytes(fs, f"{staging}/{path}", path.encode())
+
+    def interrupted(name: str, path: str) -> None:
+        with replacing(fs, home, name) as staging:
+            put_bytes(fs, f"{staging}/{path}", b"")
+            raise KeyboardInterrupt
+
+    def there() -> list[str]:
+        return sorted(str(path).removeprefix(home).strip("/") for path in fs.find(home) if "/." not in str(path))
+
+    other = ["n.x.json", "n.x/a.parquet"]
+    write("n.x", *other)
+    put_bytes(fs, f"{home}/.n-{int(time.time()) - 90_000}-0123abcd/n/a.parquet", b"of a command that was killed")
+    put_bytes(fs, f"{home}/.n-{int(time.time())}-0123abcd/n/a.parquet", b"of one at work")
+    write("m", "m/a.parquet", "m/b.parquet", "m.json", "m.svg")
+    write("m", "m/b.parquet", "m/c.parquet", "m.json", "m.delete.txt")
+    assert there() == ["m.delete.txt", "m.json", "m/b.parquet", "m/c.parquet", *other]
+    with pytest.raises(KeyboardInterrupt):
+        interrupted("m", "m/z.parquet")
+    assert there() == ["m.delete.txt", "m.json", "m/b.parquet", "m/c.parquet", *other]
+    hidden = [path for path in fs.find(home) if "/." in str(path)]
+    assert len(hidden) == 1, "what was left long ago is gone, what is being written is not"
+    fs.rm(home, recursive=True)
