@@ -49,12 +49,14 @@ def find_duplicates(
     do. Raises SpecError for a threshold outside (0, 1].
     """
     check_threshold(threshold)
-    rows, originals = _same_bytes(store)
+    rows, originals = store.reread(lambda: _same_bytes(store))
     if exact_only:
         return _describe(store, None, rows, originals)
     matrix = store.load(feature)
     joined = Components(len(matrix))
-    joined.join(matrix.positions_of(rows), matrix.positions_of(originals))
+    first, second = matrix.positions_of(rows), matrix.positions_of(originals)
+    known = (first >= 0) & (second >= 0)  # parts that were compacted meanwhile may hold newer rows
+    joined.join(first[known], second[known])
     _join_near(store, matrix, joined, threshold)
     labels = joined.labels()
     members = np.flatnonzero(np.bincount(labels, minlength=len(labels))[labels] > 1)

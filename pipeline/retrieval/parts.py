@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,14 +13,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from pipeline.retrieval.arrays import Ints
-from pipeline.storage import is_local, join, redact
+from pipeline.storage import exists, is_local, join, read_error, read_json, redact
 from schemas.errors import OutputError
 from schemas.run import RunRecord, difference, part_model
 from schemas.tables import METADATA_KEY
 
 _READERS = 16
+# There while the sinks put parts in the place of others: in between, rows stand in no part that can be seen.
+_PLAN = "_swap/plan.json"
+_SWAP_S = 10.0
+_LOOK_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,30 @@ def _not_there(fs: AbstractFileSystem, path: str) -> str:
     return f"{redact(path)} is not there (any more); if the run was compacted meanwhile, run the command again{shared}"
 
 
+def read_record(fs: AbstractFileSystem, root: str, directory: str) -> RunRecord:
+    """The record of the run in `root`. Raises OutputError, naming it `directory`, if it is not a run's."""
+    try:
+        content = read_json(fs, join(root, "run.json"))
+    except Exception as error:  # each driver has errors of its own, not all of them an OSError
+        raise read_error(f"{directory}/run.json", error) from error
+    if content is None:
+        raise OutputError(_not_a_run(fs, root, directory))
+    try:
+        return RunRecord.model_validate(content)
+    except ValidationError as error:
+        raise OutputError(f"{redact(root)}/run.json is not a run's record: {error}") from None
+
+
+def _not_a_run(fs: AbstractFileSystem, root: str, directory: str) -> str:
+    if not exists(fs, root):
+        return f"{redact(str(directory))}: no such directory"
+    names = sorted(str(path).rstrip("/").rpartition("/")[2] for path in fs.ls(root, detail=False))[:8]
+    return (
+        f"{redact(str(directory))} is not the directory of a run: it has no run.json "
+        f"(it holds: {', '.join(names) or 'nothing'}). Give the --out of `patchstream embed` or `classify`."
+    )
+
+
 def list_parts(fs: AbstractFileSystem, root: str, record: RunRecord) -> tuple[list[Part], pa.Schema]:
     """The parts of `root/images` and their common schema.
 
@@ -79,6 +109,44 @@ def list_parts(fs: AbstractFileSystem, root: str, record: RunRecord) -> tuple[li
         Part(path, path.rpartition("/")[2], size, rows) for (path, size), (_, rows) in zip(found, footers, strict=True)
     ]
     return parts, schema
+
+
+def settled_parts(fs: AbstractFileSystem, root: str, record: RunRecord) -> tuple[list[Part], pa.Schema]:
+    """As `list_parts`, with all rows: waits while parts are being rewritten, and raises OutputError if that lasts."""
+    last_look = time.monotonic() + _SWAP_S
+    while True:
+        if not exists(fs, join(root, _PLAN)):
+            try:
+                found = list_parts(fs, root, record)
+            except OutputError:
+                if not exists(fs, join(root, _PLAN)):
+                    raise
+            else:
+                if not exists(fs, join(root, _PLAN)):  # nor did it come meanwhile
+                    return found
+        if time.monotonic() > last_look:
+            raise OutputError(
+                f"parts of {redact(root)} are being rewritten, and some of their rows cannot be seen meanwhile: wait "
+                "for the command at work there. If there is none, it was cut short, and `patchstream compact DIR` "
+                "finishes what it began"
+            )
+        time.sleep(_LOOK_S)
+
+
+def parts_instead(
+    fs: AbstractFileSystem, root: str, record: RunRecord, before: list[Part], schema: pa.Schema
+) -> list[Part] | None:
+    """Where some of the parts `before` are gone, those that hold their rows now; None where all are there.
+
+    Raises OutputError where that is another run, or holds fewer rows.
+    """
+    if {path for path, _ in list_parquet(fs, join(root, "images"))}.issuperset(part.path for part in before):
+        return None
+    parts, schema_now = settled_parts(fs, root, record)
+    same_run = (read_json(fs, join(root, "run.json")) or {}).get("run_id") == record.run_id
+    if same_run and schema_now.equals(schema) and sum(part.rows for part in parts) >= sum(part.rows for part in before):
+        return parts
+    raise OutputError(f"the run in {redact(root)} became another while it was read; run the command again")
 
 
 def _footer(fs: AbstractFileSystem, path: str) -> tuple[pa.Schema, int]:

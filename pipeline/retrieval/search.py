@@ -106,7 +106,8 @@ def _row_id(text: str) -> int:
 
 
 def _row_of_uri(store: FeatureStore, uri: str) -> int:
-    found = store.dataset().to_table(columns=["row"], filter=pads.field("uri") == uri).column("row").to_numpy()
+    wanted = pads.field("uri") == uri
+    found = store.reread(lambda: store.dataset().to_table(columns=["row"], filter=wanted)).column("row").to_numpy()
     if not len(found):
         sample = store.dataset().head(1, columns=["uri"]).column("uri")[0].as_py()
         raise SpecError(f"--uri {redact(uri)}: no image of this address in images/; addresses look like {sample}")
@@ -169,6 +170,8 @@ def search(
         scores, positions = finder(query.vector[None], wanted)
     else:
         chosen = None if where is None else np.sort(matrix.positions_of(store.rows(where)))
+        # Parts that were compacted meanwhile may hold newer rows, which are not in the matrix.
+        chosen = chosen if chosen is None else chosen[chosen >= 0]
         scores, positions = top_k(matrix, query.vector[None], wanted, positions=chosen, prepare=prepare, device=device)
     there = positions[0] >= 0
     found, scores = matrix.rows[positions[0][there]], scores[:, there]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import duckdb
 import pyarrow as pa
+from fsspec import AbstractFileSystem
 
 from pipeline.retrieval.output import staged
 from pipeline.retrieval.store import FeatureStore, literal, quote, run_query
@@ -50,8 +51,12 @@ def _nearest(macro: str, feature: str) -> str:
 
 def ask(store: FeatureStore, query: str, limit: int) -> Answer:
     """The first `limit` rows of a query's result. Raises SpecError with DuckDB's explanation if it is refused."""
-    with connect(store) as connection:
-        found = run_query(connection, query, limit + 1)
+
+    def asked() -> pa.Table:
+        with connect(store) as connection:
+            return run_query(connection, query, limit + 1)
+
+    found = store.reread(asked)
     return Answer(found.slice(0, limit), found.num_rows > limit)
 
 
@@ -64,6 +69,10 @@ def write(store: FeatureStore, query: str, out: str, storage_options: Options | 
     if suffix not in _FORMATS:
         raise SpecError(f"--out {redact(out)}: the name ends in {' or '.join(_FORMATS)}")
     fs, path = filesystem(out, storage_options or {})
+    return store.reread(lambda: _write(store, query, fs, path, _FORMATS[suffix]))
+
+
+def _write(store: FeatureStore, query: str, fs: AbstractFileSystem, path: str, form: str) -> int:
     with connect(store) as connection, staged(fs, path) as local:
         try:
             query_result: Any = connection.sql(query)
@@ -72,7 +81,7 @@ def write(store: FeatureStore, query: str, out: str, storage_options: Options | 
             # DuckDB finds the relation by the name of the variable. COPY says how many rows it wrote; reading a CSV
             # back would guess at its quoting from the first rows.
             counted = connection.execute(
-                f"COPY (SELECT * FROM query_result) TO {literal(str(local))} ({_FORMATS[suffix]})"
+                f"COPY (SELECT * FROM query_result) TO {literal(str(local))} ({form})"
             ).fetchone()
         except duckdb.Error as error:
             raise SpecError(f"{error}\nin: {query}") from None

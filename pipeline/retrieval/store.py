@@ -3,10 +3,10 @@
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
 import numpy as np
@@ -15,13 +15,20 @@ import pyarrow.dataset as pads
 from fsspec import AbstractFileSystem
 from fsspec.implementations.dirfs import DirFileSystem
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from pipeline.retrieval.arrays import Floats, Ints, Preparation, Progress, no_progress
 from pipeline.retrieval.matrix import Matrix, map_matrix, prepare_matrix
 from pipeline.retrieval.output import list_folders
-from pipeline.retrieval.parts import Part, fingerprint, list_parquet, list_parts, stream_part
-from pipeline.storage import Options, exists, filesystem, is_local, join, read_error, read_json, redact
+from pipeline.retrieval.parts import (
+    Part,
+    fingerprint,
+    list_parquet,
+    parts_instead,
+    read_record,
+    settled_parts,
+    stream_part,
+)
+from pipeline.storage import Options, filesystem, is_local, join, read_error, redact
 from schemas.errors import OutputError, SpecError
 from schemas.run import RunRecord
 from schemas.spec import VECTOR_NAMES
@@ -33,10 +40,14 @@ if TYPE_CHECKING:
 
 _TABLES = ("images", "manifest", "failures")
 _SQL_MEMORY = "2GiB"
+T = TypeVar("T")
 
 
 class FeatureStore:
     """A run's directory, opened for reading. Parts that appear after `open` are not seen: open it again.
+
+    Where a compaction takes parts away meanwhile, what is looked up by row or by SQL is read from those that replaced
+    them; they may hold newer rows too.
 
     `features` maps each feature's name to its dimension. Rows come in the order of the parts' names everywhere, so
     `matrix(name)[i]` belongs to `rows()[i]` and to `table()[i]`.
@@ -52,28 +63,37 @@ class FeatureStore:
         self.schema = schema
         self.features = {name: schema.field(name).type.list_size for name in VECTOR_NAMES if name in schema.names}
         self.progress: Progress = no_progress
+        # `parts` stay as they were: matrices go by their order.
+        self._parts_now = parts
         self._matrices: dict[str, Matrix] = {}
 
     @classmethod
     def open(cls, directory: str, storage_options: Options | None = None) -> "FeatureStore":
         """Open a run's directory on any store.
 
-        Raises OutputError if it is not a run's, holds no part yet, or holds parts of several models.
+        Raises OutputError if it is not a run's, holds no part yet or parts of several models, or if a rewrite of
+        parts there was cut short.
         """
         fs, root = filesystem(str(directory), storage_options or {})
         root = root.rstrip("/") or root
-        try:
-            content = read_json(fs, join(root, "run.json"))
-        except Exception as error:  # each driver has errors of its own, not all of them an OSError
-            raise read_error(f"{directory}/run.json", error) from error
-        if content is None:
-            raise OutputError(_not_a_run(fs, root, directory))
-        try:
-            record = RunRecord.model_validate(content)
-        except ValidationError as error:
-            raise OutputError(f"{redact(root)}/run.json is not a run's record: {error}") from None
-        parts, schema = list_parts(fs, root, record)
+        record = read_record(fs, root, directory)
+        parts, schema = settled_parts(fs, root, record)
         return cls(fs, root, record, parts, schema)
+
+    def reread(self, read: Callable[[], T]) -> T:
+        """What `read` gives; where parts that it reads are gone, it is asked again with those that replaced them.
+
+        Raises OutputError if they are gone altogether.
+        """
+        for again in (True, False):
+            try:
+                return read()
+            except (FileNotFoundError, duckdb.Error, SpecError) as error:  # SpecError: what run_query makes of DuckDB's
+                instead = parts_instead(self.fs, self.root, self.record, self._parts_now, self.schema)
+                if instead is None or not again:
+                    raise read_error(self.root, error) if isinstance(error, FileNotFoundError) else error from None
+                self._parts_now = instead
+        raise AssertionError
 
     def __len__(self) -> int:
         return sum(part.rows for part in self.parts)
@@ -144,7 +164,8 @@ class FeatureStore:
     def table(self, columns: list[str] | None = None, where: str | None = None) -> pa.Table:
         """Columns of `images/`, all by default, in memory. `where` is a condition in DuckDB's SQL, pushed down.
 
-        Raises SpecError for a column that is not there or a condition that DuckDB refuses.
+        Raises SpecError for a column that is not there or a condition that DuckDB refuses, and OutputError where the
+        parts that give the rows their order are gone.
         """
         names = columns if columns is not None else self.schema.names
         missing = sorted(set(names) - set(self.schema.names))
@@ -152,7 +173,10 @@ class FeatureStore:
             raise SpecError(f"no column {', '.join(missing)} in images/; there are: {', '.join(self.schema.names)}")
         schema = pa.schema([self.schema.field(name) for name in names])
         if where is None:
-            return self.dataset().to_table(columns=names)
+            try:
+                return self._dataset(self.parts).to_table(columns=names)
+            except FileNotFoundError as error:
+                raise read_error(f"{self.root}/images", error) from error
         selected = ", ".join(quote(self.sql_name(name)) for name in names)
         return self.sql(f"SELECT {selected} FROM images WHERE ({where}\n)").rename_columns(names).cast(schema)
 
@@ -177,12 +201,15 @@ class FeatureStore:
     def dataset(self, kind: str = "images") -> pads.Dataset:
         """`images`, `manifest` or `failures` as a pyarrow dataset; of right schema and without rows if absent."""
         if kind == "images":
-            return pads.dataset([part.path for part in self.parts], schema=self.schema, filesystem=self.fs)
+            return self._dataset(self._parts_now)
         paths = self._paths(kind)
         if paths:
             return pads.dataset(paths, filesystem=self.fs)
         empty = FAILURES_SCHEMA if kind == "failures" else manifest_schema(user_fields(self.schema))
         return pads.dataset(empty.empty_table())
+
+    def _dataset(self, parts: list[Part]) -> pads.Dataset:
+        return pads.dataset([part.path for part in parts], schema=self.schema, filesystem=self.fs)
 
     def connect(self) -> duckdb.DuckDBPyConnection:
         """A DuckDB connection in memory, of which it takes 2 GiB; what does not fit goes to temporary files.
@@ -217,21 +244,22 @@ class FeatureStore:
 
     def _paths(self, kind: str) -> list[str]:
         if kind == "images":
-            return [part.path for part in self.parts]
+            return [part.path for part in self._parts_now]
         paths = [path for path, _ in list_parquet(self.fs, join(self.root, kind))]
         # A freeze that was cut short leaves manifest parts that the record does not name.
         counted = {name.rpartition("/")[2] for name in self.record.manifest_parts}
         return [path for path in paths if kind != "manifest" or path.rpartition("/")[2] in counted]
 
     def sql(self, query: str, folders: Mapping[str, str] | None = None) -> pa.Table:
-        """The result of one DuckDB query over the views of `connect`, and those of other `folders` by their names.
+        """A DuckDB query over the views of `connect` and of other `folders`, by name. Raises SpecError if refused."""
 
-        Raises SpecError if DuckDB refuses it.
-        """
-        with self.connect() as connection:
-            for view, folder in (folders or {}).items():
-                self.add_view(connection, view, folder)
-            return run_query(connection, query)
+        def ask() -> pa.Table:
+            with self.connect() as connection:
+                for view, folder in (folders or {}).items():
+                    self.add_view(connection, view, folder)
+                return run_query(connection, query)
+
+        return self.reread(ask)
 
     def uris(self, rows: Ints) -> list[str]:
         """The uri of each row id, in the order given. Raises SpecError naming ids that have no image."""
@@ -244,7 +272,8 @@ class FeatureStore:
     def lookup(self, rows: Ints, columns: list[str], kind: str = "images") -> dict[int, dict[str, Any]]:
         """Columns of some rows of `images` or `manifest`, by row id."""
         wanted = pa.array(np.unique(np.asarray(rows, np.int64)))
-        table = self.dataset(kind).to_table(columns=["row", *columns], filter=pads.field("row").isin(wanted))
+        chosen, named = pads.field("row").isin(wanted), ["row", *columns]
+        table = self.reread(lambda: self.dataset(kind).to_table(columns=named, filter=chosen))
         return {item["row"]: item for item in table.to_pylist()}
 
 
@@ -289,13 +318,3 @@ def quote(name: str) -> str:
 def literal(text: str) -> str:
     """`text` as an SQL string."""
     return "'" + text.replace("'", "''") + "'"
-
-
-def _not_a_run(fs: AbstractFileSystem, root: str, directory: str) -> str:
-    if not exists(fs, root):
-        return f"{redact(str(directory))}: no such directory"
-    names = sorted(str(path).rstrip("/").rpartition("/")[2] for path in fs.ls(root, detail=False))[:8]
-    return (
-        f"{redact(str(directory))} is not the directory of a run: it has no run.json "
-        f"(it holds: {', '.join(names) or 'nothing'}). Give the --out of `patchstream embed` or `classify`."
-    )

@@ -1,0 +1,155 @@
+"""A run whose parts are put in the place of others while a command reads it, or when that was cut short."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import fsspec
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from support.runs import RunContent, clustered, write_run
+
+from pipeline.retrieval import parts, sql
+from pipeline.retrieval.arrays import Preparation
+from pipeline.retrieval.clusters import write_clusters
+from pipeline.retrieval.duplicates import find_duplicates, write_duplicates
+from pipeline.retrieval.kmeans import fit
+from pipeline.retrieval.lloyd import ArraySource
+from pipeline.retrieval.search import Example, Query, build_query, search
+from pipeline.retrieval.store import FeatureStore
+from pipeline.sinks import compaction
+from schemas.errors import OutputError, SpecError
+
+VECTORS = clustered(210, 16, 4, spread=0.3)
+
+
+def content(rows: int, **more: object) -> RunContent:
+    user = {"kind": [f"k{row % 3}" for row in range(rows)]}
+    digests = [f"{row % 190:064x}" for row in range(rows)]
+    return RunContent({"cls": VECTORS[:rows]}, user=user, sha256=digests, **{"parts": 5, **more})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run", content(200))
+
+
+@pytest.fixture(params=["file", "memory"])
+def url(request: pytest.FixtureRequest, run: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if request.param == "file":
+        yield str(run)
+        return
+    monkeypatch.setenv("XDG_CACHE_HOME", str(run.parent / "cache"))
+    memory, base = fsspec.filesystem("memory"), f"/compacted-{os.getpid()}"
+    memory.put(str(run), base, recursive=True)
+    yield f"memory:/{base}"
+    memory.rm(base, recursive=True)
+
+
+def compact(url: str) -> None:
+    assert compaction.compact(url, 1 << 30, {}) == 5
+
+
+def questions(out: Path) -> list[Callable[[FeatureStore], object]]:
+    def query(store: FeatureStore, kind: Literal["row", "uri"], value: str) -> Query:
+        return build_query(store, "cls", [Example(kind, value)], None, Preparation())
+
+    return [
+        lambda store: search(store, query(store, "row", "3"), 5),
+        lambda store: search(store, query(store, "row", "3"), 5, where="row > 9"),
+        lambda store: query(store, "uri", "memory://photo-0000007.jpg").rows.tolist(),
+        lambda store: find_duplicates(store, exact_only=True).row.tolist(),
+        lambda store: find_duplicates(store, 0.99).row.tolist(),
+        lambda store: sql.write(store, "SELECT row FROM images", str(out / "rows.parquet")),
+        lambda store: sql.ask(store, "SELECT count(*) AS n FROM images", 1).table.to_pylist(),
+        lambda store: sorted(store.rows("kind = 'k1'").tolist()),
+    ]
+
+
+def test_answers_are_the_same_after_a_compaction(url: str, tmp_path: Path) -> None:
+    asked = questions(tmp_path)
+    before = [ask(FeatureStore.open(url)) for ask in asked]
+    stores = [FeatureStore.open(url) for _ in asked]
+    compact(url)
+    assert [ask(store) for ask, store in zip(asked, stores, strict=True)] == before
+    with pytest.raises(SpecError, match="in: SELEC"):
+        stores[0].sql("SELEC")
+    with pytest.raises(OutputError, match="cannot read"):
+        stores[0].table(["row"])  # in the order of parts that are gone
+
+
+def test_results_of_long_commands_outlive_a_compaction(run: Path) -> None:
+    store = FeatureStore.open(str(run))
+    found = find_duplicates(store, 0.99)
+    clustering = fit(ArraySource(VECTORS[:200]), 4, spherical=True, restarts=1)
+    compacted: list[str] = []
+
+    def compact_then(what: str, *_: int) -> None:
+        if what == "writing clusters" and not compacted:
+            compacted.append(what)
+            compact(str(run))
+
+    store.progress = compact_then
+    summary = write_clusters(store, store.load("cls"), Preparation(), clustering, "n", {"label_column": "kind"})
+    assert compacted
+    assert all(item["medoid"] and item["labels"] for item in summary["clusters"])
+    assert write_duplicates(store, found, "main", {})["to_delete"] >= 10
+
+
+def test_rows_that_came_meanwhile_take_no_part(run: Path) -> None:
+    store = FeatureStore.open(str(run))
+    store.load("cls")
+    for part in (run / "images").iterdir():
+        part.unlink()
+    write_run(run, content(210, parts=1))
+    assert max(find_duplicates(store, 0.999).row) < 200
+    query = build_query(store, "cls", [Example("row", "3")], None, Preparation())
+    assert all(190 < hit["row"] < 200 for hit in search(store, query, 5, where="row > 190"))
+
+
+def test_another_run_in_its_place_is_not_mixed_in(run: Path) -> None:
+    store = FeatureStore.open(str(run))
+    for part in (run / "images").iterdir():
+        part.unlink()
+    write_run(run, content(180, parts=1))
+    with pytest.raises(OutputError, match="became another while it was read; run the command again"):
+        store.uris(np.array([3]))
+
+
+def pair_bytes(run: Path) -> int:
+    """A size to which two parts are brought, not all."""
+    return 2 * max(part.stat().st_size for part in (run / "images").iterdir()) + 100
+
+
+def cut_short(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A swap that dies after it deleted the old parts."""
+
+    def die(fs: object, out: str, old: list[str], staged: list[str]) -> None:
+        for name in old:
+            Path(out, name).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(compaction, "_replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            compaction.compact(str(run), pair_bytes(run), {})
+
+
+def test_a_swap_that_was_cut_short_is_refused_until_it_is_finished(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_short(run, monkeypatch)
+    assert sum(pq.read_metadata(part).num_rows for part in (run / "images").iterdir()) < 200
+    monkeypatch.setattr(parts, "_SWAP_S", 0.3)
+    with pytest.raises(OutputError, match=r"are being rewritten[\s\S]*`patchstream compact DIR` finishes"):
+        FeatureStore.open(str(run))
+    compaction.recover(str(run), {})
+    assert len(FeatureStore.open(str(run))) == 200
+
+
+def test_a_swap_under_way_is_waited_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FeatureStore.open(str(run))
+    cut_short(run, monkeypatch)
+    monkeypatch.setattr(parts.time, "sleep", lambda _: compaction.recover(str(run), {}))
+    assert store.uris(np.array([3, 199])) == ["memory://photo-0000003.jpg", "memory://photo-0000199.jpg"]
+    assert len(FeatureStore.open(str(run))) == 200
