@@ -11,7 +11,8 @@ from pipeline.retrieval.arrays import Floats, Ints, Preparation
 from pipeline.retrieval.lloyd import Clustering, assign
 from pipeline.retrieval.matrix import Matrix
 from pipeline.retrieval.output import check_name, replacing, staged, write_json
-from pipeline.retrieval.store import FeatureStore, quote
+from pipeline.retrieval.query import quote
+from pipeline.retrieval.store import FeatureStore
 from pipeline.storage import join
 from schemas.errors import SpecError
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from pipeline.retrieval.arrays import Ints
 from pipeline.retrieval.matrix import Matrix
-from pipeline.retrieval.store import FeatureStore, quote
+from pipeline.retrieval.query import quote
+from pipeline.retrieval.store import FeatureStore
 from schemas.errors import SpecError
 
 _KEYS = ("row", "uri", "name")

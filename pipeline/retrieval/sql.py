@@ -13,7 +13,8 @@ import pyarrow as pa
 from fsspec import AbstractFileSystem
 
 from pipeline.retrieval.output import staged
-from pipeline.retrieval.store import FeatureStore, literal, quote, run_query
+from pipeline.retrieval.query import literal, quote, run_query
+from pipeline.retrieval.store import FeatureStore
 from pipeline.storage import Options, filesystem, redact
 from schemas.errors import SpecError
 

@@ -1,6 +1,5 @@
 """`FeatureStore`: what a run wrote, as tables, matrices and SQL. It reads `DIR` as it stands and needs nothing else."""
 
-import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +27,7 @@ from pipeline.retrieval.parts import (
     settled_parts,
     stream_part,
 )
+from pipeline.retrieval.query import literal, quote, run_query, view_names
 from pipeline.storage import Options, filesystem, is_local, join, read_error, redact
 from schemas.errors import OutputError, SpecError
 from schemas.run import RunRecord
@@ -225,7 +225,7 @@ class FeatureStore:
         for kind in _TABLES:
             self.add_view(connection, kind, join(self.root, kind))
         for kind in ("clusters", "duplicates"):
-            for name, view in _view_names(list_folders(self.fs, join(self.root, kind))).items():
+            for name, view in view_names(list_folders(self.fs, join(self.root, kind))).items():
                 self.add_view(connection, f"{kind}_{view}", join(self.root, kind, name))
         return connection
 
@@ -275,46 +275,3 @@ class FeatureStore:
         chosen, named = pads.field("row").isin(wanted), ["row", *columns]
         table = self.reread(lambda: self.dataset(kind).to_table(columns=named, filter=chosen))
         return {item["row"]: item for item in table.to_pylist()}
-
-
-def _view_names(names: list[str]) -> dict[str, str]:
-    """What results of these names are called in SQL: DuckDB takes A and a for one, so the second becomes a_1.
-
-    Where there is an a_1 it keeps its name, and the second of A and a becomes a_2.
-    """
-    taken = {name.casefold() for name in names}
-    views: dict[str, str] = {}
-    for name in names:
-        view, number = name, 0
-        if name.casefold() in {other.casefold() for other in views}:
-            while view.casefold() in taken:
-                number += 1
-                view = f"{name}_{number}"
-        taken.add(view.casefold())
-        views[name] = view
-    return views
-
-
-def run_query(connection: duckdb.DuckDBPyConnection, query: str, limit: int | None = None) -> pa.Table:
-    """One query's result, or its first `limit` rows. Raises SpecError with DuckDB's own explanation."""
-    try:
-        relation = connection.sql(query)
-        if relation is None:
-            return pa.table({})
-        return (relation if limit is None else relation.limit(limit)).to_arrow_table()
-    except duckdb.Error as error:
-        raise SpecError(f"{_first_lines(error)}\nin: {query}") from None
-
-
-def _first_lines(error: Exception) -> str:
-    return re.sub(r"\n+", "\n", str(error)).strip()
-
-
-def quote(name: str) -> str:
-    """`name` as an SQL identifier."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def literal(text: str) -> str:
-    """`text` as an SQL string."""
-    return "'" + text.replace("'", "''") + "'"

@@ -182,7 +182,7 @@ def test_empty_cells_say_nothing_about_a_cluster(tmp_path: Path) -> None:
     (tmp_path / "clusters" / "two").mkdir(parents=True)
     table = pa.table({"row": range(40), "cluster": [row // 20 for row in range(40)]})
     pq.write_table(table, tmp_path / "clusters" / "two" / "clusters.parquet")
-    found = top_labels(store, "two", "kind")
+    found = top_labels(store, str(tmp_path / "clusters" / "two"), "kind")
     assert [[(item["label"], item["share"]) for item in found[number]] for number in (0, 1)] == [
         [("cat", 1.0)],
         [("dog", 1.0)],
@@ -199,7 +199,7 @@ def test_labels_are_those_of_the_clustering_whatever_the_others_are_called(tmp_p
         pq.write_table(
             pa.table({"row": range(20), "cluster": numbers}), tmp_path / "clusters" / name / "clusters.parquet"
         )
-    found = top_labels(store, "a")
+    found = top_labels(store, str(tmp_path / "clusters" / "a"))
     assert {number: [item["label"] for item in best] for number, best in found.items()} == {0: ["cat"], 1: ["dog"]}
 
 
