@@ -125,7 +125,7 @@ def _work(
     attempt.device = "triton" if spec.backend == "triton" else "gpu" if spec.gpus_per_actor else "cpu"
     job = WriteJob(fence, opened.schema, opened.record.part_metadata(), opened.record.run_id)
 
-    def note(done: Committed) -> None:
+    def count(done: Committed) -> None:
         meter.committed(done.images, done.failures, done.parts, done.seconds)
 
     try:
@@ -133,12 +133,12 @@ def _work(
             attempt.distance = _distance(question, opened, placement, rest)
         for _ in range(_MAX_PASSES):
             dataset = build(question, opened, placement, rest)
-            with closing(commit_stream(_bundles(dataset), job, spec.sink, late=note)) as events:
+            with closing(commit_stream(_bundles(dataset), job, spec.sink, late=count)) as events:
                 for event in events:
                     if isinstance(event, Received):
                         meter.received(event.rows)
                     elif isinstance(event, Committed):
-                        note(event)
+                        count(event)
                     listen(meter.look())
             rest = pending(read_ledger(spec.out, spec.storage_options), first, stop, opened.superseded)
             if not len(rest):
@@ -147,6 +147,8 @@ def _work(
         raise unwrap(error) from error
     finally:
         meter.report(attempt)
+        with suppress(OutputError):  # now, for the end of Ray may take the process with it
+            attempts.note(spec.out, attempt, spec.storage_options)
     raise OutputError(
         f"{intervals.count(rest)} rows came to no end in {_MAX_PASSES} passes (the first is row {rest[0, 0]}): "
         "workers keep dying on them, most likely for want of memory. Run the same command with a smaller "

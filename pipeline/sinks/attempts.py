@@ -100,10 +100,15 @@ def claim(
 
 
 def finish(out: str, record: AttemptRecord, storage_options: Options) -> None:
+    """The attempt is over. Raises OutputError as `note` does."""
+    record.ended = _now()
+    note(out, record, storage_options)
+
+
+def note(out: str, record: AttemptRecord, storage_options: Options) -> None:
     """Write what the attempt did over the file that opened it. Raises OutputError where that is gone, or another's."""
     fs, path = filesystem(out, storage_options)
     _require_own(fs, path, record.attempt, _maker(record))
-    record.ended = _now()
     put_bytes(fs, _path(path, record.attempt), record.model_dump_json(indent=1).encode())
 
 

@@ -71,3 +71,33 @@ def test_ray_does_not_answer_the_signal_itself(when: str) -> None:
         [sys.executable, "-c", TOLD_TO_STOP, when], capture_output=True, text=True, timeout=120, check=False
     )
     assert "stopped 143" in done.stdout, done.stderr
+
+
+DYING = """
+import os, sys
+from contextlib import contextmanager
+from cluster.session import ray_session
+from pipeline.flow import run
+from schemas.spec import build_spec
+
+@contextmanager
+def dying():
+    with ray_session(cpus=2) as machines:
+        try:
+            yield machines
+        finally:
+            os._exit(9)
+
+run(build_spec({"sources": [sys.argv[1]], "model": sys.argv[2], "out": sys.argv[3]}), dying)
+"""
+
+
+def test_a_process_that_dies_as_ray_ends_has_told_what_it_did(tmp_path: Path, pictures: Path, checkpoint: Path) -> None:
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", DYING, pictures, checkpoint, out], capture_output=True, timeout=200, check=False
+    )
+    assert done.returncode == 9, done.stderr
+    (record,) = attempt_records(out)
+    assert record["images"] + record["failures"] == len(rows_in(out)) + len(rows_in(out, "failures")) > 0
+    assert record["ended"] is None
