@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.directory import AsJson, Options, emit, parse_options
+from jobs.embed import AsForEmbed, SeveralAsForEmbed, nested_values, sampled_values
 from schemas.errors import SpecError
 
 if TYPE_CHECKING:
@@ -29,15 +30,15 @@ def benchmark(
     dtype: Annotated[str, typer.Option(help="As for embed.")] = "auto",
     batch_size: Annotated[str, typer.Option(help="As for embed.")] = "auto",
     decode: Annotated[str, typer.Option(help="exact or fast, as for embed.")] = "exact",
-    image_size: Annotated[str | None, typer.Option(help="As for embed.")] = None,
-    revision: Annotated[str | None, typer.Option(help="As for embed.")] = None,
-    include: Annotated[list[str] | None, typer.Option(help="As for embed.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="As for embed.")] = None,
-    uri_column: Annotated[str | None, typer.Option(help="As for embed.")] = None,
-    image_column: Annotated[str | None, typer.Option(help="As for embed.")] = None,
-    actors: Annotated[str | None, typer.Option(help="As for embed.")] = None,
+    image_size: AsForEmbed = None,
+    revision: AsForEmbed = None,
+    include: SeveralAsForEmbed = None,
+    exclude: SeveralAsForEmbed = None,
+    uri_column: AsForEmbed = None,
+    image_column: AsForEmbed = None,
+    actors: AsForEmbed = None,
     gpus_per_actor: Annotated[float, typer.Option(help="As for embed.")] = 0.0,
-    address: Annotated[str | None, typer.Option(help="As for embed.")] = None,
+    address: AsForEmbed = None,
     seconds: Annotated[float, typer.Option(min=5, help="About how long to measure, start-up of Ray apart.")] = 45.0,
     scratch: Annotated[
         str | None, typer.Option(help="Where to try the whole job; removed again. On a cluster, all nodes must see it.")
@@ -48,7 +49,6 @@ def benchmark(
 ) -> int:
     """Measure each stage apart and all together for about a minute; name the bottleneck and what to change."""
     from jobs.console import native_messages_aside
-    from jobs.embed import nested_values, sampled_values
     from schemas.spec import build_spec
 
     values: dict[str, Any] = {

@@ -21,6 +21,10 @@ _SPEC_KEYS = (
     "max_failure_rate", "update",
 )  # fmt: skip
 _FETCH_KEYS = {"timeout_s": "timeout", "max_bytes": "max_bytes", "max_pixels": "max_pixels"}
+# Options that say which images, and how the model sees them, which commands that try a sample of a job take as well.
+SAMPLED = ("image_size", "revision", "include", "exclude", "uri_column", "image_column")
+AsForEmbed = Annotated[str | None, typer.Option(help="As for embed.")]
+SeveralAsForEmbed = Annotated[list[str] | None, typer.Option(help="As for embed.")]
 _TRITON_KEYS = {"url": "triton_url", "model_name": "triton_model"}
 
 
@@ -157,9 +161,8 @@ def _values(given: dict[str, Any], task: str) -> dict[str, Any]:
 
 
 def sampled_values(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that say which images, and how the model sees them, for commands that try a sample of a job."""
-    names = ("image_size", "revision", "include", "exclude", "uri_column", "image_column")
-    return {name: given[name] for name in names if given[name]}
+    """The values of SAMPLED that were given."""
+    return {name: given[name] for name in SAMPLED if given[name]}
 
 
 def nested_values(given: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> dict[str, Any]:

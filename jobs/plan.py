@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.directory import AsJson, Options, emit, options_given, parse_options
+from jobs.embed import SAMPLED, AsForEmbed, SeveralAsForEmbed, sampled_values
 from schemas.errors import SpecError
 
 if TYPE_CHECKING:
@@ -19,10 +20,7 @@ _SCALES = {
 
 
 # What --run has measured already.
-_OF_A_SOURCE = (
-    "model", "device", "features", "labels", "feature_dtype", "decode", "image_size", "revision", "include", "exclude",
-    "uri_column", "image_column",
-)  # fmt: skip
+_OF_A_SOURCE = ("model", "device", "features", "labels", "feature_dtype", "decode", *SAMPLED)
 
 
 def plan(
@@ -43,19 +41,18 @@ def plan(
     labels: Annotated[int, typer.Option(min=0, help="As for embed.")] = 0,
     feature_dtype: Annotated[str, typer.Option(help="float32 or float16 in the output.")] = "float32",
     decode: Annotated[str, typer.Option(help="exact or fast, as for embed.")] = "exact",
-    image_size: Annotated[str | None, typer.Option(help="As for embed.")] = None,
-    revision: Annotated[str | None, typer.Option(help="As for embed.")] = None,
-    include: Annotated[list[str] | None, typer.Option(help="As for embed.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="As for embed.")] = None,
-    uri_column: Annotated[str | None, typer.Option(help="As for embed.")] = None,
-    image_column: Annotated[str | None, typer.Option(help="As for embed.")] = None,
+    image_size: AsForEmbed = None,
+    revision: AsForEmbed = None,
+    include: SeveralAsForEmbed = None,
+    exclude: SeveralAsForEmbed = None,
+    uri_column: AsForEmbed = None,
+    image_column: AsForEmbed = None,
     storage_options: Options = None,
     as_json: AsJson = False,
 ) -> int:
     """Say how many CPUs a GPU needs, how long a job takes, and how much memory and output, with the arithmetic."""
     import json
 
-    from jobs.embed import sampled_values
     from pipeline.planning import make_plan
 
     options = parse_options(storage_options)
@@ -68,9 +65,7 @@ def plan(
         others = [*(["SOURCE"] if source else []), *filter(None, [options_given(context, *_OF_A_SOURCE)])]
         if others:
             raise SpecError(f"--run brings its own measurements: leave out {', '.join(others)}")
-        sample = from_run(run, options)
-        assert sample.device is not None
-        chosen = sample.device
+        sample, chosen = from_run(run, options)
     else:
         values = {"features": features, "labels": labels}
         values |= {"feature_dtype": feature_dtype, "decode": decode, "storage_options": options}

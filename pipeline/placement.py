@@ -146,15 +146,15 @@ def _carried_by_memory(machines: Machines, model_bytes: int, gpus_per_actor: flo
     a larger machine for ever, and nothing says that one may come."""
     gpus = machines.node_gpus or (0.0,) * len(machines.node_memory)
     known = [memory for memory, here in zip(machines.node_memory, gpus, strict=True) if here >= gpus_per_actor]
+    if not known:
+        return _UNKNOWN
     carried = sum(int(memory // max(1, model_bytes)) for memory in known)
-    if machines.may_grow:
-        return max(1, carried) if known else _UNKNOWN
-    if known and not carried:
+    if not carried and not machines.may_grow:
         raise ClusterError(
             f"an actor with this model needs {model_bytes / 1e9:.1f} GB of memory, the largest machine gives Ray "
             f"{max(known) / 1e9:.1f} GB. Use larger machines, or a smaller model"
         )
-    return carried if known else _UNKNOWN
+    return max(1, carried)
 
 
 def _share(nodes: list[int], actors: ActorRange | None, by_memory: int) -> tuple[int, int]:
@@ -167,9 +167,10 @@ def _share(nodes: list[int], actors: ActorRange | None, by_memory: int) -> tuple
     """
     usual = 1 if min(nodes) <= _SMALL_MACHINE_CPUS else _THREADS_ON_LARGER
     carried = sum(cores // usual for cores in nodes)
-    if actors is None and carried <= by_memory:
+    wanted = carried if actors is None else min(max(carried, actors.min), actors.max)
+    now = min(wanted, by_memory)
+    if actors is None and now == carried:
         return usual, carried
-    now = min(carried if actors is None else min(max(carried, actors.min), actors.max), by_memory)
     return min(max(1, sum(nodes) // now), min(nodes)), now
 
 

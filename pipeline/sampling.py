@@ -29,12 +29,11 @@ TYPICAL_FILE_BYTES = 110_000.0
 
 
 class Sample(NamedTuple):
-    """Costs, and on what they rest; the device where they were measured on one."""
+    """Costs, and on what they rest."""
 
     costs: Costs
     model: str
     origin: str
-    device: Device | None = None
 
 
 def from_source(spec: JobSpec) -> Sample:
@@ -83,8 +82,8 @@ def from_source(spec: JobSpec) -> Sample:
     return Sample(costs, question.info.name, origin)
 
 
-def from_run(out: str, storage_options: dict[str, Any]) -> Sample:
-    """Costs of the run in `out`, from its finished attempts and the size of its parts.
+def from_run(out: str, storage_options: dict[str, Any]) -> tuple[Sample, Device]:
+    """Costs of the run in `out`, from its finished attempts and the size of its parts, and what ran the model.
 
     Raises OutputError where no attempt has recorded what it took.
     """
@@ -112,7 +111,7 @@ def from_run(out: str, storage_options: dict[str, Any]) -> Sample:
     origin = f"{len(attempts)} attempts of {storage.redact(out)}, {images:,} images"
     if file_bytes is None:
         origin += "; its listing gave no sizes of files, so a usual one is assumed"
-    return Sample(costs, record.model.name, origin, device)
+    return Sample(costs, record.model.name, origin), device
 
 
 def _measured(attempts: list[AttemptRecord]) -> tuple[Device, float]:

@@ -13,6 +13,8 @@ import pyarrow as pa
 
 SCHEMA_VERSION = 1
 METADATA_KEY = b"patchstream"
+# There while parts are put in the place of others: in between, rows stand in no part that can be seen.
+SWAP_PLAN = "_swap/plan.json"
 
 LABEL = pa.struct([("index", pa.int32()), ("label", pa.string()), ("score", pa.float32())])
 

@@ -24,6 +24,7 @@ from fsspec import AbstractFileSystem
 from numpy.typing import NDArray
 
 from pipeline.retrieval.arrays import Floats, Ints, Mask, Progress, lengths
+from pipeline.retrieval.output import ABANDONED_S
 from pipeline.retrieval.parts import Part, fingerprint, stream_part
 from pipeline.storage import is_local, join
 from schemas.errors import OutputError
@@ -31,7 +32,6 @@ from schemas.run import RunRecord
 
 CHUNK_BYTES = 64 * 1024 * 1024
 _READ_ROWS = 8192
-_ABANDONED_S = 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ def _remove_older(base: Path, name: str, key: str) -> None:
             shutil.rmtree(folder, ignore_errors=True)
     # What a command that was killed left behind. One at work writes; no lock, for it may be on another machine.
     for folder in base.glob(f".{name}-*"):
-        if time.time() - _last_write(folder) > _ABANDONED_S:
+        if time.time() - _last_write(folder) > ABANDONED_S:
             shutil.rmtree(folder, ignore_errors=True)
 
 

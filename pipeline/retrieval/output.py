@@ -29,7 +29,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # What some result or other has beside its folder.
 _BESIDE = (".json", ".centres.npy", ".delete.txt", ".svg")
 _UNFINISHED = re.compile(r"\..+-(\d+)-[0-9a-f]{8}")
-_ABANDONED_S = 24 * 3600
+ABANDONED_S = 24 * 3600.0
 
 
 def check_name(name: str) -> str:
@@ -155,7 +155,7 @@ def _remove_abandoned(fs: AbstractFileSystem, home: str) -> None:
     """Delete what commands that were killed left in `home`. One that began today may still be at work."""
     for path in fs.ls(home, detail=False):
         begun = _UNFINISHED.fullmatch(str(path).rstrip("/").rpartition("/")[2])
-        if begun and time.time() - int(begun[1]) > _ABANDONED_S:
+        if begun and time.time() - int(begun[1]) > ABANDONED_S:
             _remove_folder(fs, str(path))
 
 

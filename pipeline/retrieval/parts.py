@@ -19,11 +19,9 @@ from pipeline.retrieval.arrays import Ints
 from pipeline.storage import exists, is_local, join, read_error, read_json, redact
 from schemas.errors import OutputError
 from schemas.run import RunRecord, difference, part_model
-from schemas.tables import METADATA_KEY
+from schemas.tables import METADATA_KEY, SWAP_PLAN
 
 _READERS = 16
-# There while the sinks put parts in the place of others: in between, rows stand in no part that can be seen.
-_PLAN = "_swap/plan.json"
 _SWAP_S = 10.0
 _LOOK_S = 0.2
 
@@ -115,14 +113,14 @@ def settled_parts(fs: AbstractFileSystem, root: str, record: RunRecord) -> tuple
     """As `list_parts`, with all rows: waits while parts are being rewritten, and raises OutputError if that lasts."""
     last_look = time.monotonic() + _SWAP_S
     while True:
-        if not exists(fs, join(root, _PLAN)):
+        if not exists(fs, join(root, SWAP_PLAN)):
             try:
                 found = list_parts(fs, root, record)
             except OutputError:
-                if not exists(fs, join(root, _PLAN)):
+                if not exists(fs, join(root, SWAP_PLAN)):
                     raise
             else:
-                if not exists(fs, join(root, _PLAN)):  # nor did it come meanwhile
+                if not exists(fs, join(root, SWAP_PLAN)):  # nor did it come meanwhile
                     return found
         if time.monotonic() > last_look:
             raise OutputError(

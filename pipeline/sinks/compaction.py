@@ -23,10 +23,9 @@ from pipeline.sinks import intervals
 from pipeline.sinks.intervals import Spans
 from pipeline.sinks.parts import FOLDERS, Part, encode, list_parts, part_name, read_row_numbers
 from pipeline.storage import Options, exists, filesystem, is_local, join, put_bytes, read_json, redact, write_error
-from schemas.tables import METADATA_KEY
+from schemas.tables import METADATA_KEY, SWAP_PLAN
 
 _STAGING = "_swap"
-_PLAN = "_swap/plan.json"
 _LOCK = "_swapping"
 # A part this close to the target stays as it is: rewriting it would gain nothing.
 _GOOD_FRACTION = 0.5
@@ -106,7 +105,7 @@ def _swapping(fs: AbstractFileSystem, out: str) -> Iterator[Held]:
     """The lock, with nothing left of a swap whose holder died while we waited: the old parts may be gone already."""
     with locked(fs, join(out, _LOCK), "rewriting parts") as held:
         assert held is not None
-        plan = read_json(fs, join(out, _PLAN))
+        plan = read_json(fs, join(out, SWAP_PLAN))
         if plan is None:
             _clear(fs, out)
         else:
@@ -155,7 +154,7 @@ def _swap(fs: AbstractFileSystem, out: str, held: Held, old: list[Part], new: It
             names.append(name)
     plan = {"remove": [part.path for part in old if part.path not in names], "add": names}
     held.check()
-    put_bytes(fs, join(out, _PLAN), json.dumps(plan).encode())
+    put_bytes(fs, join(out, SWAP_PLAN), json.dumps(plan).encode())
     _carry_out(fs, out, held, plan)
     return names
 
@@ -171,7 +170,7 @@ def _carry_out(fs: AbstractFileSystem, out: str, held: Held, plan: dict[str, lis
         else:
             _replace(fs, out, plan["remove"], staged)
         held.check()  # else the plan that is there now is another's
-        fs.rm_file(join(out, _PLAN))
+        fs.rm_file(join(out, SWAP_PLAN))
         _clear(fs, out)
     except OSError as error:
         raise write_error(out, error) from error
