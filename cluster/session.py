@@ -146,19 +146,24 @@ def _keep_workers() -> None:
 @contextlib.contextmanager
 def _own_token() -> Iterator[None]:
     """Let the Ray of this job have a token that nobody else knows, where there is none. Ray would write one to ~/.ray,
-    and a container may have no home to write to. The mode is left to Ray, which read it when it was imported."""
-    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled
+    and a container may have no home to write to. The mode is Ray's to set, for its whole process; afterwards it is what
+    it was: a cluster that this process turns to later has another token, or wants none."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
 
     tokens = AuthenticationTokenLoader.instance()
-    if os.environ.get("RAY_AUTH_MODE") == "disabled" or tokens.has_token(ignore_auth_mode=True):
-        yield
-        return
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    mode = os.environ.get("RAY_AUTH_MODE")
+    own = mode != "disabled" and not tokens.has_token(ignore_auth_mode=True)
+    if own:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     try:
         yield
-    finally:  # a cluster that this process turns to later has another
-        os.environ.pop("RAY_AUTH_TOKEN", None)
-        tokens.reset_cache()
+    finally:
+        if own:
+            os.environ.pop("RAY_AUTH_TOKEN", None)
+            tokens.reset_cache()
+        if mode is None:
+            os.environ.pop("RAY_AUTH_MODE", None)
+            Config.initialize("")  # as Ray does where it sets the mode: it is read once
 
 
 def _attach(address: str) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def _exit_code(found: Any) -> int | None:
 
 def _explained(address: str, error: BaseException) -> str:
     address, text = redact(address), redact(str(error).strip())
-    if any(word in text for word in ("401", "403", "Unauthenticated", "Authentication", "authentication token")):
+    if isinstance(error, ray.exceptions.AuthenticationError):  # what Ray's client makes of every 401 and 403
         return no_token(address)
     if "does not exist" in text:
         return f"{address} knows no such job ({text.splitlines()[-1]})"

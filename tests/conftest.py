@@ -27,7 +27,8 @@ from support.s3 import s3_server as run_s3_server
 # Whatever of the user's could change what a test does: accounts, endpoints, proxies, hub and Ray addresses.
 _LEAKS = (
     *("AWS_", "S3_", "BOTO_", "GOOGLE_", "GCLOUD_", "CLOUDSDK_", "GCSFS_", "STORAGE_EMULATOR_", "AZURE_", "FSSPEC_"),
-    *("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "RAY_ADDRESS", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
+    *("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
+    *("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_"),
 )
 _LOG_TAIL = 4000
 _LOG_STARTS = pytest.StashKey[dict[Path, int]]()

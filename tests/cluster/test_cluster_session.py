@@ -47,6 +47,8 @@ def test_idle_workers_are_kept() -> None:
 ONE_TASK = """
 import os, ray
 from cluster.session import ray_session
+from cluster.submission import Jobs
+from schemas.errors import ClusterError
 
 @ray.remote
 def token():
@@ -54,8 +56,12 @@ def token():
 
 with ray_session(cpus=1):
     assert ray.get(token.remote()) == os.environ["RAY_AUTH_TOKEN"]
-print(os.environ["RAY_AUTH_MODE"])
+    print(os.environ["RAY_AUTH_MODE"])
 assert "RAY_AUTH_TOKEN" not in os.environ, "a cluster that this process turns to next has a token of its own"
+try:
+    Jobs("http://127.0.0.1:1")
+except ClusterError as error:
+    assert "no Ray dashboard answers" in str(error), f"or has none at all: {error}"
 with ray_session(cpus=1):
     ray.get(token.remote())
 """

@@ -268,10 +268,11 @@ def test_refused(capsys: pytest.CaptureFixture[str], given: tuple[str, ...], mes
     assert "hush" not in shown
 
 
-def test_nobody_answers_is_said_at_once() -> None:
+@pytest.mark.parametrize("port", [1, 401])
+def test_nobody_answers_is_said_at_once(port: int) -> None:
     started = time.monotonic()
-    with pytest.raises(Exception, match="no Ray dashboard answers"):
-        Jobs("http://127.0.0.1:1")
+    with pytest.raises(ClusterError, match="no Ray dashboard answers"):
+        Jobs(f"http://127.0.0.1:{port}")
     assert time.monotonic() - started < 10
 
 
