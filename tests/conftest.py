@@ -28,14 +28,16 @@ from support.s3 import s3_server as run_s3_server
 _LEAKS = (
     *("AWS_", "S3_", "BOTO_", "GOOGLE_", "GCLOUD_", "CLOUDSDK_", "GCSFS_", "STORAGE_EMULATOR_", "AZURE_", "FSSPEC_"),
     *("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
-    *("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_"),
+    *("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_", "PATCHSTREAM_"),
 )
+# What the tests themselves are asked to do.
+_OURS = {f"PATCHSTREAM_{name}" for name in ("TESTDATA", "KUBERAY_CRDS", "KILLS", "NODE_KILLS", "FUZZ_SEED")}
 _LOG_TAIL = 4000
 _LOG_STARTS = pytest.StashKey[dict[Path, int]]()
 
 
 def _clean_environment(home: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(_LEAKS)}
+    kept = {name: value for name, value in os.environ.items() if name in _OURS or not name.upper().startswith(_LEAKS)}
     return {
         **kept,
         "HOME": str(home),

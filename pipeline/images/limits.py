@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
@@ -37,19 +38,23 @@ def time_limit(seconds: float) -> Iterator[None]:
     """Interrupt what runs in the block after `seconds`, if it lets itself be interrupted.
 
     Only the main thread can be interrupted, and only between calls into C. Elsewhere, and inside one long call,
-    this does nothing; `guard.CrashGuard` watches over those.
+    this does nothing; `guard.CrashGuard` watches over those. An alarm that was set before goes off when it was due, or
+    as the block ends.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGALRM, _interrupt)
     # Repeated, because a decoder may swallow the first exception.
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    started = time.monotonic()
+    due_s, again_s = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if due_s:
+            signal.setitimer(signal.ITIMER_REAL, max(due_s - (time.monotonic() - started), 1e-6), again_s)
 
 
 def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.commands import attempt_records, end, patchstream, rows_in, start
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ def test_stopped_and_resumed(tmp_path: Path, pictures: Path, checkpoint: Path, n
     # Nothing is committed by the clock or by size here: what is on disk in the end was written because of the signal.
     config.write_text("batch_size = 4\n[sink]\ncommit_s = 60\n")
     out, log = tmp_path / "out", tmp_path / "log"
-    job = ("embed", *[str(pictures)] * 4, "--model", checkpoint, "--config", config, "--no-report", "--out", out)
+    job = ("embed", *[str(pictures)] * 2, "--model", checkpoint, "--config", config, "--no-report", "--out", out)
     driver = start(*job, log=log)
     try:
         deadline = time.monotonic() + 200
@@ -29,7 +29,7 @@ def test_stopped_and_resumed(tmp_path: Path, pictures: Path, checkpoint: Path, n
             assert time.monotonic() < deadline, "the job did not come to its first batch"
             time.sleep(0.1)
         driver.send_signal(number)
-        assert driver.wait(timeout=30) == code
+        assert driver.wait(timeout=90) == code
     finally:
         end(driver.pid)
     assert "interrupted; what was committed stays" in log.read_text()

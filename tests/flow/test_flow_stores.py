@@ -27,7 +27,7 @@ from pipeline import maintenance
 from pipeline.flow import Connect, Summary, run
 from schemas.spec import JobSpec, build_spec
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 StartProxy = Callable[..., FlakyProxy[Any]]
 COUNT = 60
@@ -141,7 +141,7 @@ def test_one_job_from_every_store_to_s3_while_they_fail(
     values = [{"bytes": path.read_bytes(), "path": path.name} for path in bytes_of]
     pq.write_table(pa.table({"image": values, "n": range(len(values))}), tmp_path / "s3/table/t.parquet")
     base = s3_server.upload(tmp_path / "s3", s3_server.make_bucket())
-    google_base = gcs_server.upload(link(google, tmp_path / "gs"), gcs_server.make_bucket(), "plain")
+    google_base = gcs_server.upload(link(google, tmp_path / "gs"), gcs_server.make_bucket("faults-in-one-job"), "plain")
     server = http_server(
         link(web, tmp_path / "web"),
         [

@@ -25,7 +25,7 @@ from schemas.errors import OutputError
 from schemas.machines import Machines
 from schemas.spec import JobSpec, build_spec
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 Server = S3Server | GcsServer
 ROWS = 6000

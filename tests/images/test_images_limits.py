@@ -46,11 +46,21 @@ def test_a_decoder_that_swallows_the_first_interruption_gets_another():
             spin(10)
 
 
-def test_the_time_limit_leaves_no_alarm_and_no_handler_behind():
+def test_the_time_limit_leaves_alarm_and_handler_as_they_were():
     before = signal.getsignal(signal.SIGALRM)
-    with time_limit(30):
-        pass
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    outer = signal.setitimer(signal.ITIMER_REAL, 0)  # that of the test's own limit
+    try:
+        with time_limit(30):
+            pass
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+        signal.setitimer(signal.ITIMER_REAL, 200, 7)
+        with time_limit(30):
+            spin(0.1)
+        left_s, again_s = signal.getitimer(signal.ITIMER_REAL)
+        assert 100 < left_s < 199.95
+        assert again_s == 7
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *outer)
     assert signal.getsignal(signal.SIGALRM) is before
 
 

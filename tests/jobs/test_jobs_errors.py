@@ -1,6 +1,7 @@
 """Wrong use: exit code 2, one message with what was given, the rule and the fix, no traceback."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -149,8 +150,9 @@ def test_labels_of_a_model_without_any(capsys: pytest.CaptureFixture[str], folde
 @pytest.mark.slow
 def test_gpus_that_nobody_has(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jobs", "embed", folder, "--model", MODEL, "--out", tmp_path / "o"]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*map(str, command), "--gpus-per-actor", "2"], capture_output=True, text=True, timeout=120, check=False
+        [*map(str, command), "--gpus-per-actor", "2"], env=env, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 2
     assert "needs 2 GPUs, the cluster has 0 GPUs" in done.stderr

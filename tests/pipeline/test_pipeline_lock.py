@@ -68,7 +68,7 @@ def test_a_living_holder_is_waited_for_and_named(
         with locked(FS, str(tmp_path / "_lock"), "rewriting parts", unless=lambda: next(looks)) as mine:
             assert not mine
         assert (tmp_path / "_lock").exists()
-        (told,) = caplog.messages
+        (told,) = [record.message for record in caplog.records if record.name == "pipeline.lock"]
         assert told == (
             "waiting for another job, which has been rewriting parts for a while and holds " + str(tmp_path / "_lock")
         )

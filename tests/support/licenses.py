@@ -15,13 +15,16 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "licenses.md"
 # Extras that a user installs to run something; those of developers stay out.
 EXTRAS = ("export",)
+# What torch's wheel for NVIDIA GPUs needs besides, and its wheel for CPUs does not.
+OF_CUDA = re.compile(r"(nvidia|cuda)-.*|triton")
 # What a wheel carries besides the package itself, which its metadata does not say.
 CARRIED = {"pi-heif": "; its wheel carries libheif and libde265 (LGPL-3.0)"}
 HEAD = """# Licences of the dependencies
 
 What the packages say of themselves that patchstream needs at run time, they and what they need in turn, at the versions
-in `constraints.txt`; the extra `export` is among them. patchstream itself is under Apache-2.0. Written by
-`python tests/support/licenses.py`.
+in `constraints.txt`; the extra `export` is among them. What torch for NVIDIA GPUs brings of NVIDIA's own (CUDA,
+cuDNN and others, under NVIDIA's licences) and Triton's compiler (MIT) are not. patchstream itself is under Apache-2.0.
+Written by `python tests/support/licenses.py`.
 
 | package | version | licence |
 | --- | --- | --- |
@@ -42,6 +45,8 @@ def closure() -> dict[str, str]:
             if (name, extra) in seen:
                 continue
             seen.add((name, extra))
+            if OF_CUDA.fullmatch(name):
+                continue
             try:
                 package = distribution(name)
             except PackageNotFoundError:

@@ -81,6 +81,8 @@ def triton_server(
     with contextlib.ExitStack() as stack:
         for attempt in range(_STARTS):
             chosen = port or free_port()
+            # A server that was killed leaves what it shared with its stubs.
+            stack.callback(_remove_shared_memory, chosen)
             try:
                 process = stack.enter_context(
                     running(
@@ -98,11 +100,7 @@ def triton_server(
             except RuntimeError as error:
                 if attempt == _STARTS - 1 or not any(words in str(error).lower() for words in _ANOTHER_TRY):
                     raise
-        try:
-            yield TritonServer(f"grpc://{LOOPBACK}:{chosen}", chosen, process)
-        finally:
-            # A server that was killed leaves what it shared with its stubs.
-            stack.callback(_remove_shared_memory, chosen)
+        yield TritonServer(f"grpc://{LOOPBACK}:{chosen}", chosen, process)
 
 
 def _remove_shared_memory(port: int) -> None:
