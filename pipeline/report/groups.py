@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.report.run import RunDirectory, batches, list_files, list_folders
+from pipeline.report.run import RunDirectory, batches, list_files
 from pipeline.report.scan import ImageScan
+from pipeline.results import list_results
 from pipeline.storage import join
 
 
@@ -58,10 +59,11 @@ def load_duplicates(run: RunDirectory) -> Iterator[Grouping]:
 
 
 def _read(run: RunDirectory, folder: str, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
-    for path in list_folders(run.fs, join(run.root, folder)):
-        parts = list(batches(run.fs, list_files(run.fs, path, ".parquet"), columns))
+    for name in list_results(run.fs, join(run.root, folder)):
+        paths = list_files(run.fs, join(run.root, folder, name), ".parquet")
+        parts = list(batches(run.fs, paths, columns))
         if sum(len(part) for part in parts):
-            yield path.rpartition("/")[2], pa.Table.from_batches(parts)
+            yield name, pa.Table.from_batches(parts)
 
 
 def _integers(table: pa.Table, name: str) -> NDArray[np.int64]:

@@ -78,15 +78,6 @@ def list_files(fs: AbstractFileSystem, folder: str, suffix: str) -> list[str]:
     return sorted(path for path in paths if path.endswith(suffix) and not path.rpartition("/")[2].startswith("."))
 
 
-def list_folders(fs: AbstractFileSystem, folder: str) -> list[str]:
-    """Sorted paths of the folders in `folder`; none where it does not exist."""
-    try:
-        entries = fs.ls(folder, detail=True)
-    except FileNotFoundError:
-        return []
-    return sorted(str(entry["name"]).rstrip("/") for entry in entries if entry["type"] == "directory")
-
-
 def open_part(fs: AbstractFileSystem, path: str) -> pq.ParquetFile:
     """The Parquet file at `path`. Raises OutputError if it is gone (compacted meanwhile) or not Parquet."""
     try:

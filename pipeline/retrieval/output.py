@@ -98,8 +98,9 @@ def _put_in_place(fs: AbstractFileSystem, staging: str, home: str, name: str) ->
     old = [file for file in beside if exists(fs, join(home, file))]
     if not is_local(fs):
         old += [join(name, file) for file in _below(fs, join(home, name))]
-    # The record goes first and comes last: without it nobody takes the two halves of a swap for one result.
-    for file in filter(_is_record, old):
+    # The record goes first and comes last: without it `list_results` and `index.load` take the rest for no result.
+    # The old files go before the new ones come, so that a swap that is cut short leaves no two halves.
+    for file in sorted(old, key=_is_record, reverse=True):
         _remove_file(fs, join(home, file))
     if is_local(fs):
         _swap_folders(Path(staging), name, Path(home, name))
@@ -109,9 +110,6 @@ def _put_in_place(fs: AbstractFileSystem, staging: str, home: str, name: str) ->
             os.replace(join(staging, file), join(home, file))
         else:
             fs.cp_file(join(staging, file), join(home, file))
-    for file in set(old) - set(fresh):
-        if not _is_record(file):
-            _remove_file(fs, join(home, file))
 
 
 def _remove_file(fs: AbstractFileSystem, path: str) -> None:

@@ -15,9 +15,9 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.dirfs import DirFileSystem
 from numpy.typing import NDArray
 
+from pipeline.results import list_results
 from pipeline.retrieval.arrays import Floats, Ints, Preparation, Progress, no_progress
 from pipeline.retrieval.matrix import Matrix, map_matrix, prepare_matrix
-from pipeline.retrieval.output import list_folders
 from pipeline.retrieval.parts import (
     Part,
     fingerprint,
@@ -225,7 +225,7 @@ class FeatureStore:
         for kind in _TABLES:
             self.add_view(connection, kind, join(self.root, kind))
         for kind in ("clusters", "duplicates"):
-            for name, view in view_names(list_folders(self.fs, join(self.root, kind))).items():
+            for name, view in view_names(list_results(self.fs, join(self.root, kind))).items():
                 self.add_view(connection, f"{kind}_{view}", join(self.root, kind, name))
         return connection
 

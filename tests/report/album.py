@@ -101,6 +101,7 @@ def add_clusters(run: Path, rows: Sequence[int], clusters: Sequence[int], name: 
     """A clustering in which the distance grows with the row."""
     folder = run / "clusters" / name
     folder.mkdir(parents=True)
+    folder.with_name(f"{name}.json").write_text("{}")
     distances = pa.array([row / 100 for row in rows], pa.float32())
     table = {"row": pa.array(rows, pa.int64()), "cluster": pa.array(clusters, pa.int32()), "distance": distances}
     pq.write_table(pa.table(table), folder / "part.parquet")
@@ -110,6 +111,7 @@ def add_duplicates(run: Path, groups: Sequence[Sequence[int]], name: str = "near
     """Groups of rows; the second of each is the one to keep."""
     folder = run / "duplicates" / name
     folder.mkdir(parents=True)
+    folder.with_name(f"{name}.json").write_text("{}")
     records = [
         {"row": row, "group": group, "keep": place == 1, "score": 0.5 if place == 1 else 0.99 - place / 100}
         for group, rows in enumerate(groups)

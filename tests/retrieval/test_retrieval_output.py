@@ -10,19 +10,22 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.runs import RunContent, clustered, write_run
 
+from pipeline.report.groups import load_clusterings
+from pipeline.report.run import open_run
 from pipeline.retrieval import index as indexes
 from pipeline.retrieval.clusters import write_clusters
 from pipeline.retrieval.duplicates import find_duplicates, write_duplicates
 from pipeline.retrieval.kmeans import fit
 from pipeline.retrieval.lloyd import ArraySource
-from pipeline.retrieval.output import replacing
+from pipeline.retrieval.output import replacing, write_json, write_table
 from pipeline.retrieval.store import FeatureStore
 from pipeline.storage import put_bytes, read_json
-from schemas.errors import OutputError
+from schemas.errors import OutputError, SpecError
 
 VECTORS = clustered(1500, 16, 4, spread=0.3)
 
@@ -125,3 +128,42 @@ def test_nothing_of_the_earlier_result_is_left(tmp_path: Path, url: str) -> None
     hidden = [path for path in fs.find(home) if "/." in str(path)]
     assert len(hidden) == 1, "what was left long ago is gone, what is being written is not"
     fs.rm(home, recursive=True)
+
+
+def in_parts(store: FeatureStore, cluster: int) -> None:
+    """A clustering of one file a part, as tasks write it."""
+    with replacing(store.fs, f"{store.root}/clusters", "n") as home:
+        for number in range(4):
+            columns = {"row": [number], "cluster": [cluster], "distance": [0.5]}
+            write_table(store.fs, f"{home}/n/{number}.parquet", pa.table(columns))
+        write_json(store.fs, f"{home}/n.json", {})
+
+
+@pytest.mark.parametrize("copied", [0, 2, 4])
+def test_two_halves_of_a_swap_are_not_taken_for_a_result(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch, copied: int
+) -> None:
+    memory, base = fsspec.filesystem("memory"), f"/halves-{os.getpid()}"
+    memory.put(store.root, base, recursive=True)
+    store = FeatureStore.open(f"memory:/{base}")
+    in_parts(store, 1)
+    real, done = memory.cp_file, []
+
+    def killed(*paths: str) -> None:
+        if len(done) == copied:
+            raise KeyboardInterrupt
+        done.append(paths)
+        real(*paths)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(memory, "cp_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            in_parts(store, 2)
+    assert len(memory.find(f"{base}/clusters")) == copied, "nothing of the earlier result"
+    with pytest.raises(SpecError, match="clusters_n does not exist"):
+        store.sql("SELECT * FROM clusters_n")
+    assert not list(load_clusterings(open_run(f"memory:/{base}", {})))
+    in_parts(store, 3)
+    assert store.sql("SELECT DISTINCT cluster FROM clusters_n").to_pylist() == [{"cluster": 3}]
+    assert [grouping.name for grouping in load_clusterings(open_run(f"memory:/{base}", {}))] == ["n"]
+    memory.rm(base, recursive=True)

@@ -95,6 +95,7 @@ def test_a_folder_called_like_a_column_is_no_column(tmp_path: Path, content: Run
 def test_results_whose_names_differ_in_case_alone_are_two_views(run: Path) -> None:
     for name in ("A", "a"):
         (run / "clusters" / name).mkdir(parents=True)
+        (run / "clusters" / f"{name}.json").write_text("{}")
         pq.write_table(pa.table({"row": [1], "cluster": [ord(name)]}), run / "clusters" / name / "part-0.parquet")
     store = FeatureStore.open(str(run))
     assert store.sql("SELECT cluster FROM clusters_A UNION ALL SELECT cluster FROM clusters_a_1").num_rows == 2
@@ -103,6 +104,7 @@ def test_results_whose_names_differ_in_case_alone_are_two_views(run: Path) -> No
 def test_a_result_named_as_the_view_of_another_keeps_its_name(run: Path) -> None:
     for number, name in enumerate(("A", "a", "a_1")):
         (run / "clusters" / name).mkdir(parents=True)
+        (run / "clusters" / f"{name}.json").write_text("{}")
         pq.write_table(pa.table({"cluster": [number]}), run / "clusters" / name / "part-0.parquet")
     store = FeatureStore.open(str(run))
     for view, number in (("A", 0), ("a_1", 2), ("a_2", 1)):
