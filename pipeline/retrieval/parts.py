@@ -21,6 +21,9 @@ from schemas.errors import OutputError
 from schemas.run import RunRecord, difference, part_model
 from schemas.tables import METADATA_KEY, SWAP_PLAN
 
+# Path and size of a part to its schema and number of rows.
+Footers = dict[tuple[str, int], tuple[pa.Schema, int]]
+
 _READERS = 16
 _SWAP_S = 10.0
 _LOOK_S = 0.2
@@ -89,46 +92,50 @@ def _not_a_run(fs: AbstractFileSystem, root: str, directory: str) -> str:
     )
 
 
-def list_parts(fs: AbstractFileSystem, root: str, record: RunRecord) -> tuple[list[Part], pa.Schema]:
-    """The parts of `root/images` and their common schema.
+def settled_parts(fs: AbstractFileSystem, root: str, record: RunRecord) -> tuple[list[Part], pa.Schema]:
+    """The parts of `root/images`, which hold all rows, and their common schema.
 
-    Raises OutputError if there is none, or if a part was computed by another model than `run.json` names.
+    It waits while parts are being rewritten. Raises OutputError if that lasts, if there is no part, or if one was
+    computed by another model than `run.json` names.
     """
-    found = list_parquet(fs, join(root, "images"))
+    footers: Footers = {}
+    for _ in range(1 + round(_SWAP_S / _LOOK_S)):
+        before = list_parquet(fs, join(root, "images"))
+        if not exists(fs, join(root, SWAP_PLAN)):
+            found = list_parquet(fs, join(root, "images"))
+            # A swap that began since the look for its plan would have taken parts away. More parts may well have come.
+            if set(before).issubset(found):
+                try:
+                    return _with_schema(fs, root, record, found, footers)
+                except OutputError:
+                    if set(found).issubset(list_parquet(fs, join(root, "images"))):
+                        raise  # else a part went while footers were read
+        time.sleep(_LOOK_S)
+    raise OutputError(
+        f"parts of {redact(root)} are being rewritten, and some of their rows cannot be seen meanwhile: wait "
+        "for the command at work there. If there is none, it was cut short, and `patchstream compact DIR` "
+        "finishes what it began"
+    )
+
+
+def _with_schema(
+    fs: AbstractFileSystem, root: str, record: RunRecord, found: list[tuple[str, int]], footers: Footers
+) -> tuple[list[Part], pa.Schema]:
+    """The parts `found` and their schema. What is read of them goes into `footers`, and is not read again."""
+
+    def read(item: tuple[str, int]) -> None:
+        footers[item] = _footer(fs, item[0])
+
     with ThreadPoolExecutor(_READERS) as pool:
-        footers = list(pool.map(lambda item: _footer(fs, item[0]), found))
+        list(pool.map(read, [item for item in found if item not in footers]))
     schema = None
-    for (path, _), (part_schema, _) in zip(found, footers, strict=True):
-        _check_same_model(path, part_schema, record)
-        schema = _same_schema(schema, part_schema, path)
+    for item in found:
+        part_schema, _ = footers[item]
+        _check_same_model(item[0], part_schema, record)
+        schema = _same_schema(schema, part_schema, item[0])
     if schema is None:
         raise OutputError(f"{redact(root)}/images holds no finished part yet: let the run go on, then come back")
-    parts = [
-        Part(path, path.rpartition("/")[2], size, rows) for (path, size), (_, rows) in zip(found, footers, strict=True)
-    ]
-    return parts, schema
-
-
-def settled_parts(fs: AbstractFileSystem, root: str, record: RunRecord) -> tuple[list[Part], pa.Schema]:
-    """As `list_parts`, with all rows: waits while parts are being rewritten, and raises OutputError if that lasts."""
-    last_look = time.monotonic() + _SWAP_S
-    while True:
-        if not exists(fs, join(root, SWAP_PLAN)):
-            try:
-                found = list_parts(fs, root, record)
-            except OutputError:
-                if not exists(fs, join(root, SWAP_PLAN)):
-                    raise
-            else:
-                if not exists(fs, join(root, SWAP_PLAN)):  # nor did it come meanwhile
-                    return found
-        if time.monotonic() > last_look:
-            raise OutputError(
-                f"parts of {redact(root)} are being rewritten, and some of their rows cannot be seen meanwhile: wait "
-                "for the command at work there. If there is none, it was cut short, and `patchstream compact DIR` "
-                "finishes what it began"
-            )
-        time.sleep(_LOOK_S)
+    return [Part(path, path.rpartition("/")[2], size, footers[path, size][1]) for path, size in found], schema
 
 
 def parts_instead(

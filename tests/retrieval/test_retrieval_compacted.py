@@ -1,9 +1,10 @@
 """A run whose parts are put in the place of others while a command reads it, or when that was cut short."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import fsspec
 import numpy as np
@@ -153,3 +154,56 @@ def test_a_swap_under_way_is_waited_for(run: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(parts.time, "sleep", lambda _: compaction.recover(str(run), {}))
     assert store.uris(np.array([3, 199])) == ["memory://photo-0000003.jpg", "memory://photo-0000199.jpg"]
     assert len(FeatureStore.open(str(run))) == 200
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_swap_begun_and_ended_between_two_looks_hides_no_row(
+    run: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """It stands half done while the parts are listed for the `at`-th time, and is done before they are read."""
+    half_done, go_on, listings = threading.Event(), threading.Event(), []
+    move, list_parquet = compaction._move, parts.list_parquet
+
+    def moved(*arguments: Any) -> None:
+        half_done.set()
+        assert go_on.wait(30)
+        move(*arguments)
+
+    def listed(*arguments: Any) -> list[tuple[str, int]]:
+        listings.append(arguments)
+        if len(listings) != at:
+            return list_parquet(*arguments)
+        swap.start()
+        assert half_done.wait(30)
+        found = list_parquet(*arguments)
+        go_on.set()
+        swap.join()
+        return found
+
+    swap = threading.Thread(target=lambda: compaction.compact(str(run), pair_bytes(run), {}))
+    monkeypatch.setattr(compaction, "_move", moved)
+    monkeypatch.setattr(parts, "list_parquet", listed)
+    assert len(FeatureStore.open(str(run))) == 200
+    assert not swap.is_alive()
+
+
+def test_parts_that_go_while_their_footers_are_read_are_listed_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, begun = parts._footer, threading.Lock()
+
+    def compacted_first(*arguments: Any) -> Any:
+        with begun:
+            if compaction.compact(url, 1 << 30, {}):
+                swaps.append(url)
+        return read(*arguments)
+
+    swaps: list[str] = []
+    monkeypatch.setattr(parts, "_footer", compacted_first)
+    assert len(FeatureStore.open(url)) == 200
+    assert swaps == [url]
+
+
+def test_a_part_that_cannot_be_read_is_told_at_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run / "images" / "zz.parquet").write_bytes(b"half")
+    monkeypatch.setattr(parts.time, "sleep", lambda _: pytest.fail("waited"))
+    with pytest.raises(OutputError, match=r"zz\.parquet is not a Parquet file"):
+        FeatureStore.open(str(run))
