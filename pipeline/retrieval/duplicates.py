@@ -15,6 +15,7 @@ from pipeline.retrieval.components import Components
 from pipeline.retrieval.matrix import Matrix
 from pipeline.retrieval.output import check_name, replacing, write_json, write_table
 from pipeline.retrieval.pairs import near_pairs
+from pipeline.retrieval.query import run_query
 from pipeline.retrieval.store import FeatureStore
 from pipeline.storage import join, put_bytes
 from schemas.errors import SpecError
@@ -74,11 +75,12 @@ def _same_bytes(store: FeatureStore) -> tuple[Ints, Ints]:
     hidden = pa.table({"row": pa.array(store.replaced, pa.int64())})
     with store.connect() as connection:
         connection.register("replaced", hidden)
-        found = connection.sql(
+        found = run_query(
+            connection,
             "WITH live AS (SELECT row, sha256 FROM images ANTI JOIN replaced USING (row) WHERE sha256 IS NOT NULL), "
             "again AS (SELECT sha256, min(row) AS original FROM live GROUP BY sha256 HAVING count(*) > 1) "
-            "SELECT row, original FROM live JOIN again USING (sha256)"
-        ).to_arrow_table()
+            "SELECT row, original FROM live JOIN again USING (sha256)",
+        )
     return found.column("row").to_numpy(), found.column("original").to_numpy()
 
 

@@ -1,11 +1,15 @@
 """DuckDB as everything here asks it: names and texts quoted, its refusals as ours."""
 
 import re
+import tempfile
 
 import duckdb
 import pyarrow as pa
 
-from schemas.errors import SpecError
+from schemas.errors import OutputError, PatchstreamError, SpecError
+
+MEMORY = "2GiB"
+TEMPORARY = "patchstream-duckdb-"
 
 
 def view_names(names: list[str]) -> dict[str, str]:
@@ -27,17 +31,28 @@ def view_names(names: list[str]) -> dict[str, str]:
 
 
 def run_query(connection: duckdb.DuckDBPyConnection, query: str, limit: int | None = None) -> pa.Table:
-    """One query's result, or its first `limit` rows. Raises SpecError with DuckDB's own explanation."""
+    """One query's result, or its first `limit` rows. Raises what `refused` makes of DuckDB's errors."""
     try:
         relation = connection.sql(query)
         if relation is None:
             return pa.table({})
         return (relation if limit is None else relation.limit(limit)).to_arrow_table()
     except duckdb.Error as error:
-        raise SpecError(f"{_first_lines(error)}\nin: {query}") from None
+        raise refused(error, query) from None
 
 
-def _first_lines(error: Exception) -> str:
+def refused(error: duckdb.Error, query: str) -> PatchstreamError:
+    """SpecError with DuckDB's own explanation; OutputError where it had no room, which is no fault of the query."""
+    message = f"{_without_gaps(error)}\nin: {query}"
+    if not isinstance(error, duckdb.OutOfMemoryException) and TEMPORARY not in str(error):
+        return SpecError(message)
+    return OutputError(
+        f"{message}\nIt takes {MEMORY} of memory, and what does not fit goes to {tempfile.gettempdir()}: make room "
+        "there, name another folder with TMPDIR, or ask for less at once"
+    )
+
+
+def _without_gaps(error: Exception) -> str:
     return re.sub(r"\n+", "\n", str(error)).strip()
 
 

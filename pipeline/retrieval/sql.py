@@ -13,7 +13,7 @@ import pyarrow as pa
 from fsspec import AbstractFileSystem
 
 from pipeline.retrieval.output import staged
-from pipeline.retrieval.query import literal, quote, run_query
+from pipeline.retrieval.query import literal, quote, refused, run_query
 from pipeline.retrieval.store import FeatureStore
 from pipeline.storage import Options, filesystem, redact
 from schemas.errors import SpecError
@@ -51,7 +51,7 @@ def _nearest(macro: str, feature: str) -> str:
 
 
 def ask(store: FeatureStore, query: str, limit: int) -> Answer:
-    """The first `limit` rows of a query's result. Raises SpecError with DuckDB's explanation if it is refused."""
+    """The first `limit` rows of a query's result. Raises as `run_query` does."""
 
     def asked() -> pa.Table:
         with connect(store) as connection:
@@ -85,5 +85,5 @@ def _write(store: FeatureStore, query: str, fs: AbstractFileSystem, path: str, f
                 f"COPY (SELECT * FROM query_result) TO {literal(str(local))} ({form})"
             ).fetchone()
         except duckdb.Error as error:
-            raise SpecError(f"{error}\nin: {query}") from None
+            raise refused(error, query) from None
     return int(counted[0]) if counted else 0

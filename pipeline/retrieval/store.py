@@ -27,7 +27,7 @@ from pipeline.retrieval.parts import (
     settled_parts,
     stream_part,
 )
-from pipeline.retrieval.query import literal, quote, run_query, view_names
+from pipeline.retrieval.query import MEMORY, TEMPORARY, literal, quote, run_query, view_names
 from pipeline.storage import Options, filesystem, is_local, join, read_error, redact
 from schemas.errors import OutputError, SpecError
 from schemas.run import RunRecord
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 
 _TABLES = ("images", "manifest", "failures")
-_SQL_MEMORY = "2GiB"
 T = TypeVar("T")
 
 
@@ -83,7 +82,7 @@ class FeatureStore:
     def reread(self, read: Callable[[], T]) -> T:
         """What `read` gives; where parts that it reads are gone, it is asked again with those that replaced them.
 
-        Raises OutputError if they are gone altogether.
+        Raises OutputError if they are gone altogether, or if DuckDB cannot read what is there.
         """
         for again in (True, False):
             try:
@@ -91,6 +90,11 @@ class FeatureStore:
             except (FileNotFoundError, duckdb.Error, SpecError) as error:  # SpecError: what run_query makes of DuckDB's
                 instead = parts_instead(self.fs, self.root, self.record, self._parts_now, self.schema)
                 if instead is None or not again:
+                    if isinstance(error, duckdb.Error):
+                        raise OutputError(
+                            f"cannot read the tables of {redact(self.root)}: {redact(str(error))}\n`patchstream verify "
+                            "DIR` says which part is damaged; a result is made anew by the command that made it"
+                        ) from None
                     raise read_error(self.root, error) if isinstance(error, FileNotFoundError) else error from None
                 self._parts_now = instead
         raise AssertionError
@@ -218,8 +222,8 @@ class FeatureStore:
         """
         # Of one name for all, the folder would be closed to other users than the first. DuckDB makes it when memory is
         # short, and removes it when the connection is closed.
-        temporary = Path(tempfile.gettempdir(), f"patchstream-duckdb-{uuid.uuid4().hex}")
-        connection = duckdb.connect(config={"memory_limit": _SQL_MEMORY, "temp_directory": str(temporary)})
+        temporary = Path(tempfile.gettempdir(), f"{TEMPORARY}{uuid.uuid4().hex}")
+        connection = duckdb.connect(config={"memory_limit": MEMORY, "temp_directory": str(temporary)})
         if not is_local(self.fs):
             connection.register_filesystem(DirFileSystem(path=self.root, fs=self.fs))
         for kind in _TABLES:

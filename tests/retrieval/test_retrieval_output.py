@@ -18,6 +18,7 @@ from support.runs import RunContent, clustered, write_run
 from pipeline.report.groups import load_clusterings
 from pipeline.report.run import open_run
 from pipeline.retrieval import index as indexes
+from pipeline.retrieval import sql
 from pipeline.retrieval.clusters import write_clusters
 from pipeline.retrieval.duplicates import find_duplicates, write_duplicates
 from pipeline.retrieval.kmeans import fit
@@ -79,6 +80,29 @@ def test_a_full_disk_leaves_the_earlier_result(
     command(store, 5)
     assert set(files(folder)) == set(before)
     assert files(folder) != before
+
+
+def test_no_room_for_temporary_files_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("pipeline.retrieval.store.MEMORY", "12MiB")
+    digests = [f"{row // 2:064x}" for row in range(60_000)]
+    content = RunContent({"cls": np.ones((60_000, 1), np.float32)}, sha256=digests, failed={60_000: "NotFound"})
+    store = FeatureStore.open(str(write_run(tmp_path / "run", content)))
+    sorted_rows = "SELECT * FROM images ORDER BY sha256"
+    for ask in (
+        lambda: find_duplicates(store, exact_only=True),
+        lambda: sql.ask(store, sorted_rows, 60_000),
+        lambda: sql.write(store, sorted_rows, str(tmp_path / "rows.csv")),
+    ):
+        with full_disk(), pytest.raises(OutputError, match=rf"goes to {tmp_path}: make room there"):
+            ask()
+
+
+def test_a_damaged_result_is_told_with_what_to_do(store: FeatureStore) -> None:
+    cluster(store, 2)
+    Path(store.root, "clusters/n/clusters.parquet").write_bytes(b"half")
+    with pytest.raises(OutputError, match=r"cannot read the tables of [\s\S]*made anew by the command that made it"):
+        store.sql("SELECT 1")
 
 
 def test_two_commands_of_one_name_leave_one_result_of_the_last(store: FeatureStore) -> None:
