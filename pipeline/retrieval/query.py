@@ -1,7 +1,12 @@
 """DuckDB as everything here asks it: names and texts quoted, its refusals as ours."""
 
+import os
 import re
+import shutil
+import socket
 import tempfile
+import uuid
+from pathlib import Path
 
 import duckdb
 import pyarrow as pa
@@ -54,6 +59,29 @@ def refused(error: duckdb.Error, query: str) -> PatchstreamError:
 
 def _without_gaps(error: Exception) -> str:
     return re.sub(r"\n+", "\n", str(error)).strip()
+
+
+def temporary_folder() -> str:
+    """A name for a connection's temporary files: DuckDB makes the folder when memory is short, and removes it at last.
+
+    What processes of this machine that are no more left in theirs is deleted.
+    """
+    # Each has its own. Of one name for all it would be closed to other users than the first, and older versions of
+    # DuckDB mix up what two processes put into one folder.
+    base, ours = Path(tempfile.gettempdir()), f"{TEMPORARY}{socket.gethostname()}-"
+    for folder in base.glob(f"{TEMPORARY}*"):
+        owner = re.fullmatch(rf"{re.escape(ours)}(\d{{1,9}})-[0-9a-f]{{32}}", folder.name)
+        if owner and not _at_work(int(owner[1])):
+            shutil.rmtree(folder, ignore_errors=True)  # of another user it stays
+    return str(base / f"{ours}{os.getpid()}-{uuid.uuid4().hex}")
+
+
+def _at_work(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except OSError as error:  # it may be another user's
+        return not isinstance(error, ProcessLookupError)
+    return True
 
 
 def quote(name: str) -> str:

@@ -1,10 +1,7 @@
 """`FeatureStore`: what a run wrote, as tables, matrices and SQL. It reads `DIR` as it stands and needs nothing else."""
 
-import tempfile
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
@@ -27,7 +24,7 @@ from pipeline.retrieval.parts import (
     settled_parts,
     stream_part,
 )
-from pipeline.retrieval.query import MEMORY, TEMPORARY, literal, quote, run_query, view_names
+from pipeline.retrieval.query import MEMORY, literal, quote, run_query, temporary_folder, view_names
 from pipeline.storage import Options, filesystem, is_local, join, read_error, redact
 from schemas.errors import OutputError, SpecError
 from schemas.run import RunRecord
@@ -220,10 +217,7 @@ class FeatureStore:
 
         Its views are `images`, `manifest`, `failures`, and `clusters_NAME` and `duplicates_NAME` for what there is.
         """
-        # Of one name for all, the folder would be closed to other users than the first. DuckDB makes it when memory is
-        # short, and removes it when the connection is closed.
-        temporary = Path(tempfile.gettempdir(), f"{TEMPORARY}{uuid.uuid4().hex}")
-        connection = duckdb.connect(config={"memory_limit": MEMORY, "temp_directory": str(temporary)})
+        connection = duckdb.connect(config={"memory_limit": MEMORY, "temp_directory": temporary_folder()})
         if not is_local(self.fs):
             connection.register_filesystem(DirFileSystem(path=self.root, fs=self.fs))
         for kind in _TABLES:

@@ -1,6 +1,10 @@
 """SQL: views, cosine, nearest, and results as files."""
 
 import csv
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +117,33 @@ def test_every_connection_keeps_to_its_memory_and_folder(
         connection.execute("CREATE TABLE t AS SELECT hash(range)::VARCHAR AS h FROM range(300_000) ORDER BY h")
         assert [path.name for path in tmp_path.iterdir()] == [Path(folder).name]
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_command_left_in_temporary_files_goes_with_the_next(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    spill = (
+        "import sys, time; from pipeline.retrieval import store; store.MEMORY = '12MiB'\n"
+        "connection = store.FeatureStore.open(sys.argv[1]).connect(); connection.execute('SET threads = 1')\n"
+        "connection.execute('CREATE TABLE t AS SELECT hash(range)::VARCHAR AS h FROM range(300_000) ORDER BY h')\n"
+        "print('spilled', flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", spill, store.root], env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    with child, child.stdout as output:
+        assert output.readline() == b"spilled\n"
+        (left,) = tmp_path.iterdir()
+        store.connect().close()
+        assert list(left.iterdir()), "of a process at work"
+        child.kill()
+    elsewhere = tmp_path / re.sub(r"(duckdb-).*(-\d+-)", r"\1another-machine\2", left.name)
+    elsewhere.mkdir()
+    assert list(left.iterdir())
+    store.connect().close()
+    assert list(tmp_path.iterdir()) == [elsewhere]
 
 
 @pytest.mark.parametrize("query", ["SELECT nothing FROM images", "SELEC 1", "SELECT row FROM clusters_none"])
