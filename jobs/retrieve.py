@@ -21,6 +21,7 @@ from jobs.retrieve_screen import (
 from schemas.errors import SpecError
 
 if TYPE_CHECKING:
+    from pipeline.retrieval.index import Index
     from pipeline.retrieval.search import Example, Hit
     from pipeline.retrieval.store import FeatureStore
 
@@ -40,7 +41,7 @@ def search(
         list[str] | None,
         typer.Option(help="Less like this: row=N, uri=U, image=FILE, vector=F.npy or text=T.", metavar="KIND=VALUE"),
     ] = None,
-    k: Annotated[int | None, typer.Option("-k", help="How many; 10 if not said.")] = None,
+    k: Annotated[int | None, typer.Option("-k", min=1, help="How many; 10 if not said.")] = None,
     features: Features = "cls",
     where: Annotated[
         str | None,
@@ -64,18 +65,27 @@ def search(
 ) -> int:
     """Find the pictures most like some examples, exactly or by an index."""
     from pipeline.retrieval.nearest import check_device
+    from pipeline.retrieval.search import check_examples
 
     check_device(device)
+    if index is not None and where is not None:
+        raise SpecError("--filter and --index do not go together: an index cannot tell which rows match; leave one out")
     examples = [*_examples(image, row, uri, vector, text), *(_minus(value) for value in minus or ())]
     texts = [example.value for example in examples if example.kind == "text"]
     with opened(directory, storage_options) as store:
+        check_examples(store, features, examples)
         if texts:
             check_text(store, features, texts[0])
+        if k is not None and k > len(store):
+            raise SpecError(f"-k {k}: {len(store)} rows are there; ask for between 1 and that")
+        if where is not None:
+            store.check_filter(where)
+        built = None if index is None else _load_index(store, index, features, centre)
         warn_left_out(store, features)
         place = (model, parse_options(storage_options))
         embed = Embedders(embedder(store, features, *place), text_embedder(store, features, vocabulary, *place))
         options = {"where": where, "keep_examples": with_examples, "device": device}
-        hits = _find(store, examples, embed, features, k, index, centre, options)
+        hits = _find(store, examples, embed, features, k, built, centre, options)
     if html:
         _write_strip(html, directory, storage_options, hits)
     if as_json:
@@ -85,13 +95,35 @@ def search(
     return 0
 
 
+def _load_index(store: "FeatureStore", name: str, feature: str, centre: bool) -> "Index":
+    """The index NAME. Raises SpecError where it holds other vectors than a search by `feature` compares.
+
+    What can be told without the vectors of the run is told before they are read.
+    """
+    from pipeline.retrieval.index import load, refuse_stale
+
+    built = load(store, name)
+    if not built.record.normalise:
+        raise SpecError(
+            f"--index {name} was built with --no-normalise, and a search goes by cosine; build one without it"
+        )
+    if built.record.feature != feature or centre:
+        raise SpecError(
+            f"--index {name} holds `{built.record.feature}`, centred: {built.record.mean is not None}; leave out "
+            "--centre, and give --features as it was built"
+        )
+    if built.record.rows != int(store.load(feature).usable.sum()):
+        refuse_stale(name, "rows that it holds were replaced since")
+    return built
+
+
 def _find(
     store: "FeatureStore",
     examples: "list[Example]",
     embed: Embedders,
     feature: str,
     k: int | None,
-    index: str | None,
+    built: "Index | None",
     centre: bool,
     options: dict[str, Any],
 ) -> "list[Hit]":
@@ -101,22 +133,10 @@ def _find(
 
     matrix = store.load(feature)
     wanted = min(_DEFAULT_K, int(matrix.usable.sum())) if k is None else k
-    if index is None:
+    if built is None:
         prepare = store.preparation(feature, centre=centre)
         query = build_query(store, feature, examples, embed.images, prepare, embed.texts)
         return find(store, query, wanted, feature=feature, prepare=prepare, **options)
-    built = indexes.load(store, index)
-    if not built.record.normalise:
-        raise SpecError(
-            f"--index {index} was built with --no-normalise, and a search goes by cosine; build one without it"
-        )
-    if built.record.rows != int(matrix.usable.sum()):
-        indexes.refuse_stale(index, "rows that it holds were replaced since")
-    if built.record.feature != feature or centre:
-        raise SpecError(
-            f"--index {index} holds `{built.record.feature}`, centred: {built.record.mean is not None}; leave out "
-            "--centre, and give --features as it was built"
-        )
     query = build_query(store, feature, examples, embed.images, built.prepare, embed.texts)
     hits = find(
         store,
@@ -206,6 +226,10 @@ def index(
     if update and (others := options_given(context, *_BUILT_WITH)):
         raise SpecError(f"--update keeps an index as it was built; leave out {others}, or build it anew")
     checked = indexes.check_kind(kind) if kind else None
+    if ray is not None:
+        from pipeline.retrieval.ray_index import check_in_pieces
+
+        check_in_pieces(checked)
     summary: dict[str, Any] = {"name": name}
     with opened(directory, storage_options) as store:
         asked_only = evaluate and not update and kind is None and indexes.exists(store, name)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def kmeans(
     directory: Directory,
-    k: Annotated[int | None, typer.Option("-k", help="How many clusters.")] = None,
+    k: Annotated[int | None, typer.Option("-k", min=1, help="How many clusters.")] = None,
     sweep: Annotated[
         str | None,
         typer.Option(help="Try several k and take the one of the best silhouette.", metavar="LOW:HIGH[:STEP]"),
@@ -62,6 +62,7 @@ def kmeans(
     ks = parse_sweep(sweep) if sweep is not None else None
     with opened(directory, storage_options) as store:
         check_label_column(store, label_column)
+        _check_rows(store, k, ks)
         settings = {"feature": features, "centre": centre, "seed": seed, "label_column": label_column}
         if ray is not None:
             summary = _kmeans_on_ray(store, k, ray, name, spherical, settings)
@@ -72,6 +73,14 @@ def kmeans(
         return 0
     _show_clusters(summary, directory)
     return 0
+
+
+def _check_rows(store: "FeatureStore", k: int | None, ks: list[int] | None) -> None:
+    """Raise SpecError for more clusters than rows. How many of the vectors are usable shows when they are read."""
+    if k is not None and k > len(store):
+        raise SpecError(f"-k {k}: there are {len(store)} rows; k is between 1 and that")
+    if ks and max(ks) >= len(store):
+        raise SpecError(f"--sweep up to {max(ks)}: there are {len(store)} rows; stay below that")
 
 
 def _show_clusters(summary: dict[str, Any], directory: str) -> None:

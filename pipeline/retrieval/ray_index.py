@@ -14,6 +14,12 @@ from pipeline.retrieval.store import FeatureStore
 from schemas.errors import OutputError, SpecError
 
 
+def check_in_pieces(kind: str | None) -> None:
+    """Raise SpecError for a kind of index that cannot be put together from those of the parts."""
+    if kind == "hnsw":
+        raise SpecError("--kind hnsw cannot be built over parts; leave out --ray, or choose another kind")
+
+
 def build_on_ray(
     store: FeatureStore, *, feature: str, kind: Kind | None, normalise: bool = True, centre: bool = False
 ) -> Index:
@@ -21,13 +27,12 @@ def build_on_ray(
 
     Raises SpecError for `hnsw`, whose graph cannot be put together from pieces.
     """
+    check_in_pieces(kind)
     matrix = store.load(feature)
     rows = int(matrix.usable.sum())
     if rows == 0:
         raise OutputError(f"`{feature}` has no usable vector: all {len(matrix)} are zero or not finite")
     chosen = check_kind(kind) if kind else kind_for(rows, matrix.dim)
-    if chosen == "hnsw":
-        raise SpecError("--kind hnsw cannot be built over parts; leave out --ray, or choose another kind")
     prepare = store.preparation(feature, normalise=normalise, centre=centre)
     index, lists = new_index(chosen, matrix.dim, rows)
     store.progress("training", 0, 1)

@@ -58,8 +58,7 @@ def build_query(
 
     Raises SpecError for an example that is not there, has another dimension or no direction, or if all cancel out.
     """
-    if not any(not example.minus for example in examples):
-        raise SpecError("nothing to search for: give --image, --row, --uri, --vector or --text at least once")
+    check_examples(store, feature, examples)
     images = [example.value for example in examples if example.kind == "image"]
     if images and embed is None:
         raise SpecError("--image needs the model of the run, which is not at hand here; search by --row or --vector")
@@ -82,6 +81,17 @@ def build_query(
     if np.linalg.norm(wanted) < 1e-6:
         raise SpecError("the examples cancel each other out: what is wanted is what is not wanted")
     return Query(unit(wanted[None].astype(np.float32)).reshape(-1), np.array(sorted(set(rows)), np.int64))
+
+
+def check_examples(store: FeatureStore, feature: str, examples: Sequence[Example]) -> None:
+    """Raise SpecError for what is wrong with the examples without a look at the vectors of the run."""
+    if not any(not example.minus for example in examples):
+        raise SpecError("nothing to search for: give --image, --row, --uri, --vector or --text at least once")
+    for example in examples:
+        if example.kind == "row":
+            _row_id(example.value)
+        elif example.kind == "vector":
+            _read_vector(example.value, store, feature)
 
 
 def _vector(store: FeatureStore, feature: str, example: Example, rows: list[int]) -> Floats:

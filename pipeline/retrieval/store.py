@@ -162,6 +162,10 @@ class FeatureStore:
         rows: Ints = self.table(["row"], where).column("row").to_numpy()
         return rows
 
+    def check_filter(self, where: str) -> None:
+        """Raise SpecError if DuckDB refuses the condition `where`; no row is read."""
+        self.sql(f"SELECT row FROM images WHERE ({where}\n) LIMIT 0")
+
     def table(self, columns: list[str] | None = None, where: str | None = None) -> pa.Table:
         """Columns of `images/`, all by default, in memory. `where` is a condition in DuckDB's SQL, pushed down.
 

@@ -162,6 +162,12 @@ def test_kmeans_checks_before_it_computes(run: Run, directory: Path, monkeypatch
         (["duplicates", "--threshold", "2"], "--threshold 2"),
         (["duplicates", "--around", "7"], "--around 7"),
         (["index", "--kind", "lsh"], "--kind lsh: choose one of"),
+        (["index", "--kind", "hnsw", "--ray", "local"], "--kind hnsw cannot be built over parts"),
+        (["kmeans", "-k", "401", "--ray", "local"], "-k 401: there are 400 rows"),
+        (["kmeans", "--sweep", "2:400"], "--sweep up to 400: there are 400 rows"),
+        (["search", "--vector", "/nope.npy"], "--vector /nope.npy: no such file"),
+        (["search", "--row", "3", "--filter", "typo = 1"], "typo[^|]*in: SELECT"),
+        (["search", "--row", "3", "--filter", "true", "--index", "main"], "do not go together"),
         (["probe", "--labels", "/nope.csv"], "--labels /nope.csv: no such file"),
         (["probe", "--label-column", "typo"], "--label-column typo: images/ has the columns"),
     ],
@@ -170,6 +176,7 @@ def test_mistakes_are_told_before_any_vector_is_read(
     run: Run, directory: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.setattr(FeatureStore, "load", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("cluster.session.ray_session", lambda *_: pytest.fail("started Ray"))
     with pytest.raises(SpecError, match=message):
         run(arguments[0], directory, *arguments[1:])
 
@@ -258,6 +265,12 @@ def test_bad_input_is_explained(run: Run, directory: Path, tmp_path: Path, argum
 def test_negative_seed_is_refused(run: Run, directory: Path, command: list[str]) -> None:
     with pytest.raises(typer.BadParameter, match="0"):
         run(command[0], directory, *command[1:], "--seed", -1)
+
+
+@pytest.mark.parametrize("command", [["kmeans"], ["kmeans", "--ray", "local"], ["search", "--row", "1"]])
+def test_less_than_one_is_refused(run: Run, directory: Path, command: list[str]) -> None:
+    with pytest.raises(typer.BadParameter, match="1"):
+        run(command[0], directory, *command[1:], "-k", 0)
 
 
 def test_few_rows_and_the_default_k(run: Run, tmp_path: Path) -> None:
