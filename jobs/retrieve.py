@@ -45,7 +45,7 @@ def search(
     features: Features = "cls",
     where: Annotated[
         str | None,
-        typer.Option("--filter", help="SQL condition, such as \"labels[1].label = 'tench'\".", metavar="SQL"),
+        typer.Option("--filter", help="SQL condition, such as \"labels[1].label like 'tench%'\".", metavar="SQL"),
     ] = None,
     index: Annotated[
         str | None, typer.Option(help="Search by this index: faster, approximate.", metavar="NAME")

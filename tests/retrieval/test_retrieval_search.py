@@ -1,5 +1,7 @@
 """Search: exact, by every kind of example, filtered, and its errors."""
 
+import inspect
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 from support.runs import RunContent, write_run
 
+from jobs.retrieve import search as search_command
 from pipeline.retrieval.arrays import Preparation, unit
 from pipeline.retrieval.nearest import top_k
 from pipeline.retrieval.page import Picture, pictures_page
@@ -176,3 +179,11 @@ def test_selection_in_two_steps_is_the_plain_one(tmp_path: Path, rows: int, quer
     all_scores = asked @ vectors.T / np.linalg.norm(vectors, axis=1)
     np.testing.assert_array_equal(positions, np.argsort(-all_scores, axis=1, kind="stable")[:, :k])
     np.testing.assert_allclose(scores, -np.sort(-all_scores, axis=1)[:, :k], rtol=1e-5)
+
+
+def test_the_condition_in_the_help_finds_the_labels_of_imagenet(tmp_path: Path) -> None:
+    option = inspect.signature(search_command).parameters["where"].annotation.__metadata__[0]
+    (condition,) = re.findall('"(.+)"', option.help)
+    labels = [[(0, "tench, Tinca tinca", 0.9)], [(1, "goldfish, Carassius auratus", 0.9)], [(0, "tench", 0.9)]]
+    run = write_run(tmp_path, RunContent({"cls": np.ones((3, 4), np.float32)}, labels=labels))
+    assert FeatureStore.open(str(run)).rows(condition).tolist() == [0, 2]
