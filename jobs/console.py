@@ -6,14 +6,15 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from jobs.directory import show_rows
+from jobs.directory import show_rows, with_options
 
 if TYPE_CHECKING:
     from pipeline.flow import Summary
@@ -140,14 +141,22 @@ def plain_summary(summary: "Summary", report: str | None, attention: str | None 
     }
 
 
-def print_summary(summary: "Summary", report: str | None, attention: str | None = None) -> None:
-    """What was done, how fast, and what to type next. Nothing is read as markup and no path is cut."""
+def print_summary(
+    summary: "Summary",
+    report: str | None,
+    attention: str | None = None,
+    storage_options: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """What was done, how fast, and what to type next. Nothing is read as markup and no path is cut.
+
+    `storage_options` are those that `summary.out` is reached with."""
     show_rows(_summary_rows(summary, report, attention))
     console = Console(highlight=False, emoji=False, file=sys.stdout)
     out = shlex.quote(summary.out)
     query = "select uri, width, height from images limit 5"
     command = f"status {out}" if summary.failures else f'sql {out} "{query}"'
-    console.print(f"next: patchstream {command}", style="bold", markup=False, soft_wrap=True)
+    told = with_options(f"patchstream {command}", storage_options)
+    console.print(f"next: {told}", style="bold", markup=False, soft_wrap=True)
 
 
 def _summary_rows(summary: "Summary", report: str | None, attention: str | None) -> list[tuple[str, str]]:

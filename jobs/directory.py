@@ -1,10 +1,13 @@
 """`status`, `verify`, `compact`, `retry`: what concerns a run's directory as it stands."""
 
 import json
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
+
+from schemas.redaction import holds_secret
 
 Directory = Annotated[str, typer.Argument(help="The --out of a run.", metavar="DIR")]
 Options = Annotated[str | None, typer.Option("--storage-options", help="JSON for fsspec.")]
@@ -135,6 +138,16 @@ def parse_options(text: str | None) -> dict[str, Any]:
     from jobs.embed import json_object
 
     return json_object(text) if text else {}
+
+
+def with_options(command: str, storage_options: Mapping[str, Any]) -> str:
+    """`command`, to be printed, with the storage options that it needs as well; in words if they hold a credential."""
+    if not storage_options:
+        return command
+    text = json.dumps(storage_options, default=str)
+    if holds_secret(text):
+        return f"{command} --storage-options … (as they were given: they hold a credential, which is not shown)"
+    return f"{command} --storage-options {shlex.quote(text)}"
 
 
 def options_given(context: typer.Context, *names: str) -> str:

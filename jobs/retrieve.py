@@ -1,12 +1,13 @@
 """`search` and `index`: which pictures are like this one."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.directory import AsJson, Directory, Options, emit, options_given, parse_options, show_rows
+from jobs.directory import AsJson, Directory, Options, emit, options_given, parse_options, show_rows, with_options
 from jobs.retrieve_embed import Embedders, check_text, embedder, text_embedder
 from jobs.retrieve_screen import (
     LOCAL_RAY,
@@ -260,7 +261,8 @@ def index(
         shown = {key.replace("_", " "): value for key, value in summary.items() if value not in (None, {})}
         show_rows([(key, f"{value:,.4g}" if isinstance(value, float) else str(value)) for key, value in shown.items()])
         if record.normalise:  # else it is for programs: a search goes by cosine
-            emit(f"patchstream search {directory} --index {name} …")
+            command = f"patchstream search {shlex.quote(directory)} --index {name} …"
+            emit(with_options(command, parse_options(storage_options)))
     return 0
 
 

@@ -1,11 +1,12 @@
 """`probe`, `apply` and `sql`: new labels from old features, and questions to all tables."""
 
+import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.directory import AsJson, Directory, Options, emit, parse_options
+from jobs.directory import AsJson, Directory, Options, emit, parse_options, with_options
 from jobs.retrieve_screen import Features, cell, opened, print_json, print_table, warn_left_out
 from schemas.errors import SpecError
 
@@ -58,7 +59,8 @@ def probe(
         print_json(summary)
         return 0
     _show_probe(summary)
-    emit(f"\nsaved in {directory}/probes/{name}/; next: patchstream apply {directory} --probe {name} --out DIR2")
+    command = f"patchstream apply {shlex.quote(directory)} --probe {name} --out DIR2"
+    emit(f"\nsaved in {directory}/probes/{name}/; next: {with_options(command, parse_options(storage_options))}")
     return 0
 
 
@@ -166,7 +168,7 @@ def sql(
     """Query images, manifest, failures, clusters_NAME, duplicates_NAME, with cosine(a, b) and nearest(row, k)."""
     from pipeline.retrieval import sql as queries
 
-    with opened(directory, storage_options) as store:
+    with opened(directory, storage_options, all_failed=True) as store:
         if out is not None:
             rows = queries.write(store, query, out, parse_options(storage_options))
             if as_json:

@@ -23,14 +23,15 @@ _NAMED_ROWS = 10
 
 
 @contextlib.contextmanager
-def opened(directory: str, storage_options: str | None) -> "Iterator[FeatureStore]":
-    """The store of `directory`; while it works, a bar on standard error if that is a terminal."""
+def opened(directory: str, storage_options: str | None, *, all_failed: bool = False) -> "Iterator[FeatureStore]":
+    """The store of `directory` (`all_failed` as `FeatureStore.open` has it); while it works, a bar on standard error
+    if that is a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
     from pipeline.retrieval.store import FeatureStore
 
-    store = FeatureStore.open(directory, parse_options(storage_options))
+    store = FeatureStore.open(directory, parse_options(storage_options), all_failed=all_failed)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[str, Any] = {}

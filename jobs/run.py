@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from jobs.console import Screen, native_messages_aside, plain_summary, print_summary
+from jobs.directory import with_options
 from schemas.errors import TooManyFailures
 from schemas.spec import JobSpec, build_spec
 
@@ -40,11 +41,13 @@ def run_job(
     write_maps = _attention_writer(spec, *attention) if attention else None
     from cluster.session import ray_session
     from pipeline.flow import run as run_flow
+    from pipeline.storage import options_for
 
     connect = partial(ray_session, address, verbose=verbose, bundles=_bundles(spec), wait_s=wait_s)
     with native_messages_aside(verbose), Screen(quiet=json_output) as screen:
         summary = run_flow(spec, connect, screen.show)
     page = _report(summary.out, spec, screen) if report else None
+    needed = options_for(summary.out, spec.storage_options)
     maps = None
     try:
         maps = write_maps() if write_maps else None
@@ -52,8 +55,8 @@ def run_job(
         if json_output:
             print(json.dumps(plain_summary(summary, page, maps)))  # noqa: T201 - this is the output
         else:
-            print_summary(summary, page, maps)
-    _check_rate(summary, spec.max_failure_rate)
+            print_summary(summary, page, maps, needed)
+    _check_rate(summary, spec.max_failure_rate, needed)
     return 0
 
 
@@ -83,13 +86,14 @@ def _report(out: str, spec: JobSpec, screen: Screen) -> str | None:
         return None
 
 
-def _check_rate(summary: "Summary", max_failure_rate: float) -> None:
+def _check_rate(summary: "Summary", max_failure_rate: float, storage_options: Mapping[str, Any]) -> None:
     rows, failures = summary.rows, summary.failures
     rate = failures / rows if rows else 0.0
     if rate > max_failure_rate or (rows and failures == rows):
         allowed = f"more than --max-failure-rate {max_failure_rate:g}" if failures < rows else "that is all of them"
+        query = "select stage, error, count(*) from failures group by all"
+        command = f'patchstream sql {shlex.quote(summary.out)} "{query}"'
         raise TooManyFailures(
             f"{failures:,} of {rows:,} images failed ({rate:.1%}), {allowed}. "
-            f"See why: patchstream sql {shlex.quote(summary.out)} "
-            '"select stage, error, count(*) from failures group by all"'
+            f"See why: {with_options(command, storage_options)}"
         )

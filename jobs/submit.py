@@ -1,7 +1,6 @@
 """`submit`: any command of this program as a Ray job, and `status` of such a job."""
 
 import difflib
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -10,17 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from schemas.errors import ClusterError, SpecError
-from schemas.redaction import redact
+from schemas.redaction import holds_secret, redact
 
 if TYPE_CHECKING:
     from cluster.submission import Job, Jobs
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = re.compile(
-    r"key|secret|token|passw|passphrase|pwd|credential|auth|cookie|headers|connection|sas", re.IGNORECASE
-)
-# Ways to come by credentials that drivers know by name, and no credential themselves.
-_WAYS = ("anon", "google_default", "cloud", "cache", "browser", True, False, None)
 _NOT_HERE = ("submit", "explore")
 
 
@@ -111,7 +105,7 @@ def _check_command(command: Sequence[str]) -> None:
         option, equals, value = word.partition("=")
         given = value if equals and option.startswith("--") else word
         name = option if given is value else command[position - 1]
-        if redact(given) != given or (name == "--storage-options" and _holds_secret(given)):
+        if redact(given) != given or (name == "--storage-options" and holds_secret(given)):
             raise SpecError(
                 f"the value of {name if name.startswith('--') else 'a source'} holds a credential, which Ray would "
                 "show in the dashboard. Put it into the environment of the cluster's machines (a Secret, an identity) "
@@ -122,20 +116,6 @@ def _check_command(command: Sequence[str]) -> None:
                 "--triton-header holds a credential, or may, and Ray would show it in the dashboard. Put it into the "
                 "file of --config, on the cluster: triton.headers"
             )
-
-
-def _holds_secret(text: str) -> bool:
-    """Whether a key of a JSON object, at any depth, is one that credentials stand under."""
-
-    def below(node: Any) -> bool:
-        if isinstance(node, dict):
-            return any((_SECRET.search(key) and value not in _WAYS) or below(value) for key, value in node.items())
-        return isinstance(node, list) and any(below(item) for item in node)
-
-    try:
-        return below(json.loads(text))
-    except json.JSONDecodeError:
-        return bool(_SECRET.search(text))
 
 
 def _check_names(names: Sequence[str]) -> None:

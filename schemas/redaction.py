@@ -1,6 +1,8 @@
-"""What must not be printed or stored: credentials in addresses."""
+"""What must not be printed or stored: credentials in addresses and in storage options."""
 
+import json
 import re
+from typing import Any
 
 # `user:password@` after the scheme; also in the middle of a chained URL or of a message.
 _USER = re.compile(r"(?<=://)[^/?#\s]*@")
@@ -13,6 +15,11 @@ _SECRET_NAME = re.compile(
     r"|(?:^|[-_.])(?:sig|key|pwd|auth|jwt|policy|expires)=",
     re.IGNORECASE,
 )
+_SECRET_KEY = re.compile(
+    r"key|secret|token|passw|passphrase|pwd|credential|auth|cookie|headers|connection|sas", re.IGNORECASE
+)
+# Ways to come by credentials that drivers know by name, and no credential themselves.
+_WAYS = ("anon", "google_default", "cloud", "cache", "browser", True, False, None)
 
 
 def redact(text: str) -> str:
@@ -28,3 +35,20 @@ def redact(text: str) -> str:
 
 def _redact_parameter(match: re.Match[str]) -> str:
     return f"{match[1]}…" if _SECRET_NAME.search(match[1]) else match[0]
+
+
+def holds_secret(text: str) -> bool:
+    """Whether storage options, as JSON, hold a credential: in an address, or under a key, at any depth, that
+    credentials stand under."""
+
+    def below(node: Any) -> bool:
+        if isinstance(node, dict):
+            return any((_SECRET_KEY.search(key) and value not in _WAYS) or below(value) for key, value in node.items())
+        return isinstance(node, list) and any(below(item) for item in node)
+
+    if redact(text) != text:
+        return True
+    try:
+        return below(json.loads(text))
+    except json.JSONDecodeError:
+        return bool(_SECRET_KEY.search(text))

@@ -19,7 +19,7 @@ from pipeline.retrieval.arrays import Ints
 from pipeline.storage import exists, is_local, join, read_error, read_json, redact
 from schemas.errors import OutputError
 from schemas.run import RunRecord, difference, part_model
-from schemas.tables import METADATA_KEY, SWAP_PLAN
+from schemas.tables import METADATA_KEY, SWAP_PLAN, images_schema, output_fields, user_fields
 
 # Path and size of a part to its schema and number of rows.
 Footers = dict[tuple[str, int], tuple[pa.Schema, int]]
@@ -27,6 +27,10 @@ Footers = dict[tuple[str, int], tuple[pa.Schema, int]]
 _READERS = 16
 _SWAP_S = 10.0
 _LOOK_S = 0.2
+
+
+class NoParts(OutputError):
+    """There is no part in `images/`."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,8 @@ def _not_a_run(fs: AbstractFileSystem, root: str, directory: str) -> str:
 def settled_parts(fs: AbstractFileSystem, root: str, record: RunRecord) -> tuple[list[Part], pa.Schema]:
     """The parts of `root/images`, which hold all rows, and their common schema.
 
-    It waits while parts are being rewritten. Raises OutputError if that lasts, if there is no part, or if one was
-    computed by another model than `run.json` names.
+    It waits while parts are being rewritten. Raises NoParts if there is none, and OutputError if that lasts, or if a
+    part was computed by another model than `run.json` names.
     """
     footers: Footers = {}
     for _ in range(1 + round(_SWAP_S / _LOOK_S)):
@@ -134,8 +138,19 @@ def _with_schema(
         _check_same_model(item[0], part_schema, record)
         schema = _same_schema(schema, part_schema, item[0])
     if schema is None:
-        raise OutputError(f"{redact(root)}/images holds no finished part yet: let the run go on, then come back")
+        raise NoParts(
+            f"{redact(root)}/images holds no finished part yet: let the run go on, then come back; where it is over, "
+            "all images failed, and `patchstream status DIR` shows of what"
+        )
     return [Part(path, path.rpartition("/")[2], size, footers[path, size][1]) for path, size in found], schema
+
+
+def schema_to_be(fs: AbstractFileSystem, root: str, record: RunRecord) -> pa.Schema:
+    """The schema that parts of `root/images` will have, where there are none."""
+    with open_parquet(fs, join(root, "manifest", record.manifest_parts[0])) as file:
+        user = user_fields(file.schema_arrow)
+    has_labels = record.spec["labels"] > 0 and record.model.num_labels > 0
+    return images_schema(output_fields(record.feature_dims, record.spec["feature_dtype"], has_labels), user)
 
 
 def parts_instead(

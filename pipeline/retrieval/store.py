@@ -16,11 +16,13 @@ from pipeline.results import list_results
 from pipeline.retrieval.arrays import Floats, Ints, Preparation, Progress, no_progress
 from pipeline.retrieval.matrix import Matrix, map_matrix, prepare_matrix
 from pipeline.retrieval.parts import (
+    NoParts,
     Part,
     fingerprint,
     list_parquet,
     parts_instead,
     read_record,
+    schema_to_be,
     settled_parts,
     stream_part,
 )
@@ -64,8 +66,10 @@ class FeatureStore:
         self._matrices: dict[str, Matrix] = {}
 
     @classmethod
-    def open(cls, directory: str, storage_options: Options | None = None) -> "FeatureStore":
-        """Open a run's directory on any store.
+    def open(
+        cls, directory: str, storage_options: Options | None = None, *, all_failed: bool = False
+    ) -> "FeatureStore":
+        """Open a run's directory on any store; with `all_failed`, also one that has failures and no image.
 
         Raises OutputError if it is not a run's, holds no part yet or parts of several models, or if a rewrite of
         parts there was cut short.
@@ -73,7 +77,12 @@ class FeatureStore:
         fs, root = filesystem(str(directory), storage_options or {})
         root = root.rstrip("/") or root
         record = read_record(fs, root, directory)
-        parts, schema = settled_parts(fs, root, record)
+        try:
+            parts, schema = settled_parts(fs, root, record)
+        except NoParts:
+            if not (all_failed and list_parquet(fs, join(root, "failures"))):
+                raise
+            parts, schema = [], schema_to_be(fs, root, record)
         return cls(fs, root, record, parts, schema)
 
     def reread(self, read: Callable[[], T]) -> T:
@@ -214,6 +223,8 @@ class FeatureStore:
         return pads.dataset(empty.empty_table())
 
     def _dataset(self, parts: list[Part]) -> pads.Dataset:
+        if not parts:
+            return pads.dataset(self.schema.empty_table())
         return pads.dataset([part.path for part in parts], schema=self.schema, filesystem=self.fs)
 
     def connect(self) -> duckdb.DuckDBPyConnection:
@@ -241,7 +252,7 @@ class FeatureStore:
             connection.execute(
                 f"CREATE VIEW {quote(view)} AS SELECT * FROM read_parquet([{files}], hive_partitioning = false)"
             )
-        elif view in {"manifest", "failures"}:
+        elif view in _TABLES:
             connection.register(view, self.dataset(view).to_table())
 
     def _paths(self, kind: str) -> list[str]:

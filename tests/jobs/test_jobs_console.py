@@ -1,10 +1,21 @@
 """What a person reads at the end of a run: places as they are, whatever characters are in them and however long."""
 
-import pytest
+import json
+import shlex
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
+from support.runs import RunContent, write_run
+
+from jobs.cli import run_command
 from jobs.console import print_summary
+from jobs.directory import with_options
+from jobs.run import _check_rate
 from pipeline.flow import Summary
 from schemas.attempt import AttemptRecord
+from schemas.errors import TooManyFailures
 
 
 def attempt() -> AttemptRecord:
@@ -28,3 +39,37 @@ def test_places_are_printed_as_they_are(capsys: pytest.CaptureFixture[str], out:
     assert told["report"] == f"{out}/report.html"
     assert told["attention maps"] == f"{out}/maps"
     assert out in lines[-1]
+
+
+def test_the_command_that_shows_why_all_failed_works(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = write_run(tmp_path / "it's out", RunContent({"cls": np.ones((2, 4), np.float32)}, failed={2: "Denied"}))
+    for part in (out / "images").iterdir():
+        part.unlink()
+    for options in ({}, {"s3": {"anon": True}}):
+        with pytest.raises(TooManyFailures) as told:
+            _check_rate(Summary(str(out), 1, 0, 1, attempt()), 1.0, options)
+        assert run_command([*shlex.split(str(told.value).partition("patchstream ")[2]), "--json"]) == 0
+        (line,) = json.loads(capsys.readouterr().out)
+        assert line == {"stage": "decode", "error": "Denied", "count_star()": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({}, "patchstream status s3://b/run"),
+        (
+            {"anon": True, "key": None},
+            'patchstream status s3://b/run --storage-options \'{"anon": true, "key": null}\'',
+        ),
+        ({"key": "hush"}, "patchstream status s3://b/run --storage-options … (as they were given:"),
+        ({"endpoint_url": "http://me:hush@host"}, "patchstream status s3://b/run --storage-options … (as they"),
+    ],
+)
+def test_a_next_command_has_the_storage_options_that_it_needs(
+    capsys: pytest.CaptureFixture[str], options: dict[str, Any], shown: str
+) -> None:
+    assert with_options("patchstream status s3://b/run", options).startswith(shown)
+    print_summary(Summary("s3://b/run", 3, 2, 1, attempt()), None, None, options)
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told.startswith(f"next: {shown}")
+    assert "hush" not in told

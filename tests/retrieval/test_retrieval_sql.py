@@ -17,7 +17,7 @@ from support.runs import RunContent, write_run
 from pipeline.retrieval import sql
 from pipeline.retrieval.duplicates import find_duplicates, write_duplicates
 from pipeline.retrieval.store import FeatureStore
-from schemas.errors import SpecError
+from schemas.errors import OutputError, SpecError
 
 VECTORS = np.random.default_rng(8).standard_normal((200, 12)).astype(np.float32)
 
@@ -144,6 +144,32 @@ def test_what_a_killed_command_left_in_temporary_files_goes_with_the_next(
     assert list(left.iterdir())
     store.connect().close()
     assert list(tmp_path.iterdir()) == [elsewhere]
+
+
+def test_a_run_of_which_every_image_failed(tmp_path: Path) -> None:
+    """There are its failures to ask for; of what it has none, there are no rows."""
+    content = RunContent(
+        {"cls": VECTORS[:2], "pooled": VECTORS[:2].astype(np.float16)},
+        labels=[[(0, "kite", 0.5)]] * 2,
+        user={"shop": ["a", "a", "b"]},
+        failed={2: "Denied"},
+    )
+    run = write_run(tmp_path / "run", content)
+    of_some = sql.ask(FeatureStore.open(str(run)), "FROM images", 9).table
+    for part in (run / "images").iterdir():
+        part.unlink()
+    with pytest.raises(OutputError, match="where it is over, all images failed, and `patchstream status DIR`"):
+        FeatureStore.open(str(run))
+    store = FeatureStore.open(str(run), all_failed=True)
+    assert sql.ask(store, "SELECT error FROM failures", 9).table.to_pylist() == [{"error": "Denied"}]
+    of_none = sql.ask(store, "FROM images", 9).table
+    assert (of_none.column_names, of_none.num_rows) == (of_some.column_names, 0)
+    assert sql.ask(store, "SELECT * FROM nearest_pooled(0, 3)", 9).table.num_rows == 0
+    assert sql.write(store, "FROM images", str(tmp_path / "none.csv")) == 0
+    for part in (run / "failures").iterdir():
+        part.unlink()
+    with pytest.raises(OutputError, match="no finished part yet"):
+        FeatureStore.open(str(run), all_failed=True)
 
 
 @pytest.mark.parametrize("query", ["SELECT nothing FROM images", "SELEC 1", "SELECT row FROM clusters_none"])
