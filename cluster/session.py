@@ -16,7 +16,7 @@ import ray
 
 from cluster.check import check_nodes
 from cluster.token import check_token
-from schemas.errors import ClusterError
+from schemas.errors import ClusterError, Interrupted, PatchstreamError
 from schemas.machines import Machines
 
 _MIB = 1 << 20
@@ -66,12 +66,19 @@ def _connected(address: str | None, verbose: bool, cpus: int | None) -> Iterator
     try:
         with _keeping_handlers():
             ray.init(**(_attach(address) if address else _start(cpus)), **_logging(verbose))
+    except PatchstreamError:  # what the handler of a signal raises, which comes in the midst
+        raise
+    except SystemExit as told:  # by Ray's own handler, with the signal's number
+        if told.code != signal.SIGTERM:
+            raise
+        raise Interrupted("told to stop", signal.SIGTERM) from None
     except Exception as error:  # a start that took half a minute is a bare one
+        why = str(error).strip() or type(error).__name__
         if not address:
             raise ClusterError(
-                f"Ray could not be started on this machine: {error}. Where it is busy, the same command may pass"
+                f"Ray could not be started on this machine: {why}. Where it is busy, the same command may pass"
             ) from error
-        raise _nobody(address, str(error).splitlines()[0]) from error
+        raise _nobody(address, why.splitlines()[0]) from error
     try:
         yield
     finally:
@@ -152,7 +159,13 @@ def _own_token() -> Iterator[None]:
 
     tokens = AuthenticationTokenLoader.instance()
     mode = os.environ.get("RAY_AUTH_MODE")
-    own = mode != "disabled" and not tokens.has_token(ignore_auth_mode=True)
+    try:
+        own = mode != "disabled" and not tokens.has_token(ignore_auth_mode=True)
+    except ray.exceptions.AuthenticationError as error:
+        raise ClusterError(
+            f"RAY_AUTH_TOKEN_PATH={os.environ.get('RAY_AUTH_TOKEN_PATH')}: no token can be read there. Put one into "
+            "that file, or unset the variable: a job on this machine makes its own"
+        ) from error
     if own:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     try:

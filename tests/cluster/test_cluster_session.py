@@ -2,14 +2,17 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ray._raylet import AuthenticationTokenLoader
 
 from cluster.session import ray_session
-from schemas.errors import ClusterError
+from pipeline.signals import interruptible
+from schemas.errors import ClusterError, Interrupted
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,3 +92,39 @@ def test_a_ray_that_does_not_come_up_is_one_message(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("ray.init", too_late)
     with pytest.raises(ClusterError, match=r"timed out during startup.*busy, the same command may pass"), ray_session():
         pass
+
+
+def test_a_token_that_is_not_where_it_is_said_to_be_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    AuthenticationTokenLoader.instance().reset_cache()
+    with pytest.raises(ClusterError, match=r"RAY_AUTH_TOKEN_PATH=.*/none: no token.*or unset"), ray_session():
+        pass
+
+
+@pytest.mark.parametrize("address", [None, "127.0.0.1"])
+def test_told_to_stop_while_ray_starts(monkeypatch: pytest.MonkeyPatch, address: str | None) -> None:
+    """By Ray's handler, which is there from the first moment on, or by one of ours before."""
+
+    def as_ray_does(**options: object) -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        signal.raise_signal(signal.SIGTERM)
+
+    for starting in (as_ray_does, lambda **options: signal.raise_signal(signal.SIGTERM)):
+        monkeypatch.setattr("ray.init", starting)
+        with pytest.raises(Interrupted) as stopped, interruptible(), ray_session(address):
+            pass
+        assert stopped.value.exit_code == 143
+
+
+def test_an_error_without_words_is_told_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(**options: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr("ray.init", silent)
+    for address, message in ((None, "on this machine: TimeoutError"), ("127.0.0.1", r"127.0.0.1 \(TimeoutError\)")):
+        with pytest.raises(ClusterError, match=message), ray_session(address):
+            pass

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.commands import attempt_records, end, patchstream, rows_in, start
+from support.commands import attempt_records, end, patchstream, rows_in, start, workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -44,6 +44,29 @@ def test_stopped_and_resumed(tmp_path: Path, pictures: Path, checkpoint: Path, n
     assert again.returncode == 0, again.stderr
     assert attempt_records(out)[-1]["rows_planned"] == record["rows_planned"] - kept
     assert patchstream("verify", out).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)]
+)
+def test_stopped_while_ray_starts(tmp_path: Path, pictures: Path, checkpoint: Path, number: int, code: int) -> None:
+    """Ray's own handler is in force by then, and would end the job as failed, with the number of the signal."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    driver = start("embed", pictures, "--model", checkpoint, "--no-report", "--out", out, log=log)
+    try:
+        deadline = time.monotonic() + 200
+        while not workers(driver.pid, "gcs_server"):
+            assert driver.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, "Ray was not started"
+            time.sleep(0.02)
+        driver.send_signal(number)
+        assert driver.wait(timeout=60) == code, log.read_text()
+    finally:
+        end(driver.pid)
+    assert "interrupted; what was committed stays" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    (record,) = attempt_records(out)
+    assert (record["status"], record["message"]) == ("interrupted", None)
 
 
 TOLD_TO_STOP = """
