@@ -37,7 +37,7 @@ class Screen:
         self._quiet = quiet
         self._console = Console(stderr=True, highlight=False, emoji=False)
         self._live = Live(console=self._console, refresh_per_second=5, transient=True)
-        self._last = (0.0, "")
+        self._last = (0.0, "", "")
 
     def __enter__(self) -> "Screen":
         if self._is_live:
@@ -59,10 +59,10 @@ class Screen:
         if self._is_live:
             self._live.update(_line(progress))
             return
-        shown, phase = self._last
+        shown, *before = self._last
         now = time.monotonic()
-        if progress.phase != phase or (progress.phase == "running" and now - shown >= _PLAIN_EVERY_S):
-            self._last = (now, progress.phase)
+        if before != [progress.phase, progress.note] or (progress.phase == "running" and now - shown >= _PLAIN_EVERY_S):
+            self._last = (now, progress.phase, progress.note)
             self._console.print(_line(progress), soft_wrap=True)
 
     def warn(self, message: str) -> None:

@@ -5,12 +5,15 @@ book three quarters of every core they compute on, decoding tasks a quarter of o
 divides the time, and neither waits for the other.
 """
 
+import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from schemas.errors import ClusterError
 from schemas.machines import Machines
 from schemas.spec import ActorRange
+
+log = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 8 << 20
 # Large enough for 256 images of 384 × 384 pixels or the patch features of a ViT-L at 224.
@@ -80,7 +83,8 @@ def place(
 
     `output_bytes` are those of one image's features: patch features take more room than the pixels.
 
-    Raises ClusterError when the GPUs asked for are not there, or no machine has the memory for an actor.
+    Raises ClusterError when the GPUs asked for are not there, or no machine has the memory for an actor and none may
+    come.
     """
     carried = _carried_by_memory(machines, model_bytes, gpus_per_actor)
     cpus = max(1, int(machines.cpus))
@@ -142,19 +146,27 @@ def _fair_block(machines: Machines, actors: ActorRange, decoders: int) -> float:
 
 
 def _carried_by_memory(machines: Machines, model_bytes: int, gpus_per_actor: float) -> int:
-    """How many actors the memory of the machines carries. Raises ClusterError where it carries none: Ray would wait for
-    a larger machine for ever, and nothing says that one may come."""
+    """How many actors the memory of the machines carries. Where it carries none, Ray waits for a larger machine: one,
+    with a warning, where such a machine may come; otherwise that would be for ever, and ClusterError is raised."""
     gpus = machines.node_gpus or (0.0,) * len(machines.node_memory)
     known = [memory for memory, here in zip(machines.node_memory, gpus, strict=True) if here >= gpus_per_actor]
     if not known:
         return _UNKNOWN
     carried = sum(int(memory // max(1, model_bytes)) for memory in known)
-    if not carried and not machines.may_grow:
-        raise ClusterError(
-            f"an actor with this model needs {model_bytes / 1e9:.1f} GB of memory, the largest machine gives Ray "
-            f"{max(known) / 1e9:.1f} GB. Use larger machines, or a smaller model"
-        )
-    return max(1, carried)
+    if carried:
+        return carried
+    lacks = (
+        f"an actor with this model needs {model_bytes / 1e9:.1f} GB of memory, the largest machine gives Ray "
+        f"{max(known) / 1e9:.1f} GB"
+    )
+    if not machines.may_grow:
+        raise ClusterError(f"{lacks}. Use larger machines, or a smaller model")
+    log.warning(
+        "%s: the job waits until the cluster has a larger one. If none will come, stop it and use larger machines, or "
+        "a smaller model",
+        lacks,
+    )
+    return 1
 
 
 def _share(nodes: list[int], actors: ActorRange | None, by_memory: int) -> tuple[int, int]:

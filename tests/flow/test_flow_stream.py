@@ -1,14 +1,18 @@
 """Room between the stages: Ray Data's own bookkeeping, fed with our placement, must let every decoding core work."""
 
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 
+from pipeline.flow import run
 from pipeline.placement import Placement, place
-from schemas.errors import ClusterError
+from schemas.errors import ClusterError, Interrupted
 from schemas.machines import Machines
+from schemas.spec import build_spec
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -136,9 +140,31 @@ def test_an_actor_that_fits_no_machine_with_a_gpu_is_told_too() -> None:
     assert placed(machines._replace(node_gpus=(1, 1)), model_bytes=8_000_000_000).actors.max == 2
 
 
-def test_a_cluster_that_grows_may_bring_a_larger_machine() -> None:
+def test_a_cluster_that_grows_may_bring_a_larger_machine(caplog: pytest.LogCaptureFixture) -> None:
     small = cluster(4, 0, memory_gib=4, may_grow=True)
     assert placed(small, model_bytes=8_000_000_000).actors.max == 1
+    needs = "needs 8.0 GB of memory, the largest machine gives Ray 3.0 GB: the job waits until the cluster has a larger"
+    assert needs in caplog.text
+    caplog.clear()
+    placed(cluster(4, 0, memory_gib=16, may_grow=True), model_bytes=8_000_000_000)
+    assert not caplog.text
+
+
+def test_a_job_that_waits_for_a_larger_machine_says_so_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def begun(*arguments: object) -> None:
+        told.extend(record.getMessage() for record in caplog.records)
+        raise Interrupted("told to stop", 15)
+
+    told: list[str] = []
+    monkeypatch.setattr("pipeline.flow.build", begun)
+    (tmp_path / "a.jpg").touch()
+    values = {"sources": [str(tmp_path / "a.jpg")], "model": "null", "out": str(tmp_path / "o"), "backend": "null"}
+    tiny = cluster(4, 0, may_grow=True)._replace(node_memory=(1000.0,))
+    with pytest.raises(Interrupted):
+        run(build_spec(values), lambda: nullcontext(tiny))
+    assert [line for line in told if "the job waits until the cluster has a larger one" in line]
 
 
 def test_memory_for_few_actors_gives_each_more_threads() -> None:

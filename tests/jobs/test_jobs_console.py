@@ -10,10 +10,11 @@ import pytest
 from support.runs import RunContent, write_run
 
 from jobs.cli import run_command
-from jobs.console import print_summary
+from jobs.console import Screen, print_summary
 from jobs.directory import with_options
 from jobs.run import _check_rate
 from pipeline.flow import Summary
+from pipeline.progress import Progress
 from schemas.attempt import AttemptRecord
 from schemas.errors import TooManyFailures
 
@@ -39,6 +40,15 @@ def test_places_are_printed_as_they_are(capsys: pytest.CaptureFixture[str], out:
     assert told["report"] == f"{out}/report.html"
     assert told["attention maps"] == f"{out}/maps"
     assert out in lines[-1]
+
+
+def test_a_job_that_has_yet_to_begin_says_for_how_long(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Screen()
+    for note in ("", "", "nothing has come for 5 minutes", "nothing has come for 5 minutes"):
+        screen.show(Progress("starting", note=note))
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "… starting the workers"
+    assert second == f"{first}  ·  nothing has come for 5 minutes"
 
 
 def test_the_command_that_shows_why_all_failed_works(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
