@@ -120,12 +120,19 @@ def retry(
     """Run the failed rows of a directory again, within the limits and where the run did: those worth it, or all."""
     from jobs.embed import nested_values
     from jobs.run import run_job
-    from pipeline.maintenance import reopen_failures
+    from pipeline.maintenance import NothingToRetry, reopen_failures
+    from pipeline.maintenance import status as look
 
     options = parse_options(storage_options)
     given = {"gpus_per_actor": gpus_per_actor, "backend": backend}
     changes = {key: value for key, value in given.items() if value is not None} | nested_values(context.params)
-    reopened, values = reopen_failures(directory, everything, options, changes, force=force)
+    try:
+        reopened, values = reopen_failures(directory, everything, options, changes, force=force)
+    except NothingToRetry as nothing:
+        emit(str(nothing), to_stderr=True)
+        if json_output:
+            emit(json.dumps(look(directory, options)))
+        return 0
     emit(f"{reopened:,} failed rows are pending again", to_stderr=True)
     return run_job(values, address=address, report=True, json_output=json_output, verbose=verbose)
 

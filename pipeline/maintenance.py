@@ -19,6 +19,11 @@ from schemas.errors import OutputError
 from schemas.run import RunRecord
 from schemas.spec import Shard, build_spec
 
+
+class NothingToRetry(OutputError):
+    """No failed row qualifies and none is pending. Nothing was changed."""
+
+
 _WHOLE = Shard(index=0, count=1)
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -81,8 +86,8 @@ def reopen_failures(
 
     `changes`: values of the spec that differ from those of the run: how hard it is tried, and where. Returns how many
     rows, and the values of the spec that runs them. Should that run be cut short, they simply stay pending. Raises
-    OutputError when no row qualifies or while a run is writing there (as `compact`), and, with nothing taken out,
-    whatever would keep such a run from beginning: SpecError, CheckpointError, OutputError or ClusterError.
+    NothingToRetry when no row qualifies, OutputError while a run is writing there (as `compact`), and, with nothing
+    taken out, whatever would keep such a run from beginning: SpecError, CheckpointError, OutputError or ClusterError.
     """
     record = require_record(out, storage_options)
     ledger = read_ledger(out, storage_options)
@@ -91,7 +96,7 @@ def reopen_failures(
     left = pending(ledger, 0, record.manifest_rows, reopen(out, record, storage_options).superseded)
     if not len(again) and not len(left):
         count = intervals.count(ledger.failures)
-        raise OutputError(
+        raise NothingToRetry(
             f"{redact(out)}: none of its {count:,} failures is worth another try as it stands (a 404 or a broken "
             "file stays one); use --all to try them regardless"
             if count

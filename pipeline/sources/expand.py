@@ -18,7 +18,7 @@ from pipeline.sources.tables import BATCH_ROWS, parquet_kind, read_image_table, 
 from pipeline.sources.tar import COMPRESSED, SIDECARS, TarImage, list_tar
 from pipeline.sources.text import TEXT_SUFFIXES
 from pipeline.storage import filesystem, is_local, redact, scheme
-from schemas.errors import SourceError
+from schemas.errors import SourceError, SpecError
 from schemas.spec import JobSpec
 
 _log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def expand(source: str, spec: JobSpec) -> Iterator[pa.Table]:
 
     A text table is one only where it is named as such (`labels.csv`, `tables/*.csv`), because a stray CSV beside
     images is no list of images. Tar shards and Parquet tables are opened wherever they turn up.
-    Raises SourceError when the source cannot be read.
+    Raises SourceError when the source cannot be read, SpecError when it lies in the output.
     """
     if source.lower().partition("?")[0].endswith(COMPRESSED):
         raise SourceError(
@@ -47,7 +47,7 @@ def expand(source: str, spec: JobSpec) -> Iterator[pa.Table]:
             tables = read_uri_table(entry.uri, spec.uri_column, spec.storage_options)
             yield from _chosen(tables, entry, spec)
         return
-    items = _batches(_without_output(entries, spec), spec, named=suffix(source) == "parquet")
+    items = _batches(_without_output(entries, source, spec), spec, named=suffix(source) == "parquet")
     yield from in_order(items, _AHEAD if spec.limit is None else 0)
 
 
@@ -155,9 +155,19 @@ def _plain_table(entries: list[Entry]) -> pa.Table:
     return content_table([entry.uri for entry in entries], fixed)
 
 
-def _without_output(entries: Iterator[Entry], spec: JobSpec) -> Iterator[Entry]:
-    """What an earlier attempt wrote below the source is no input."""
-    fs, path = filesystem(spec.out, spec.storage_options)
-    out = os.path.abspath(path) if is_local(fs) else f"{scheme(spec.out)}://{path}"
-    inside = out.rstrip("/") + "/"
+def _without_output(entries: Iterator[Entry], source: str, spec: JobSpec) -> Iterator[Entry]:
+    """What an earlier attempt wrote below the source is no input. Raises SpecError where that would be all of it."""
+    inside = _folder(spec.out, spec)
+    if _folder(source, spec).startswith(inside):
+        raise SpecError(
+            f"{redact(source)} lies in --out {redact(spec.out)}, and what lies there is no input; choose an --out "
+            "below the source or beside it"
+        )
     return (entry for entry in entries if not entry.uri.startswith(inside))
+
+
+def _folder(url: str, spec: JobSpec) -> str:
+    """How all addresses in the folder `url` begin."""
+    fs, path = filesystem(url, spec.storage_options)
+    place = os.path.abspath(path) if is_local(fs) else f"{scheme(url)}://{path}"
+    return place.rstrip("/") + "/"

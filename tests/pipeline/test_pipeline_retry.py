@@ -9,6 +9,7 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from support.checkpoints import make_checkpoint
 
@@ -154,3 +155,24 @@ def test_a_record_of_an_earlier_version_is_tried_again_as_ever(tmp_path: Path, h
     spec = run_again(tmp_path / "out", "--max-pixels", 7)
     assert (spec.backend, spec.fetch.max_pixels, spec.gpus_per_actor) == ("torch", 7, 0)
     assert status(str(tmp_path / "out"), {})["pending"] == 1
+
+
+@pytest.mark.parametrize(("retryable", "message"), [(False, "none of its 1 failures"), (None, "has no failures")])
+def test_nothing_to_do_is_no_error(
+    tmp_path: Path, hub: Path, capsys: pytest.CaptureFixture[str], retryable: bool | None, message: str
+) -> None:
+    failed_run(tmp_path)
+    out = tmp_path / "out"
+    (part,) = (out / "failures").iterdir()
+    failures = pq.read_table(part)
+    if retryable is None:  # the name of a part says that its row is done
+        (out / "images").mkdir()
+        shutil.move(part, out / "images" / part.name)
+    else:
+        column = pa.array([retryable])
+        pq.write_table(failures.set_column(failures.column_names.index("retryable"), "retryable", column), part)
+    assert run_command(["retry", str(out), "--json"]) == 0
+    told = capsys.readouterr()
+    assert message in told.err
+    assert "error:" not in told.err
+    assert json.loads(told.out)["pending"] == 0

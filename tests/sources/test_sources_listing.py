@@ -1,6 +1,7 @@
 """What a source string stands for on a disk and elsewhere; globs everywhere; what is left out."""
 
 import os
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -15,7 +16,7 @@ from support.source_rows import NAMES, listed, rows_of, spec_of, tree
 
 from pipeline.sources.listing import list_source, wanted
 from pipeline.sources.manifest import read_sources
-from schemas.errors import SourceError
+from schemas.errors import SourceError, SpecError
 
 Server = S3Server | GcsServer
 
@@ -226,6 +227,18 @@ def test_an_output_below_the_source_is_no_input(tmp_path: Path, out: str, monkey
     tree(tmp_path, ["a.jpg", "out/images/part.parquet", "out/run.json", "outer/b.jpg"])
     monkeypatch.chdir(tmp_path)
     assert rows_of(spec_of(".", out=out.format(tmp_path))) == [f"{tmp_path}/a.jpg", f"{tmp_path}/outer/b.jpg"]
+
+
+@pytest.mark.parametrize("source", ["in", "in/deep", "./in/*.jpg", "in/"])
+def test_a_source_that_is_the_output_or_below_it_is_refused(
+    tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even beside others: it would give no row."""
+    tree(tmp_path, ["in/a.jpg", "in/deep/b.jpg", "input/c.jpg"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SpecError, match=rf"{re.escape(source)} lies in --out in, .*choose an --out below the source"):
+        rows_of(spec_of("input", source, out="in"))
+    assert rows_of(spec_of("input", out="in")) == [f"{tmp_path}/input/c.jpg"]
 
 
 def test_an_output_below_the_prefix_is_no_input(s3_server: S3Server) -> None:
