@@ -1,7 +1,8 @@
 """WebDataset shards: list the images of a tar by their byte range, so that each can be read alone.
 
 A sample is the run of members that share a name up to the first dot (https://github.com/webdataset/webdataset).
-Its `.json`, `.cls` and `.txt` members ride along as the text columns `json`, `cls` and `txt`.
+Its `.json`, `.cls` and `.txt` members ride along as the text columns `json`, `cls` and `txt`. Names with dots of their
+own (`www.site.com_1.jpg`, dates, versions) make one sample of many images: each has the sidecars of its own name.
 """
 
 import logging
@@ -27,9 +28,12 @@ _IMAGE_SUFFIXES = frozenset(
 )
 _MAX_SIDECAR_BYTES = 1 << 20
 
+# Texts of a sample by the member's name without its suffix, then by suffix.
+Sidecars = dict[str, dict[str, str]]
+
 
 class TarImage(NamedTuple):
-    """One image: its name, where its bytes lie, and the text of its sample's sidecars by suffix."""
+    """One image: its name, where its bytes lie, and the text of its sidecars by suffix."""
 
     name: str
     offset: int
@@ -45,18 +49,17 @@ def list_tar(uri: str, storage_options: Options) -> Iterator[TarImage]:
     """
     with open_object(uri, storage_options) as file, _open(file, uri) as shard:
         sample: list[tarfile.TarInfo] = []
-        sidecars: dict[str, str] = {}
+        sidecars: Sidecars = {}
         key = None
         try:
             for member in _members(shard, file, uri):
-                stem, suffix = _split(member.name)
-                if stem != key:
+                if _key(member.name) != key:
                     yield from _images(sample, sidecars)
-                    sample, sidecars, key = [], {}, stem
-                last = suffix.rpartition(".")[2]
-                if last in SIDECARS and member.size <= _MAX_SIDECAR_BYTES:
-                    sidecars[last] = _text(shard, member)
-                elif last in _IMAGE_SUFFIXES or not suffix:
+                    sample, sidecars, key = [], {}, _key(member.name)
+                stem, suffix = _split(member.name)
+                if suffix in SIDECARS and member.size <= _MAX_SIDECAR_BYTES:
+                    sidecars.setdefault(stem, {})[suffix] = _text(shard, member)
+                elif suffix in _IMAGE_SUFFIXES or not suffix:
                     sample.append(member)
         except tarfile.ReadError as error:
             yield from _images(sample, sidecars)
@@ -94,12 +97,22 @@ def _text(shard: tarfile.TarFile, member: tarfile.TarInfo) -> str:
     return content.read().decode("utf-8", "replace").strip() if content else ""
 
 
-def _split(name: str) -> tuple[str, str]:
+def _key(name: str) -> str:
+    """The name of the sample."""
     folder, slash, base = name.rpartition("/")
-    stem, _, suffix = base.partition(".")
-    return f"{folder}{slash}{stem}", suffix.lower()
+    return folder + slash + base.partition(".")[0]
 
 
-def _images(sample: list[tarfile.TarInfo], sidecars: dict[str, str]) -> Iterator[TarImage]:
+def _split(name: str) -> tuple[str, str]:
+    """The name without its suffix, and the suffix in lower case."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.rpartition(".")
+    return (f"{folder}{slash}{stem}", suffix.lower()) if dot else (name, "")
+
+
+def _images(sample: list[tarfile.TarInfo], sidecars: Sidecars) -> Iterator[TarImage]:
+    """Each image with the sidecars of the whole sample (`1.txt`) and, before those, its own (`1.left.txt`)."""
     for member in sample:
-        yield TarImage(member.name, member.offset_data, member.size, sidecars)
+        names = (_key(member.name), _split(member.name)[0], member.name)
+        texts = {suffix: text for name in names for suffix, text in sidecars.get(name, {}).items()}
+        yield TarImage(member.name, member.offset_data, member.size, texts)

@@ -1,0 +1,45 @@
+"""Which texts of a shard belong to which image where names have dots of their own."""
+
+from pathlib import Path
+
+import pytest
+from support.shards import make_named_tar
+from support.source_rows import read
+
+
+def captions(path: Path, names: list[str]) -> dict[str, str | None]:
+    """The `txt` of every image of a shard with these members; a text says which member it is."""
+    make_named_tar(path, {name: name.encode() for name in names})
+    table = read(path)
+    images = [uri.removeprefix(f"{path}#") for uri in table["uri"].to_pylist()]
+    return dict(zip(images, table["txt"].to_pylist(), strict=True))
+
+
+@pytest.mark.parametrize("stem", ["IMG.", "2401.0", "d/v1.0_", "www.site.com_", "d.e/2024.01.0"])
+def test_dots_in_names_mix_no_captions(tmp_path: Path, stem: str) -> None:
+    names = [f"{stem}{number}" for number in (1, 2, 3)]
+    expected: dict[str, str | None] = {f"{name}.png": f"{name}.txt" for name in names}
+    together = [member for name in names for member in (f"{name}.png", f"{name}.txt")]
+    assert captions(tmp_path / "a.tar", together) == expected
+    assert captions(tmp_path / "b.tar", sorted(together, key=lambda member: member[-3:])) == expected
+    without_second = [member for member in together if member != f"{names[1]}.txt"]
+    assert captions(tmp_path / "c.tar", without_second) == expected | {f"{names[1]}.png": None}
+
+
+def test_what_a_sample_shares_goes_behind_what_is_an_images_own(tmp_path: Path) -> None:
+    names = ["1.left.png", "1.right.png", "1.right.txt", "1.txt", "1.png", "1.png.txt", "1.right.far.png"]
+    assert captions(tmp_path / "a.tar", names) == {
+        "1.left.png": "1.txt",
+        "1.right.png": "1.right.txt",
+        "1.png": "1.png.txt",
+        "1.right.far.png": "1.txt",
+    }
+
+
+def test_each_kind_of_text_is_found_by_itself(tmp_path: Path) -> None:
+    members = ["1.a.png", "1.a.TXT", "1.json", "1.cls", "1.b.cls", "1.b.png"]
+    make_named_tar(tmp_path / "a.tar", {name: name.encode() for name in members})
+    assert read(tmp_path / "a.tar").select(["json", "user_cls", "txt"]).to_pylist() == [
+        {"json": "1.json", "user_cls": "1.cls", "txt": "1.a.TXT"},
+        {"json": "1.json", "user_cls": "1.b.cls", "txt": None},
+    ]
