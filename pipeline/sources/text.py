@@ -6,10 +6,12 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from decimal import Decimal
 from itertools import islice
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from pipeline.sources.reading import open_object
@@ -18,8 +20,11 @@ from schemas.errors import SourceError
 
 TEXT_SUFFIXES = frozenset({"csv", "tsv", "jsonl", "ndjson"})
 _BATCH_ROWS = 16_384
-# Arrow settles the types of a CSV on its first block; a file that fits into one needs no second look.
+# Arrow settles the types of a CSV on its first block.
 _BLOCK_BYTES = 4 << 20
+# From here on a float64 leaves out whole numbers.
+_FLOAT_GAPS = 2.0**53
+_WHOLE_NUMBER = r"^\s*[+-]?[0-9]{16,}\s*$"
 # Arrow names the row as well where it happens to know it.
 _MISFIT = re.compile(r"In CSV column #(\d+): (?:Row #\d+: )?CSV conversion error")
 
@@ -53,10 +58,12 @@ def _opened(source: str, storage_options: Options) -> Iterator[BinaryIO]:
 def _read_csv(source: str, delimiter: str, uri_column: str, storage_options: Options) -> Iterator[pa.Table]:
     types = {uri_column: pa.string()}
     while True:
-        misfit = _first_misfit(source, delimiter, types, storage_options)
+        misfit, large = _second_look(source, delimiter, types, storage_options)
         if misfit is None:
             break
         types[misfit] = pa.string()
+    if large:
+        types |= dict.fromkeys(_rounded(source, delimiter, large, storage_options), pa.string())
     with _opened(source, storage_options) as file, _csv(file, delimiter, types) as reader:
         reader.schema.names  # noqa: B018 - raises if the names are no text
         yield reader.schema.empty_table()
@@ -64,32 +71,54 @@ def _read_csv(source: str, delimiter: str, uri_column: str, storage_options: Opt
             yield pa.table(batch)
 
 
-def _csv(file: BinaryIO, delimiter: str, types: dict[str, pa.DataType]) -> Any:
+def _csv(file: BinaryIO, delimiter: str, types: dict[str, pa.DataType], columns: list[str] | None = None) -> Any:
+    """A reader of `columns`, by default of all, with one type for each that `types` does not name."""
     return pa_csv.open_csv(
         file,
         read_options=pa_csv.ReadOptions(block_size=_BLOCK_BYTES),
         parse_options=pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=pa_csv.ConvertOptions(column_types=types),
+        convert_options=pa_csv.ConvertOptions(column_types=types, include_columns=columns),
     )
 
 
-def _first_misfit(source: str, delimiter: str, types: dict[str, pa.DataType], storage_options: Options) -> str | None:
-    """A column with a value that does not fit the type its first rows suggest: it rides along as text."""
-    with _opened(source, storage_options) as file:
-        if len(file.read(_BLOCK_BYTES)) < _BLOCK_BYTES:
-            return None
-        file.seek(0)
-        with _csv(file, delimiter, types) as reader:
-            names: list[str] = reader.schema.names
-            try:
-                for _ in reader:
-                    pass
-            except pa.ArrowInvalid as error:
-                found = _MISFIT.search(str(error))
-                if found is None or names[int(found[1])] in types:
-                    raise
-                return names[int(found[1])]
-    return None
+def _second_look(
+    source: str, delimiter: str, types: dict[str, pa.DataType], storage_options: Options
+) -> tuple[str | None, list[str]]:
+    """A column with a value that does not fit the type its first rows suggest: it rides along as text.
+
+    Where all fit, also the columns of floats with values so large that they may have been rounded.
+    """
+    large: set[str] = set()
+    with _opened(source, storage_options) as file, _csv(file, delimiter, types) as reader:
+        names: list[str] = reader.schema.names
+        try:
+            for batch in reader:
+                large.update(name for name, column in zip(names, batch.columns, strict=True) if _has_large(column))
+        except pa.ArrowInvalid as error:
+            found = _MISFIT.search(str(error))
+            if found is None or names[int(found[1])] in types:
+                raise
+            return names[int(found[1])], []
+    return None, sorted(large)
+
+
+def _has_large(column: pa.Array) -> bool:
+    return pa.types.is_float64(column.type) and bool(pc.any(pc.greater_equal(pc.abs(column), _FLOAT_GAPS)).as_py())
+
+
+def _rounded(source: str, delimiter: str, columns: list[str], storage_options: Options) -> set[str]:
+    """Those of `columns` with a whole number that no float64 holds: different identifiers would become equal."""
+    found: set[str] = set()
+    texts = dict.fromkeys(columns, pa.string())
+    with _opened(source, storage_options) as file, _csv(file, delimiter, texts, columns) as reader:
+        for batch in reader:
+            for name in texts.keys() - found:
+                numbers = batch[name].filter(pc.match_substring_regex(batch[name], _WHOLE_NUMBER)).to_pylist()
+                if any(float(number) != Decimal(number) for number in numbers):
+                    found.add(name)
+            if len(found) == len(columns):
+                break
+    return found
 
 
 def _read_jsonl(source: str, storage_options: Options) -> Iterator[pa.Table]:

@@ -56,6 +56,21 @@ def test_a_csv_column_that_turns_to_text_is_text_throughout(tmp_path: Path) -> N
     ]
 
 
+@pytest.mark.parametrize("filler", [0, 30_000])
+def test_identifiers_in_a_csv_that_no_float_holds_are_text(tmp_path: Path, filler: int) -> None:
+    """Arrow takes a column of them for floats: neighbours would become equal. Behind much filler, in a late block."""
+    lines = [f"/x.jpg,0.5,1e300,18446744073709551616,{'x' * 200}"] * filler
+    lines += ["/a.jpg,17293822569102704643,9007199254740993.0,9223372036854775808,"]
+    lines += ["/b.jpg, 17293822569102704644,,-1e20,"]
+    (tmp_path / "t.csv").write_text("\n".join(["uri,id,real,round,filler", *lines]) + "\n")
+    table = read(tmp_path / "t.csv").slice(filler)
+    assert [text.strip() for text in table["id"].to_pylist()] == ["17293822569102704643", "17293822569102704644"]
+    assert table.select(["real", "round"]).to_pylist() == [
+        {"real": 2.0**53, "round": 2.0**63},
+        {"real": None, "round": -1e20},
+    ]
+
+
 def test_sources_with_different_columns_share_a_manifest(tmp_path: Path) -> None:
     (tmp_path / "z.jpg").write_bytes(b"x")
     one = write(tmp_path / "a.csv", [{"uri": "/a.jpg", "n": 1, "only_a": "x"}])
