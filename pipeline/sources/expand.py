@@ -6,7 +6,7 @@ import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pyarrow as pa
@@ -111,6 +111,8 @@ def _parquet_rows(entry: Entry, spec: JobSpec, *, named: bool) -> Tables:
     if kind is None and named:
         raise SourceError(f"{redact(entry.uri)} is not a Parquet file")
     if kind is not None and kind.images is not None:
+        if kind.left_out:
+            _tell_left_out(kind.images, kind.left_out)
         return list(_chosen(read_image_table(entry, kind, spec.storage_options), entry, spec))
     # What an earlier run wrote names images too, but is asked for only where it is named.
     if kind is not None and kind.uris is not None and (named or not kind.ours):
@@ -121,6 +123,17 @@ def _parquet_rows(entry: Entry, spec: JobSpec, *, named: bool) -> Tables:
             "image bytes; name it with --uri-column or --image-column"
         )
     return [_plain_table([entry])] if wanted(entry.uri, spec.include, spec.exclude) else []
+
+
+@cache  # once, not for every table of a data set
+def _tell_left_out(images: str, columns: tuple[str, ...]) -> None:
+    names = ", ".join(f"`{name}`" for name in columns)
+    _log.warning(
+        "the images are those of column `%s`; other columns that hold bytes do not ride along: %s. "
+        "--image-column names the one to take",
+        images,
+        names,
+    )
 
 
 def _chosen(tables: Tables, container: Entry, spec: JobSpec) -> Iterator[pa.Table]:

@@ -19,8 +19,9 @@ from schemas.tables import MANIFEST_FIELDS, manifest_schema, user_fields
 PART_ROWS = 1 << 20
 # A part is put together in memory, so that columns of long texts make it shorter.
 PART_BYTES = 192 << 20
-# A worker reads whole row groups; this many rows is about a megabyte of addresses.
+# A worker reads whole row groups; this many rows is about a megabyte of addresses. Long texts make shorter ones.
 GROUP_ROWS = 1 << 14
+GROUP_BYTES = 16 << 20
 
 
 _PART_NAME = re.compile(r"manifest-\d+-\d+\.parquet")
@@ -194,6 +195,7 @@ def _write(fs: AbstractFileSystem, out: str, table: pa.Table) -> ManifestPart:
     first = table["row"][0].as_py()
     part = ManifestPart(f"manifest-{first:012d}-{first + table.num_rows:012d}.parquet", first, first + table.num_rows)
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, row_group_size=GROUP_ROWS, compression="zstd", write_page_checksum=True)
+    group_rows = max(1, min(GROUP_ROWS, GROUP_BYTES * table.num_rows // table.nbytes))
+    pq.write_table(table, sink, row_group_size=group_rows, compression="zstd", write_page_checksum=True)
     put_bytes(fs, join(out, "manifest", part.name), sink.getvalue().to_pybytes())
     return part

@@ -22,14 +22,21 @@ from schemas.errors import SourceError
 from schemas.tables import METADATA_KEY
 
 BATCH_ROWS = 16_384
+# Rows of long texts make shorter batches.
+_BATCH_BYTES = 32 << 20
 
 
 class ParquetKind(NamedTuple):
-    """What a Parquet file is to us: `uris` and `images` name the columns that hold them; `ours` if we wrote it."""
+    """What a Parquet file is to us: `uris` and `images` name the columns that hold them; `ours` if we wrote it.
+
+    `left_out` are the other columns of pictures (masks, edited versions) beside `images`: riding along, they would
+    make the manifest a copy of the table.
+    """
 
     uris: str | None
     images: str | None
     ours: bool
+    left_out: tuple[str, ...] = ()
 
 
 def suffix(source: str) -> str:
@@ -75,10 +82,10 @@ def read_image_table(entry: Entry, kind: ParquetKind, storage_options: Options) 
     source, column = entry.uri, str(kind.images)
     with _parquet(source, storage_options) as parquet:
         nested = pa.types.is_struct(parquet.schema_arrow.field(column).type)
-        others = [name for name in parquet.schema_arrow.names if name != column]
+        others = [name for name in parquet.schema_arrow.names if name != column and name not in kind.left_out]
         columns = [*others, *([f"{column}.path"] if nested else [])]
         first = 0
-        for batch in parquet.iter_batches(BATCH_ROWS, columns=columns):
+        for batch in parquet.iter_batches(_batch_rows(parquet, columns), columns=columns):
             rows = range(first, first + batch.num_rows)
             paths = batch.column(column).field("path").to_pylist() if nested else [None] * batch.num_rows
             names = [f"{source}#{path or row}" for path, row in zip(paths, rows, strict=True)]
@@ -117,7 +124,14 @@ def parquet_kind(source: str, uri_column: str, image_column: str, storage_option
     images = image_column if image_column in candidates else None
     if uris is None and images is None and len(candidates) == 1:
         images = candidates[0]
-    return ParquetKind(uris, images, METADATA_KEY in (schema.metadata or {}))
+    pictures = [field.name for field in schema if _holds_images(_value_type(field.type)) and field.name != images]
+    return ParquetKind(uris, images, METADATA_KEY in (schema.metadata or {}), tuple(pictures) if images else ())
+
+
+def _value_type(kind: pa.DataType) -> pa.DataType:
+    """What the lists, if it is one, are made of."""
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return _value_type(kind.value_type) if is_list else kind
 
 
 def _holds_images(kind: pa.DataType) -> bool:
@@ -141,8 +155,18 @@ def _parquet(source: str, storage_options: Options) -> Iterator[pq.ParquetFile]:
 def _read_parquet(source: str, storage_options: Options) -> Iterator[pa.Table]:
     with _parquet(source, storage_options) as parquet:
         yield parquet.schema_arrow.empty_table()
-        for batch in parquet.iter_batches(BATCH_ROWS):
+        for batch in parquet.iter_batches(_batch_rows(parquet, parquet.schema_arrow.names)):
             yield pa.table(batch)
+
+
+def _batch_rows(parquet: pq.ParquetFile, columns: list[str]) -> int:
+    """How many rows of `columns`, which may be fields of a column (`image.path`), make a batch."""
+    metadata, inside = parquet.metadata, tuple(f"{column}." for column in columns)
+    places = range(metadata.num_columns)
+    read = [place for place in places if f"{metadata.schema.column(place).path}.".startswith(inside)]
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    held = sum(group.column(place).total_uncompressed_size for group in groups for place in read)
+    return int(max(1, min(BATCH_ROWS, _BATCH_BYTES * metadata.num_rows // max(1, held))))
 
 
 def _addresses(source: str, column: pa.ChunkedArray) -> list[str | None]:

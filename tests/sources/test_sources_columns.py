@@ -157,6 +157,30 @@ def test_of_several_byte_columns_one_must_be_named(tmp_path: Path) -> None:
     assert len(uris(path, image_column="left")) == 3
 
 
+def test_other_pictures_of_a_row_do_not_ride_along(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They would make the manifest a copy of the table. Told once, not for each table."""
+    picture, row = {"bytes": b"m", "path": None}, {"image": b"1", "label": 7, "embedding": [0.5], "box": {"x": 1}}
+    rows = [{**row, "mask": picture, "edited": b"e", "views": [picture], "pages": [[b"p"]]}]
+    for number in range(3):
+        write(tmp_path / f"{number}.parquet", rows)
+    assert read(tmp_path).column_names == [*FIXED, "label", "embedding", "box"]
+    assert [record.message.count("`mask`, `edited`, `views`, `pages`") for record in caplog.records] == [1]
+    assert read(tmp_path, image_column="mask").column_names == [*FIXED, "label", "embedding", "box"]
+    assert "images are those of column `mask`" in caplog.records[-1].message
+
+
+@pytest.mark.parametrize("column", ["image", "uri"])
+def test_long_texts_make_shorter_batches(tmp_path: Path, column: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.sources.tables._BATCH_BYTES", 100_000)
+    first = {"uri": "/a.jpg"} if column == "uri" else {"image": {"bytes": bytes(1000), "path": None}}
+    write(tmp_path / "long.parquet", [{**first, "text": f"{number}" + "x" * 2000} for number in range(200)])
+    tables = list(read_sources(spec_of(tmp_path / "long.parquet")))
+    assert max(len(table) for table in tables) < 60
+    assert [text.rstrip("x") for table in tables for text in table["text"].to_pylist()] == [str(n) for n in range(200)]
+    write(tmp_path / "short.parquet", [{**first, "text": "x"}] * 200)
+    assert len(list(read_sources(spec_of(tmp_path / "short.parquet")))) == 1
+
+
 def test_image_tables_without_rows_or_with_many(tmp_path: Path) -> None:
     pq.write_table(
         pa.table({"image": pa.array([], pa.binary()), "n": pa.array([], pa.int64())}), tmp_path / "0.parquet"

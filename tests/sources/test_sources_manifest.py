@@ -55,6 +55,9 @@ def test_long_texts_make_shorter_parts(tmp_path: Path, monkeypatch: pytest.Monke
     tables = [rows(start, start + 10, caption=["x" * 2000] * 10) for start in range(0, 200, 10)]
     parts = write_manifest(tables, str(tmp_path), {})
     assert len(parts) == 4
+    monkeypatch.setattr(manifest, "GROUP_BYTES", 20_000)
+    (part,) = write_manifest(tables[:4], str(tmp_path / "groups"), {})
+    assert pq.read_metadata(tmp_path / "groups" / "manifest" / part.name).num_row_groups > 3
     assert on_disk(tmp_path)["row"].to_pylist() == list(range(200))
 
 
