@@ -44,7 +44,8 @@ def text_array(values: Sequence[str]) -> pa.Array:
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Without dictionaries, extensions and structs that have no fields, which differ from batch to batch."""
+    """Without dictionaries, extensions and structs that have no fields, which differ from batch to batch, and without
+    views, which Arrow cannot take rows of (`array_take`, 26.0)."""
     if isinstance(column.type, pa.BaseExtensionType):
         return _plain(pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type))
     if pa.types.is_dictionary(column.type):
@@ -52,7 +53,27 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if _has_empty_struct(column.type):
         texts = [None if value is None else json.dumps(value, default=str) for value in column.to_pylist()]
         return pa.chunked_array([pa.array(texts, pa.string())])
-    return column
+    plain = _without_views(column.type)
+    return column if plain == column.type else column.cast(plain)
+
+
+def _without_views(kind: pa.DataType) -> pa.DataType:
+    """The same type with large texts and bytes in the place of views, at any depth."""
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    if pa.types.is_binary_view(kind):
+        return pa.large_binary()
+    fields = [kind.field(place) for place in range(kind.num_fields)]
+    inner = [field.with_type(_without_views(field.type)) for field in fields]
+    if inner == fields:
+        return kind
+    if pa.types.is_struct(kind):
+        return pa.struct(inner)
+    if pa.types.is_map(kind):
+        return pa.map_(inner[0].type.field(0), inner[0].type.field(1), kind.keys_sorted)
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(inner[0], kind.list_size)
+    return pa.list_(inner[0]) if pa.types.is_list(kind) else pa.large_list(inner[0])
 
 
 def _has_empty_struct(kind: pa.DataType) -> bool:

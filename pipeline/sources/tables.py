@@ -22,6 +22,7 @@ from schemas.errors import SourceError
 from schemas.tables import METADATA_KEY
 
 BATCH_ROWS = 16_384
+_TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
 # Rows of long texts make shorter batches.
 _BATCH_BYTES = 32 << 20
 
@@ -171,7 +172,7 @@ def _batch_rows(parquet: pq.ParquetFile, columns: list[str]) -> int:
 
 def _addresses(source: str, column: pa.ChunkedArray) -> list[str | None]:
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+    if not any(is_text(kind) for is_text in _TEXT_TYPES):
         raise SourceError(f"{redact(source)}: the address column holds {column.type}, text is needed")
     values: list[str | None] = column.to_pylist()
     return values

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.source_rows import FIXED, read, spec_of, uris, write
 
+from pipeline.sources.columns import content_table
 from pipeline.sources.manifest import read_schema, read_sources, write_manifest
 from schemas.errors import SourceError
 
@@ -69,6 +70,34 @@ def test_identifiers_in_a_csv_that_no_float_holds_are_text(tmp_path: Path, fille
         {"real": 2.0**53, "round": 2.0**63},
         {"real": None, "round": -1e20},
     ]
+
+
+def test_views_ride_along_as_plain_columns(tmp_path: Path) -> None:
+    """DataFusion writes texts and bytes so; Arrow takes no rows of a table that holds any, which sorting does too."""
+    text, blob = pa.string_view(), pa.binary_view()
+    columns = {"uri": pa.array(["b.jpg", "/a.jpg"], text), "text": pa.array(["é" * 20, None], text)}
+    pq.write_table(pa.table({**columns, "hash": pa.array([b"\xff", b"x" * 20], blob)}), tmp_path / "t.parquet")
+    table = read(tmp_path / "t.parquet").sort_by("uri")
+    assert table.select(["uri", "text", "hash"]).to_pylist() == [
+        {"uri": "/a.jpg", "text": None, "hash": b"x" * 20},
+        {"uri": f"{tmp_path}/b.jpg", "text": "é" * 20, "hash": b"\xff"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (pa.list_(pa.string_view()), ["a", None]),
+        (pa.large_list(pa.binary_view()), [b"a"]),
+        (pa.list_view(pa.string_view()), ["a"]),
+        (pa.list_(pa.string_view(), 2), ["a", "b"]),
+        (pa.struct([("a", pa.string_view()), ("b", pa.list_(pa.binary_view()))]), {"a": "x", "b": [b"y"]}),
+        (pa.map_(pa.string_view(), pa.list_(pa.binary_view())), [("a", [b"b"])]),
+    ],
+)
+def test_views_at_any_depth(kind: pa.DataType, value: Any) -> None:
+    table = content_table(["/b.jpg", "/a.jpg"], {}, pa.table({"x": pa.array([value, None], kind)}))
+    assert table.sort_by("uri")["x"].to_pylist() == [None, value]
 
 
 def test_sources_with_different_columns_share_a_manifest(tmp_path: Path) -> None:
