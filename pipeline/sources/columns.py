@@ -17,14 +17,11 @@ def content_table(uris: Sequence[str], fixed: Mapping[str, Sequence[Any]], user:
 
     Raises SourceError when two columns of the user's would go by one name.
     """
-    columns: list[pa.Array | pa.ChunkedArray] = []
-    for field in CONTENT_FIELDS:
-        if field.name == "uri":
-            columns.append(text_array(uris))
-        elif field.name in fixed:
-            columns.append(pa.array(fixed[field.name], field.type))
-        else:
-            columns.append(pa.nulls(len(uris), field.type))
+    known = {"uri": uris, **fixed}
+    columns: list[pa.Array | pa.ChunkedArray] = [
+        _array(known[field.name], field.type) if field.name in known else pa.nulls(len(uris), field.type)
+        for field in CONTENT_FIELDS
+    ]
     names = user.column_names if user is not None else []
     mine = [user_column_name(name) for name in names]
     clash = sorted({name for name in mine if mine.count(name) > 1})
@@ -35,12 +32,13 @@ def content_table(uris: Sequence[str], fixed: Mapping[str, Sequence[Any]], user:
     return pa.table([*columns, *theirs], schema=pa.schema(fields))
 
 
-def text_array(values: Sequence[str]) -> pa.Array:
-    """Strings for Arrow, which holds UTF-8 only: a byte of a name that is none is shown as `\\udcXX`."""
+def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+    """Arrow holds UTF-8 only: a byte of a name that is none is shown as `\\udcXX`."""
     try:
-        return pa.array(values, pa.string())
+        return pa.array(values, kind)
     except UnicodeEncodeError:
-        return pa.array([value.encode("utf-8", "backslashreplace").decode() for value in values], pa.string())
+        shown = [None if value is None else value.encode("utf-8", "backslashreplace").decode() for value in values]
+        return pa.array(shown, kind)
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:

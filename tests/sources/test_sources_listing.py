@@ -9,10 +9,12 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from support.gcs import GcsServer
 from support.s3 import S3Server
-from support.source_rows import NAMES, listed, rows_of, spec_of, tree
+from support.shards import make_named_tar
+from support.source_rows import NAMES, listed, read, rows_of, spec_of, tree
 
 from pipeline.sources.listing import list_source, wanted
 from pipeline.sources.manifest import read_sources
@@ -129,6 +131,19 @@ def test_a_name_that_is_no_utf_8_is_one_row(tmp_path: Path) -> None:
         with open(folder + b"/" + name, "wb") as file:
             file.write(b"x")
     assert rows_of(spec_of(tmp_path / "odd")) == [f"{tmp_path}/odd/caf\\udce9.jpg", f"{tmp_path}/odd/good.jpg"]
+
+
+def test_shards_and_tables_in_a_folder_whose_name_is_no_utf_8(tmp_path: Path) -> None:
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    os.mkdir(folder)
+    make_named_tar(Path(folder, "a.tar"), {"1.jpg": b"x"})
+    for name, column in (("b", {"image": [b"x"]}), ("c", {"uri": ["2.jpg"]})):
+        with open(f"{folder}/{name}.parquet", "wb") as file:
+            pq.write_table(pa.table(column), file)
+    shown = f"{tmp_path}/caf\\udce9"
+    expected = [f"{shown}/a.tar#1.jpg", f"{shown}/b.parquet#0", f"{shown}/2.jpg"]
+    assert rows_of(spec_of(tmp_path)) == rows_of(spec_of(folder)) == expected
+    assert read(folder)["container"].to_pylist() == [f"{shown}/a.tar", f"{shown}/b.parquet", None]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
