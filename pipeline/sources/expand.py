@@ -12,12 +12,12 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.sources.columns import content_table
-from pipeline.sources.listing import list_source, named_by, wanted
+from pipeline.sources.listing import address_of, list_source, named_by, wanted
 from pipeline.sources.stores import Entry
 from pipeline.sources.tables import BATCH_ROWS, parquet_kind, read_image_table, read_uri_table, suffix
 from pipeline.sources.tar import COMPRESSED, SIDECARS, TarImage, list_tar
 from pipeline.sources.text import TEXT_SUFFIXES
-from pipeline.storage import filesystem, is_local, redact, scheme
+from pipeline.storage import filesystem, is_chained, is_local, redact, scheme
 from schemas.errors import SourceError, SpecError
 from schemas.spec import JobSpec
 
@@ -171,7 +171,8 @@ def _plain_table(entries: list[Entry]) -> pa.Table:
 def _without_output(entries: Iterator[Entry], source: str, spec: JobSpec) -> Iterator[Entry]:
     """What an earlier attempt wrote below the source is no input. Raises SpecError where that would be all of it."""
     inside = _folder(spec.out, spec)
-    if _folder(source, spec).startswith(inside):
+    one_store = scheme(source) == scheme(spec.out) and not is_chained(source)
+    if one_store and _folder(source, spec).startswith(inside):
         raise SpecError(
             f"{redact(source)} lies in --out {redact(spec.out)}, and what lies there is no input; choose an --out "
             "below the source or beside it"
@@ -182,5 +183,5 @@ def _without_output(entries: Iterator[Entry], source: str, spec: JobSpec) -> Ite
 def _folder(url: str, spec: JobSpec) -> str:
     """How all addresses in the folder `url` begin."""
     fs, path = filesystem(url, spec.storage_options)
-    place = os.path.abspath(path) if is_local(fs) else f"{scheme(url)}://{path}"
+    place = os.path.abspath(path) if is_local(fs) else address_of(fs, path, url)(path)
     return place.rstrip("/") + "/"

@@ -43,8 +43,7 @@ def _list(source: str, storage_options: Options) -> Iterator[Entry]:
         # The drivers drop the slash at the end, by which a person says that a folder is meant.
         yield from _list_bucket(fs, kind, path.rstrip("/") + "/" * source.endswith("/"))
     else:
-        _, mark, after = source.partition("::")
-        yield from _list_any(fs, path, mark + after)
+        yield from _list_any(fs, path, source)
 
 
 def _list_local(path: str) -> Iterator[Entry]:
@@ -102,14 +101,35 @@ def _list_http(fs: AbstractFileSystem, source: str) -> Iterator[Entry]:
         yield Entry(source, None, None)
 
 
-def _list_any(fs: AbstractFileSystem, path: str, rest: str) -> Iterator[Entry]:
+def _list_any(fs: AbstractFileSystem, path: str, source: str) -> Iterator[Entry]:
+    place, mark, after = source.partition("::")
+    known = address_of(fs, path, place)
+
+    def address(name: str) -> str:
+        return known(name) + mark + after
+
     if not _is_glob(path) or exists(fs, path):
-        yield from walk_any(fs, path, rest)
+        yield from walk_any(fs, path, address)
         return
     matches = _matcher(path)
-    for entry in walk_any(fs, _static_prefix(path).rpartition("/")[0], rest):
-        if matches(str(fs._strip_protocol(entry.uri.removesuffix(rest)))):
+    for entry in walk_any(fs, _static_prefix(path).rpartition("/")[0], address):
+        if matches(str(fs._strip_protocol(entry.uri.removesuffix(mark + after)))):
             yield entry
+
+
+def address_of(fs: AbstractFileSystem, path: str, source: str) -> Callable[[str], str]:
+    """What makes of a path on `fs` an address that opens the same file system, as `source` does at `path`.
+
+    The driver's own way back leaves out the host where that is no part of a path (ftp, sftp, smb, webhdfs, github).
+    With the host stays who logs in there, as in an address on the web: nobody else could read what was listed.
+    """
+    if fs._get_kwargs_from_urls(fs.unstrip_protocol(path)) == fs._get_kwargs_from_urls(source):
+        return lambda name: str(fs.unstrip_protocol(name))
+    kind, _, place = source.partition("://")
+    host, _, below = place.partition("/")
+    # On Azure a path begins with the container, which is in front of the host.
+    root = path.rstrip("/").removesuffix(below.rstrip("/"))
+    return lambda name: f"{kind}://{host}/{name.removeprefix(root).lstrip('/')}"
 
 
 def _is_glob(path: str) -> bool:

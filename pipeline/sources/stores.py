@@ -122,18 +122,18 @@ def _links(fs: AbstractFileSystem, page: str) -> list[str]:
     ]
 
 
-def walk_any(fs: AbstractFileSystem, base: str, rest: str) -> Iterator[Entry]:
-    """Files below `base` on any other file system. `rest` is what follows `::` in a chained address."""
+def walk_any(fs: AbstractFileSystem, base: str, address: Callable[[str], str]) -> Iterator[Entry]:
+    """Files below `base` on any other file system. `address` of a path on it is what opens it again."""
     known = fs.info(base)
     if known["type"] == "file":
-        yield _any_entry(fs, known, rest)
+        yield _any_entry(known, address)
         return
     for _, _, files in fs.walk(base, detail=True, on_error="raise"):
         for _, info in sorted(files.items()):
-            yield _any_entry(fs, info, rest)
+            yield _any_entry(info, address)
 
 
-def _any_entry(fs: AbstractFileSystem, info: dict[str, Any], rest: str) -> Entry:
+def _any_entry(info: dict[str, Any], address: Callable[[str], str]) -> Entry:
     keys = ("ETag", "etag", "md5", "checksum", "CRC", "mtime", "modified", "created")
     etag = next((str(info[key]) for key in keys if info.get(key)), None)
-    return Entry(str(fs.unstrip_protocol(info["name"])) + rest, info.get("size"), etag)
+    return Entry(address(info["name"]), info.get("size"), etag)

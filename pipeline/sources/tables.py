@@ -185,9 +185,14 @@ def _absolute(source: str, uris: list[str | None]) -> list[str]:
         return [_absolute_path(folder, uri) for uri in uris]
     if scheme(source) == "http":
         source = urlunsplit(urlsplit(source)._replace(query="", fragment=""))
+    inside, mark, archive = source.partition("::")
+    if is_chained(source) and "://" in inside:
+        kind, _, path = inside.partition("://")
+        folder = posixpath.dirname(path)
+        return [_absolute_url(f"{kind}://", folder, uri, mark + archive) for uri in uris]
     place, _, path = source.rpartition("/")[0].partition("://")
     root, _, folder = path.partition("/")
-    return [_absolute_url(f"{place}://{root}", folder, uri) for uri in uris]
+    return [_absolute_url(f"{place}://{root}/", folder, uri) for uri in uris]
 
 
 def _absolute_path(folder: str, uri: str | None) -> str:
@@ -196,7 +201,7 @@ def _absolute_path(folder: str, uri: str | None) -> str:
     return os.path.normpath(os.path.join(folder, uri))
 
 
-def _absolute_url(root: str, folder: str, uri: str | None) -> str:
+def _absolute_url(root: str, folder: str, uri: str | None, rest: str = "") -> str:
     if not uri or "://" in uri or uri.startswith("/"):
         return uri or ""
-    return f"{root}/{posixpath.normpath(posixpath.join(folder, uri))}"
+    return f"{root}{posixpath.normpath(posixpath.join(folder, uri))}{rest}"

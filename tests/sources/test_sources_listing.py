@@ -5,12 +5,14 @@ import re
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from support.gcs import GcsServer
 from support.s3 import S3Server
 from support.shards import make_named_tar
@@ -177,6 +179,37 @@ def test_chained_addresses_keep_their_chain(tmp_path: Path) -> None:
     assert listed(f"zip://in/*.jpg::{chain}") == [f"zip://in/a.jpg::{chain}"]
     assert listed(f"zip://in::{chain}") == [f"zip://in/a.jpg::{chain}", f"zip://in/b.png::{chain}"]
     with fsspec.open(f"zip://in/b.png::{chain}") as file:
+        assert file.read() == b"B"
+
+
+class _Hosted(MemoryFileSystem):
+    """As ftp and sftp: the host is in the address, and no path knows it."""
+
+    protocol = "hosted"
+    store: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, host: str, **options: Any) -> None:
+        super().__init__(**options)
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(urlsplit(path).path))
+
+    @staticmethod
+    def _get_kwargs_from_urls(path: str) -> dict[str, Any]:
+        return {"host": urlsplit(path).netloc} if urlsplit(path).netloc else {}
+
+
+@pytest.mark.parametrize("host", ["hosted://h:21", "hosted://me:hidden@h"])
+def test_addresses_keep_the_host_that_no_path_knows(host: str) -> None:
+    fsspec.register_implementation("hosted", _Hosted, clobber=True)
+    fs, _ = fsspec.core.url_to_fs(f"{host}/")
+    fs.pipe({"/pics/a.jpg": b"A", "/pics/sub/b.jpg": b"B", "/out/run.json": b"{}", "/c.csv": b"uri\npics/a.jpg\n"})
+    both = [f"{host}/pics/a.jpg", f"{host}/pics/sub/b.jpg"]
+    assert listed(f"{host}/pics") == listed(f"{host}/pics/") == listed(f"{host}/pics/**/*.jpg") == both
+    assert listed(both[1]) == listed(f"{host}/*/sub") == both[1:]
+    assert rows_of(spec_of(f"{host}/", f"{host}/c.csv", out=f"{host}/out")) == [f"{host}/c.csv", *both, both[0]]
+    with fsspec.open(both[1]) as file:
         assert file.read() == b"B"
 
 

@@ -1,5 +1,6 @@
 """CSV, TSV, JSONL and Parquet tables of addresses, on disks and in stores that fail."""
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,17 @@ def test_relative_addresses_in_a_bucket_and_on_the_web(
     server = http_server(tmp_path)
     signed = f"{server.url}/x/y/t.csv?X-Amz-Signature=a/b/c"
     assert uris(signed) == [f"{server.url}/x/y/a.jpg", f"{server.url}/x/b.jpg"]
+
+
+def test_relative_addresses_in_an_archive(tmp_path: Path) -> None:
+    given = b"uri\na.jpg\n../b.jpg\n/root/c.jpg\ns3://b/d.jpg\n"
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in ("t.csv", "in/t.csv"):
+            archive.writestr(name, given)
+    chain = f"::{tmp_path}/x.zip"
+    absolute = ["/root/c.jpg", "s3://b/d.jpg"]
+    assert uris(f"zip://in/t.csv{chain}") == [f"zip://in/a.jpg{chain}", f"zip://b.jpg{chain}", *absolute]
+    assert uris(f"zip://t.csv{chain}")[0] == f"zip://a.jpg{chain}"
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet"])
