@@ -36,6 +36,12 @@ def expand(source: str, spec: JobSpec) -> Iterator[pa.Table]:
     images is no list of images. Tar shards and Parquet tables are opened wherever they turn up.
     Raises SourceError when the source cannot be read, SpecError when it lies in the output.
     """
+    shown = redact(source.encode("utf-8", "backslashreplace").decode())
+    if shown != redact(source):
+        raise SourceError(
+            f"{shown} holds bytes that are no UTF-8, which the record of a run cannot; name the folder above it, or "
+            "write ? for each of them"
+        )
     if source.lower().partition("?")[0].endswith(COMPRESSED):
         raise SourceError(
             f"{redact(source)} is a compressed tar, whose members cannot be read by range; unpack it "
