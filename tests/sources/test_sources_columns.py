@@ -6,6 +6,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.manifests import decode_all
+from support.shards import listed, png, shades
 from support.source_rows import FIXED, read, spec_of, uris, write
 
 from pipeline.sources.columns import content_table
@@ -166,6 +168,17 @@ def test_the_struct_of_hugging_face_datasets(tmp_path: Path) -> None:
     base = f"{tmp_path}/t.parquet#"
     assert table["uri"].to_pylist() == [f"{base}one.jpg", f"{base}1", f"{base}s3://b/3.jpg"]
     assert table.column_names == [*FIXED, "label"]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_image_bytes_as_views(tmp_path: Path, nested: bool) -> None:
+    blob, values = pa.binary_view(), [png(7), png(8)]
+    column = pa.array(values, blob)
+    if nested:
+        struct = pa.struct([("bytes", blob), ("path", pa.string_view())])
+        column = pa.array([{"bytes": value, "path": None} for value in values], struct)
+    pq.write_table(pa.table({"image": column}), tmp_path / "t.parquet")
+    assert shades(decode_all(listed(str(tmp_path / "t.parquet")))) == [7, 8]
 
 
 def test_bytes_go_before_addresses_where_they_are_called_image(tmp_path: Path) -> None:
