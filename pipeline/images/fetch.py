@@ -154,7 +154,7 @@ class _Fetcher:
         run = self._run_of(read)
         attempts.wait_for_turn(lambda: run.wait_turn(read.position))
         try:
-            data, path = attempts.run(lambda _: run.take(read.position))
+            data, path = attempts.run(lambda _: run.take(read.position, attempts.restart_clock))
             if data is not None:
                 attempts.wait_for_room(len(data))
         finally:

@@ -1,15 +1,18 @@
 """Image bytes out of a Parquet table: one pass over the row groups that hold wanted rows, whatever their size."""
 
 import bisect
-import os
+import copy
+import functools
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.images.reader import Reader, same_size, same_version
-from pipeline.images.verdict import changed
+from pipeline.images.reader import Reader
+from pipeline.images.table_file import TableFile, open_table
+from pipeline.images.verdict import scrub
 from pipeline.storage import redact
 from schemas.errors import ImageError
 
@@ -19,7 +22,14 @@ Value = tuple[bytes | None, str | None]
 # How much a batch of rows should come to. Row groups may hold gigabytes; pages are decoded as they are needed.
 _BATCH_BYTES = 8 << 20
 _MAX_BATCH_ROWS = 64
-_READ_BYTES = 4 << 20
+
+
+class _DamageError(Exception):
+    """A row group cannot be decoded from the row `start` on; the next one begins at `stop`."""
+
+    def __init__(self, start: int, stop: int, cause: str) -> None:
+        super().__init__(f"rows {start} to {stop - 1}: the row group is damaged there ({cause})")
+        self.stop = stop
 
 
 class TableRun:
@@ -40,6 +50,10 @@ class TableRun:
         self._turns[0].set()
         self._values: Iterator[Value] | None = None
         self._dead = False
+        self._progress: Callable[[], None] = lambda: None
+        # What all rows below this number get, without the table being read again.
+        self._lost_below = 0
+        self._lost = ImageError("fetch", "Corrupt", "")
 
     def wait_turn(self, position: int) -> None:
         """Wait until the rows before `position` have been taken."""
@@ -56,13 +70,16 @@ class TableRun:
         for turn in self._turns:
             turn.set()
 
-    def take(self, position: int) -> Value:
-        """The row at `position`.
+    def take(self, position: int, progress: Callable[[], None]) -> Value:
+        """The row at `position`. `progress` is called for whatever is read and skipped on the way to it.
 
-        Call between `wait_turn` and `pass_turn`. After an exception the next call opens the table afresh.
+        Call between `wait_turn` and `pass_turn`. After an exception the next call opens the table afresh, unless what
+        was found holds for its row too.
         """
-        if self._dead:
-            raise ImageError("fetch", "TimedOut", "reading the table hangs", retryable=True)
+        if self._rows[position] < self._lost_below:
+            raise copy.copy(self._lost)
+        self._check()
+        self._progress = progress
         values, self._values = self._values, None
         if values is None:
             values = self._read(position)
@@ -71,40 +88,78 @@ class TableRun:
             self._values = values
         return value
 
+    def _check(self) -> None:
+        if self._dead:
+            raise ImageError("fetch", "TimedOut", "reading the table hangs", retryable=True)
+
+    def _go_on(self) -> None:
+        self._check()
+        self._progress()
+
     def _read(self, position: int) -> Iterator[Value]:
-        fs, path = self._reader.locate(self.url)
         wanted = self._rows[position:]
         taken = 0
-        with fs.open(path, "rb", block_size=_READ_BYTES, cache_type="readahead") as file:
-            file.seek(0, os.SEEK_END)
-            if not (same_size(self._etag, file.tell()) and same_version(self._etag, fs.info(path))):
-                raise changed(self.url)
-            parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
-            column = _image_column(parquet.schema_arrow, self._column)
-            for first, values in _batches(parquet, column, wanted):
-                while taken < len(wanted) and wanted[taken] < first + len(values):
-                    yield _value(values[wanted[taken] - first])
-                    taken += 1
-            rows = parquet.metadata.num_rows
+        try:
+            with open_table(self._reader, self.url, self._etag, self._go_on) as (file, parquet):
+                column = _image_column(parquet.schema_arrow, self._column)
+                for first, values in _batches(file, parquet, column, wanted):
+                    self._go_on()
+                    while taken < len(wanted) and wanted[taken] < first + len(values):
+                        yield _value(values[wanted[taken] - first])
+                        taken += 1
+                rows = parquet.metadata.num_rows
+        except _DamageError as error:
+            message = f"{redact(self.url)}, {error}"
+            self._lost, self._lost_below = ImageError("fetch", "Corrupt", message), error.stop
+            raise copy.copy(self._lost) from error
+        except ImageError as error:
+            self._lost, self._lost_below = copy.copy(error), sys.maxsize
+            raise
         message = f"{redact(self.url)} has {rows} rows; row {wanted[taken]} does not exist (any more)"
         raise ImageError("fetch", "NotFound", message)
 
 
-def _batches(parquet: pq.ParquetFile, column: str, wanted: tuple[int, ...]) -> Iterator[tuple[int, pa.Array]]:
-    """(first row, values) of the batches of those row groups that hold wanted rows."""
+def _batches(
+    file: TableFile, parquet: pq.ParquetFile, column: str, wanted: tuple[int, ...]
+) -> Iterator[tuple[int, pa.Array]]:
+    """(first row, values) of the batches of those row groups that hold wanted rows. A batch may come again, smaller."""
     first = 0
     for group in range(parquet.num_row_groups):
         metadata = parquet.metadata.row_group(group)
-        place = bisect.bisect_left(wanted, first)
-        if place < len(wanted) and wanted[place] < first + metadata.num_rows:
+        stop = first + metadata.num_rows
+        if _any_within(wanted, first, stop):
             chunks = [metadata.column(i) for i in range(metadata.num_columns)]
             held = sum(chunk.total_uncompressed_size for chunk in chunks if _belongs(chunk.path_in_schema, column))
             rows = max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES * metadata.num_rows // max(held, 1)))
-            start = first
-            for batch in parquet.iter_batches(batch_size=rows, row_groups=[group], columns=[column]):
+            read = functools.partial(parquet.iter_batches, row_groups=[group], columns=[column])
+            yield from _up_to_damage(file, read, rows, range(first, stop), wanted)
+        first = stop
+
+
+def _up_to_damage(
+    file: TableFile, read: Callable[..., Iterator[pa.RecordBatch]], rows: int, group: range, wanted: tuple[int, ...]
+) -> Iterator[tuple[int, pa.Array]]:
+    """Batches of `rows` of a row group. One that cannot be decoded costs another pass, a row at a time: those before
+    the damage are whole."""
+    for size in (rows, 1):
+        start = group.start
+        try:
+            for batch in read(batch_size=size):
                 yield start, batch.column(0)
                 start += batch.num_rows
-        first += metadata.num_rows
+            if start < group.stop:
+                raise pa.ArrowInvalid("it ends early")
+            return
+        except (pa.ArrowException, OSError) as error:
+            if file.failed or isinstance(error, MemoryError):
+                raise
+            if size == 1 or not _any_within(wanted, start, start + size):
+                raise _DamageError(start, group.stop, scrub(str(error))) from error
+
+
+def _any_within(rows: tuple[int, ...], start: int, stop: int) -> bool:
+    place = bisect.bisect_left(rows, start)
+    return place < len(rows) and rows[place] < stop
 
 
 def _belongs(path: str, column: str) -> bool:

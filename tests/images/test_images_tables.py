@@ -1,0 +1,114 @@
+"""Tables that are read through at length, are damaged, or lie where no part of them can be asked for."""
+
+import errno
+import tempfile
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fsspec.implementations.local import LocalFileOpener
+from support.faults import Rule
+from support.manifests import decode_all
+from support.shards import listed, png, shades
+
+from schemas.spec import FetchSpec
+
+
+def write(path, rows, nbytes, **options):
+    """Pictures of `nbytes` each, row n in grey n % 250."""
+    noise = np.random.default_rng(0)
+    payloads = [png(n % 250) + noise.bytes(nbytes) for n in range(rows)]
+    pq.write_table(pa.table({"image": payloads}), path, **options)
+    return payloads
+
+
+@pytest.fixture
+def read_bytes(monkeypatch):
+    """The sizes of what is read from local tables."""
+    sizes = []
+    read = LocalFileOpener.read
+
+    def counted(self, nbytes=-1):
+        data = read(self, nbytes)
+        sizes.append(len(data))
+        return data
+
+    monkeypatch.setattr(LocalFileOpener, "read", counted)
+    return sizes
+
+
+def test_a_row_far_inside_a_row_group_is_no_hang(tmp_path, monkeypatch):
+    """On the way to it the store is slow and never silent; all together takes several times the limit."""
+    write(tmp_path / "t.parquet", 1200, 8000, write_batch_size=64, data_page_size=1)
+    manifest = listed(str(tmp_path / "t.parquet"))
+    read = LocalFileOpener.read
+
+    def slow(self, nbytes=-1):
+        time.sleep(0.1)
+        return read(self, nbytes)
+
+    monkeypatch.setattr(LocalFileOpener, "read", slow)
+    monkeypatch.setattr("pipeline.images.readahead._GRACE_S", 0.05)
+    table = decode_all(manifest.slice(1190), fetch=FetchSpec(timeout_s=0.3))
+    assert shades(table) == list(range(190, 200))
+
+
+def test_damage_costs_the_rows_behind_it_and_one_more_reading(tmp_path, read_bytes):
+    """Pages of 50 rows, the one of rows 150 to 199 damaged: it begins inside a batch, and ends a row group."""
+    path = tmp_path / "t.parquet"
+    payloads = write(path, 300, 3000, row_group_size=200, write_batch_size=50, data_page_size=1, use_dictionary=False)
+    manifest = listed(str(path))
+    data = bytearray(path.read_bytes())
+    start = data.index(payloads[152][-100:])
+    data[start : start + 45 * 3000] = b"\xff" * (45 * 3000)
+    path.write_bytes(data)
+    read_bytes.clear()
+    table = decode_all(manifest)
+    assert table["error"].to_pylist() == [None] * 150 + ["Corrupt"] * 50 + [None] * 100
+    assert shades(table)[:150] + shades(table)[200:] == [*range(150), *range(200, 250), *range(50)]
+    assert not any(table["retryable"].to_pylist()[150:200])
+    assert "rows 150 to 199: the row group is damaged" in table["message"][150].as_py()
+    assert sum(read_bytes) < 4 * len(data)
+
+
+def test_rows_behind_damage_do_not_look_for_it_again(tmp_path, read_bytes):
+    path = tmp_path / "t.parquet"
+    payloads = write(path, 400, 3000, write_batch_size=50, data_page_size=1, use_dictionary=False)
+    manifest = listed(str(path))
+    data = bytearray(path.read_bytes())
+    start = data.index(payloads[52][-100:])
+    data[start : start + 45 * 3000] = b"\xff" * (45 * 3000)
+    path.write_bytes(data)
+    read_bytes.clear()
+    assert decode_all(manifest.slice(300))["error"].to_pylist() == ["Corrupt"] * 100
+    assert sum(read_bytes) < 2 * len(data)
+
+
+def test_a_table_on_a_server_without_ranges_is_copied(tmp_path, http_server):
+    write(tmp_path / "t.parquet", 40, 200_000)
+    server = http_server(tmp_path, [Rule("ignore_range")])
+    manifest = listed(server.url_of("t.parquet"))
+    server.control.forget()
+    assert shades(decode_all(manifest)) == list(range(40))
+    whole = [entry for entry in server.control.stats()["log"] if entry[0] == "GET" and not entry[2]]
+    assert len(whole) == 1
+
+
+def test_a_disk_without_room_for_the_copy_is_asked_once(tmp_path, http_server, monkeypatch):
+    write(tmp_path / "t.parquet", 40, 200_000)
+    server = http_server(tmp_path, [Rule("ignore_range")])
+    manifest = listed(server.url_of("t.parquet"))
+    asked = []
+
+    def full(**options):
+        asked.append(options)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    table = decode_all(manifest)
+    assert table["error"].to_pylist() == ["StorageError"] * 40
+    assert all(table["retryable"].to_pylist())
+    assert "TMPDIR" in table["message"][0].as_py()
+    assert len(asked) == 1
