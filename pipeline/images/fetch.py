@@ -50,8 +50,11 @@ def fetch_rows(
         window=AHEAD_PER_THREAD * fetch.concurrency,
         limit_s=fetch.timeout_s,
     )
-    for rows in ahead.results(fetcher.prepared(plan_reads(manifest))):
-        yield from rows
+    try:
+        for rows in ahead.results(fetcher.prepared(plan_reads(manifest))):
+            yield from rows
+    finally:
+        fetcher.close()
 
 
 class _Fetcher:
@@ -63,6 +66,10 @@ class _Fetcher:
         self._reader = Reader(storage_options, max_bytes=fetch.max_bytes, concurrency=fetch.concurrency)
         self._room = room
         self._runs: dict[int, TableRun] = {}
+
+    def close(self) -> None:
+        """Let go of what stays open between reads."""
+        self._reader.close()
 
     def prepared(self, reads: Iterator[Read]) -> Iterator[Read]:
         """The same reads, each once its file system is open. Iterate in the thread that lives longest."""

@@ -1,18 +1,20 @@
 """Bytes of a file or of a stretch of it, once, from wherever it lies. Retries are the caller's."""
 
+import contextlib
 import json
 import os
 import re
 import stat
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem, sync
 
+from pipeline.images.archives import Archives
 from pipeline.images.verdict import HttpStatusError, TruncatedBodyError, answered, changed, too_many_bytes
-from pipeline.storage import is_local, open_filesystem, scheme
+from pipeline.storage import is_chained, is_local, open_filesystem, scheme
 from schemas.errors import ImageError
 
 Need = Callable[[int], None]
@@ -37,6 +39,7 @@ class Reader:
         self._concurrency = concurrency
         self._file_systems: dict[str, AbstractFileSystem] = {}
         self._opening = threading.Lock()
+        self._archives = Archives(concurrency)
 
     def read(self, url: str, extent: Extent | None, *, need: Need, timeout_s: float, etag: str | None = None) -> bytes:
         """The whole of `url`, or exactly `extent` of it.
@@ -47,6 +50,9 @@ class Reader:
         """
         if "://" not in url:
             return _read_local(url, extent, self._max_bytes, need, etag)
+        if is_chained(url):
+            with self._chained(url) as (fs, path):
+                return _read_any(fs, path, extent, self._max_bytes, need, timeout_s)
         kind = scheme(url)
         fs, path = self.locate(url)
         if kind == "file" and is_local(fs):
@@ -56,6 +62,20 @@ class Reader:
             return _read_any(fs, path, extent, self._max_bytes, need, timeout_s)
         data: bytes = sync(fs.loop, read, fs, path, extent, self._max_bytes, need, etag, timeout=max(timeout_s, 0.001))
         return data
+
+    @contextlib.contextmanager
+    def _chained(self, url: str) -> Iterator[tuple[AbstractFileSystem, str]]:
+        """The file system and path of an address that leads into an archive, or through a cache."""
+        member, _, archive = url.partition("::")
+        if not member.partition("://")[2]:
+            yield self.locate(url)
+            return
+        with self._archives.lent(f"{scheme(url)}::{archive}", lambda: self.locate(url)[0]) as fs:
+            yield fs, str(fs._strip_protocol(member))
+
+    def close(self) -> None:
+        """Close the archives that are kept open."""
+        self._archives.close()
 
     def locate(self, url: str) -> tuple[AbstractFileSystem, str]:
         """The file system of `url` and the path on it."""

@@ -1,5 +1,6 @@
 """From manifest rows to decoded tables: every row once, in order, with its columns."""
 
+import errno
 import hashlib
 import io
 import os
@@ -183,6 +184,68 @@ def test_members_of_a_zip_archive(tmp_path):
     table = decode_all(manifest_of(uris))
     assert table["error"].to_pylist() == [None] * 20 + ["NotFound"]
     assert [pixels[0] for pixels in table["pixels"].to_pylist()[:20]] == list(range(20))
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The zip archives that were opened, in order."""
+    from fsspec.implementations.zip import ZipFileSystem
+
+    names = []
+    original = ZipFileSystem.__init__
+
+    def counted(self, fo, **options):
+        names.append(fo)
+        original(self, fo, **options)
+
+    monkeypatch.setattr(ZipFileSystem, "__init__", counted)
+    return names
+
+
+def zip_members(archive, shades):
+    with zipfile.ZipFile(archive, "w") as file:
+        for shade in shades:
+            file.writestr(f"{shade}.png", png((shade, 0, 0)))
+    return [f"zip://{shade}.png::{archive}" for shade in shades]
+
+
+def open_archives():
+    return [fd for fd in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{fd}").endswith(".zip")]
+
+
+def test_an_archive_is_not_opened_for_each_member(tmp_path, opened):
+    uris = zip_members(tmp_path / "x.zip", range(200))
+    uris[50] = uris[50].replace("50.png", "none.png")
+    table = decode_all(manifest_of(uris), fetch=FetchSpec(concurrency=4))
+    assert [pixels and pixels[0] for pixels in table["pixels"].to_pylist()] == [*range(50), None, *range(51, 200)]
+    assert table["error"][50].as_py() == "NotFound"
+    assert len(opened) <= 4
+    assert not open_archives()
+
+
+def test_archives_that_stay_open_are_few(tmp_path):
+    pairs = [zip_members(tmp_path / f"{n}.zip", [n, 100 + n]) for n in range(30)]
+    batches = decode_batches(manifest_of([uri for pair in pairs for uri in pair]), fetch=FetchSpec(concurrency=2))
+    shades = []
+    for batch in batches:
+        assert len(open_archives()) <= 4, "two that are idle, two that are read"
+        shades += [pixels[0] for pixels in batch["pixels"].to_pylist()]
+    assert shades == [shade for n in range(30) for shade in (n, 100 + n)]
+
+
+def test_an_archive_that_fails_is_opened_anew(tmp_path, opened, monkeypatch):
+    uris = zip_members(tmp_path / "x.zip", range(10))
+    read, errors = zipfile.ZipExtFile.read, [OSError(errno.EIO, "Input/output error")]
+
+    def failing(self, *sizes):
+        if self.name == "5.png" and errors:
+            raise errors.pop()
+        return read(self, *sizes)
+
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", failing)
+    table = decode_all(manifest_of(uris), fetch=FetchSpec(concurrency=1))
+    assert [pixels[0] for pixels in table["pixels"].to_pylist()] == list(range(10))
+    assert len(opened) == 2
 
 
 def test_closing_early_leaves_no_thread_behind(folder):
