@@ -45,6 +45,7 @@ _CONNECTION = Verdict("ConnectionFailed", again=True, retryable=True)
 _TRUNCATED = Verdict("TruncatedBody", again=True, retryable=True)
 _NOT_A_FILE = Verdict("NotAFile", again=False, retryable=False)
 _IO = Verdict("StorageError", again=True, retryable=True)
+_UNREADABLE = Verdict("ServerError", again=True, retryable=True)
 
 _TRANSIENT_STATUS = {
     408: "TimedOut",
@@ -88,7 +89,7 @@ _BY_CLASS_NAME = {
     "ServerDisconnectedError": _CONNECTION,
     "ConnectionError": _CONNECTION,
     "HTTPClientError": _CONNECTION,
-    "ResponseParserError": Verdict("ServerError", again=True, retryable=True),
+    "ResponseParserError": _UNREADABLE,
 }
 
 _TRANSIENT_ERRNO = frozenset(
@@ -106,6 +107,7 @@ def changed(url: str) -> ImageError:
 
 def judge(error: BaseException) -> Verdict:
     """The verdict on an exception that an attempt to read raised."""
+    error = _reason(error)
     status, wait_s = answered(error)
     if status is not None:
         return _judge_status(status, wait_s)
@@ -114,12 +116,24 @@ def judge(error: BaseException) -> Verdict:
     for kind in type(error).__mro__:
         if kind.__name__ in _BY_CLASS_NAME:
             return _BY_CLASS_NAME[kind.__name__]
+    # To an answer that it cannot parse aiohttp gives a status of its own, 400; to any other the server's.
+    if any(kind.__name__ == "HttpProcessingError" for kind in type(error.__cause__).__mro__):
+        return _UNREADABLE
     status = _whole(getattr(error, "status", None) or getattr(error, "code", None))
     if status is not None and 400 <= status < 600:
         return _judge_status(status, None)
     if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO:
         return _IO
     return Verdict(type(error).__name__, again=False, retryable=True)
+
+
+def _reason(error: BaseException) -> BaseException:
+    """fsspec calls whatever goes wrong as it looks at a URL a missing file, with the reason behind it."""
+    inner = error.__cause__
+    if not isinstance(error, FileNotFoundError) or inner is None:
+        return error
+    from_web = any(kind.__module__.partition(".")[0] == "aiohttp" for kind in type(inner).__mro__)
+    return inner if from_web or isinstance(inner, TimeoutError) else error
 
 
 def _judge_status(status: int, wait_s: float | None) -> Verdict:
@@ -161,7 +175,8 @@ def scrub(text: str, limit: int = 300) -> str:
 
 def fetch_failure(url: str, error: BaseException, verdict: Verdict, attempts: int) -> ImageError:
     """The row for an image that could not be read."""
-    cause = scrub(str(error)) or type(error).__name__
+    reason = _reason(error)
+    cause = scrub(str(reason)) or type(reason).__name__
     message = f"{redact(url)}: {cause}"
     if verdict.wait_s:
         message += f" (the server asks to wait {verdict.wait_s:g} s)"

@@ -1,7 +1,10 @@
 """Images from a web server that fails in every way web servers fail, with the requests counted."""
 
 import io
+import socketserver
+import threading
 import time
+import zipfile
 
 import pytest
 from PIL import Image
@@ -75,6 +78,50 @@ def test_final_answers_are_asked_for_once(http_server, folder, status, error):
     row = one(server)
     assert (row["error"], row["retryable"], row["attempts"]) == (error, False, 1)
     assert server.control.requests("/00.png") == 1
+
+
+# What no rule of the test server spoils: the head of the answer itself.
+_UNREADABLE = [
+    b"\0\1 no answer at all\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nX-Long: " + b"a" * 20_000 + b"\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nx",
+    b"HTTP/1.1 200 OK\r\nContent-Encoding: br\r\nContent-Length: 1\r\n\r\nx",
+]
+
+
+@pytest.mark.parametrize("answer", _UNREADABLE, ids=["status line", "long header", "two lengths", "encoding"])
+def test_an_unreadable_answer_is_the_servers_error(answer):
+    asked = []
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self):
+            while self.rfile.readline().strip():
+                pass
+            asked.append(1)
+            self.wfile.write(answer)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        uri = f"http://127.0.0.1:{server.server_address[1]}/a.png"
+        (row,) = decode_all(manifest_of([uri]), fetch=fetch(attempts=3)).to_pylist()
+        server.shutdown()
+    assert (row["error"], row["retryable"], row["attempts"]) == ("ServerError", True, 3)
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(503, None), (503, "Throttled"), (500, "ServerError"), (403, "Forbidden"), (404, "NotFound")],
+)
+def test_a_container_is_missing_only_where_the_server_says_so(http_server, folder, status, error):
+    """Tables and archives are looked at before they are read, and every failure there comes as a missing file."""
+    with zipfile.ZipFile(folder / "x.zip", "w") as archive:
+        archive.write(folder / "00.png", "a.png")
+    server = http_server(folder, [Rule("status", status=status, first=1 if error is None else None)])
+    (row,) = decode_all(manifest_of([f"zip://a.png::{server.url}/x.zip"]), fetch=fetch()).to_pylist()
+    again = error in {"Throttled", "ServerError"}
+    assert (row["error"], bool(row["retryable"]), row["attempts"]) == (error, again, error and (4 if again else 1))
+    assert error is None or str(status) in row["message"]
 
 
 def test_the_server_says_how_long_to_wait(http_server, folder):
