@@ -134,6 +134,17 @@ def test_credentials_come_from_the_environment_too(store, filled, set_env):
     assert decode_all(manifest_of(filled[:2]))["error"].to_pylist() == [None, None]
 
 
+def test_options_of_a_bucket_leave_web_addresses_alone(s3_server, http_server, tmp_path):
+    """One table may name both, and options without a scheme are for every store."""
+    (tmp_path / "web.png").write_bytes(png(7))
+    url = s3_server.put(s3_server.make_bucket(), "a.png", png(3))
+    server = http_server(tmp_path)
+    flat = {**s3_server.storage_options, "use_ssl": False}
+    table = decode_all(manifest_of([url, server.url_of("web.png")]), storage_options=flat)
+    assert table["message"].to_pylist() == [None, None]
+    assert [pixels[0] for pixels in table["pixels"].to_pylist()] == [3, 7]
+
+
 def test_one_client_serves_all_threads_and_later_calls(store, filled, monkeypatch):
     """Setting one up costs S3 half a second; fsspec would make one for each thread and call."""
     seen = []

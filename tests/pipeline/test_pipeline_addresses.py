@@ -106,6 +106,15 @@ def test_flat_options_are_for_every_remote_scheme() -> None:
     assert options_for("s3://b/k", only_a_dict) == only_a_dict
 
 
+def test_a_web_server_gets_no_key_of_a_bucket() -> None:
+    keys = {"key": "k", "secret": "s", "endpoint_url": "http://x", "token": "t"}
+    client = {"client_kwargs": {"endpoint_url": "http://x", "aws_session_token": "t"}}
+    assert options_for("https://h/k", {**keys, **client}) == {"client_kwargs": {}}
+    web = {"headers": {"Authorization": "b"}, "timeout": 1, "client_kwargs": {"trust_env": True}}
+    assert options_for("https://h/k", web) == web
+    assert options_for("https://h/k", {**keys, **web}) == web
+
+
 def test_options_by_scheme() -> None:
     options = {"s3a": {"anon": True}, "gs": {"token": "anon"}, "https": {"timeout": 1}}
     assert options_for("s3://b/k", options) == {"anon": True}
