@@ -137,9 +137,24 @@ def _bare(etag: str) -> str:
     return etag.removeprefix("W/").strip('"')
 
 
-def _read_local(path: str, extent: Extent | None, max_bytes: int, need: Need, etag: str | None) -> bytes:
+def real_name(path: str) -> str:
+    """The file that is shown as `path`: in manifests a byte of a name that is no UTF-8 stands as `\\udcXX`."""
+    return re.sub(r"\\udc([89a-f][0-9a-f])", lambda shown: chr(0xDC00 + int(shown[1], 16)), path)
+
+
+def _open_local(path: str) -> int:
     # Without O_NONBLOCK, opening a named pipe that nobody writes to would wait for ever.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        return os.open(path, flags)
+    except FileNotFoundError:
+        if real_name(path) == path:
+            raise
+        return os.open(real_name(path), flags)
+
+
+def _read_local(path: str, extent: Extent | None, max_bytes: int, need: Need, etag: str | None) -> bytes:
+    with open(_open_local(path), "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ImageError("fetch", "NotAFile", f"{path} is a folder, a pipe or a device, not a file")

@@ -13,9 +13,9 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import sync
 from fsspec.callbacks import Callback
 
-from pipeline.images.reader import Reader, same_size, same_version
+from pipeline.images.reader import Reader, real_name, same_size, same_version
 from pipeline.images.verdict import changed
-from pipeline.storage import redact, scheme
+from pipeline.storage import is_local, redact, scheme
 from schemas.errors import ImageError
 
 _READ_BYTES = 4 << 20
@@ -66,6 +66,8 @@ def open_table(
     Raises ImageError `Changed` for another one, `StorageError` where the disk has no room for a copy.
     """
     fs, path = reader.locate(url)
+    if is_local(fs) and not os.path.exists(path):
+        path = real_name(path)
     with contextlib.ExitStack() as opened:
         file = TableFile(opened.enter_context(fs.open(path, "rb", block_size=_READ_BYTES, cache_type="readahead")))
         try:

@@ -131,6 +131,19 @@ def test_names_with_odd_characters(tmp_path):
     assert table["error"].to_pylist() == [None] * len(names)
 
 
+def test_names_that_are_not_utf_8_are_found_as_the_listing_shows_them(tmp_path):
+    """And a file that is called so to the letter goes before one that is shown so."""
+    folder = os.fsencode(tmp_path)
+    for name, shade in ((b"caf\xe9.png", 1), (b"n\xff\xfe\xc3\xa9.png", 2), (b"b\xe9.png", 3), (b"b\\udce9.png", 4)):
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(png((shade, 0, 0)))
+    (tmp_path / os.fsdecode(b"d\xe9")).mkdir()
+    shown = ["caf\\udce9.png", "n\\udcff\\udcfeé.png", "b\\udce9.png", "d\\udce9", "no\\udce9.png"]
+    table = decode_all(manifest_of([tmp_path / name for name in shown] + [f"file://{tmp_path}/{shown[0]}"]))
+    assert [pixels and pixels[0] for pixels in table["pixels"].to_pylist()] == [1, 2, 4, None, None, 1]
+    assert table["error"].to_pylist()[3:5] == ["NotAFile", "NotFound"]
+
+
 def test_a_file_url_is_a_local_file(folder):
     assert decode_all(manifest_of([f"file://{folder}/03.png"]))["error"].to_pylist() == [None]
 

@@ -1,6 +1,7 @@
 """Tables that are read through at length, are damaged, or lie where no part of them can be asked for."""
 
 import errno
+import os
 import tempfile
 import time
 
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileOpener
 from support.faults import Rule
-from support.manifests import decode_all
+from support.manifests import decode_all, manifest_of
 from support.shards import listed, png, shades
 
 from schemas.spec import FetchSpec
@@ -22,6 +23,15 @@ def write(path, rows, nbytes, **options):
     payloads = [png(n % 250) + noise.bytes(nbytes) for n in range(rows)]
     pq.write_table(pa.table({"image": payloads}), path, **options)
     return payloads
+
+
+def test_a_table_whose_name_is_not_utf_8(tmp_path):
+    with open(os.path.join(os.fsencode(tmp_path), b"t\xe9.parquet"), "wb") as file:
+        pq.write_table(pa.table({"image": [png(5)]}), file)
+    manifest = manifest_of(["a", "b"], container=[f"{tmp_path}/{name}\\udce9.parquet" for name in "tn"], offset=[0, 0])
+    table = decode_all(manifest)
+    assert shades(table) == [5, None]
+    assert table["error"][1].as_py() == "NotFound"
 
 
 @pytest.fixture
