@@ -101,9 +101,10 @@ def open_filesystem(url: str, storage_options: Options) -> tuple[AbstractFileSys
 
     Listings are never cached: a bucket changes while a job runs. Instances are cached by fsspec for each process.
     """
-    options = options_for(url, storage_options)
-    if scheme(url) in {"s3", "gs"}:
-        options.setdefault("use_listings_cache", False)
+    options = _uncached(url, storage_options)
+    if is_chained(url):  # fsspec wants those of what lies behind the first store by name
+        behind = [part for part in url.split("::")[1:] if "://" in part]
+        options |= {str(get_protocol(part)): _uncached(part, storage_options) for part in behind}
     try:
         if scheme(url) in _NO_CHAINS and "::" in url:
             fs, _ = fsspec.core.url_to_fs(url.partition("::")[0], **options)
@@ -112,6 +113,10 @@ def open_filesystem(url: str, storage_options: Options) -> tuple[AbstractFileSys
     except (ValueError, ImportError) as error:
         raise SourceError(f"{redact(url)}: no file system for this address ({redact(str(error))})") from None
     return fs, str(path)
+
+
+def _uncached(url: str, storage_options: Options) -> dict[str, Any]:
+    return ({"use_listings_cache": False} if scheme(url) in {"s3", "gs"} else {}) | options_for(url, storage_options)
 
 
 def is_local(fs: AbstractFileSystem) -> bool:

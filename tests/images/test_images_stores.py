@@ -1,11 +1,13 @@
 """Images from real S3 and Google Cloud Storage endpoints, healthy and failing, with the requests counted."""
 
 import io
+import zipfile
 
 import pytest
 from PIL import Image
 from support.faults import Rule
 from support.manifests import decode_all, manifest_of
+from support.shards import listed
 
 from pipeline.images.reader import Reader
 from schemas.spec import FetchSpec
@@ -143,6 +145,17 @@ def test_options_of_a_bucket_leave_web_addresses_alone(s3_server, http_server, t
     table = decode_all(manifest_of([url, server.url_of("web.png")]), storage_options=flat)
     assert table["message"].to_pylist() == [None, None]
     assert [pixels[0] for pixels in table["pixels"].to_pylist()] == [3, 7]
+
+
+@pytest.mark.parametrize("form", ["flat", "by scheme"])
+def test_options_reach_the_store_behind_an_archive(store, form, tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("in/a.png", png(3))
+    url = store.put(store.make_bucket(), "x.zip", (tmp_path / "x.zip").read_bytes())
+    options = store.storage_options if form == "flat" else {url.partition(":")[0]: store.storage_options}
+    manifest = listed(f"zip://in::{url}", options)
+    assert manifest["uri"].to_pylist() == [f"zip://in/a.png::{url}"]
+    assert decode_all(manifest, storage_options=options)["message"].to_pylist() == [None]
 
 
 def test_one_client_serves_all_threads_and_later_calls(store, filled, monkeypatch):
