@@ -33,7 +33,7 @@ from pipeline.models.architecture import Architecture, tensor_shapes
 from pipeline.models.assemble import assemble
 from pipeline.models.cost import forward_flop
 from pipeline.models.gpu import has_compiler, plan_gpu
-from pipeline.models.precision import torch_dtype
+from pipeline.models.precision import describe_hardware, torch_dtype
 from pipeline.models.quantised import quantise_float8, scaled_product
 from pipeline.predictors.torch_runner import Runner
 
@@ -155,7 +155,9 @@ def correctness(a: Architecture, tensors: dict[str, torch.Tensor], dtype: str, b
 @torch.inference_mode()
 def rates(a: Architecture, model: Any, dtype: str, batch: int, bench: Bench) -> dict[str, float]:
     """Images/s model-only and end to end."""
-    plan = plan_gpu(bench.capability, dtype, attention_bias=a.relative_positions != "none", work_gflop=0)
+    plan = plan_gpu(
+        describe_hardware(cuda=bench.cuda), dtype, attention_bias=a.relative_positions != "none", work_gflop=0
+    )
     attention = plan.attention if bench.cuda else ("FLASH_ATTENTION", "MATH")
 
     def forward(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -9,11 +9,16 @@ import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.models.precision import Hardware
+
 # Names of torch.nn.attention.SDPBackend, best first.
 _FLASH = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 _HOPPER = ("CUDNN_ATTENTION", *_FLASH)
 _WITH_BIAS = ("EFFICIENT_ATTENTION", "MATH")
-_SM80, _SM90 = (8, 0), (9, 0)
+_SM80 = (8, 0)
+# As torch itself has it: older ones are wrong where the tokens are no multiple of 128 (pytorch #169849). Blackwell is
+# left out although torch takes cuDNN there: a single query, as the last block has it, came out wrong (#193893).
+_CUDNN_SINCE, _CUDNN_MAJOR = 91501, 9
 # Compiling takes about a minute and was published to give 9 to 21% (timm's benchmark tables): it pays from here on.
 COMPILE_FROM_S = 900.0
 # What a GPU surely sustains; only to tell a short job from a long one.
@@ -31,9 +36,9 @@ class GpuPlan(NamedTuple):
 
 
 def plan_gpu(
-    capability: tuple[int, int], dtype: str, *, attention_bias: bool, work_gflop: float, compiler: bool = True
+    hardware: Hardware, dtype: str, *, attention_bias: bool, work_gflop: float, compiler: bool = True
 ) -> GpuPlan:
-    """The plan for one actor that has `work_gflop` before it, on a GPU of `capability`.
+    """The plan for one actor that has `work_gflop` before it, on a GPU of `hardware`.
 
     The flash kernels take no bias, so BEiT's relative positions leave the memory-efficient one, for which the bias is
     stored with an aligned stride. float8 is always compiled: scaling the activations is a dozen passes over memory
@@ -41,10 +46,12 @@ def plan_gpu(
     C `compiler` on the machine nothing can be compiled, and float8 is slow but right.
     """
     attention: tuple[str, ...]
+    capability = hardware.compute_capability or (0, 0)
     if attention_bias or dtype == "float32" or capability < _SM80:
         attention = _WITH_BIAS
     else:
-        attention = _HOPPER if capability >= _SM90 else _FLASH
+        cudnn = capability[0] == _CUDNN_MAJOR and hardware.cudnn >= _CUDNN_SINCE
+        attention = _HOPPER if cudnn else _FLASH
     pays = dtype == "float8" or work_gflop / _GFLOP_PER_S >= COMPILE_FROM_S
     return GpuPlan(attention, compiler and pays, graphs=True)
 

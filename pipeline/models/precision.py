@@ -24,12 +24,13 @@ MEASURED = frozenset({"int8", "float8"})
 
 @dataclass(frozen=True)
 class Hardware:
-    """What decides about precision and kernels: flags and vendor of the CPU as Linux names them, and the GPU's compute
-    capability."""
+    """What decides about precision and kernels: flags and vendor of the CPU as Linux names them, the GPU's compute
+    capability, and the number of cuDNN's version (91501 for 9.15.1; 0 without it)."""
 
     cpu_flags: frozenset[str] = frozenset()
     compute_capability: tuple[int, int] | None = None
     cpu_vendor: str = ""
+    cudnn: int = 0
 
 
 def choose_dtype(requested: DTypeName, *, cuda: bool, hardware: Hardware | None = None) -> DTypeName:
@@ -83,14 +84,15 @@ def _automatic(cuda: bool, hardware: Hardware) -> DTypeName:
 
 
 def describe_hardware(*, cuda: bool) -> Hardware:
-    """This machine's CPU flags and, if `cuda`, the compute capability of the current GPU."""
-    capability = None
+    """This machine's CPU flags and, if `cuda`, the compute capability of the current GPU and cuDNN's version."""
+    capability, cudnn = None, 0
     if cuda:
         import torch
 
         if torch.cuda.is_available():
             capability = torch.cuda.get_device_capability()
-    return Hardware(frozenset(_cpuinfo("flags", "Features").split()), capability, _cpuinfo("vendor_id"))
+            cudnn = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
+    return Hardware(frozenset(_cpuinfo("flags", "Features").split()), capability, _cpuinfo("vendor_id"), cudnn)
 
 
 def _cpuinfo(*names: str) -> str:

@@ -4,18 +4,17 @@ import gc
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.models import ModelInfo, load_model
 from pipeline.models.gpu import GpuPlan, choose_batch, has_compiler, plan_gpu
-from pipeline.models.precision import BFLOAT16_SINCE_SM, FLOAT8_SINCE_SM, torch_dtype
+from pipeline.models.precision import BFLOAT16_SINCE_SM, FLOAT8_SINCE_SM, describe_hardware, torch_dtype
 from pipeline.predictors.batches import Predictions, Wanted, good_rows, pixels_of, predicted_table
 from pipeline.predictors.torch_runner import Runner
 from schemas.errors import ClusterError
@@ -69,7 +68,7 @@ class TorchPredictor:
         self._runner: Runner | None = None
         if cuda:
             self._plan = plan_gpu(
-                torch.cuda.get_device_capability(),
+                describe_hardware(cuda=True),
                 dtype,
                 attention_bias=info.network.relative_positions != "none",
                 work_gflop=work_gflop,
@@ -149,13 +148,19 @@ class TorchPredictor:
         _log.warning("out of device memory: batch size is %d from here on", self._batch)
 
     def _made(self, batch: int) -> Runner:
-        graphs = self._plan is not None and self._plan.graphs
-        return Runner(self._forward, batch=batch, shape=self._shape, device=self._device, graphs=graphs)
+        plan = self._plan or GpuPlan((), compiled=False, graphs=False)
+        return Runner(
+            self._forward,
+            batch=batch,
+            shape=self._shape,
+            device=self._device,
+            graphs=plan.graphs,
+            attention=plan.attention,
+        )
 
     def _forward(self, batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The features that are wanted, then scores and indices where labels are wanted; a row for each image."""
-        with self._attention():
-            outputs = self._model(batch, self._on_request)
+        outputs = self._model(batch, self._on_request)
         tensors = [getattr(outputs, name) for name in self._wanted.features]
         if self._wanted.labels:
             logits = outputs.logits.float()
@@ -163,13 +168,6 @@ class TorchPredictor:
             best = torch.topk(scores, self._wanted.labels, dim=-1)
             tensors += [best.values, best.indices]
         return tuple(tensors)
-
-    def _attention(self) -> AbstractContextManager[Any]:
-        """Names the kernels in the order in which torch may take them; on a CPU it knows best itself."""
-        if self._plan is None:
-            return nullcontext()
-        backends = [getattr(SDPBackend, name) for name in self._plan.attention]
-        return sdpa_kernel(backends, set_priority=True)
 
     def _collect(self, done: list[tuple[torch.Tensor, ...]]) -> Predictions:
         names = self._wanted.features

@@ -5,6 +5,7 @@ are copied back. All batches have one size, so that a CUDA graph can replay the 
 CPU the same steps run one after the other on the same buffers.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,22 +14,36 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Forward = Callable[[Tensor], Sequence[Tensor]]
 SLOTS = 2
 _WARM_UPS = 3
 
+_log = logging.getLogger(__name__)
+
 
 class Runner:
     """Runs `forward` on batches of `batch` images of `shape` (H, W, 3). Warm when the constructor returns.
+
+    `attention` names the kernels in the order in which torch may take them; none leaves it to torch. What raises while
+    it warms up is taken out of the order, so that one that fails on a machine costs that machine its speed alone.
 
     Raises torch.OutOfMemoryError where the batch is too large for the device.
     """
 
     def __init__(
-        self, forward: Forward, *, batch: int, shape: tuple[int, ...], device: torch.device, graphs: bool
+        self,
+        forward: Forward,
+        *,
+        batch: int,
+        shape: tuple[int, ...],
+        device: torch.device,
+        graphs: bool,
+        attention: Sequence[str] = (),
     ) -> None:
         self.batch = batch
+        self.attention = tuple(attention)
         self._cuda = device.type == "cuda"
         self._forward = forward
         self._host = [torch.zeros((batch, *shape), dtype=torch.uint8, pin_memory=self._cuda) for _ in range(SLOTS)]
@@ -37,9 +52,9 @@ class Runner:
         self._out: Any = torch.cuda.Stream() if self._cuda else None  # type: ignore[no-untyped-call]
         # What has happened to a slot: its pixels have arrived, its results exist, its results have been fetched.
         self._arrived, self._computed, self._fetched = ([self._event() for _ in range(SLOTS)] for _ in range(3))
-        for _ in range(_WARM_UPS):
-            self._results = [list(forward(pixels)) for pixels in self._device]
-        self._graphs = [self._capture(slot) for slot in range(SLOTS)] if graphs and self._cuda else []
+        self._results: list[list[Tensor]] = [[] for _ in range(SLOTS)]
+        self._graphs: list[Any] = []
+        self._warm_up(graphs and self._cuda)
 
     def run(self, pixels: npt.NDArray[np.uint8]) -> list[Tensor]:
         """Results for `pixels` (n, H, W, 3), n > 0: each (n, …) on the host."""
@@ -61,6 +76,33 @@ class Runner:
             torch.cuda.synchronize()
         return found
 
+    def _warm_up(self, graphs: bool) -> None:
+        """Each kernel of `attention` that raises is dropped, but for the last one."""
+        while True:
+            try:
+                for _ in range(_WARM_UPS):
+                    for slot in range(SLOTS):
+                        self._run_forward(slot)
+                self._graphs = [self._capture(slot) for slot in range(SLOTS)] if graphs else []
+                return
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                if len(self.attention) < 2:
+                    raise
+                _log.warning("attention by %s fails here, so it goes without: %s", self.attention[0], error)
+            self.attention = self.attention[1:]
+            torch.compiler.reset()  # what was compiled has the kernel in it
+
+    def _run_forward(self, slot: int) -> None:
+        with self._kernels():
+            self._results[slot] = list(self._forward(self._device[slot]))
+
+    def _kernels(self) -> AbstractContextManager[Any]:
+        if not self.attention:
+            return nullcontext()
+        return sdpa_kernel([getattr(SDPBackend, name) for name in self.attention], set_priority=True)
+
     def _send(self, slot: int, part: npt.NDArray[np.uint8]) -> None:
         if self._cuda:
             self._arrived[slot].synchronize()  # the page-locked buffer is read until then
@@ -79,7 +121,7 @@ class Runner:
         if self._graphs:
             self._graphs[slot].replay()
         else:
-            self._results[slot] = list(self._forward(self._device[slot]))
+            self._run_forward(slot)
         self._record(self._computed[slot], current)
 
     def _fetch(self, slot: int, targets: list[Tensor]) -> None:
@@ -92,7 +134,7 @@ class Runner:
     def _capture(self, slot: int) -> Any:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._results[slot] = list(self._forward(self._device[slot]))
+            self._run_forward(slot)
         return graph
 
     def _event(self) -> Any:

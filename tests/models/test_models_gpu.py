@@ -6,13 +6,18 @@ import pytest
 from torch.nn.attention import SDPBackend
 
 from pipeline.models.gpu import COMPILE_FROM_S, choose_batch, has_compiler, plan_gpu
+from pipeline.models.precision import Hardware
 
-T4, A100, L4, H200 = (7, 5), (8, 0), (8, 9), (9, 0)
+CUDNN = 91900
+T4, A100, L4, H200, B200, RTX = (
+    Hardware(compute_capability=capability, cudnn=CUDNN)
+    for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0))
+)
 LONG = 1e12
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "bias", "first"),
+    ("hardware", "dtype", "bias", "first"),
     [
         (H200, "bfloat16", False, "CUDNN_ATTENTION"),
         (A100, "bfloat16", False, "FLASH_ATTENTION"),
@@ -20,10 +25,16 @@ LONG = 1e12
         (T4, "float16", False, "EFFICIENT_ATTENTION"),
         (H200, "bfloat16", True, "EFFICIENT_ATTENTION"),
         (H200, "float32", False, "EFFICIENT_ATTENTION"),
+        (Hardware(compute_capability=(9, 0), cudnn=91501), "bfloat16", False, "CUDNN_ATTENTION"),
+        (Hardware(compute_capability=(9, 0), cudnn=91500), "bfloat16", False, "FLASH_ATTENTION"),
+        (Hardware(compute_capability=(9, 0)), "bfloat16", False, "FLASH_ATTENTION"),
+        (B200, "bfloat16", False, "FLASH_ATTENTION"),
+        (RTX, "float8", False, "FLASH_ATTENTION"),
     ],
 )
-def test_attention(capability: tuple[int, int], dtype: str, bias: bool, first: str) -> None:
-    plan = plan_gpu(capability, dtype, attention_bias=bias, work_gflop=0)
+def test_attention(hardware: Hardware, dtype: str, bias: bool, first: str) -> None:
+    plan = plan_gpu(hardware, dtype, attention_bias=bias, work_gflop=0)
+    assert ("CUDNN_ATTENTION" in plan.attention) == (first == "CUDNN_ATTENTION"), "not as a second choice either"
     assert plan.attention[0] == first
     assert plan.attention[-1] == "MATH", "one that takes everything must be left"
     assert all(hasattr(SDPBackend, name) for name in plan.attention)

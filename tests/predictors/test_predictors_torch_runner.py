@@ -60,6 +60,35 @@ def test_batches_have_one_size_and_are_padded_with_black() -> None:
     assert seen[1][3:].eq(0).all()
 
 
+def test_an_attention_kernel_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[set[str]] = []
+    reset: list[bool] = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: reset.append(True))
+
+    def without_cudnn(batch: torch.Tensor) -> Sequence[torch.Tensor]:
+        allowed = {
+            name for name, on in (("cudnn", torch.backends.cuda.cudnn_sdp_enabled()),
+                                  ("flash", torch.backends.cuda.flash_sdp_enabled())) if on
+        }  # fmt: skip
+        tried.append(allowed)
+        if "cudnn" in allowed:
+            raise RuntimeError("no execution plans support the graph")
+        return identify(batch)
+
+    def made(*attention: str) -> Runner:
+        device = torch.device("cpu")
+        return Runner(without_cudnn, batch=8, shape=SHAPE, device=device, graphs=False, attention=attention)
+
+    used = made("CUDNN_ATTENTION", "FLASH_ATTENTION", "MATH")
+    assert used.attention == ("FLASH_ATTENTION", "MATH")
+    assert used.run(numbered(20))[0].tolist() == list(range(20))
+    assert tried[0] == {"cudnn", "flash"}
+    assert reset == [True], "what was compiled would have the kernel in it"
+    assert all(allowed == {"flash"} for allowed in tried[1:])
+    with pytest.raises(RuntimeError, match="no execution plans"):
+        made("CUDNN_ATTENTION")
+
+
 def wanting(info: object) -> Wanted:
     return Wanted(("cls", "pooled"), (info.hidden_size, info.pooled_size), "float32", 3, info.labels, False)  # type: ignore[attr-defined]
 
