@@ -47,8 +47,8 @@ def assemble(
         model.trunk.prefix_block = read_prefix_only(model.trunk.blocks, network.prefix_tokens)
     if packed:
         kind = torch.device(device).type
-        hardware = describe_hardware(cuda=kind == "cuda")
-        replace_linears(model.trunk, choose_linear(dtype_name(dtype), kind, hardware, cpu_libraries()))
+        name, hardware = dtype_name(dtype), describe_hardware(cuda=kind == "cuda")
+        replace_linears(model.trunk, choose_linear(name, kind, hardware, cpu_libraries(), network.activation))
     elif dtype in TRUNK_DTYPES:
         raise ValueError(f"{dtype_name(dtype)} is a kind of packed layer: packed=False leaves none")
     return model

@@ -15,17 +15,22 @@ if TYPE_CHECKING:
     from pipeline.models.mixer import Mixer
     from pipeline.models.vit import ViT
 
-Linear = Literal["plain", "onednn", "mkl", "int8", "float8"]
+Linear = Literal["plain", "onednn", "mkl", "epilogue", "int8", "float8"]
 
 
-def choose_linear(dtype: str, device: str, hardware: Hardware, libraries: frozenset[str]) -> Linear:
-    """The layers for `dtype` (`float32`, `bfloat16`, `float16`, `int8`, `float8`) on `device` (`cpu` or `cuda`).
+def choose_linear(
+    dtype: str, device: str, hardware: Hardware, libraries: frozenset[str], activation: str = ""
+) -> Linear:
+    """The layers for `dtype` (`float32`, `bfloat16`, `float16`, `int8`, `float8`) on `device` (`cpu` or `cuda`), for a
+    network with `activation`.
 
     `libraries`: those of `mkl` and `onednn` that torch has. MKL only where its packed product was measured to be the
     faster one: float32 on Intel's processors.
     """
     if dtype in ("int8", "float8"):
         return dtype  # type: ignore[return-value]
+    if device == "cuda" and dtype in ("bfloat16", "float16") and activation == "gelu_tanh":
+        return "epilogue"
     if device != "cpu" or dtype not in ("float32", "bfloat16"):
         return "plain"
     if dtype == "float32" and hardware.cpu_vendor == "GenuineIntel" and "mkl" in libraries:
@@ -53,12 +58,14 @@ def replace_linears(trunk: "ViT | Beit | Mixer", kind: Linear) -> None:
     from pipeline.models.layers import Block
     from pipeline.models.mixer import Mixer
     from pipeline.models.packed import PackedBlock, linear_type
+    from pipeline.models.quantised import ActivatedFloat8Linear
 
     if isinstance(trunk, Mixer):
         if kind in ("int8", "float8"):
             raise SpecError(f"--dtype {kind}: an MLP-Mixer runs in float32, bfloat16 or float16")
         return
     linear = linear_type(kind)
+    activated = ActivatedFloat8Linear if kind == "float8" else None
     last = trunk.prefix_block
     if last is not None:
         for name in ("q", "kv", "out", "fc1", "fc2"):
@@ -67,4 +74,4 @@ def replace_linears(trunk: "ViT | Beit | Mixer", kind: Linear) -> None:
     for i in range(len(trunk.blocks) - (last is not None)):
         block = trunk.blocks[i]
         assert isinstance(block, Block)
-        trunk.blocks[i] = PackedBlock(block, linear)
+        trunk.blocks[i] = PackedBlock(block, linear, activated)

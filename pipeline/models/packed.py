@@ -1,9 +1,9 @@
-"""Blocks for x86 CPUs: weights laid out once for the library that multiplies, little else that passes over memory.
+"""Blocks in layers of another kind: weights laid out once for what multiplies, little else that passes over memory.
 
-Two libraries, because neither is the faster one everywhere. In bfloat16 oneDNN: torch would lay a weight out anew at
-each call, and runs GELU and the additions as passes of their own, which cost more the faster the matrix unit is. In
-float32 on Intel's processors MKL: its packed product was measured 5 to 28% faster than torch's own and than oneDNN's.
-`kernels.py` chooses.
+On x86 CPUs two libraries, because neither is the faster one everywhere. In bfloat16 oneDNN: torch would lay a weight
+out anew at each call, and runs GELU and the additions as passes of their own, which cost more the faster the matrix
+unit is. In float32 on Intel's processors MKL: its packed product was measured 5 to 28% faster than torch's own and than
+oneDNN's. On GPUs cuBLASLt, which can write GELU with the product. `kernels.py` chooses.
 """
 
 from typing import Any, Protocol
@@ -67,6 +67,28 @@ class MklLinear(nn.Module):
         return self.forward(x).add_(residual)
 
 
+class EpilogueLinear(nn.Module):
+    """A linear layer in whose product a GPU writes GELU's tanh form, the only one that cuBLASLt knows."""
+
+    def __init__(self, linear: nn.Linear, activation: str = "") -> None:
+        super().__init__()
+        assert activation in ("", "gelu_tanh")
+        self.weight, self.bias = linear.weight.detach(), linear.bias
+        self.activated = bool(activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.activated:
+            return nn.functional.linear(x, self.weight, self.bias)
+        rows = x.reshape(-1, x.shape[-1])
+        # On a CPU torch takes the exact form here: near enough to test what surrounds it.
+        out = torch._addmm_activation(self.bias, rows, self.weight.t(), use_gelu=True)
+        return out.view(*x.shape[:-1], -1)
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The layer's output plus `residual`."""
+        return self.forward(x) + residual
+
+
 IN_PLACE = {
     "gelu": lambda x: torch.ops.aten.gelu_(x),
     "gelu_tanh": lambda x: torch.ops.aten.gelu_(x, approximate="tanh"),
@@ -88,23 +110,31 @@ def linear_type(kind: str) -> type[FusedLinear]:
     """The class for a kind of `kernels.choose_linear`, but for `plain`."""
     from pipeline.models.quantised import Float8Linear, Int8Linear
 
-    kinds: dict[str, Any] = {"onednn": OneDnnLinear, "mkl": MklLinear, "int8": Int8Linear, "float8": Float8Linear}
+    kinds: dict[str, Any] = {"onednn": OneDnnLinear, "mkl": MklLinear, "epilogue": EpilogueLinear}
+    kinds |= {"int8": Int8Linear, "float8": Float8Linear}
     found: type[FusedLinear] = kinds[kind]
     return found
 
 
 class PackedBlock(nn.Module):
-    """The same computation as `Block`, in layers of another kind."""
+    """The same computation as `Block`, in layers of another kind.
 
-    def __init__(self, block: Block, linear: type[FusedLinear]) -> None:
+    `activated`: the kind of the MLP's second layer, where that and not the first one computes the activation.
+    """
+
+    def __init__(self, block: Block, linear: type[FusedLinear], activated: type[FusedLinear] | None = None) -> None:
         super().__init__()
         self.heads = block.heads
         self.swiglu = block.swiglu
         self.fused = not block.swiglu and block.activation_name in FUSED_ACTIVATIONS
         self.activation = block.activation
         self.norm1, self.norm2 = block.norm1, block.norm2
-        self.qkv, self.out, self.fc2 = linear(block.qkv), linear(block.out), linear(block.fc2)
-        self.fc1 = linear(block.fc1, block.activation_name if self.fused else "")
+        self.qkv, self.out = linear(block.qkv), linear(block.out)
+        name = block.activation_name if self.fused else ""
+        if activated is None:
+            self.fc1, self.fc2 = linear(block.fc1, name), linear(block.fc2)
+        else:
+            self.fc1, self.fc2 = linear(block.fc1), activated(block.fc2, name)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         x = self.out.plus(attend(self.qkv(self.norm1(x)), self.heads, bias), x)

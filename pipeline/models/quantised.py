@@ -7,11 +7,14 @@ One scale for a whole batch would let a single large activation coarsen all othe
 import torch
 from torch import Tensor, nn
 
+from pipeline.models.layers import ACTIVATIONS
 from pipeline.models.packed import IN_PLACE
 
 INT8_MAX = 127.0
 # The largest number of float8_e4m3fn (Micikevicius et al., "FP8 Formats for Deep Learning", arXiv 2209.05433).
 FLOAT8_MAX = 448.0
+# The largest magnitude of an activation below zero: GELU's least value is -0.16997, that of its tanh form -0.17004.
+_LARGEST_BELOW_ZERO = {"gelu": 0.1701, "gelu_tanh": 0.1701, "relu": 0.0}
 # Keeps an all-zero row from dividing by zero.
 _LEAST_SCALE = 1e-12
 # Few enough for what lies between two passes to stay in the caches, enough for the product to run at full speed.
@@ -40,8 +43,26 @@ def _quantise_into(quantised: Tensor, rows: Tensor, scratch: Tensor) -> Tensor:
 
 def quantise_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows (M, K) → float8_e4m3fn (M, K) and float32 scales (M, 1), such that `q · scale` is nearest to the rows."""
-    scale = rows.abs().amax(dim=1, keepdim=True).float().clamp_min(_LEAST_SCALE) / FLOAT8_MAX
-    return (rows.float() / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn), scale
+    return _scaled_float8(rows.float(), rows.abs().amax(dim=1, keepdim=True).float())
+
+
+def quantise_activated(rows: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """As `quantise_float8` of the `activation` of `rows`, which is computed once.
+
+    Above zero it rises, so its largest magnitude follows from the largest of the row: a compiler that fuses all this
+    would otherwise compute it twice, for the scale and for the numbers. A row of which nothing lies above 0.5 may get a
+    scale that is larger than it need be.
+    """
+    activate = ACTIVATIONS[activation]  # type: ignore[index]
+    largest = activate(rows.amax(dim=1, keepdim=True).float()).clamp_min(_LARGEST_BELOW_ZERO[activation])
+    return _scaled_float8(activate(rows.float()), largest)
+
+
+def _scaled_float8(rows: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 rows and the largest magnitude of each. One division a row: a reciprocal serves its numbers."""
+    largest = largest.clamp_min(_LEAST_SCALE)
+    scaled = rows * (FLOAT8_MAX / largest)
+    return scaled.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn), largest / FLOAT8_MAX
 
 
 class Int8Linear(nn.Module):
@@ -95,7 +116,7 @@ class Float8Linear(nn.Module):
         self.in_place = IN_PLACE.get(activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        quantised, scale = quantise_float8(x.reshape(-1, x.shape[-1]))
+        quantised, scale = self.quantise(x.reshape(-1, x.shape[-1]))
         out = scaled_product(quantised, scale, self.weight, self.scale, self.bias)
         if self.in_place is not None:
             self.in_place(out)
@@ -104,6 +125,20 @@ class Float8Linear(nn.Module):
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """The layer's output plus `residual`."""
         return self.forward(x) + residual
+
+    def quantise(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return quantise_float8(rows)
+
+
+class ActivatedFloat8Linear(Float8Linear):
+    """A Float8Linear whose `activation` goes before it: it takes what is yet to be activated."""
+
+    def __init__(self, linear: nn.Linear, activation: str = "") -> None:
+        super().__init__(linear)
+        self.activation = activation
+
+    def quantise(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return quantise_activated(rows, self.activation) if self.activation else quantise_float8(rows)
 
 
 def scaled_product(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, bias: Tensor | None) -> Tensor:

@@ -6,9 +6,20 @@ import torch
 from support.testdata import needs_testdata, photos, trained_vit
 
 from pipeline.models import choose_dtype, inspect_model, load_model
+from pipeline.models.architecture import Architecture
 from pipeline.models.kernels import replace_linears
+from pipeline.models.layers import ACTIVATIONS
 from pipeline.models.precision import Hardware, dtype_name, torch_dtype
-from pipeline.models.quantised import Float8Linear, Int8Linear, quantise_float8, quantise_int8, scaled_product
+from pipeline.models.quantised import (
+    ActivatedFloat8Linear,
+    Float8Linear,
+    Int8Linear,
+    quantise_activated,
+    quantise_float8,
+    quantise_int8,
+    scaled_product,
+)
+from pipeline.models.vit import ViT
 from schemas.errors import SpecError
 
 H100 = Hardware(compute_capability=(9, 0))
@@ -39,6 +50,43 @@ def test_float8_keeps_three_bits_of_every_number_and_uses_the_whole_range() -> N
     # Half a unit in the last of four significant bits; below 2⁻⁶ the steps are 2⁻⁹.
     assert (error <= torch.maximum(x.abs() / 16, scale * 2**-10) * 1.001).all()
     assert torch.isfinite(q.float()).all()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+def test_an_activation_is_computed_once_while_it_is_quantised(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+    activate = ACTIVATIONS[activation]  # type: ignore[index]
+
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        computed.append(x.numel())
+        return activate(x)
+
+    monkeypatch.setitem(ACTIVATIONS, activation, counted)  # type: ignore[misc]
+    around_the_least = torch.linspace(-1.5, 0.5, 64).expand(3, 64)
+    x = torch.cat([rows(9, 64), -rows(9, 64).abs(), around_the_least, torch.zeros(1, 64)]).to(torch.bfloat16)
+    q, scale = quantise_activated(x, activation)
+    assert sorted(computed) == [len(x), x.numel()]
+    exact = activate(x.float())
+    assert torch.isfinite(q.float()).all()
+    assert (scale * 448 >= exact.abs().amax(dim=1, keepdim=True) * 0.999999).all(), "nothing may be cut off"
+    error = (q.float() * scale - exact).abs()
+    assert (error <= torch.maximum(exact.abs() / 16, scale * 2**-10) * 1.001).all()
+    same = x.amax(dim=1) > 0.5
+    assert torch.allclose(scale[same], quantise_float8(exact)[1][same])
+    assert same.sum() >= 5
+
+
+def test_in_a_block_the_activation_goes_to_the_layer_that_quantises_it() -> None:
+    architecture = Architecture("vit", width=32, depth=2, heads=2, mlp_width=64, patch_size=(4, 4),
+                                trained_size=(8, 8), epsilon=1e-6)  # fmt: skip
+    torch.manual_seed(0)
+    trunk = ViT(architecture, (2, 2)).to(torch.bfloat16).requires_grad_(False)
+    x = torch.randn(2, 5, 32).to(torch.bfloat16)
+    expected = trunk.blocks[0](x)
+    replace_linears(trunk, "float8")
+    block = trunk.blocks[0]
+    assert (type(block.fc1), type(block.fc2)) == (Float8Linear, ActivatedFloat8Linear)
+    assert torch.cosine_similarity(block(x).float().flatten(), expected.float().flatten(), dim=0) > 0.999
 
 
 @pytest.mark.parametrize("layer", [Int8Linear, Float8Linear])
