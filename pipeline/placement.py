@@ -107,8 +107,11 @@ def place(
         chosen = ActorRange(min=min(chosen.min, useful), max=useful)
     blocks = max(1, _BLOCK_BYTES // max(1, row_bytes * batch)) if pixel_bytes else 4096 // batch
     if gpus_per_actor:
+        # An actor hides the copies of a batch behind the other of its block: one alone has nothing to hide behind.
         if 2 * row_bytes * batch <= min(_LARGEST_BLOCK_BYTES, _fair_block(machines, chosen, cpus)):
             blocks = max(blocks, 2)
+        elif batch_size is None and batch > 1:
+            batch, blocks = batch // 2, 2 * blocks
     elif image_gflop:
         # A result can be committed only when its block is done, and a crash must not cost minutes.
         block_images = _CPU_BLOCK_S * _GFLOPS_A_THREAD * threads / image_gflop

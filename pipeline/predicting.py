@@ -19,4 +19,5 @@ def actor_job(question: Question, placement: Placement, rows: int = 0) -> ActorJ
         triton=spec.triton,
         storage_options=spec.storage_options,
         work_gflop=rows * question.image_gflop / placement.actors.max,
+        block_rows=placement.block_rows,
     )

@@ -20,7 +20,8 @@ Predictor = Callable[[pa.Table], pa.Table]
 class ActorJob(NamedTuple):
     """Everything an actor needs to build its predictor. `dtype` is resolved, never `auto`.
 
-    `work_gflop`: about what one actor has before it, in billions of operations."""
+    `work_gflop`: about what one actor has before it, in billions of operations. `block_rows`: the most images that a
+    call brings, 0 where that is not known."""
 
     backend: str
     model: ModelInfo | None
@@ -32,6 +33,7 @@ class ActorJob(NamedTuple):
     triton: TritonSpec | None
     storage_options: dict[str, Any]
     work_gflop: float = 0.0
+    block_rows: int = 0
 
 
 class PredictActor:
@@ -82,5 +84,6 @@ def build_predictor(job: ActorJob) -> Predictor:
         threads=job.threads,
         cuda=job.cuda,
         work_gflop=job.work_gflop,
+        call_rows=job.block_rows,
         storage_options=job.storage_options,
     )

@@ -30,7 +30,8 @@ class TorchPredictor:
     """Runs `info`'s model over decoded tables.
 
     On a GPU it is warm (kernels chosen, memory taken) when the constructor returns. On a CPU there is next to nothing
-    to warm, and a batch of zeros would take as long as the first batch of pictures.
+    to warm, and a batch of zeros would take as long as the first batch of pictures. `call_rows`: the most images that a
+    call brings, 0 where that is not known.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class TorchPredictor:
         threads: int = 0,
         cuda: bool = False,
         work_gflop: float = 0.0,
+        call_rows: int = 0,
         storage_options: Mapping[str, Any] = {},
     ) -> None:
         if threads:
@@ -62,7 +64,7 @@ class TorchPredictor:
         self._wanted = wanted
         # Asking for no more than is needed lets the last block compute the prefix tokens alone.
         self._on_request = [name for name in wanted.features if name not in VECTOR_NAMES]
-        self._batch = batch_size
+        self._batch, self._call_rows = batch_size, call_rows
         self._shape = (*info.preprocessing.output_size, 3)
         self._plan: GpuPlan | None = None
         self._runner: Runner | None = None
@@ -112,15 +114,18 @@ class TorchPredictor:
     def _fastest(self) -> Runner:
         """The runner whose batch size was measured to be best, of the one asked for and its half.
 
-        Where the trunk is compiled, each size would be compiled anew, which takes longer than a better one saves.
+        Both get as many images as a call brings: of two batches the copies of one lie open, of four those of one in
+        four. Where the trunk is compiled, each size would be compiled anew, which takes longer than a better one saves.
         """
         largest = self._fitting()
         if largest.batch == 1 or (self._plan is not None and self._plan.compiled):
             return largest
-        rates = {largest.batch: _images_per_s(largest, self._shape)}
+        most = 4 * largest.batch
+        pixels = _noise((min(self._call_rows or most, most), *self._shape))
+        rates = {largest.batch: _images_per_s(largest, pixels)}
         try:
             half = self._made(largest.batch // 2)
-            rates[half.batch] = _images_per_s(half, self._shape)
+            rates[half.batch] = _images_per_s(half, pixels)
         except torch.OutOfMemoryError:
             # Two runners at once may be more than the device holds. The one that fits is good.
             return largest
@@ -188,9 +193,13 @@ def _tensor(batch: npt.NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(batch if batch.flags.writeable else batch.copy())
 
 
-def _images_per_s(runner: Runner, shape: tuple[int, ...]) -> float:
-    """Over four batches, copies included."""
-    pixels = np.zeros((4 * runner.batch, *shape), np.uint8)
+def _noise(shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    """Zeros would flatter: a GPU that multiplies them draws less power and so keeps a higher clock."""
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def _images_per_s(runner: Runner, pixels: npt.NDArray[np.uint8]) -> float:
+    """Of one call, copies included."""
     runner.run(pixels)
     started = time.perf_counter()
     runner.run(pixels)

@@ -175,13 +175,25 @@ class _Same:
         return batch
 
 
+@pytest.mark.parametrize("cores", [8, 16, 32])
+@pytest.mark.parametrize("side", [224, 384, 518])
+def test_a_block_for_a_gpu_has_batches_to_hide_copies_behind(cores: int, side: int) -> None:
+    pixel_bytes = side * side * 3
+    machines = Machines(cpus=cores, gpus=1, memory_bytes=128 * GIB, object_store_bytes=cores * GIB)
+    placement = placed(machines, gpus_per_actor=1.0, pixel_bytes=pixel_bytes)
+    assert placement.block_rows == 2 * placement.batch_size
+    assert placement.block_rows * pixel_bytes <= 128 << 20
+    of_today = placed(machines, gpus_per_actor=1.0, pixel_bytes=pixel_bytes, batch_size=64)
+    assert of_today.batch_size == 64, "what was asked for is kept"
+
+
 def test_patch_features_take_room_of_their_own() -> None:
     """ViT-L at 224 pixels: 401,408 bytes an image; DINOv2-giant at 518: 4.2 MB."""
     machines = Machines(cpus=16, gpus=1, memory_bytes=64 << 30, object_store_bytes=16 << 30)
     plain = placed(machines, gpus_per_actor=1.0)
     large = placed(machines, gpus_per_actor=1.0, output_bytes=196 * 1024 * 2)
     giant = placed(machines, gpus_per_actor=1.0, output_bytes=1369 * 1536 * 2)
-    assert (plain.block_rows, large.block_rows, large.batch_size) == (512, 256, 256)  # type: ignore[attr-defined]
+    assert (plain.block_rows, large.block_rows, large.batch_size) == (512, 256, 128)  # type: ignore[attr-defined]
     assert giant.batch_size * 1369 * 1536 * 2 <= 128 << 20  # type: ignore[attr-defined]
     on_cpus = placed(LAPTOP, output_bytes=196 * 1024 * 2)
     assert on_cpus.block_rows * 196 * 1024 * 2 <= 8 << 20  # type: ignore[attr-defined]

@@ -108,9 +108,20 @@ def test_without_memory_the_batch_is_halved_and_nothing_is_lost(
             raise torch.OutOfMemoryError("out of memory")
         return forward(batch)
 
+    timed: list[tuple[int, bool]] = []
+
+    def remember(runner: Runner, pixels: np.ndarray) -> float:
+        timed.append((len(pixels), bool(pixels.any())))
+        return 1.0
+
+    monkeypatch.setattr("pipeline.predictors.torch_predictor._images_per_s", remember)
     monkeypatch.setattr(predictor, "_forward", small)
     runner = predictor._fastest()
     assert runner.batch in (1, 2)
+    assert timed == [(8, True), (8, True)], "as many images as the larger has in four batches, and not all black"
+    predictor._call_rows = 3
+    predictor._fastest()
+    assert timed[2:] == [(3, True), (3, True)], "as many images as a call brings"
     predictor._runner = runner
     got = predictor.predict(pixels)
     assert np.abs(got.features["cls"] - expected.features["cls"]).max() < 1e-4
