@@ -41,8 +41,8 @@ NO_GPU = """## GPUs
 **There are no GPU figures yet.** No machine with a GPU could be reached while this was written. The code for GPUs (two
 page-locked buffers and a copy stream for each direction, CUDA graphs at a fixed batch size, the choice of the attention
 kernel, torch.compile for long jobs, float8 products, a batch size found by measurement) has not run on one: its choices
-and its arithmetic are tested without. `benchmarks/gpu/run.py` takes less than eight minutes and needs torch and numpy;
-its JSON in `benchmarks/results/` becomes this section.
+and its arithmetic are tested without. `benchmarks/gpu/run.py` takes less than eight minutes, needs torch and numpy and
+compares what it times with plain calls of the same network; its JSON in `benchmarks/results/` becomes this section.
 """
 
 

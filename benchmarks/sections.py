@@ -223,21 +223,41 @@ def retrieval(name: str, found: Result) -> str:
 
 
 def gpu(name: str, found: Result) -> str:
-    ceiling = ", ".join(f"{key.replace('_', ' ')} {value:,.1f}" for key, value in found["ceilings"].items())
+    ceiling = ", ".join(f"{key.replace('_', ' ')} {figure(value)}" for key, value in found["ceilings"].items())
+    kinds = list(next(iter(found["products"].values()), {}))
+    products = [(name, *(figure(row[kind]) for kind in kinds)) for name, row in found["products"].items()]
+    attention = ", ".join(f"{key.split('_')[0].lower()} {figure(value)}" for key, value in found["attention"].items())
     rows = [
         (
             row["model"], row["dtype"] + (" compiled" if row["compiled"] else ""), str(row["batch"]),
-            f"{row['model_only']:,.0f}", f"{row['end_to_end']:,.0f}",
-            f"{row['ceiling_share']:.0%}" if row["ceiling_share"] else "-",
+            f"{row['model_only']:,.0f}", f"{row['ceiling_share']:.0%}" if row["ceiling_share"] else "-",
+            f"{row['end_to_end']:,.0f}", f"{row['end_to_end_share']:.0%} of {row['end_to_end_batches']:g}",
+            f"{row['end_to_end_long_share']:.0%}", f"{row['least_cosine']:.5f}",
         )
         for row in found["rates"]
     ]  # fmt: skip
     likeness = [(r["model"], r["dtype"], f"{r['cls']:.5f}", f"{r['pooled']:.5f}") for r in found["correctness"]]
-    head = ("model", "precision", "batch", "model only, images/s", "end to end", "share of the product ceiling")
-    return (
-        f"## GPUs\n\n{origin(name, found)}\nCeilings: {ceiling}.\n\n{table(head, rows)}\nLeast cosine to float32:\n\n"
-        + table(("model", "precision", "cls", "pooled"), likeness)
+    head = (
+        "model", "precision", "batch", "model only, images/s", "share of the product ceiling", "end to end, images/s",
+        "of model only, with batches a call", "with eight", "least cosine to a direct call",
+    )  # fmt: skip
+    missing = "".join(
+        f"\n{title}:\n\n" + "\n".join(f"- {text}" for text in found[kind]) + "\n"
+        for kind, title in (("wrong", "**Wrong results**"), ("left_out", "Left out"))
+        if found[kind]
     )
+    return (
+        f"## GPUs\n\n{origin(name, found)}\nCeilings: {ceiling}. Attention of a ViT-L/16 block, TFLOP/s by kernel: "
+        f"{attention}. Its products at batch 256, TFLOP/s:\n\n{table(('product', *kinds), products)}\n"
+        f"{table(head, rows)}\nLeast cosine to float32:\n\n"
+        + table(("model", "precision", "cls", "pooled"), likeness)
+        + missing
+    )
+
+
+def figure(value: float | str) -> str:
+    """What could not be measured is a text in the results."""
+    return "-" if isinstance(value, str) else f"{value:,.1f}"
 
 
 SECTIONS: dict[str, Callable[[str, Result], str]] = {

@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,3 +22,26 @@ def test_no_gpu_figures_means_that_the_page_says_so() -> None:
         '"benchmark": "gpu"' in path.read_text() for path in (ROOT / "benchmarks" / "results").glob("*.json")
     )
     assert ("There are no GPU figures yet" in page) == (not measured)
+
+
+def test_a_gpu_page_says_what_is_missing_and_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    row = {
+        "model": "ViT-L/16", "dtype": "bfloat16", "compiled": False, "batch": 256, "model_only": 4200.0,
+        "ceiling_share": 0.66, "end_to_end": 4000.0, "end_to_end_share": 0.952, "end_to_end_batches": 2.0,
+        "end_to_end_long_share": 0.981, "least_cosine": 0.99991,
+    }  # fmt: skip
+    found = {
+        "environment": {"device": "NVIDIA H200", "commit": "abc1234"},
+        "ceilings": {"product_bfloat16_tflops": 780.0, "product_float8_tflops": "RuntimeError: no kernel"},
+        "products": {"qkv": {"bfloat16": 700.0, "float8_rows": 1200.0}},
+        "attention": {"CUDNN_ATTENTION": 400.0, "EFFICIENT_ATTENTION": "RuntimeError: no kernel"},
+        "correctness": [{"model": "ViT-L/16", "dtype": "bfloat16", "cls": 0.9999, "pooled": 0.9999}],
+        "rates": [row],
+        "left_out": ["ViT-B/16 float8: time is up"],
+        "wrong": ["ViT-L/16 float8 batch 256: a cosine of 0.5"],
+    }
+    page = import_module("sections").gpu("gpu.json", found)
+    for said in ("time is up", "a cosine of 0.5", "95% of 2", "98%", "0.99991", "| qkv | 700.0 | 1,200.0 |",
+                 "cudnn 400.0, efficient -"):  # fmt: skip
+        assert said in page

@@ -3,7 +3,17 @@
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.placement import place
+from pipeline.predictors.torch_runner import Runner
+from schemas.machines import Machines
 
 ROOT = Path(__file__).resolve().parents[2]
 FOREIGN = ("ray", "pydantic", "pyarrow", "fsspec", "transformers", "timm", "typer", "rich", "psutil", "huggingface_hub")
@@ -23,7 +33,10 @@ def test_runs_through_without_a_gpu(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
-    assert found["left_out"] == []
+    assert found["left_out"] == found["wrong"] == []
+    assert set(found["products"]) == {"qkv", "out", "fc1", "fc2"}
+    assert set(found["products"]["fc1"]) == {"bfloat16", "float8_rows", "float8_tensor"}
+    assert found["attention"]["FLASH_ATTENTION"] > 0
     assert {"product_bfloat16_tflops", "product_float8_tflops", "copy_to_device_gb_per_s"} <= found["ceilings"].keys()
     assert {(row["model"], row["dtype"], row["compiled"]) for row in found["rates"]} == {
         (model, dtype, compiled)
@@ -34,6 +47,8 @@ def test_runs_through_without_a_gpu(tmp_path: Path) -> None:
         assert row["model_only"] > 0
         assert row["end_to_end"] > 0
         assert row["ceiling_share"] > 0
+        assert row["least_cosine"] > 0.999
+        assert (row["end_to_end_batches"], row["end_to_end_long_batches"]) == (2, 8)
     least = {"bfloat16": 0.999, "float8": 0.99}
     for row in found["correctness"]:
         assert least[row["dtype"]] < row["cls"] <= 1.0001
@@ -45,3 +60,123 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode != 0
     assert "--tiny" in done.stderr
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The benchmark's modules, in this process and without their ceilings."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
+    modules = SimpleNamespace(**{name: import_module(name) for name in ("run", "device", "networks", "rates")})
+    monkeypatch.setattr(modules.run, "measure_ceilings", lambda bench, report, tiny: None)
+    return modules
+
+
+def started(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    command = ["run.py", "--tiny", "--device", "cpu", "--models", "tiny ViT", "--batches", "2", *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    gpu.run.main()
+
+
+def test_results_that_are_not_those_of_a_plain_call_are_wrong(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Mixed(Runner):
+        def run(self, pixels: Any) -> list[torch.Tensor]:
+            return [result.roll(1, dims=0) for result in super().run(pixels)]
+
+    monkeypatch.setattr(gpu.rates, "Runner", Mixed)
+    with pytest.raises(SystemExit, match="wrong results: tiny ViT bfloat16 batch 2: a cosine of"):
+        started(gpu, monkeypatch, "--json", str(tmp_path / "gpu.json"))
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(found["wrong"]) == len(found["rates"]) == 3
+
+
+def test_not_a_number_is_wrong(gpu: SimpleNamespace) -> None:
+    fine, broken = torch.ones(2, 4), torch.full((2, 4), torch.nan)
+    for ours in ((fine, broken), (broken, fine)):
+        assert not gpu.rates.least_cosine(ours, (fine, fine)) >= 0
+
+
+def test_times_are_of_pictures_and_not_of_black(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    black: list[bool] = []
+
+    class Seen(Runner):
+        def _compute(self, slot: int) -> None:
+            black.append(not self._device[slot].flatten(1).any(dim=1).all())
+            super()._compute(slot)
+
+    monkeypatch.setattr(gpu.rates, "Runner", Seen)
+    started(gpu, monkeypatch)
+    assert len(black) > 60
+    assert sum(black) == 3, "but for the padded batch of each comparison"
+
+
+def test_what_matters_comes_first_and_is_stored_at_once(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    order = [str(step) for step in gpu.run.steps(["L", "B"], [64, 256], compiler=True)]
+    assert order[:4] == ["L bfloat16", "L float8 compiled", "L bfloat16 compiled", "L bfloat16"]
+    assert gpu.run.steps(["L", "B"], [64, 128, 256], compiler=True)[3].batches == (128, 64)
+    rates, rows = gpu.rates.Subject.rates, iter(range(2))
+
+    def cut_short(subject: Any, batch: int) -> Any:
+        if next(rows) == 1:
+            raise KeyboardInterrupt
+        return rates(subject, batch)
+
+    monkeypatch.setattr(gpu.rates.Subject, "rates", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        started(gpu, monkeypatch, "--json", str(tmp_path / "gpu.json"))
+    assert len(json.loads((tmp_path / "gpu.json").read_text())["rates"]) == 1
+
+
+def test_what_is_left_out_is_said(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds = {(step.dtype, step.compiled) for step in gpu.run.steps(["L"], [256], compiler=False)}
+    assert kinds == {("bfloat16", False), ("float8", False)}, "float8 runs without a compiler as well"
+    with pytest.raises(SystemExit):
+        started(gpu, monkeypatch, "--models", "VIT-L/16")
+    assert "--models VIT-L/16: unknown; there are tiny ViT, tiny BEiT" in capsys.readouterr().err
+    started(gpu, monkeypatch, "--minutes", "0")
+    assert "left out: tiny ViT bfloat16: time is up" in capsys.readouterr().out
+
+
+def test_nothing_is_compiled_that_would_end_too_late(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.device.time, "monotonic", lambda: 0.0)
+    bench = gpu.device.Bench("cpu", 6, 0.02)
+    assert not bench.late(compiled=True)
+    bench.longest_compile_s = 100.0
+    monkeypatch.setattr(gpu.device.time, "monotonic", lambda: 261.0)
+    assert bench.late(compiled=True)
+    assert not bench.late()
+
+
+def test_the_commit_is_that_of_the_files_or_unknown(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    here = gpu.device.current_commit()
+    monkeypatch.chdir(tmp_path)
+    assert gpu.device.current_commit() == here
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu.device.current_commit() == "unknown"
+    bench = gpu.device.Bench("cpu", 1, 0.02)
+    assert gpu.device.environment(bench, None)["commit"] == "unknown"
+    assert gpu.device.environment(bench, "abc1234")["commit"] == "abc1234"
+
+
+@pytest.mark.parametrize("cores", [16, 32])
+def test_calls_are_as_long_as_those_of_an_actor(gpu: SimpleNamespace, cores: int) -> None:
+    machines = Machines(cpus=cores, gpus=1, memory_bytes=128 << 30, object_store_bytes=cores << 30)
+    for side, rows in gpu.networks.CALL_ROWS.items():
+        placement = place(
+            machines, rows=10**7, actors=None, gpus_per_actor=1.0, batch_size=None, pixel_bytes=side * side * 3,
+            model_bytes=2 << 30, image_gflop=120.0,
+        )  # fmt: skip
+        assert placement.block_rows == rows
+
+
+def test_the_first_pictures_are_the_same_for_any_count_and_differ(gpu: SimpleNamespace) -> None:
+    few, many = gpu.networks.pictures(3, (8, 8)), gpu.networks.pictures(9, (8, 8))
+    assert (few == many[:3]).all()
+    assert len({picture.tobytes() for picture in many}) == 9

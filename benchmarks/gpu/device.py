@@ -1,0 +1,168 @@
+"""The device: its clock, the deadline, and what it can do at best."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pipeline.models.gpu import has_compiler
+from pipeline.models.layers import attend
+from pipeline.models.precision import FLOAT8_SINCE_SM, describe_hardware, torch_dtype
+from pipeline.models.quantised import quantise_float8, scaled_product
+
+# Kernels shorter than a millisecond are timed this many at a time, or the wait for each would be in the figure.
+_AT_ONCE = 8
+_BRIEFLY_S = 0.2
+_WARM_S = 0.5
+
+
+class Sizes(NamedTuple):
+    """Of what the ceilings are taken with; products and attention are those of a network at one batch size."""
+
+    side: int
+    copy_bytes: int
+    batch: int
+    tokens: int
+    width: int
+    heads: int
+
+
+SIZES = Sizes(side=8192, copy_bytes=1 << 30, batch=256, tokens=197, width=1024, heads=16)
+TINY_SIZES = Sizes(side=64, copy_bytes=1 << 20, batch=2, tokens=5, width=64, heads=2)
+
+
+class Bench:
+    """The device, its clock and the deadline."""
+
+    def __init__(self, device: str, minutes: float, measure_s: float) -> None:
+        self.device = torch.device(device)
+        self.cuda = self.device.type == "cuda"
+        self.until = time.monotonic() + 60 * minutes
+        self.measure_s = measure_s
+        self.hardware = describe_hardware(cuda=self.cuda)
+        self.longest_compile_s = 0.0
+
+    @property
+    def float8(self) -> bool:
+        return not self.cuda or (self.hardware.compute_capability or (0, 0)) >= FLOAT8_SINCE_SM
+
+    def late(self, *, compiled: bool = False) -> bool:
+        """Whether time is up, or would be while something is `compiled` that takes as long as the longest yet did."""
+        return time.monotonic() + compiled * self.longest_compile_s > self.until
+
+    def seconds(self, work: Callable[[], Any], measure_s: float | None = None) -> float:
+        """Median seconds of one call, each with the device idle before and after."""
+        started = time.perf_counter()
+        for number in range(3):
+            if number == 0 or time.perf_counter() - started < _WARM_S:
+                work()
+                self.wait()
+        taken: list[float] = []
+        while len(taken) < 3 or (sum(taken) < (measure_s or self.measure_s) and len(taken) < 200):
+            started = time.perf_counter()
+            work()
+            self.wait()
+            taken.append(time.perf_counter() - started)
+        return float(np.median(taken))
+
+    def brief_seconds(self, work: Callable[[], Any]) -> float:
+        """Of one call among several that follow each other."""
+        several = lambda: [work() for _ in range(_AT_ONCE)]  # noqa: E731
+        return self.seconds(several, min(_BRIEFLY_S, self.measure_s)) / _AT_ONCE
+
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+
+def environment(bench: Bench, commit: str | None) -> dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name() if bench.cuda else "cpu",
+        "capability": list(bench.hardware.compute_capability or ()) or None,
+        "cuda": torch.version.cuda,
+        "cudnn": bench.hardware.cudnn,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "compiler": has_compiler(),
+        "commit": commit or current_commit(),
+    }
+
+
+def current_commit() -> str:
+    """That of this file's repository; `unknown` without git or in a copy that is none."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def rate(work: float, bench: Bench, call: Callable[[], Any], *, briefly: bool = True) -> float | str:
+    """`work` over the seconds of a call, or what it raises: one kernel that fails must not cost the other figures."""
+    try:
+        return work / (bench.brief_seconds(call) if briefly else bench.seconds(call))
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"[:200]
+
+
+def ceilings(bench: Bench, sizes: Sizes) -> dict[str, float | str]:
+    """TFLOP/s of products of `side`³ and GB/s of copies."""
+    found: dict[str, float | str] = {}
+    side, copy_bytes = sizes.side, sizes.copy_bytes
+    for name in ("bfloat16", "float32"):
+        a, b = (torch.randn(side, side, device=bench.device, dtype=torch_dtype(name)) for _ in range(2))
+        call = lambda a=a, b=b: a @ b.t()  # noqa: E731
+        found[f"product_{name}_tflops"] = rate(2e-12 * side**3, bench, call, briefly=False)
+    if bench.float8:
+        (a, sa), (b, sb) = (quantise_float8(torch.randn(side, side, device=bench.device)) for _ in range(2))
+        scaled = lambda: scaled_product(a, sa, b.t(), sb.reshape(1, -1), None)  # noqa: E731
+        found["product_float8_tflops"] = rate(2e-12 * side**3, bench, scaled, briefly=False)
+    host = torch.zeros(copy_bytes, dtype=torch.uint8, pin_memory=bench.cuda)
+    there, other = (torch.zeros(copy_bytes, dtype=torch.uint8, device=bench.device) for _ in range(2))
+    for name, target, source in (("to_device", there, host), ("from_device", host, there), ("on_device", other, there)):
+        work = lambda target=target, source=source: target.copy_(source, non_blocking=True)  # noqa: E731
+        found[f"copy_{name}_gb_per_s"] = rate(1e-9 * copy_bytes, bench, work, briefly=False)
+    return found
+
+
+def block_products(bench: Bench, sizes: Sizes) -> dict[str, dict[str, float | str]]:
+    """TFLOP/s of the four products of a block by kind: float8 with a scale for each row, as ours have it, and with one
+    for each matrix, which is what a large product could gain by coarser scales."""
+    found: dict[str, dict[str, float | str]] = {}
+    m, d = sizes.batch * sizes.tokens, sizes.width
+    for name, k, n in (("qkv", d, 3 * d), ("out", d, d), ("fc1", d, 4 * d), ("fc2", 4 * d, d)):
+        x, w = (torch.randn(rows, k, device=bench.device, dtype=torch.bfloat16) for rows in (m, n))
+        bias = torch.zeros(n, device=bench.device, dtype=torch.bfloat16)
+        kinds: dict[str, Callable[[], Any]] = {"bfloat16": lambda x=x, w=w, bias=bias: F.linear(x, w, bias)}
+        if bench.float8:
+            (a, sa), (b, sb) = quantise_float8(x), quantise_float8(w)
+            scales = (sa, sb.reshape(1, -1))
+            kinds["float8_rows"] = lambda a=a, b=b, s=scales, bias=bias: scaled_product(a, s[0], b.t(), s[1], bias)
+            # On a CPU one scale is the same work: it is there to be run.
+            one = tuple(torch.ones((), device=bench.device) for _ in range(2))
+            kinds["float8_tensor"] = lambda a=a, b=b, s=one, bias=bias: scaled_product(a, s[0], b.t(), s[1], bias)
+        found[name] = {kind: rate(2e-12 * m * k * n, bench, call) for kind, call in kinds.items()}
+    return found
+
+
+def attention_kernels(bench: Bench, sizes: Sizes) -> dict[str, float | str]:
+    """TFLOP/s of the attention of a block by kernel, or what it raises; from fused queries, keys and values."""
+    width, tokens = sizes.width, sizes.tokens
+    qkv = torch.randn(sizes.batch, tokens, 3 * width, device=bench.device, dtype=torch.bfloat16)
+    names = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION") if bench.cuda else ("FLASH_ATTENTION",)
+    found: dict[str, float | str] = {}
+    for name in names:
+        with sdpa_kernel(getattr(SDPBackend, name)):
+            work = 4e-12 * sizes.batch * tokens**2 * width
+            found[name] = rate(work, bench, lambda: attend(qkv, sizes.heads, None))
+    return found

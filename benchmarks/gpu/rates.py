@@ -1,0 +1,94 @@
+"""Images/s of one network in one precision, from the code that an actor runs, and whether its results are right."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from device import Bench
+from networks import CALL_ROWS, Features, Weights, direct, network, pictures
+
+from pipeline.models.architecture import Architecture
+from pipeline.models.gpu import plan_gpu
+from pipeline.predictors.torch_runner import Runner
+
+LONG_CALL = 8
+# Least cosine of the code that is timed to the same network called directly in the same precision. In float8 a last bit
+# of bfloat16 can move a number by a sixteenth: a compiled network was 0.998 from itself, another picture 0.95.
+LEAST = {"bfloat16": 0.999, "float8": 0.99}
+
+
+def least_cosines(ours: Any, theirs: Any) -> list[float]:
+    """Of CLS and pooled, over the rows that both have."""
+    count = min(len(ours[0]), len(theirs[0]))
+    return [
+        float(torch.cosine_similarity(a[:count].float(), b[:count].float(), dim=1).min())
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+
+
+def least_cosine(ours: Any, theirs: Any) -> float:
+    """Of both; not a number where one of them is not."""
+    return float(torch.tensor(least_cosines(ours, theirs)).min())
+
+
+class Subject:
+    """A network in one precision, `compiled` where the device can; with what it should give, taken before that."""
+
+    def __init__(self, a: Architecture, weights: Weights, dtype: str, compiled: bool, most: int, bench: Bench) -> None:
+        self.a, self.dtype, self.bench, self.compiled = a, dtype, bench, compiled
+        self.model = network(a, weights.tensors, dtype, bench.device)
+        self.pixels = pictures(LONG_CALL * most, a.trained_size)
+        self.expected = direct(self.model, self.pixels[: 2 * most + 3], most, bench.device)
+        self.exact = weights.exact
+        if compiled and bench.cuda:
+            torch.compiler.reset()  # dynamo gives up on a function that it has compiled eight times
+            self.model.trunk.compile(dynamic=False)
+
+    @property
+    def correctness(self) -> dict[str, float]:
+        """Least cosine to float32."""
+        return dict(zip(("cls", "pooled"), least_cosines(self.expected, self.exact), strict=True))
+
+    def runner(self, batch: int) -> Runner:
+        bias = self.a.relative_positions != "none"
+        plan = plan_gpu(self.bench.hardware, self.dtype, attention_bias=bias, work_gflop=0)
+
+        def forward(pixels: torch.Tensor) -> Features:
+            outputs = self.model(pixels)
+            return outputs.cls, outputs.pooled
+
+        started = time.monotonic()
+        runner = Runner(
+            forward,
+            batch=batch,
+            shape=(*self.a.trained_size, 3),
+            device=self.bench.device,
+            graphs=plan.graphs,
+            attention=plan.attention if self.bench.cuda else ("FLASH_ATTENTION", "MATH"),
+        )
+        if self.compiled:
+            self.bench.longest_compile_s = max(self.bench.longest_compile_s, time.monotonic() - started)
+        return runner
+
+    @torch.inference_mode()
+    def rates(self, batch: int) -> dict[str, Any]:
+        """Images/s model-only and end to end, and how near the results are to what they should be."""
+        runner = self.runner(batch)
+        pixels = self.pixels[: LONG_CALL * batch]
+        # An odd number, so that a padded batch comes after both buffers have been used.
+        got = runner.run(pixels[: 2 * batch + 3])
+        row = {
+            "attention": runner.attention[0],
+            "least_cosine": least_cosine(got, self.expected),
+            "least_cosine_to_float32": least_cosine(got, self.exact),
+        }
+        runner.run(pixels[: 2 * batch])  # both buffers full of pictures again
+        alone = self.bench.seconds(lambda: runner._compute(0)) / batch
+        row["model_only"] = 1 / alone
+        placed = self.pixels[: CALL_ROWS.get(self.a.trained_size[0], 2 * batch)]
+        for name, call in (("end_to_end", placed), ("end_to_end_long", pixels)):
+            each = self.bench.seconds(lambda call=call: runner.run(call)) / len(call)
+            row |= {name: 1 / each, f"{name}_share": alone / each, f"{name}_batches": len(call) / batch}
+        return row
