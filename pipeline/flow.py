@@ -50,6 +50,9 @@ _MAX_PASSES = 3
 _TARGET_SHARE = 0.8
 # Ray keeps results below 100 KB in the driver's own memory, where they would add up until they are committed.
 _LEAST_BLOCK_BYTES = 1 << 20
+# Calls that an actor on a GPU has at once: Ray Data lets them predict one after the other, but fetches the block of one
+# and stores the result of another meanwhile.
+_GPU_CALLS = 2
 
 
 class Summary(NamedTuple):
@@ -191,6 +194,8 @@ def build(question: Question, opened: Opened, placement: Placement, rest: Spans)
     _load_ray_data()
     rows = intervals.count(rest)
     actor = actor_job(question, placement, rows)
+    low, high = placement.actors.min, placement.actors.max
+    calls = _GPU_CALLS if placement.actor_gpus else 1
     with ray.data.DataContext.current(_context(question, placement)):
         tasks = ray.data.from_blocks(list(cut(rest, placement.task_sizes(rows))))
     return tasks.map_batches(
@@ -202,12 +207,13 @@ def build(question: Question, opened: Opened, placement: Placement, rest: Spans)
     ).map_batches(
         PredictActor,
         fn_constructor_args=(actor, release(), opened.record.run_id),
-        batch_size=None,
+        # Where a GPU is asked for, Ray Data wants a number: that of our blocks. A shorter one waits for the next.
+        batch_size=placement.block_rows if placement.actor_gpus else None,
         batch_format="pyarrow",
         num_cpus=placement.actor_cpus,
         num_gpus=placement.actor_gpus,
         memory=placement.actor_memory_bytes,
-        concurrency=(placement.actors.min, placement.actors.max),
+        compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high, max_concurrent_calls_per_actor=calls),
     )
 
 

@@ -14,8 +14,8 @@ GPU_BATCH = 256
 CPU_BATCH = 8
 PART_BYTES = 256 << 20
 SHARD_IMAGES = 100_000_000
-# Blocks that Ray Data keeps for each decoding task (one being made, one waiting) and each actor (two given out, one
-# result), before back-pressure stops the upstream stage.
+# Blocks that Ray Data keeps for each decoding task (one being made, one waiting) and each actor (two given out and one
+# result, twice that on a GPU, where it has two calls at once), before back-pressure stops the upstream stage.
 BLOCKS_PER_TASK = 2
 BLOCKS_PER_ACTOR = 3
 # Ray gives its object store this share of a machine's memory.
@@ -165,9 +165,10 @@ def _memory(costs: Costs, device: Device, devices: int, cores: float) -> list[St
     row = max(costs.pixel_bytes, int(costs.output_bytes))
     block = batch * row * max(2 if device.is_gpu else 1, BLOCK_BYTES // (batch * row))
     tasks = math.ceil(cores)
-    blocks = BLOCKS_PER_TASK * tasks + BLOCKS_PER_ACTOR * devices
+    an_actor = BLOCKS_PER_ACTOR * (2 if device.is_gpu else 1)
+    blocks = BLOCKS_PER_TASK * tasks + an_actor * devices
     store = blocks * block
-    text = f"({BLOCKS_PER_TASK} × {tasks:,} tasks + {BLOCKS_PER_ACTOR} × {devices:,} actors) × {block / 2**20:.1f} MiB"
+    text = f"({BLOCKS_PER_TASK} × {tasks:,} tasks + {an_actor} × {devices:,} actors) × {block / 2**20:.1f} MiB"
     memory = store / OBJECT_STORE_SHARE + tasks * WORKER_BYTES
     return [
         Step("object store", store, "bytes", text),

@@ -75,8 +75,8 @@ def test_by_hand_on_a_gpu() -> None:
     assert plan.value("time") == pytest.approx(500 / 3600)
     assert plan.value("read") == 1e11
     assert plan.value("network") == pytest.approx(1.6)
-    # 256 images of 150,528 bytes, two batches a block; 2 blocks for each of 6 tasks and 3 for each of 2 actors.
-    assert plan.value("object store") == (2 * 6 + 3 * 2) * 2 * 256 * 150_528
+    # 256 images of 150,528 bytes, two batches a block; 2 blocks for each of 6 tasks and 6 for each of 2 actors.
+    assert plan.value("object store") == (2 * 6 + 6 * 2) * 2 * 256 * 150_528
     assert plan.value("output") == 8e9
     assert plan.value("parts") == math.ceil(8e9 / 2**28)
     assert plan.value("shards") == 1

@@ -1,0 +1,70 @@
+"""A job on a GPU, which Ray was only told of: that it runs, and has two calls at once, of which one predicts."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from support.commands import table
+
+from pipeline import flow
+from pipeline.predictors.null import null_features
+from schemas.machines import Machines
+from schemas.spec import build_spec
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], AbstractContextManager[Machines]]]:
+    import ray
+
+    from cluster import session
+
+    start = session._start
+    monkeypatch.setattr(session, "_start", lambda cpus: {**start(cpus), "num_gpus": 1})
+    with session.ray_session(cpus=2) as machines:
+        assert ray.cluster_resources()["GPU"] == 1
+        yield lambda: nullcontext(machines)
+
+
+def test_on_a_gpu_the_next_block_is_fetched_while_one_is_predicted(
+    tmp_path: Path, connect: Callable[[], AbstractContextManager[Machines]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, real = tmp_path / "seen", flow.PredictActor
+    seen.mkdir()
+
+    class Slow(real):  # type: ignore[misc, valid-type]
+        inside = 0
+
+        def __call__(self, decoded: pa.Table) -> pa.Table:
+            self.inside += 1
+            assert self.inside == 1, "the GPU is for one call at a time"
+            # Ray Data hands the calls to a thread of its own; what waits for that has been fetched.
+            until = time.monotonic() + (0 if any(seen.iterdir()) else 20)
+            while not (waiting := self.thread_pool_executor._work_queue.qsize()) and time.monotonic() < until:
+                time.sleep(0.01)
+            (seen / f"{waiting}-{decoded['row'][0]}-{decoded.num_rows}").touch()
+            predicted = super().__call__(decoded)
+            self.inside -= 1
+            return predicted
+
+    monkeypatch.setattr(flow, "PredictActor", Slow)
+    (tmp_path / "in").mkdir()
+    for number in range(240):
+        (tmp_path / "in" / f"{number:03}.jpg").write_bytes(os.urandom(8))
+    values = {"sources": [str(tmp_path / "in")], "model": "null", "backend": "null", "gpus_per_actor": 1.0}
+    spec = build_spec({**values, "out": str(tmp_path / "o"), "batch_size": 4, "sink": {"commit_s": 1.0}})
+    summary = flow.run(spec, connect)
+    assert (summary.images, summary.failures) == (240, 0)
+    waiting, _, rows = zip(*(path.name.split("-") for path in seen.iterdir()), strict=True)
+    assert "1" in waiting
+    assert rows == ("60",) * 4, "whole blocks, as they were cut"
+    written = table(tmp_path / "o")
+    assert written["row"].to_pylist() == list(range(240))
+    features = np.array(written["cls"].to_pylist())
+    assert np.allclose(features, null_features(np.arange(240), features.shape[1]), atol=1e-6)
