@@ -85,10 +85,9 @@ class Runner:
                         self._run_forward(slot)
                 self._graphs = [self._capture(slot) for slot in range(SLOTS)] if graphs else []
                 return
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:
-                if len(self.attention) < 2:
+                # Kinds of it are other things: no memory, a device that is lost, a compiler that fails after a minute.
+                if type(error) is not RuntimeError or len(self.attention) < 2:
                     raise
                 _log.warning("attention by %s fails here, so it goes without: %s", self.attention[0], error)
             self.attention = self.attention[1:]

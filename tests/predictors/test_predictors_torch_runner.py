@@ -89,6 +89,22 @@ def test_an_attention_kernel_that_fails_is_left_out(monkeypatch: pytest.MonkeyPa
         made("CUDNN_ATTENTION")
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, NotImplementedError])
+def test_what_is_not_for_want_of_a_kernel_is_not_tried_again(error: type[RuntimeError]) -> None:
+    tried: list[bool] = []
+
+    def fails(batch: torch.Tensor) -> Sequence[torch.Tensor]:
+        tried.append(True)
+        raise error
+
+    with pytest.raises(error):
+        Runner(
+            fails, batch=8, shape=SHAPE, device=torch.device("cpu"), graphs=False,
+            attention=("FLASH_ATTENTION", "MATH"),
+        )  # fmt: skip
+    assert tried == [True]
+
+
 def wanting(info: object) -> Wanted:
     return Wanted(("cls", "pooled"), (info.hidden_size, info.pooled_size), "float32", 3, info.labels, False)  # type: ignore[attr-defined]
 
