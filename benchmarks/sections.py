@@ -109,9 +109,15 @@ def preflight(name: str, found: Result) -> str:
 
 def end_to_end(name: str, found: Result) -> str:
     decode_share = found["decode_core_s"] / (found["decode_core_s"] + found["forward_core_s"])
+    shares = ", ".join(f"{item['share']:.0%}" for item in found["rounds"] if "share" in item)
+    measured = (
+        f"each round was held against forward passes before and after it ({shares})"
+        if shares
+        else "parts and job were measured in other minutes of a shared machine"
+    )
     above = (
         ". Images that were decoded while the models loaded are not paid for in it, which is worth up to "
-        f"{decode_share:.1%}; parts and job were measured in other minutes of a shared machine"
+        f"{decode_share:.1%}; {measured}"
     )
     stages = found["rounds"][-1]["job"]["stage_seconds"]
     each = ", ".join(f"{name} {seconds / found['images'] * 1e3:.1f}" for name, seconds in stages.items())
