@@ -50,9 +50,6 @@ _MAX_PASSES = 3
 _TARGET_SHARE = 0.8
 # Ray keeps results below 100 KB in the driver's own memory, where they would add up until they are committed.
 _LEAST_BLOCK_BYTES = 1 << 20
-# Calls that an actor on a GPU has at once: Ray Data lets them predict one after the other, but fetches the block of one
-# and stores the result of another meanwhile.
-_GPU_CALLS = 2
 
 
 class Summary(NamedTuple):
@@ -194,8 +191,7 @@ def build(question: Question, opened: Opened, placement: Placement, rest: Spans)
     _load_ray_data()
     rows = intervals.count(rest)
     actor = actor_job(question, placement, rows)
-    low, high = placement.actors.min, placement.actors.max
-    calls = _GPU_CALLS if placement.actor_gpus else 1
+    low, high, calls = placement.actors.min, placement.actors.max, placement.actor_calls
     with ray.data.DataContext.current(_context(question, placement)):
         tasks = ray.data.from_blocks(list(cut(rest, placement.task_sizes(rows))))
     return tasks.map_batches(

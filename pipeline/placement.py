@@ -33,6 +33,8 @@ _THREADS_ON_LARGER = 4
 _STREAM_BYTES = 512 << 20
 _BLOCKS_A_DECODER = 6
 _BLOCKS_AN_ACTOR = 8
+# Calls that an actor on a GPU has at once: they predict in turn, but Ray Data fetches and stores blocks meanwhile.
+_GPU_CALLS = 2
 # What Ray Data may use of the object store.
 _STORE_SHARE = 0.5
 _UNKNOWN = 1 << 30
@@ -54,6 +56,11 @@ class Placement(NamedTuple):
     task_rows: int
     decoders: int
     stream_bytes: float
+
+    @property
+    def actor_calls(self) -> int:
+        """How many blocks an actor is given at once; it works on one of them."""
+        return _GPU_CALLS if self.actor_gpus else 1
 
     def task_sizes(self, rows: int) -> Iterator[int]:
         """Rows of each decoding task, `rows` in all. Towards the end tasks shrink down to one block, so that no core is
