@@ -111,8 +111,10 @@ def _open_note(folder: Path) -> tuple[Path, mmap.mmap]:
 
 def _created(path: Path) -> BinaryIO:
     for _ in range(_TRIES):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # another process has just taken the empty folder along
+        # Not `exist_ok`, which looks again at what stood there. Another process may just have taken it along, empty.
+        with contextlib.suppress(FileExistsError):
+            path.parent.mkdir(parents=True)
+        with contextlib.suppress(FileNotFoundError):
             return path.open("a+b")
     raise OSError(f"{path.parent} is taken away again and again while a note is to be put there")
 

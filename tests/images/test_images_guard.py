@@ -167,3 +167,27 @@ def test_a_note_costs_microseconds(tmp_path):
         with guard.noted(row):
             pass
     assert (time.perf_counter() - started) / 10_000 < 100e-6
+
+
+def test_a_folder_that_goes_as_it_is_made_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of the other processes removes it between the refusal to make it and the next step."""
+    folder, make = tmp_path / "notes", os.mkdir
+    folder.mkdir()
+
+    def made_too_late(path: str, mode: int = 0o777) -> None:
+        try:
+            make(path, mode)
+        except FileExistsError:
+            os.rmdir(path)
+            raise
+
+    monkeypatch.setattr(os, "mkdir", made_too_late)
+    guard = CrashGuard(folder)
+    guard.close()
+    assert not folder.exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "notes").touch()
+    with pytest.raises(NotADirectoryError):
+        CrashGuard(tmp_path / "notes")
