@@ -25,6 +25,27 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold SIGINT (Ctrl-C, or Ray as it cancels a task) back until the block has ended.
+
+    For imports: a package that was interrupted in the midst lacks some of its modules for as long as the process lives,
+    and a worker lives on after a cancelled task. Does nothing in another thread, which SIGINT does not interrupt.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    came: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            before(*came[-1])
+
+
 def _raise(number: int, frame: Any) -> None:
     raise Interrupted("told to stop", number)
 

@@ -18,6 +18,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
 
+from pipeline.signals import uninterrupted
 from schemas.errors import OutputError, PatchstreamError, SourceError, SpecError
 from schemas.redaction import redact as redact
 
@@ -106,6 +107,8 @@ def open_filesystem(url: str, storage_options: Options) -> tuple[AbstractFileSys
         behind = [part for part in url.split("::")[1:] if "://" in part]
         options |= {str(get_protocol(part)): _uncached(part, storage_options) for part in behind}
     try:
+        with uninterrupted():  # the first time this imports the driver
+            fsspec.get_filesystem_class(get_protocol(url))
         if scheme(url) in _NO_CHAINS and "::" in url:
             fs, _ = fsspec.core.url_to_fs(url.partition("::")[0], **options)
             return fs, str(fs._strip_protocol(url))

@@ -231,3 +231,35 @@ def test_an_error_tells_no_secrets() -> None:
     assert "localhost:1/x" in str(error.value)
     assert "hunter2" not in str(error.value)
     assert "c0ffee" not in str(error.value)
+
+
+INTERRUPTED = """
+import sys
+import fsspec
+from pipeline.storage import filesystem
+fsspec.register_implementation("slow", "slow_driver.SlowFileSystem")
+try:
+    filesystem("slow://a", {})
+except KeyboardInterrupt:
+    print("interrupted")
+print(filesystem("slow://a", {})[0].whole)
+"""
+
+
+def test_a_driver_is_imported_whole_also_when_the_task_is_cancelled_meanwhile(tmp_path: Path) -> None:
+    """Ray cancels a task with the exception of Ctrl-C, and gives the process to the next task."""
+    (tmp_path / "slow_parts").mkdir()
+    (tmp_path / "slow_parts/__init__.py").write_text(
+        "import slow_parts.errors\nimport _thread\n_thread.interrupt_main()\n"
+    )
+    (tmp_path / "slow_parts/errors.py").write_text("")
+    (tmp_path / "slow_driver.py").write_text(
+        "import slow_parts\nfrom fsspec.implementations.memory import MemoryFileSystem\n"
+        "class SlowFileSystem(MemoryFileSystem):\n    protocol = 'slow'\n    whole = hasattr(slow_parts, 'errors')\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == ["interrupted", "True"], done.stderr
