@@ -27,7 +27,6 @@ def environment() -> dict[str, Any]:
     cpu = Path("/proc/cpuinfo").read_text()
     model = next((line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("model name")), "?")
     words = set(cpu.split())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "cpu": model,
         "flags": [flag for flag in _FLAGS if flag in words],
@@ -35,8 +34,18 @@ def environment() -> dict[str, Any]:
         "load_before": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "ray", "pyarrow", "pillow", "simplejpeg", "numpy")},
-        "commit": commit.stdout.strip(),
+        "commit": current_commit(),
     }
+
+
+def current_commit() -> str:
+    """That of this file's repository; `unknown` without git or in a copy that is none."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def make_model(folder: Path, size: str) -> Path:

@@ -15,7 +15,7 @@ from schemas.spec import ActorRange
 
 log = logging.getLogger(__name__)
 
-_BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 8 << 20
 # Large enough for 256 images of 384 × 384 pixels or the patch features of a ViT-L at 224.
 _LARGEST_BLOCK_BYTES = 128 << 20
 _TASK_ROWS = 1024
@@ -34,7 +34,7 @@ _STREAM_BYTES = 512 << 20
 _BLOCKS_A_DECODER = 6
 _BLOCKS_AN_ACTOR = 8
 # Calls that an actor on a GPU has at once: they predict in turn, but Ray Data fetches and stores blocks meanwhile.
-_GPU_CALLS = 2
+GPU_CALLS = 2
 # What Ray Data may use of the object store.
 _STORE_SHARE = 0.5
 _UNKNOWN = 1 << 30
@@ -60,7 +60,7 @@ class Placement(NamedTuple):
     @property
     def actor_calls(self) -> int:
         """How many blocks an actor is given at once; it works on one of them."""
-        return _GPU_CALLS if self.actor_gpus else 1
+        return GPU_CALLS if self.actor_gpus else 1
 
     def task_sizes(self, rows: int) -> Iterator[int]:
         """Rows of each decoding task, `rows` in all. Towards the end tasks shrink down to one block, so that no core is
@@ -112,7 +112,7 @@ def place(
         # More actors than batches would only load weights.
         useful = max(1, min(chosen.max, -(-rows // batch)))
         chosen = ActorRange(min=min(chosen.min, useful), max=useful)
-    blocks = max(1, _BLOCK_BYTES // max(1, row_bytes * batch)) if pixel_bytes else 4096 // batch
+    blocks = max(1, BLOCK_BYTES // max(1, row_bytes * batch)) if pixel_bytes else 4096 // batch
     if gpus_per_actor:
         # An actor hides the copies of a batch behind the other of its block: one alone has nothing to hide behind.
         if 2 * row_bytes * batch <= min(_LARGEST_BLOCK_BYTES, _fair_block(machines, chosen, cpus)):

@@ -6,18 +6,18 @@ Nothing is measured here (`sampling.py` does that), and every figure carries the
 import math
 from typing import NamedTuple
 
+from pipeline.placement import BLOCK_BYTES, GPU_CALLS
 from schemas.errors import SpecError
 
 MAX_IMAGES = 1_000_000_000
-BLOCK_BYTES = 8 << 20
 GPU_BATCH = 256
 CPU_BATCH = 8
 PART_BYTES = 256 << 20
 SHARD_IMAGES = 100_000_000
-# Blocks that Ray Data keeps for each decoding task (one being made, one waiting) and each actor (two given out and one
-# result, twice that on a GPU, where it has two calls at once), before back-pressure stops the upstream stage.
+# Blocks that Ray Data keeps for each decoding task (one being made, one waiting) and each call of an actor (two given
+# out, one result), before back-pressure stops the upstream stage.
 BLOCKS_PER_TASK = 2
-BLOCKS_PER_ACTOR = 3
+BLOCKS_PER_CALL = 3
 # Ray gives its object store this share of a machine's memory.
 OBJECT_STORE_SHARE = 0.3
 WORKER_BYTES = 1 << 30
@@ -165,7 +165,7 @@ def _memory(costs: Costs, device: Device, devices: int, cores: float) -> list[St
     row = max(costs.pixel_bytes, int(costs.output_bytes))
     block = batch * row * max(2 if device.is_gpu else 1, BLOCK_BYTES // (batch * row))
     tasks = math.ceil(cores)
-    an_actor = BLOCKS_PER_ACTOR * (2 if device.is_gpu else 1)
+    an_actor = BLOCKS_PER_CALL * (GPU_CALLS if device.is_gpu else 1)
     blocks = BLOCKS_PER_TASK * tasks + an_actor * devices
     store = blocks * block
     text = f"({BLOCKS_PER_TASK} × {tasks:,} tasks + {an_actor} × {devices:,} actors) × {block / 2**20:.1f} MiB"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from common import current_commit
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -95,16 +94,6 @@ def environment(bench: Bench, commit: str | None) -> dict[str, Any]:
         "compiler": has_compiler(),
         "commit": commit or current_commit(),
     }
-
-
-def current_commit() -> str:
-    """That of this file's repository; `unknown` without git or in a copy that is none."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
 
 
 def rate(work: float, bench: Bench, call: Callable[[], Any], *, briefly: bool = True) -> float | str:

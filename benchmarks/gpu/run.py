@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # what all benchmarks share
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from device import SIZES, TINY_SIZES, Bench, attention_kernels, block_products, ceilings, environment

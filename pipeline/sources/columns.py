@@ -32,13 +32,16 @@ def content_table(uris: Sequence[str], fixed: Mapping[str, Sequence[Any]], user:
     return pa.table([*columns, *theirs], schema=pa.schema(fields))
 
 
+def shown_name(name: str) -> str:
+    """A name for what holds UTF-8 only: a byte that is none is shown as `\\udcXX`, which readers of images know."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
-    """Arrow holds UTF-8 only: a byte of a name that is none is shown as `\\udcXX`."""
     try:
         return pa.array(values, kind)
-    except UnicodeEncodeError:
-        shown = [None if value is None else value.encode("utf-8", "backslashreplace").decode() for value in values]
-        return pa.array(shown, kind)
+    except UnicodeEncodeError:  # Arrow holds UTF-8 only
+        return pa.array([None if value is None else shown_name(value) for value in values], kind)
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:

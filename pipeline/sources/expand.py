@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.sources.columns import content_table
+from pipeline.sources.columns import content_table, shown_name
 from pipeline.sources.listing import address_of, list_source, named_by, wanted
 from pipeline.sources.stores import Entry
 from pipeline.sources.tables import BATCH_ROWS, parquet_kind, read_image_table, read_uri_table, suffix
@@ -36,11 +36,10 @@ def expand(source: str, spec: JobSpec) -> Iterator[pa.Table]:
     images is no list of images. Tar shards and Parquet tables are opened wherever they turn up.
     Raises SourceError when the source cannot be read, SpecError when it lies in the output.
     """
-    shown = redact(source.encode("utf-8", "backslashreplace").decode())
-    if shown != redact(source):
+    if (shown := shown_name(source)) != source:
         raise SourceError(
-            f"{shown} holds bytes that are no UTF-8, which the record of a run cannot; name the folder above it, or "
-            "write ? for each of them"
+            f"{redact(shown)} holds bytes that are no UTF-8, which the record of a run cannot; name the folder above "
+            "it, or write ? for each of them"
         )
     if source.lower().partition("?")[0].endswith(COMPRESSED):
         raise SourceError(

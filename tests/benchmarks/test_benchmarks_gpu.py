@@ -65,6 +65,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The benchmark's modules, in this process and without their ceilings."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
     modules = SimpleNamespace(**{name: import_module(name) for name in ("run", "device", "networks", "rates")})
     monkeypatch.setattr(modules.run, "measure_ceilings", lambda bench, report, tiny: None)
