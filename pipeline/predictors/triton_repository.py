@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import schemas
-from pipeline import models, storage
+from pipeline import models, signals, storage
 from pipeline.models import ModelInfo
 from pipeline.models.resolve import SMALL_FILES
 from pipeline.predictors.triton_protocol import INPUT_NAME, default_model_name, identity
@@ -98,7 +98,8 @@ def write_python_model(info: ModelInfo, folder: Path, serving: Serving) -> None:
     package = version / "package"
     shutil.copytree(Path(schemas.__file__).parent, package / "schemas", ignore=_SKIPPED)
     shutil.copytree(Path(models.__file__).parent, package / "pipeline/models", ignore=_SKIPPED)
-    shutil.copy(Path(storage.__file__), package / "pipeline/storage.py")
+    for module in (storage, signals):
+        shutil.copy(str(module.__file__), package / "pipeline")
     (package / "pipeline/__init__.py").touch()
     (folder / "config.pbtxt").write_text(config_text(info, folder.name, serving, backend="python"))
 
