@@ -230,22 +230,25 @@ def retrieval(name: str, found: Result) -> str:
 
 def gpu(name: str, found: Result) -> str:
     ceiling = ", ".join(f"{key.replace('_', ' ')} {figure(value)}" for key, value in found["ceilings"].items())
-    kinds = list(next(iter(found["products"].values()), {}))
-    products = [(name, *(figure(row[kind]) for kind in kinds)) for name, row in found["products"].items()]
-    attention = ", ".join(f"{key.split('_')[0].lower()} {figure(value)}" for key, value in found["attention"].items())
+    kinds = list(dict.fromkeys(kind for row in found["products"].values() for kind in row))
+    products = [(name, *(figure(row.get(kind, "")) for kind in kinds)) for name, row in found["products"].items()]
+    attention = ", ".join(
+        f"{key.lower().replace('_attention', '').replace('_', ' with ')} {figure(value)}"
+        for key, value in found["attention"].items()
+    )
     rows = [
         (
             row["model"], row["dtype"] + (" compiled" if row["compiled"] else ""), str(row["batch"]),
             f"{row['model_only']:,.0f}", f"{row['ceiling_share']:.0%}" if row["ceiling_share"] else "-",
-            f"{row['end_to_end']:,.0f}", f"{row['end_to_end_share']:.0%} of {row['end_to_end_batches']:g}",
-            f"{row['end_to_end_long_share']:.0%}", f"{row['least_cosine']:.5f}",
+            f"{row['end_to_end']:,.0f}", f"{row['end_to_end_share']:.0%}",
+            f"{row['one_call_share']:.0%} of {row['call_batches']:g}", f"{row['least_cosine']:.5f}",
         )
         for row in found["rates"]
     ]  # fmt: skip
     likeness = [(r["model"], r["dtype"], f"{r['cls']:.5f}", f"{r['pooled']:.5f}") for r in found["correctness"]]
     head = (
         "model", "precision", "batch", "model only, images/s", "share of the product ceiling", "end to end, images/s",
-        "of model only, with batches a call", "with eight", "least cosine to a direct call",
+        "of model only", "one call alone, batches", "least cosine to a direct call",
     )  # fmt: skip
     missing = "".join(
         f"\n{title}:\n\n" + "\n".join(f"- {text}" for text in found[kind]) + "\n"

@@ -209,7 +209,10 @@ def build(question: Question, opened: Opened, placement: Placement, rest: Spans)
         num_cpus=placement.actor_cpus,
         num_gpus=placement.actor_gpus,
         memory=placement.actor_memory_bytes,
-        compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high, max_concurrent_calls_per_actor=calls),
+        # In threads of their own: while one call computes, the next hands its batches over.
+        compute=ray.data.ActorPoolStrategy(
+            min_size=low, max_size=high, max_concurrent_calls_per_actor=calls, enable_true_multi_threading=calls > 1
+        ),
     )
 
 

@@ -12,7 +12,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 _log = logging.getLogger("pipeline")
-# What this process works on now. A worker does one thing at a time, and threads that it starts do it with it.
+# What this process works on now: one thing at a time, in which threads that it starts share. Of an actor with two calls
+# at once it is the later one.
 _now: dict[str, Any] = {}
 
 
@@ -24,10 +25,9 @@ def working_on(run_id: str, stage: str, first: int | None = None, last: int | No
         _log.addHandler(handler)
         _log.setLevel(logging.INFO)
         _log.propagate = False
-    _now.clear()
-    _now.update(run_id=run_id, stage=stage)
-    if first is not None:
-        _now.update(first_row=int(first), last_row=int(first if last is None else last))
+    global _now  # replaced whole, for another thread may be writing a line
+    rows = {} if first is None else {"first_row": int(first), "last_row": int(first if last is None else last)}
+    _now = {"run_id": run_id, "stage": stage, **rows}
 
 
 def event(name: str, **facts: Any) -> None:

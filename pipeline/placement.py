@@ -33,7 +33,7 @@ _THREADS_ON_LARGER = 4
 _STREAM_BYTES = 512 << 20
 _BLOCKS_A_DECODER = 6
 _BLOCKS_AN_ACTOR = 8
-# Calls that an actor on a GPU has at once: they predict in turn, but Ray Data fetches and stores blocks meanwhile.
+# Calls that an actor on a GPU has at once: what one does on the host is hidden behind what the other computes.
 GPU_CALLS = 2
 # What Ray Data may use of the object store.
 _STORE_SHARE = 0.5
@@ -59,7 +59,7 @@ class Placement(NamedTuple):
 
     @property
     def actor_calls(self) -> int:
-        """How many blocks an actor is given at once; it works on one of them."""
+        """How many blocks an actor is given at once."""
         return GPU_CALLS if self.actor_gpus else 1
 
     def task_sizes(self, rows: int) -> Iterator[int]:

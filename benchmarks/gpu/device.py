@@ -13,6 +13,7 @@ from common import current_commit
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pipeline.models.beit import BIAS_ALIGNMENT
 from pipeline.models.gpu import has_compiler
 from pipeline.models.layers import attend
 from pipeline.models.precision import FLOAT8_SINCE_SM, describe_hardware, torch_dtype
@@ -45,6 +46,8 @@ class Bench:
     def __init__(self, device: str, minutes: float, measure_s: float) -> None:
         self.device = torch.device(device)
         self.cuda = self.device.type == "cuda"
+        if self.cuda:
+            torch.cuda.set_device(self.device)  # streams, graphs and waits are the current device's
         self.until = time.monotonic() + 60 * minutes
         self.measure_s = measure_s
         self.hardware = describe_hardware(cuda=self.cuda)
@@ -100,7 +103,7 @@ def rate(work: float, bench: Bench, call: Callable[[], Any], *, briefly: bool = 
     """`work` over the seconds of a call, or what it raises: one kernel that fails must not cost the other figures."""
     try:
         return work / (bench.brief_seconds(call) if briefly else bench.seconds(call))
-    except RuntimeError as error:
+    except Exception as error:  # noqa: BLE001  an older torch lacks a name, a check of shapes is a ValueError
         return f"{type(error).__name__}: {error}"[:200]
 
 
@@ -141,17 +144,36 @@ def block_products(bench: Bench, sizes: Sizes) -> dict[str, dict[str, float | st
             one = tuple(torch.ones((), device=bench.device) for _ in range(2))
             kinds["float8_tensor"] = lambda a=a, b=b, s=one, bias=bias: scaled_product(a, s[0], b.t(), s[1], bias)
         found[name] = {kind: rate(2e-12 * m * k * n, bench, call) for kind, call in kinds.items()}
+    found["fc1_gelu"] = activated_product(bench, sizes)
     return found
 
 
+def activated_product(bench: Bench, sizes: Sizes) -> dict[str, float | str]:
+    """TFLOP/s of fc1 with GELU: a pass of its own in the exact form, and the tanh form written with the product. What
+    lies between is what a network with the exact form would gain by the other."""
+    m, d = sizes.batch * sizes.tokens, sizes.width
+    x, w = (torch.randn(rows, d, device=bench.device, dtype=torch.bfloat16) for rows in (m, 4 * d))
+    bias = torch.zeros(4 * d, device=bench.device, dtype=torch.bfloat16)
+    kinds: dict[str, Callable[[], Any]] = {
+        "bfloat16": lambda: F.gelu(F.linear(x, w, bias)),
+        "epilogue": lambda: torch._addmm_activation(bias, x, w.t(), use_gelu=True),
+    }
+    return {kind: rate(8e-12 * m * d * d, bench, call) for kind, call in kinds.items()}
+
+
 def attention_kernels(bench: Bench, sizes: Sizes) -> dict[str, float | str]:
-    """TFLOP/s of the attention of a block by kernel, or what it raises; from fused queries, keys and values."""
+    """TFLOP/s of the attention of a block by kernel, or what it raises; from fused queries, keys and values. `_BIAS`:
+    with one bias for all images, as BEiT has it."""
     width, tokens = sizes.width, sizes.tokens
     qkv = torch.randn(sizes.batch, tokens, 3 * width, device=bench.device, dtype=torch.bfloat16)
+    stride = -(-tokens // BIAS_ALIGNMENT) * BIAS_ALIGNMENT
+    bias = torch.randn(1, sizes.heads, tokens, stride, device=bench.device, dtype=torch.bfloat16)[..., :tokens]
     names = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION") if bench.cuda else ("FLASH_ATTENTION",)
+    work = 4e-12 * sizes.batch * tokens**2 * width
     found: dict[str, float | str] = {}
     for name in names:
         with sdpa_kernel(getattr(SDPBackend, name)):
-            work = 4e-12 * sizes.batch * tokens**2 * width
             found[name] = rate(work, bench, lambda: attend(qkv, sizes.heads, None))
+            if name != "FLASH_ATTENTION" or not bench.cuda:  # on GPUs it takes none
+                found[f"{name}_BIAS"] = rate(work, bench, lambda: attend(qkv, sizes.heads, bias))
     return found

@@ -55,8 +55,8 @@ class PredictActor:
         logs.working_on(self._run_id, "predict", rows["min"], rows["max"])
         pictures = decoded.num_rows - decoded["pixels"].null_count
         if pictures:
-            batches = -(-pictures // self._job.batch_size)
-            metrics.show("patchstream_batch_fill", pictures / (batches * self._job.batch_size))
+            batch = getattr(self._predict, "batch_size", self._job.batch_size)  # on a GPU it may choose a smaller one
+            metrics.show("patchstream_batch_fill", pictures / (-(-pictures // batch) * batch))
         return self._predict(decoded)
 
 

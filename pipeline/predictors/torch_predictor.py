@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,7 +17,7 @@ from pipeline.models import ModelInfo, load_model
 from pipeline.models.gpu import GpuPlan, choose_batch, has_compiler, plan_gpu
 from pipeline.models.precision import BFLOAT16_SINCE_SM, FLOAT8_SINCE_SM, describe_hardware, torch_dtype
 from pipeline.predictors.batches import Predictions, Wanted, good_rows, pixels_of, predicted_table
-from pipeline.predictors.torch_runner import Runner
+from pipeline.predictors.torch_runner import Runner, Underway
 from schemas.errors import ClusterError
 from schemas.spec import VECTOR_NAMES
 
@@ -27,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 class TorchPredictor:
-    """Runs `info`'s model over decoded tables.
+    """Runs `info`'s model over decoded tables. On a GPU two threads may call it: one's batches follow the other's.
 
     On a GPU it is warm (kernels chosen, memory taken) when the constructor returns. On a CPU there is next to nothing
     to warm, and a batch of zeros would take as long as the first batch of pictures. `call_rows`: the most images that a
@@ -65,6 +66,8 @@ class TorchPredictor:
         # Asking for no more than is needed lets the last block compute the prefix tokens alone.
         self._on_request = [name for name in wanted.features if name not in VECTOR_NAMES]
         self._batch, self._call_rows = batch_size, call_rows
+        self._turn = threading.Lock()
+        self._ended = 0.0
         self._shape = (*info.preprocessing.output_size, 3)
         self._plan: GpuPlan | None = None
         self._runner: Runner | None = None
@@ -92,7 +95,12 @@ class TorchPredictor:
         good = good_rows(decoded)
         pixels = pixels_of(decoded, *self._shape[:2])
         predictions = self.predict(pixels)
-        return predicted_table(decoded, good, predictions, self._wanted, time.perf_counter() - started)
+        return predicted_table(decoded, good, predictions, self._wanted, self._seconds_since(started))
+
+    @property
+    def batch_size(self) -> int:
+        """Images in a batch: on a GPU as measured, and less once memory ran short."""
+        return self._batch
 
     @torch.inference_mode()
     def predict(self, pixels: npt.NDArray[np.uint8]) -> Predictions:
@@ -102,13 +110,28 @@ class TorchPredictor:
         """
         if not len(pixels):
             return self._collect([])
+        with self._turn:
+            underway = self._handed_over(pixels)
+        if underway is not None:
+            return self._collect([tuple(underway.results())])
+        batches = (pixels[start : start + self._batch] for start in range(0, len(pixels), self._batch))
+        return self._collect([self._forward(_tensor(batch)) for batch in batches])
+
+    def _handed_over(self, pixels: npt.NDArray[np.uint8]) -> Underway | None:
+        """To the runner, a smaller one if need be; None where there is none."""
         while self._runner is not None:
             # Handled behind the block: until then the traceback holds what lay on the device.
             with suppress(torch.OutOfMemoryError):
-                return self._collect([tuple(self._runner.run(pixels))])
+                return self._runner.start(pixels)
             self._runner = self._smaller()
-        batches = (pixels[start : start + self._batch] for start in range(0, len(pixels), self._batch))
-        return self._collect([self._forward(_tensor(batch)) for batch in batches])
+        return None
+
+    def _seconds_since(self, started: float) -> float:
+        """Less those in which the call before had the device."""
+        ended = time.perf_counter()
+        seconds = ended - max(started, self._ended)
+        self._ended = ended
+        return max(0.0, seconds)
 
     @torch.inference_mode()
     def _fastest(self) -> Runner:
@@ -131,6 +154,7 @@ class TorchPredictor:
             return largest
         chosen = choose_batch(rates)
         _log.info("images/s by batch size: %s; taking %d", rates, chosen)
+        self._batch = chosen
         return largest if chosen == largest.batch else half
 
     def _fitting(self) -> Runner:
@@ -140,6 +164,8 @@ class TorchPredictor:
             self._halve()
 
     def _smaller(self) -> Runner:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()  # the call before may still compute in what is given back here
         self._runner = None
         self._halve()
         return self._fitting()

@@ -1,14 +1,15 @@
 """Batches through a network with the copies hidden: two of everything, and a stream for each direction.
 
 While batch i computes, batch i + 1 is written into page-locked memory and copied over, and the results of batch i − 1
-are copied back. All batches have one size, so that a CUDA graph can replay the forward pass; the last is padded. On a
-CPU the same steps run one after the other on the same buffers.
+are copied back. A call goes on where the one before stopped, whose last batch may still compute. All batches have one
+size, so that a CUDA graph can replay the forward pass; the last is padded. On a CPU the same steps run one after the
+other on the same buffers.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,19 @@ SLOTS = 2
 _WARM_UPS = 3
 
 _log = logging.getLogger(__name__)
+
+
+class Underway(NamedTuple):
+    """A call whose batches have been handed to the device."""
+
+    found: list[Tensor]
+    fetched: Any
+
+    def results(self) -> list[Tensor]:
+        """Each (n, …) on the host, once it is there."""
+        if self.fetched is not None:
+            self.fetched.synchronize()
+        return self.found
 
 
 class Runner:
@@ -54,27 +68,39 @@ class Runner:
         self._arrived, self._computed, self._fetched = ([self._event() for _ in range(SLOTS)] for _ in range(3))
         self._results: list[list[Tensor]] = [[] for _ in range(SLOTS)]
         self._graphs: list[Any] = []
-        self._warm_up(graphs and self._cuda)
+        self._slot = 0
+        with _memory_errors():
+            self._warm_up(graphs and self._cuda)
 
     def run(self, pixels: npt.NDArray[np.uint8]) -> list[Tensor]:
         """Results for `pixels` (n, H, W, 3), n > 0: each (n, …) on the host."""
+        return self.start(pixels).results()
+
+    def start(self, pixels: npt.NDArray[np.uint8]) -> Underway:
+        """`run` without the wait for the results. For one thread at a time; `pixels` are no longer needed afterwards.
+
+        Raises torch.OutOfMemoryError where the device lacks memory.
+        """
+        with _memory_errors():
+            return self._start(pixels)
+
+    def _start(self, pixels: npt.NDArray[np.uint8]) -> Underway:
         count = len(pixels)
         found = [
             torch.empty((count, *result.shape[1:]), dtype=result.dtype, pin_memory=self._cuda)
             for result in self._results[0]
         ]
-        starts = range(0, count, self.batch)
-        self._send(0, pixels[: self.batch])
-        for number, start in enumerate(starts):
-            slot = number % SLOTS
-            self._compute(slot)
-            following = start + self.batch
-            if following < count:
-                self._send((number + 1) % SLOTS, pixels[following : following + self.batch])
-            self._fetch(slot, [result[start:following] for result in found])
-        if self._cuda:
-            torch.cuda.synchronize()
-        return found
+        for start in range(0, count, self.batch):
+            stop = start + self.batch
+            # In this order the host writes the next batch while this one computes.
+            self._send(self._slot, pixels[start:stop])
+            self._compute(self._slot)
+            self._fetch(self._slot, [result[start:stop] for result in found])
+            self._slot = (self._slot + 1) % SLOTS
+        # Its waiter sleeps: the decoders beside it have use for the core.
+        fetched = torch.cuda.Event(blocking=True) if self._cuda else None  # type: ignore[no-untyped-call]
+        self._record(fetched, self._out)
+        return Underway(found, fetched)
 
     def _warm_up(self, graphs: bool) -> None:
         """Each kernel of `attention` that raises is dropped, but for the last one."""
@@ -83,11 +109,13 @@ class Runner:
                 for _ in range(_WARM_UPS):
                     for slot in range(SLOTS):
                         self._run_forward(slot)
+                if self._cuda:
+                    torch.cuda.synchronize()  # what a kernel raises comes here, and not with a later batch
                 self._graphs = [self._capture(slot) for slot in range(SLOTS)] if graphs else []
                 return
             except RuntimeError as error:
                 # Kinds of it are other things: no memory, a device that is lost, a compiler that fails after a minute.
-                if type(error) is not RuntimeError or len(self.attention) < 2:
+                if type(error) is not RuntimeError or lacks_memory(error) or len(self.attention) < 2:
                     raise
                 _log.warning("attention by %s fails here, so it goes without: %s", self.attention[0], error)
             self.attention = self.attention[1:]
@@ -151,3 +179,26 @@ class Runner:
     def _record(event: Any, stream: Any) -> None:
         if stream is not None:
             event.record(stream)
+
+
+def lacks_memory(error: BaseException | None) -> bool:
+    """Whether the device had no room, whoever says so: torch's allocator, CUDA, cuBLAS, or one of them beneath what the
+    end of a capture raised over it."""
+    while error is not None:
+        text = str(error)
+        said = "out of memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text
+        if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and said):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """A lack of memory is a torch.OutOfMemoryError, whoever says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or not lacks_memory(error):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from error
