@@ -238,7 +238,9 @@ def gpu(name: str, found: Result) -> str:
     )
     rows = [
         (
-            row["model"], row["dtype"] + (" compiled" if row["compiled"] else ""), str(row["batch"]),
+            row["model"],
+            row["dtype"] + ("" if row["compiled"] == "nothing" else f", {row['compiled']} compiled"),
+            str(row["batch"]),
             f"{row['model_only']:,.0f}", f"{row['ceiling_share']:.0%}" if row["ceiling_share"] else "-",
             f"{row['end_to_end']:,.0f}", f"{row['end_to_end_share']:.0%}",
             f"{row['one_call_share']:.0%} of {row['call_batches']:g}", f"{row['least_cosine']:.5f}",

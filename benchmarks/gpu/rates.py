@@ -12,8 +12,8 @@ from device import Bench
 from networks import CALL_ROWS, Features, Weights, direct, network, pictures
 
 from pipeline.models.architecture import Architecture
-from pipeline.models.gpu import plan_gpu
-from pipeline.predictors.torch_runner import Runner
+from pipeline.models.gpu import Compiled, plan_gpu
+from pipeline.predictors.torch_runner import Runner, compile_trunk
 
 MOST_BATCHES = 8
 CALLS = 8
@@ -47,17 +47,19 @@ def in_turn(runner: Runner, call: npt.NDArray[np.uint8], calls: int) -> None:
 
 
 class Subject:
-    """A network in one precision, `compiled` where the device can; with what it should give, taken before that."""
+    """A network in one precision, `compiled` on a GPU; with what it should give, taken before that."""
 
-    def __init__(self, a: Architecture, weights: Weights, dtype: str, compiled: bool, most: int, bench: Bench) -> None:
+    def __init__(
+        self, a: Architecture, weights: Weights, dtype: str, compiled: Compiled, most: int, bench: Bench
+    ) -> None:
         self.a, self.dtype, self.bench, self.compiled = a, dtype, bench, compiled
         self.model = network(a, weights.tensors, dtype, bench.device)
         self.pixels = pictures(MOST_BATCHES * most, a.trained_size)
         self.expected = direct(self.model, self.pixels[: 2 * most + 3], most, bench.device)
         self.exact = weights.exact
-        if compiled and bench.cuda:
+        if bench.cuda:
             torch.compiler.reset()  # dynamo gives up on a function that it has compiled eight times
-            self.model.trunk.compile(dynamic=False)
+            compile_trunk(self.model.trunk, compiled)
 
     @property
     def correctness(self) -> dict[str, float]:
@@ -81,7 +83,7 @@ class Subject:
             graphs=plan.graphs,
             attention=plan.attention if self.bench.cuda else ("FLASH_ATTENTION", "MATH"),
         )
-        if self.compiled:
+        if self.compiled != "nothing":
             self.bench.longest_compile_s = max(self.bench.longest_compile_s, time.monotonic() - started)
         return runner
 

@@ -33,7 +33,7 @@ from networks import Weights, networks, weights
 from rates import LEAST, Subject
 
 from pipeline.models.cost import forward_flop
-from pipeline.models.gpu import has_compiler
+from pipeline.models.gpu import Compiled, has_compiler
 
 MEASURE_S = 2.0
 LEFT_OUT = ("left_out", "wrong")
@@ -44,23 +44,28 @@ class Step(NamedTuple):
 
     name: str
     dtype: str
-    compiled: bool
+    compiled: Compiled
     batches: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"{self.name} {self.dtype}{' compiled' if self.compiled else ''}"
+        return f"{self.name} {precision(self.dtype, self.compiled)}"
+
+
+def precision(dtype: str, compiled: Compiled) -> str:
+    return dtype if compiled == "nothing" else f"{dtype}, {compiled} compiled"
 
 
 def steps(names: Sequence[str], batches: Sequence[int], *, compiler: bool) -> list[Step]:
     """What matters most first: the first network at the largest batch in each precision, then the others likewise; the
     smaller batches behind each. Without a compiler float8 runs as it is."""
     largest, *smaller = sorted(batches, reverse=True)
-    kinds = [("bfloat16", False), ("float8", compiler), *([("bfloat16", True)] if compiler else [])]
+    kinds: list[tuple[str, Compiled]] = [("bfloat16", "nothing"), ("float8", "blocks" if compiler else "nothing")]
+    kinds += [("bfloat16", "trunk"), ("float8", "trunk")] if compiler else []
     first, *others = names
     found: list[Step] = []
     for some in ([first], others):
         found += [Step(name, *kind, (largest,)) for kind in kinds for name in some]
-        found += [Step(name, "bfloat16", False, tuple(smaller)) for name in some if smaller]
+        found += [Step(name, "bfloat16", "nothing", tuple(smaller)) for name in some if smaller]
     return found
 
 
@@ -111,7 +116,7 @@ def measure(step: Step, subject: Subject, report: Report, bench: Bench) -> None:
     if (step.name, step.dtype) not in known:
         report.add("correctness", {"model": step.name, "dtype": step.dtype, **subject.correctness})
     for batch in step.batches:
-        if bench.late(compiled=step.compiled and bench.cuda):
+        if bench.late(compiled=step.compiled != "nothing" and bench.cuda):
             report.add("left_out", f"{step} batch {batch}: time is up")
             continue
         try:
@@ -139,14 +144,14 @@ def against_ceilings(row: dict[str, Any], subject: Subject, ceilings: dict[str, 
     }
 
 
-HEAD = f"{'model':<18}{'precision':<20}{'batch':>6}{'model only':>12}{'end to end':>12}{'share':>7}{'one call':>11}" \
+HEAD = f"{'model':<18}{'precision':<26}{'batch':>6}{'model only':>12}{'end to end':>12}{'share':>7}{'one call':>11}" \
        f"{'ceiling':>9}{'cosine':>9}"  # fmt: skip
 
 
 def show(row: dict[str, Any]) -> None:
-    kind = row["dtype"] + (" compiled" if row["compiled"] else "")
+    kind = precision(row["dtype"], row["compiled"])
     share = f"{row['ceiling_share']:.0%}" if row["ceiling_share"] else "-"
-    print(f"{row['model']:<18}{kind:<20}{row['batch']:>6}{row['model_only']:>12,.1f}{row['end_to_end']:>12,.1f}"
+    print(f"{row['model']:<18}{kind:<26}{row['batch']:>6}{row['model_only']:>12,.1f}{row['end_to_end']:>12,.1f}"
           f"{row['end_to_end_share']:>7.0%}{row['one_call_share']:>11.0%}{share:>9}{row['least_cosine']:>9.5f}",
           flush=True)  # fmt: skip
 
@@ -184,7 +189,7 @@ def main() -> None:
     known: dict[str, Weights] = {}
     batches = options.batches or ([2, 4] if options.tiny else [64, 128, 256])
     for step in steps(list(chosen), batches, compiler=compiler):
-        late = bench.late(compiled=step.compiled and bench.cuda)
+        late = bench.late(compiled=step.compiled != "nothing" and bench.cuda)
         if late or (step.dtype == "float8" and not bench.float8):
             report.add("left_out", f"{step}: {'time is up' if late else 'this GPU has no units for it'}")
             continue

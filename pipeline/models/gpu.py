@@ -7,7 +7,7 @@ import os
 import shutil
 import sysconfig
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pipeline.models.precision import Hardware
 
@@ -27,11 +27,14 @@ _GFLOP_PER_S = 200_000.0
 BATCH_TOLERANCE = 0.97
 
 
+Compiled = Literal["nothing", "blocks", "trunk"]
+
+
 class GpuPlan(NamedTuple):
-    """`attention`: kernels to try, best first. `compiled`: torch.compile on the trunk. `graphs`: CUDA graphs."""
+    """`attention`: kernels to try, best first. `compiled`: what torch.compile gets. `graphs`: CUDA graphs."""
 
     attention: tuple[str, ...]
-    compiled: bool
+    compiled: Compiled
     graphs: bool
 
 
@@ -41,9 +44,11 @@ def plan_gpu(
     """The plan for one actor that has `work_gflop` before it, on a GPU of `hardware`.
 
     The flash kernels take no bias, so BEiT's relative positions leave the memory-efficient one, for which the bias is
-    stored with an aligned stride. float8 is always compiled: scaling the activations is a dozen passes over memory
-    otherwise, which cost more than the products gain. CUDA graphs cost a few seconds and save each launch. Without a
-    C `compiler` on the machine nothing can be compiled, and float8 is slow but right.
+    stored with an aligned stride. A long job compiles the trunk as a whole. float8 is always compiled: scaling the
+    activations is a dozen passes over memory otherwise, which cost more than the products gain. Where the job is short
+    that is one block for all, which takes half the time or less and leaves a pass over memory between two blocks. CUDA
+    graphs cost a few seconds and save each launch. Without a C `compiler` on the machine nothing can be compiled, and
+    float8 is slow but right.
     """
     attention: tuple[str, ...]
     capability = hardware.compute_capability or (0, 0)
@@ -52,8 +57,12 @@ def plan_gpu(
     else:
         cudnn = capability[0] == _CUDNN_MAJOR and hardware.cudnn >= _CUDNN_SINCE
         attention = _HOPPER if cudnn else _FLASH
-    pays = dtype == "float8" or work_gflop / _GFLOP_PER_S >= COMPILE_FROM_S
-    return GpuPlan(attention, compiler and pays, graphs=True)
+    compiled: Compiled = "nothing"
+    if compiler and work_gflop / _GFLOP_PER_S >= COMPILE_FROM_S:
+        compiled = "trunk"
+    elif compiler and dtype == "float8":
+        compiled = "blocks"
+    return GpuPlan(attention, compiled, graphs=True)
 
 
 def has_compiler() -> bool:

@@ -17,7 +17,7 @@ from pipeline.models import ModelInfo, load_model
 from pipeline.models.gpu import GpuPlan, choose_batch, has_compiler, plan_gpu
 from pipeline.models.precision import BFLOAT16_SINCE_SM, FLOAT8_SINCE_SM, describe_hardware, torch_dtype
 from pipeline.predictors.batches import Predictions, Wanted, good_rows, pixels_of, predicted_table
-from pipeline.predictors.torch_runner import Runner, Underway
+from pipeline.predictors.torch_runner import Runner, Underway, compile_trunk
 from schemas.errors import ClusterError
 from schemas.spec import VECTOR_NAMES
 
@@ -79,10 +79,10 @@ class TorchPredictor:
                 work_gflop=work_gflop,
                 compiler=has_compiler(),
             )
-            if self._plan.compiled:
+            if self._plan.compiled != "nothing":
                 # Where Triton cannot build after all (no headers, a read-only home), it runs as without a compiler.
                 torch._dynamo.config.suppress_errors = True
-                self._model.trunk.compile(dynamic=False)
+                compile_trunk(self._model.trunk, self._plan.compiled)
             elif dtype == "float8":
                 _log.warning("float8 without a C compiler on this machine: torch.compile is off, and it is slow")
             self._runner = self._fastest()
@@ -138,10 +138,10 @@ class TorchPredictor:
         """The runner whose batch size was measured to be best, of the one asked for and its half.
 
         Both get as many images as a call brings: of two batches the copies of one lie open, of four those of one in
-        four. Where the trunk is compiled, each size would be compiled anew, which takes longer than a better one saves.
+        four. What is compiled would be compiled anew for each size, which takes longer than a better one saves.
         """
         largest = self._fitting()
-        if largest.batch == 1 or (self._plan is not None and self._plan.compiled):
+        if largest.batch == 1 or (self._plan is not None and self._plan.compiled != "nothing"):
             return largest
         most = 4 * largest.batch
         pixels = _noise((min(self._call_rows or most, most), *self._shape))
@@ -179,7 +179,7 @@ class TorchPredictor:
         _log.warning("out of device memory: batch size is %d from here on", self._batch)
 
     def _made(self, batch: int) -> Runner:
-        plan = self._plan or GpuPlan((), compiled=False, graphs=False)
+        plan = self._plan or GpuPlan((), "nothing", graphs=False)
         return Runner(
             self._forward,
             batch=batch,

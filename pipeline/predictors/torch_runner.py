@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pipeline.models.gpu import Compiled
+
 Forward = Callable[[Tensor], Sequence[Tensor]]
 SLOTS = 2
 _WARM_UPS = 3
@@ -179,6 +181,15 @@ class Runner:
     def _record(event: Any, stream: Any) -> None:
         if stream is not None:
             event.record(stream)
+
+
+def compile_trunk(trunk: Any, what: Compiled) -> None:
+    """Have `what` of a network compiled when it first runs, for the shape it then gets. All blocks are of one shape, so
+    that the code of one does for the others."""
+    parts = {"nothing": [], "blocks": [*trunk.blocks, trunk.prefix_block], "trunk": [trunk]}[what]
+    for part in parts:
+        if part is not None:
+            part.compile(dynamic=False)
 
 
 def lacks_memory(error: BaseException | None) -> bool:

@@ -43,7 +43,12 @@ def test_runs_through_without_a_gpu(tmp_path: Path) -> None:
     assert {(row["model"], row["dtype"], row["compiled"]) for row in found["rates"]} == {
         (model, dtype, compiled)
         for model in ("tiny ViT", "tiny BEiT")
-        for dtype, compiled in (("bfloat16", False), ("float8", True), ("bfloat16", True))
+        for dtype, compiled in (
+            ("bfloat16", "nothing"),
+            ("float8", "blocks"),
+            ("bfloat16", "trunk"),
+            ("float8", "trunk"),
+        )
     }
     for row in found["rates"]:
         assert row["model_only"] > 0
@@ -92,7 +97,7 @@ def test_results_that_are_not_those_of_a_plain_call_are_wrong(
     with pytest.raises(SystemExit, match="wrong results: tiny ViT bfloat16 batch 2: a cosine of"):
         started(gpu, monkeypatch, "--json", str(tmp_path / "gpu.json"))
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert len(found["wrong"]) == len(found["rates"]) == 3
+    assert len(found["wrong"]) == len(found["rates"]) == 4
 
 
 def test_not_a_number_is_wrong(gpu: SimpleNamespace) -> None:
@@ -112,15 +117,16 @@ def test_times_are_of_pictures_and_not_of_black(gpu: SimpleNamespace, monkeypatc
     monkeypatch.setattr(gpu.rates, "Runner", Seen)
     started(gpu, monkeypatch)
     assert len(black) > 60
-    assert sum(black) == 3, "but for the padded batch of each comparison"
+    assert sum(black) == 4, "but for the padded batch of each comparison"
 
 
 def test_what_matters_comes_first_and_is_stored_at_once(
     gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     order = [str(step) for step in gpu.run.steps(["L", "B"], [64, 256], compiler=True)]
-    assert order[:4] == ["L bfloat16", "L float8 compiled", "L bfloat16 compiled", "L bfloat16"]
-    assert gpu.run.steps(["L", "B"], [64, 128, 256], compiler=True)[3].batches == (128, 64)
+    assert order[:3] == ["L bfloat16", "L float8, blocks compiled", "L bfloat16, trunk compiled"]
+    assert order[3:5] == ["L float8, trunk compiled", "L bfloat16"]
+    assert gpu.run.steps(["L", "B"], [64, 128, 256], compiler=True)[4].batches == (128, 64)
     rates, rows = gpu.rates.Subject.rates, iter(range(2))
 
     def cut_short(subject: Any, batch: int) -> Any:
@@ -138,7 +144,7 @@ def test_what_is_left_out_is_said(
     gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kinds = {(step.dtype, step.compiled) for step in gpu.run.steps(["L"], [256], compiler=False)}
-    assert kinds == {("bfloat16", False), ("float8", False)}, "float8 runs without a compiler as well"
+    assert kinds == {("bfloat16", "nothing"), ("float8", "nothing")}, "float8 runs without a compiler as well"
     with pytest.raises(SystemExit):
         started(gpu, monkeypatch, "--models", "VIT-L/16")
     assert "--models VIT-L/16: unknown; there are tiny ViT, tiny BEiT" in capsys.readouterr().err

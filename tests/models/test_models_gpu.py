@@ -1,12 +1,17 @@
 """What is chosen for a GPU: the same on every machine, with or without one."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from support.checkpoints import make_checkpoint
 from torch.nn.attention import SDPBackend
 
+from pipeline.models import inspect_model, load_model
 from pipeline.models.gpu import COMPILE_FROM_S, choose_batch, has_compiler, plan_gpu
-from pipeline.models.precision import Hardware
+from pipeline.models.precision import Hardware, torch_dtype
+from pipeline.predictors.torch_runner import compile_trunk
 
 CUDNN = 91900
 T4, A100, L4, H200, B200, RTX = (
@@ -42,16 +47,37 @@ def test_attention(hardware: Hardware, dtype: str, bias: bool, first: str) -> No
 
 
 def test_compiling_is_for_long_jobs_and_for_float8() -> None:
-    def compiled(dtype: str, work_gflop: float) -> bool:
+    def compiled(dtype: str, work_gflop: float) -> str:
         return plan_gpu(H200, dtype, attention_bias=False, work_gflop=work_gflop).compiled
 
-    assert not compiled("bfloat16", 0)
-    assert not compiled("bfloat16", 0.99 * COMPILE_FROM_S * 200_000)
-    assert compiled("bfloat16", 1.01 * COMPILE_FROM_S * 200_000)
-    assert compiled("float8", 0)
+    assert compiled("bfloat16", 0) == "nothing"
+    assert compiled("bfloat16", 0.99 * COMPILE_FROM_S * 200_000) == "nothing"
+    assert compiled("bfloat16", 1.01 * COMPILE_FROM_S * 200_000) == "trunk"
+    assert compiled("float8", 0) == "blocks"
+    assert compiled("float8", 1.01 * COMPILE_FROM_S * 200_000) == "trunk"
     for dtype in ("bfloat16", "float8"):
         plan = plan_gpu(H200, dtype, attention_bias=False, work_gflop=LONG, compiler=False)
-        assert not plan.compiled
+        assert plan.compiled == "nothing"
+
+
+@pytest.mark.parametrize("kind", ["vit-classifier", "beit-classifier"])
+def test_compiled_blocks_share_their_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """As dynamo sees it; what builds kernels from its graphs is left out."""
+    info = inspect_model(str(make_checkpoint(tmp_path / kind, kind, image_size=32, patch_size=8)))
+    model = load_model(info, dtype=torch_dtype("float8"), outputs=("cls",))
+    pixels = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = model(pixels).cls
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+        torch.compiler.reset()
+        stats = torch._dynamo.utils.counters["stats"]
+        stats.clear()
+        compile_trunk(model.trunk, "blocks")
+        found = model(pixels).cls
+    assert len(model.trunk.blocks) > 2
+    assert stats["unique_graphs"] == 1 + (model.trunk.prefix_block is not None)
+    assert torch.equal(found, expected)
+    torch.compiler.reset()
 
 
 def test_a_compiler_is_looked_for_in_path_and_the_headers_that_it_needs(
