@@ -4,6 +4,7 @@ Pairs make connected components: a picture belongs to a group if it is near to a
 the kept picture, can lie below the threshold. Kept is the picture with the most pixels, of equals the lowest row.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,11 @@ from schemas.errors import SpecError
 # On a trained ViT-Ti/16, re-compressed copies (JPEG quality 30 to 90, WebP 50) and copies of half the size keep a
 # cosine of 0.88 and more in 97 of 100 cases, while different photographs stay below 0.7.
 DEFAULT_THRESHOLD = 0.88
+
+# Vectors of so many numbers are hashed at a time: what is computed on the way stays in the caches.
+_HASHED_WORDS = 1 << 16
+# The golden ratio in 64 bits, as multiplicative hashing takes it (Knuth, TAOCP 3, 6.4).
+_ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,14 @@ def _join_near(store: FeatureStore, matrix: Matrix, joined: Components, threshol
     """Join near vectors. Equal vectors are joined first and compared once, so that many copies cost little."""
     candidates = np.flatnonzero(matrix.usable)
     _, first, inverse = np.unique(_hashes(matrix), return_index=True, return_inverse=True)
-    joined.join(candidates, candidates[first[inverse]])
+    originals = candidates[first[inverse]]
+    again = originals != candidates
+    copies, originals = candidates[again], originals[again]
+    # A hash alone joins nothing: what is joined may be deleted.
+    equal = np.ones(len(copies), np.bool_)
+    for span, left, right in _side_by_side(matrix, copies, originals):
+        equal[span] = (left == right).all(axis=1)
+    joined.join(copies[equal], originals[equal])
     # Exact copies may differ in nothing but the name; one of each component so far stands for all of it.
     _, representative = np.unique(joined.labels()[candidates], return_index=True)
     chosen = candidates[np.sort(representative)]
@@ -98,13 +111,20 @@ def _join_near(store: FeatureStore, matrix: Matrix, joined: Components, threshol
 
 def _hashes(matrix: Matrix) -> Any:
     """(n,) uint64 of each usable vector: equal for equal bits, different otherwise but for one chance in 2^64."""
-    found = []
+    found = np.empty(int(matrix.usable.sum()), np.uint64)
     weights = np.random.default_rng(3).integers(0, 2**64, matrix.dim, np.uint64) | np.uint64(1)
+    step = max(1, _HASHED_WORDS // matrix.dim)
+    done = 0
     for _, vectors in matrix.chunks(release=True):
         words = np.ascontiguousarray(vectors).view(np.uint32)
-        for start in range(0, len(words), 4096):
-            found.append(words[start : start + 4096].astype(np.uint64) @ weights)
-    return np.concatenate(found) if found else np.empty(0, np.uint64)
+        for start in range(0, len(words), step):
+            mixed = words[start : start + step].astype(np.uint64)
+            # Numbers of 16 bits end in zeros, and so would sums of their products: upper bits are mixed into the lower.
+            mixed *= _ODD
+            mixed ^= mixed >> np.uint64(32)
+            found[done : done + len(mixed)] = mixed @ weights
+            done += len(mixed)
+    return found
 
 
 def _describe(store: FeatureStore, matrix: Matrix | None, rows: Ints, labels: Ints) -> Duplicates:
@@ -135,11 +155,16 @@ def _describe(store: FeatureStore, matrix: Matrix | None, rows: Ints, labels: In
 def _cosines(matrix: Matrix, first: Ints, second: Ints) -> Floats:
     scores = np.zeros(len(first), np.float32)
     prepare = Preparation()
+    for span, left, right in _side_by_side(matrix, first, second):
+        scores[span] = np.einsum("ij,ij->i", prepare.apply(left), prepare.apply(right))
+    return np.nan_to_num(scores).clip(-1, 1)
+
+
+def _side_by_side(matrix: Matrix, first: Ints, second: Ints) -> Iterator[tuple[slice, Floats, Floats]]:
+    """The vectors at `first[i]` and `second[i]`, (n, D) each, a chunk of the pairs at a time."""
     for start in range(0, len(first), matrix.chunk_rows):
         span = slice(start, start + matrix.chunk_rows)
-        left, right = (prepare.apply(matrix.take(positions[span])) for positions in (first, second))
-        scores[span] = np.einsum("ij,ij->i", left, right)
-    return np.nan_to_num(scores).clip(-1, 1)
+        yield span, matrix.take(first[span]), matrix.take(second[span])
 
 
 def write_duplicates(store: FeatureStore, found: Duplicates, name: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from support.runs import RunContent, clustered, write_run
 from pipeline.retrieval import pairs as pairs_module
 from pipeline.retrieval.arrays import Preparation, no_progress, unit
 from pipeline.retrieval.components import Components
-from pipeline.retrieval.duplicates import find_duplicates, write_duplicates
+from pipeline.retrieval.duplicates import _hashes, find_duplicates, write_duplicates
 from pipeline.retrieval.pairs import near_pairs
 from pipeline.retrieval.store import FeatureStore
 from pipeline.retrieval.thresholds import pairs_around
@@ -91,6 +91,29 @@ def test_many_equal_vectors_cost_little(tmp_path: Path) -> None:
     found = find_duplicates(open_run(tmp_path, RunContent({"cls": vectors})), 0.99)
     assert found.groups == 2
     assert len(found.row) == 60_000
+
+
+def test_equal_hashes_do_not_make_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Values of bfloat16, whose weighted sums modulo 2^64 were equal.
+    vectors = np.array(
+        [
+            [1.40625, 0.396484375, -0.08544921875, 0.93359375, -1.3828125, -0.6484375],
+            [-0.55078125, -0.3515625, -2.234375, 1.4140625, 1.46875, 0.435546875],
+            [5, 1, 0, 0, 0, 0],
+            [-0.55078125, -0.3515625, -2.234375, 1.4140625, 1.46875, 0.435546875],
+        ],
+        np.float32,
+    )
+    store = open_run(tmp_path, RunContent({"cls": vectors}))
+    assert find_duplicates(store, 0.88).row.tolist() == [1, 3]
+    monkeypatch.setattr("pipeline.retrieval.duplicates._hashes", lambda matrix: np.zeros(4, np.uint64))
+    assert find_duplicates(store, 0.88).row.tolist() == [1, 3]
+
+
+def test_hashes_of_16_bit_numbers_use_all_bits(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).standard_normal((512, 4)).astype(np.float16)
+    hashes = _hashes(open_run(tmp_path, RunContent({"cls": vectors})).load("cls"))
+    assert all(0 < np.count_nonzero(hashes >> np.uint64(bit) & np.uint64(1)) < 512 for bit in range(64))
 
 
 def test_exact_only_and_threshold_one(tmp_path: Path) -> None:
