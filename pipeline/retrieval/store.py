@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 from fsspec import AbstractFileSystem
-from fsspec.implementations.dirfs import DirFileSystem
 from numpy.typing import NDArray
 
+from pipeline.columns import ColumnReads
 from pipeline.results import list_results
 from pipeline.retrieval.arrays import Floats, Ints, Preparation, Progress, no_progress
 from pipeline.retrieval.matrix import Matrix, map_matrix, prepare_matrix
@@ -218,14 +218,23 @@ class FeatureStore:
             return self._dataset(self._parts_now)
         paths = self._paths(kind)
         if paths:
-            return pads.dataset(paths, filesystem=self.fs)
+            return self._parquet(paths)
         empty = FAILURES_SCHEMA if kind == "failures" else manifest_schema(user_fields(self.schema))
         return pads.dataset(empty.empty_table())
 
     def _dataset(self, parts: list[Part]) -> pads.Dataset:
         if not parts:
             return pads.dataset(self.schema.empty_table())
-        return pads.dataset([part.path for part in parts], schema=self.schema, filesystem=self.fs)
+        return self._parquet([part.path for part in parts], self.schema)
+
+    def _parquet(self, paths: list[str], schema: pa.Schema | None = None) -> pads.Dataset:
+        if is_local(self.fs):
+            return pads.dataset(paths, schema=schema, filesystem=self.fs)
+        inside = [self._inside(path) for path in paths]
+        return pads.dataset(inside, schema=schema, filesystem=ColumnReads(self.root, self.fs))
+
+    def _inside(self, path: str) -> str:
+        return path.removeprefix(f"{self.root}/")
 
     def connect(self) -> duckdb.DuckDBPyConnection:
         """A DuckDB connection in memory, of which it takes 2 GiB; what does not fit goes to temporary files.
@@ -234,7 +243,7 @@ class FeatureStore:
         """
         connection = duckdb.connect(config={"memory_limit": MEMORY, "temp_directory": temporary_folder()})
         if not is_local(self.fs):
-            connection.register_filesystem(DirFileSystem(path=self.root, fs=self.fs))
+            connection.register_filesystem(ColumnReads(self.root, self.fs))
         for kind in _TABLES:
             self.add_view(connection, kind, join(self.root, kind))
         for kind in ("clusters", "duplicates"):
@@ -247,8 +256,8 @@ class FeatureStore:
         paths = self._paths(view) if view in _TABLES else [path for path, _ in list_parquet(self.fs, folder)]
         if paths:
             # DuckDB claims s3:// and gs:// for its own drivers; under `dir://` it asks ours, with our credentials.
-            base = "" if is_local(self.fs) else self.root + "/"
-            files = ", ".join(literal(f"dir://{path.removeprefix(base)}" if base else path) for path in paths)
+            local = is_local(self.fs)
+            files = ", ".join(literal(path if local else f"dir://{self._inside(path)}") for path in paths)
             connection.execute(
                 f"CREATE VIEW {quote(view)} AS SELECT * FROM read_parquet([{files}], hive_partitioning = false)"
             )
