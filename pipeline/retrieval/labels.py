@@ -3,6 +3,7 @@
 import csv
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from pipeline.retrieval.arrays import Ints
 from pipeline.retrieval.matrix import Matrix
 from pipeline.retrieval.query import quote
 from pipeline.retrieval.store import FeatureStore
+from pipeline.storage import redact
 from schemas.errors import SpecError
 
 _KEYS = ("row", "uri", "name")
@@ -110,7 +112,7 @@ def _labels_by_name(path: str, reader: "csv.DictReader[str]", key: str) -> dict[
             continue
         if not name.strip():
             raise SpecError(f"--labels {path}: line {reader.line_num} has no `{key}`; fill it in, or leave it out")
-        name = _row_number(name) if key == "row" else name
+        name = _AS_STORED[key](name)
         if named.setdefault(name, label) != label:
             advice = "; if they are two pictures of one name, name them by `uri`" if key == "name" else ""
             raise SpecError(
@@ -126,6 +128,10 @@ def _row_number(text: str) -> str:
     return str(int(whole[1])) if whole else text
 
 
+# Addresses are stored without their signatures.
+_AS_STORED: dict[str, Callable[[str], str]] = {"row": _row_number, "uri": redact, "name": str}
+
+
 def _rows_by_key(store: FeatureStore, key: str) -> tuple[dict[str, list[int]], dict[str, tuple[str, str]]]:
     """Ids of the rows of each name; for a name that several pictures have, two of their addresses."""
     table = store.table(["row"] if key == "row" else ["row", "uri"])
@@ -136,12 +142,20 @@ def _rows_by_key(store: FeatureStore, key: str) -> tuple[dict[str, list[int]], d
     first: dict[str, str] = {}
     shared: dict[str, tuple[str, str]] = {}
     for row, uri in zip(rows, table.column("uri").to_pylist(), strict=True):
-        name = uri if key == "uri" else uri.rpartition("/")[2]
-        names.setdefault(name, []).append(row)
-        # Several rows of one address are one picture, listed twice or replaced by a newer version.
-        if first.setdefault(name, uri) != uri:
-            shared.setdefault(name, (first[name], uri))
+        for name in (uri,) if key == "uri" else _names(uri):
+            names.setdefault(name, []).append(row)
+            # Several rows of one address are one picture, listed twice or replaced by a newer version.
+            if first.setdefault(name, uri) != uri:
+                shared.setdefault(name, (first[name], uri))
     return names, shared
+
+
+def _names(uri: str) -> tuple[str, ...]:
+    """The last part of an address. That of a web address has two: a query may sign, or tell images apart."""
+    name = uri.rpartition("/")[2]
+    if not uri.startswith(("http://", "https://")):
+        return (name,)
+    return tuple(dict.fromkeys((name, uri.partition("?")[0].rpartition("/")[2])))
 
 
 def locate(matrix: Matrix, found: RowLabels) -> Labelled:

@@ -116,7 +116,7 @@ def _row_id(text: str) -> int:
 
 
 def _row_of_uri(store: FeatureStore, uri: str) -> int:
-    wanted = pads.field("uri") == uri
+    wanted = pads.field("uri") == redact(uri)  # as it is stored
     found = store.reread(lambda: store.dataset().to_table(columns=["row"], filter=wanted)).column("row").to_numpy()
     if not len(found):
         sample = store.dataset().head(1, columns=["uri"]).column("uri")[0].as_py()

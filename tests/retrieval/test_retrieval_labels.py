@@ -10,6 +10,7 @@ from support.runs import RunContent, clustered, write_run
 from pipeline.retrieval.labels import labels_from_column, labels_from_csv, locate
 from pipeline.retrieval.store import FeatureStore
 from schemas.errors import SpecError
+from schemas.redaction import redact
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,19 @@ def test_labels_from_csv(store: FeatureStore, tmp_path: Path, header: str, line:
     np.testing.assert_array_equal(found.positions, labelled.positions)
     np.testing.assert_array_equal(found.codes, labelled.codes)
     assert 17 not in found.positions
+
+
+def test_labels_of_signed_addresses(tmp_path: Path) -> None:
+    signed = [f"https://h/x{row}.jpg?X-Amz-Signature=a/{row}" for row in range(4)] + ["https://h/one?id=4"]
+    content = RunContent({"cls": clustered(5, 8, 2)}, uris=[redact(uri) for uri in signed])
+    store = FeatureStore.open(str(write_run(tmp_path / "run", content)))
+    lines = [f"{uri},{row % 2}" for row, uri in enumerate(signed)]
+    found = labels_from_csv(store, write_csv(tmp_path / "uri.csv", "uri,label", lines))
+    assert found.rows.tolist() == list(range(5))
+    assert found.labels == ["0", "1", "0", "1", "0"]
+    lines = [f"x{row}.jpg,{row % 2}" for row in range(4)] + ["one?id=4,0"]
+    found = labels_from_csv(store, write_csv(tmp_path / "name.csv", "name,label", lines))
+    assert found.rows.tolist() == list(range(5))
 
 
 def test_labels_that_match_no_row_show_both_sides(store: FeatureStore, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pipeline.retrieval.page import Picture, pictures_page
 from pipeline.retrieval.search import Example, Hit, build_query, search
 from pipeline.retrieval.store import FeatureStore
 from schemas.errors import SpecError
+from schemas.redaction import redact
 
 _RNG = np.random.default_rng(5)
 VECTORS = (_RNG.standard_normal((3000, 32)) * np.linspace(0.1, 9, 3000)[:, None]).astype(np.float32)
@@ -61,6 +62,13 @@ def test_by_row_and_uri_leave_the_example_out(store: FeatureStore) -> None:
     kept = ask(store, Example("row", "1234"), keep_examples=True)
     assert kept[0]["row"] == 1234
     assert kept[0]["score"] == pytest.approx(1, abs=1e-5)
+
+
+def test_by_a_signed_address(tmp_path: Path) -> None:
+    signed = [f"https://h/x{row}.jpg?X-Amz-Signature={row}" for row in range(4)]
+    content = RunContent({"cls": np.eye(4, dtype=np.float32)}, uris=[redact(uri) for uri in signed])
+    store = FeatureStore.open(str(write_run(tmp_path, content)))
+    assert build_query(store, "cls", [Example("uri", signed[2])], None, Preparation()).rows.tolist() == [2]
 
 
 def test_several_minus_others(store: FeatureStore) -> None:
