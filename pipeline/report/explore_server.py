@@ -10,7 +10,6 @@ import socket
 import sys
 from collections.abc import Callable, Mapping
 from email.message import Message
-from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
 from typing import Any
@@ -152,11 +151,9 @@ class _Handler(BaseHTTPRequestHandler):
         return self._plain(401, "Add ?token=… with the token that this server was started with to the address.")
 
     def _cookies(self) -> dict[str, str]:
-        try:
-            found = SimpleCookie(self.headers.get("Cookie", ""))
-        except CookieError:
-            return {}
-        return {name: unquote(morsel.value) for name, morsel in found.items()}
+        # By hand: http.cookies gives up at what other applications on this host may have set.
+        pairs = (item.partition("=") for item in self.headers.get("Cookie", "").split(";"))
+        return {name.strip(): unquote(value.strip()) for name, _, value in pairs}
 
     def _foreign(self) -> Response | None:
         """A page of another site must not post here."""
@@ -213,18 +210,18 @@ def _same(given: str, token: str) -> bool:
 def uploaded_file(content_type: str, body: bytes) -> bytes:
     """The first file of a `multipart/form-data` body (RFC 7578), empty if there is none."""
     kind, parameters = _content_type(content_type)
-    boundary = parameters.get("boundary", "").encode()
-    if kind != "multipart/form-data" or not boundary:
+    boundary = parameters.get("boundary")
+    # One with a charset (`boundary*=`, RFC 2231) comes as three values; a boundary has none.
+    if kind != "multipart/form-data" or not isinstance(boundary, str) or not boundary:
         return b""
-    for part in (b"\r\n" + body).split(b"\r\n--" + boundary)[1:]:
+    for part in (b"\r\n" + body).split(b"\r\n--" + boundary.encode())[1:]:
         head, separator, data = part.partition(b"\r\n\r\n")
         if separator and b"filename=" in head:
             return data
     return b""
 
 
-def _content_type(header: str) -> tuple[str, Mapping[str, str]]:
-
+def _content_type(header: str) -> tuple[str, Mapping[str, object]]:
     parsed = Message()
     parsed["Content-Type"] = header
     return parsed.get_content_type(), dict(parsed.get_params([], "Content-Type"))

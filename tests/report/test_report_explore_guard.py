@@ -90,6 +90,8 @@ def test_report_explore_with_a_token(explored: tuple[Album, Path]) -> None:
         again = client.request(f"/?page=1&token={quote(TOKEN)}", headers={"Cookie": cookie})
         assert (again[0], again[1]["location"]) == (303, "/?page=1")
         assert client.request("/clusters", headers={"Cookie": f"{cookie}x"})[0] == 401
+        for others in ('prefs={"a":1}', "na me=1", "x[1]=2", "bare", "=", ""):
+            assert client.request("/clusters", headers={"Cookie": f"{others}; {cookie}; z=@"})[0] == 200, others
         assert client.request("/clusters", headers={"Authorization": f"Bearer {TOKEN}"})[0] == 200
         _, headers, _ = client.request(f"/%5celsewhere.example?token={quote(TOKEN)}")
         assert headers["location"] == "/"
@@ -126,4 +128,5 @@ def test_report_uploaded_file_is_cut_out_exactly() -> None:
     )
     assert uploaded_file('multipart/form-data; boundary="b"', body) == data
     assert uploaded_file("multipart/form-data", body) == b""
+    assert uploaded_file("multipart/form-data; boundary*=utf-8''b", body) == b""
     assert uploaded_file("application/json", body) == b""
