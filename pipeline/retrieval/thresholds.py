@@ -40,18 +40,22 @@ def pairs_around(
     top = np.inf if bands[-1].high == 1 else bands[-1].high
     edges = np.array([*(band.low for band in bands), top], np.float32)
     rng = np.random.default_rng(seed)
+    # Each pair draws a number; of each band those with the lowest are shown, so all have the same chance.
+    drawn: list[list[tuple[float, tuple[int, int, float]]]] = [[] for _ in bands]
     for found in near_pairs(matrix, np.flatnonzero(matrix.usable), float(edges[0]), Preparation(), store.progress):
         band_of = np.searchsorted(edges, found.score, side="right") - 1
+        lots = rng.random(len(found.score))
         for number, band in enumerate(bands):
             inside = np.flatnonzero(band_of == number)
+            band.pairs += len(inside)
+            if len(inside) > examples:
+                inside = inside[np.argpartition(lots[inside], examples)[:examples]]
             for at in inside:
-                band.pairs += 1
-                # Reservoir sampling: each pair of the band is shown with the same chance.
-                slot = len(band.examples) if len(band.examples) < examples else int(rng.integers(0, band.pairs))
-                if slot >= examples:
-                    continue
                 pair = (int(matrix.rows[found.first[at]]), int(matrix.rows[found.second[at]]), float(found.score[at]))
-                band.examples[slot : slot + 1] = [pair]
+                drawn[number].append((float(lots[at]), pair))
+            drawn[number] = sorted(drawn[number])[:examples]
+    for band, kept in zip(bands, drawn, strict=True):
+        band.examples = [pair for _, pair in kept]
     return bands[::-1]
 
 

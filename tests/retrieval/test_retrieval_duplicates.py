@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -198,6 +199,28 @@ def test_bands_around_a_threshold(tmp_path: Path) -> None:
     shown = next(band.examples for band in bands if round(band.low, 2) == 0.91)
     assert len(shown) == 4
     assert all(other == row + 100 for row, other, _ in shown)
+
+
+def test_examples_of_many_copies_are_drawn_by_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_run(tmp_path, RunContent({"cls": np.ones((600, 8), np.float32)}))
+    other = pairs_around(store, 0.97, seed=1)[0]
+    calls: list[str] = []
+
+    class Counted:
+        def __init__(self, rng: np.random.Generator) -> None:
+            self._rng = rng
+
+        def __getattr__(self, name: str) -> Any:
+            calls.append(name)
+            return getattr(self._rng, name)
+
+    made = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: Counted(made(seed)))
+    top = pairs_around(store, 0.97)[0]
+    assert top.pairs == other.pairs == 600 * 599 // 2
+    assert len(set(top.examples)) == 4
+    assert top.examples != other.examples
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("threshold", [0.94, 0.95, 0.955, 0.97, 1.0])
