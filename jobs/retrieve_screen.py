@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -67,6 +68,8 @@ def print_json(content: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Decimal):  # DuckDB's sums of integers, and numbers of a fixed scale
+        value = int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,6 +1,7 @@
 """SQL: views, cosine, nearest, and results as files."""
 
 import csv
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.runs import RunContent, write_run
 
+from jobs.retrieve_screen import print_json
 from pipeline.retrieval import sql
 from pipeline.retrieval.duplicates import find_duplicates, write_duplicates
 from pipeline.retrieval.store import FeatureStore
@@ -179,3 +181,9 @@ def test_bad_queries(store: FeatureStore, tmp_path: Path, query: str) -> None:
     with pytest.raises(SpecError, match="in: SELEC"):
         sql.write(store, query, str(tmp_path / "o.csv"))
     assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_any_type_are_numbers_in_json(store: FeatureStore, capsys: pytest.CaptureFixture[str]) -> None:
+    query = "SELECT sum(row) AS whole, 170141183460469231731687303715884105727 AS huge, 1.25 AS part FROM images"
+    print_json(sql.ask(store, query, 1).table.to_pylist())
+    assert json.loads(capsys.readouterr().out) == [{"whole": 200 * 199 // 2, "huge": 2**127 - 1, "part": 1.25}]
