@@ -120,7 +120,12 @@ class Plan:
 def _choose(run: RunDirectory, scan: ImageScan, thumbnails: int, seed: int) -> Plan:
     feature, found = _feature_map(run, scan, seed)
     pool = found.rows if found else scan.rows
-    drawn = np.random.default_rng(seed).choice(pool, min(thumbnails, len(pool)), replace=False)
+    rng = np.random.default_rng(seed)
+    drawn = rng.choice(pool, min(thumbnails, len(pool)), replace=False)
+    if thumbnails > len(pool):
+        others = np.setdiff1d(scan.rows, pool)
+        more = rng.choice(others, min(thumbnails - len(pool), len(others)), replace=False)
+        drawn = np.concatenate([drawn, more])
     clusterings = [_shown_clusters(item) for item in islice(load_clusterings(run), _SHOWN_GROUPINGS)]
     duplicates = [
         Shown(item, tuple(range(min(len(item), _DUPLICATE_GROUPS))), _GROUP_PICTURES)

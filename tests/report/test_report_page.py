@@ -137,6 +137,15 @@ def test_report_is_drawn_from_the_seed(tmp_path: Path) -> None:
     assert first.rows() != other.rows()
 
 
+def test_report_shows_more_pictures_than_the_map_has_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.report.page._MAP_POINTS", 10)
+    run = Album(tmp_path, count=40, failed={}).write()
+    for asked, shown in ((25, 25), (99, 40)):
+        page = page_of(run, thumbnails=asked)
+        assert len(set(page.rows())) == shown
+        assert f"{shown} of 40, drawn at random" in page.text
+
+
 def test_report_of_a_finished_update_is_complete(tmp_path: Path) -> None:
     run = Album(tmp_path, count=12, failed={}).write(replaces={10: 0, 11: 1})
     for part in (run / "images").glob("*.parquet"):
