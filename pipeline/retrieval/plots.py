@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 import numpy as np
-from numpy.typing import NDArray
+from scipy.sparse import csr_array
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 460, 240, 64, 44, 34
 _STYLE = (
@@ -66,15 +66,16 @@ def _few(xs: Sequence[float]) -> list[float]:
     return list(xs[::step])
 
 
-def confusion(matrix: NDArray[np.int64], names: Sequence[str], title: str, most: int = 40) -> str:
+def confusion(matrix: csr_array, names: Sequence[str], title: str, most: int = 40) -> str:
     """Confusion matrix (C, C), true classes down, predicted across, shaded by the share of the true class.
 
     Of more than `most` classes those with the most errors are shown.
     """
-    wrong = matrix.sum(axis=1) + matrix.sum(axis=0) - 2 * np.diag(matrix)
+    counts = matrix.sum(axis=1)
+    wrong = counts + matrix.sum(axis=0) - 2 * matrix.diagonal()
     shown = sorted(np.argsort(-wrong, kind="stable")[:most].tolist())
-    part = matrix[np.ix_(shown, shown)]
-    share = part / np.maximum(1, matrix[shown].sum(axis=1))[:, None]
+    part = matrix[shown][:, shown].toarray()
+    share = part / np.maximum(1, counts[shown])[:, None]
     side = 22 if len(shown) > 12 else 40
     shorts = [_short(names[at]) for at in shown]
     margin = 12 + 7 * max(len(short) for short in shorts)
@@ -90,7 +91,7 @@ def confusion(matrix: NDArray[np.int64], names: Sequence[str], title: str, most:
         for i, short in enumerate(shorts)
     )
     extent = margin + side * len(shown) + 16
-    more = f" (the {most} of {len(matrix)} classes with the most errors)" if len(shown) < len(matrix) else ""
+    more = f" (the {most} of {len(names)} classes with the most errors)" if len(shown) < len(names) else ""
     heading = f'<text x="12" y="20" font-weight="600">{escape(title + more)}</text>'
     frame = (
         f'<rect x="{margin}" y="{top}" width="{side * len(shown)}" height="{side * len(shown)}" fill="none" '

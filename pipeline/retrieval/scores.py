@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 
 from pipeline.retrieval.arrays import Floats, Ints
 
@@ -14,22 +15,25 @@ _BINS = 15
 
 @dataclass(frozen=True)
 class Scores:
-    """`confusion` (C, C), true classes down, predicted across; the rest follows from it and the probabilities."""
+    """`confusion` (C, C), true classes down, predicted across; the rest follows from it and the probabilities.
 
-    confusion: NDArray[np.int64]
+    It is sparse: of many classes few pairs occur.
+    """
+
+    confusion: csr_array
     calibration_error: float
     log_loss: float
 
     @property
     def accuracy(self) -> float:
         """Share of all examples that are labelled right."""
-        return float(np.trace(self.confusion) / max(1, self.confusion.sum()))
+        return float(self.confusion.trace() / max(1, self.confusion.sum()))
 
     def describe(self, classes: list[str]) -> dict[str, Any]:
         """For JSON: overall, and for each class that has examples."""
-        counts = self.confusion.sum(axis=1)
+        counts, right = self.confusion.sum(axis=1), self.confusion.diagonal()
         per_class = {
-            name: {"accuracy": float(self.confusion[code, code] / counts[code]), "examples": int(counts[code])}
+            name: {"accuracy": float(right[code] / counts[code]), "examples": int(counts[code])}
             for code, name in enumerate(classes)
             if counts[code]
         }
@@ -64,9 +68,10 @@ class Judgement:
 
     def scores(self, classes: int) -> Scores:
         """All scores, with the confusion of `classes` classes."""
-        confusion = np.bincount(self.codes * classes + self.predicted, minlength=classes**2)
+        # Entries of one place are added up.
+        counted = (np.ones(len(self.codes), np.int64), (self.codes, self.predicted))
         error = calibration_error(self.confidence, self.predicted == self.codes)
-        return Scores(confusion.reshape(classes, classes), error, self.log_loss)
+        return Scores(csr_array(counted, shape=(classes, classes)), error, self.log_loss)
 
 
 def judge(chunks: Iterable[tuple[Floats, Ints]]) -> Judgement:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_array
 from support.runs import RunContent, clustered, write_run
 
 from pipeline.retrieval.apply import apply_head
@@ -12,8 +13,9 @@ from pipeline.retrieval.arrays import no_progress
 from pipeline.retrieval.head import HeadRecord, save_head
 from pipeline.retrieval.labels import Labelled, labels_from_column, locate
 from pipeline.retrieval.logistic import Linear, TrainingSet
+from pipeline.retrieval.plots import confusion
 from pipeline.retrieval.probe import _sharpness, evaluate, run_probe
-from pipeline.retrieval.scores import Scores, score
+from pipeline.retrieval.scores import Judgement, Scores, score
 from pipeline.retrieval.store import FeatureStore
 
 ROWS, CLASSES, DIM = 8000, 1000, 8
@@ -56,8 +58,27 @@ def test_many_classes_take_no_more_memory(tmp_path: Path, monkeypatch: pytest.Mo
     data = TrainingSet(matrix, labelled)
     assert max(len(codes) for _, codes in data.chunks()) * CLASSES * 4 <= CHUNK_BYTES
     found = evaluate(matrix, head, labelled).scores(CLASSES)
-    np.testing.assert_array_equal(found.confusion, whole.confusion)
+    np.testing.assert_array_equal(found.confusion.toarray(), whole.confusion.toarray())
     assert (found.log_loss, found.calibration_error) == pytest.approx((whole.log_loss, whole.calibration_error))
+
+
+def test_confusion_takes_room_for_the_pairs_that_occur() -> None:
+    classes = 5000
+    codes = np.repeat(np.arange(classes), 2)
+    predicted = np.where(np.arange(2 * classes) % 8 == 1, (codes + 7) % classes, codes)
+    certain = np.full(2 * classes, 0.9, np.float32)
+    names = [f"class {code}" for code in range(classes)]
+    tracemalloc.start()
+    found = Judgement(codes, predicted, certain, certain).scores(classes)
+    described = found.describe(names)
+    chart = confusion(found.confusion, names, "Confusion")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 << 20, "a table of all pairs has 200 MB"
+    assert described["accuracy"] == 7 / 8
+    assert described["classes"]["class 4"] == {"accuracy": 0.5, "examples": 2}
+    assert "class 0 taken for class 7: 1" in chart
+    assert "the 40 of 5000 classes with the most errors" in chart
 
 
 def test_choosing_keeps_no_confusions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +87,7 @@ def test_choosing_keeps_no_confusions(tmp_path: Path, monkeypatch: pytest.Monkey
     labelled = locate(store.load("cls"), labels_from_column(store, "kind"))
     made: list[int] = []
 
-    def counted(confusion: np.ndarray, error: float, log_loss: float) -> Scores:
+    def counted(confusion: csr_array, error: float, log_loss: float) -> Scores:
         made.append(int(confusion.sum()))
         return Scores(confusion, error, log_loss)
 

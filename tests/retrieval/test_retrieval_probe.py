@@ -111,7 +111,7 @@ def test_split_and_shots() -> None:
 def test_scores_by_hand() -> None:
     probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]], np.float32)
     found = score(probabilities, np.array([0, 0, 1, 1]))
-    assert found.confusion.tolist() == [[2, 0], [1, 1]]
+    assert found.confusion.toarray().tolist() == [[2, 0], [1, 1]]
     summary = found.describe(["cat", "dog"])
     assert summary["accuracy"] == 0.75
     assert summary["classes"]["dog"] == {"accuracy": 0.5, "examples": 2}
