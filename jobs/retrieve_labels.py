@@ -87,13 +87,13 @@ def _warn_unknown(given: "RowLabels") -> None:
 
 def _save(store: "FeatureStore", result: "ProbeResult", found: "Labelled", summary: dict[str, Any]) -> None:
     from pipeline.retrieval.head import HeadRecord, save_head
-    from pipeline.retrieval.output import place, write_json
+    from pipeline.retrieval.output import check_name, replacing, write_json
     from pipeline.retrieval.plots import confusion
-    from pipeline.storage import put_bytes
+    from pipeline.storage import join, put_bytes
 
-    folder = place(store.root, "probes", summary["name"])
+    name = check_name(summary["name"])
     record = HeadRecord(
-        name=summary["name"],
+        name=name,
         feature=summary["feature"],
         dim=store.check_feature(summary["feature"]),
         labels=found.classes,
@@ -105,10 +105,12 @@ def _save(store: "FeatureStore", result: "ProbeResult", found: "Labelled", summa
         training_rows=result.training_rows,
         accuracy=result.test.accuracy,
     )
-    save_head(store, folder, result.head, record)
-    write_json(store.fs, f"{folder}/probe.json", summary)
     chart = confusion(result.test.confusion, found.classes, "Confusion on the test rows: true down, predicted across")
-    put_bytes(store.fs, f"{folder}/confusion.svg", chart.encode())
+    with replacing(store.fs, join(store.root, "probes"), name) as home:
+        folder = join(home, name)
+        save_head(store, folder, result.head, record)
+        put_bytes(store.fs, f"{folder}/confusion.svg", chart.encode())
+        write_json(store.fs, f"{folder}/probe.json", summary)
 
 
 def _show_probe(summary: dict[str, Any]) -> None:

@@ -15,15 +15,19 @@ import pyarrow.parquet as pq
 import pytest
 from support.runs import RunContent, clustered, write_run
 
+from jobs.retrieve_labels import _save
 from pipeline.report.groups import load_clusterings
 from pipeline.report.run import open_run
 from pipeline.retrieval import index as indexes
 from pipeline.retrieval import sql
+from pipeline.retrieval.arrays import no_progress
 from pipeline.retrieval.clusters import write_clusters
 from pipeline.retrieval.duplicates import find_duplicates, write_duplicates
 from pipeline.retrieval.kmeans import fit
+from pipeline.retrieval.labels import Labelled
 from pipeline.retrieval.lloyd import ArraySource
 from pipeline.retrieval.output import replacing, write_json, write_table
+from pipeline.retrieval.probe import run_probe
 from pipeline.retrieval.store import FeatureStore
 from pipeline.storage import put_bytes, read_json
 from schemas.errors import OutputError, SpecError
@@ -80,6 +84,29 @@ def test_a_full_disk_leaves_the_earlier_result(
     command(store, 5)
     assert set(files(folder)) == set(before)
     assert files(folder) != before
+
+
+def test_a_probe_that_fails_halfway_leaves_the_earlier_one(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labelled = Labelled(np.arange(len(VECTORS)), np.arange(len(VECTORS)) % 2, ["a", "b"])
+    found = run_probe(store.load("cls"), labelled, few=(), seed=0, progress=no_progress)
+    folder = Path(store.root, "probes")
+
+    def save(seed: int) -> None:
+        _save(store, found, labelled, {"name": "n", "feature": "cls", "labels_from": "column c", "seed": seed})
+
+    save(1)
+    (folder / "n" / "of-before.txt").write_text("x")
+    before = files(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.retrieval.output.write_json", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            save(2)
+    assert files(folder) == before
+    save(2)
+    assert set(files(folder)) == {f"n/{name}" for name in ("head.safetensors", "probe.json", "confusion.svg")}
+    assert all(files(folder)[name] != before[name] for name in ("n/head.safetensors", "n/probe.json"))
 
 
 def test_no_room_for_temporary_files_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
