@@ -3,14 +3,16 @@
 Modules named here import nothing heavy until one of their commands runs, so that `--help` answers at once.
 """
 
+import functools
 import os
-import sys
 import traceback
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 import typer
 
+from jobs.directory import emit
 from schemas.errors import PatchstreamError
 from schemas.redaction import redact
 
@@ -41,9 +43,24 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
+
+def _answered_here(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, returning what typer would answer itself, and without a word: Ctrl-C as the exit code 130, the end of
+    a file as if it were Ctrl-C, a connection that broke as if it were standard output. `run_command` raises it."""
+
+    @functools.wraps(function)
+    def command(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (KeyboardInterrupt, EOFError, BrokenPipeError) as error:
+            return error
+
+    return command
+
+
 for _module in _MODULES:
     for _name, _function in import_module(_module).COMMANDS.items():
-        app.command(_name)(_function)
+        app.command(_name)(_answered_here(_function))
 
 
 # Wrong options. Older versions of typer raise click's exceptions, newer ones their own copies of them.
@@ -55,6 +72,8 @@ def run_command(arguments: list[str]) -> int:
     verbose = "--verbose" in arguments or bool(os.environ.get("PATCHSTREAM_VERBOSE"))
     try:
         code = app(arguments, standalone_mode=False)
+        if isinstance(code, BaseException):
+            raise code
         return code if isinstance(code, int) else 0
     except PatchstreamError as error:
         return _fail(error, str(error), error.exit_code, verbose)
@@ -67,12 +86,10 @@ def run_command(arguments: list[str]) -> int:
     except _USAGE_ERROR as error:
         error.show()
         return 2
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         again = "; another command may have replaced it meanwhile" if isinstance(error, FileNotFoundError) else ""
-        message = f"{type(error).__name__}: {redact(str(error))}{again}. --verbose shows where it happened"
+        message = f"{type(error).__name__}: {redact(str(error))}{again}"
+        message += ". PATCHSTREAM_VERBOSE=1 in the environment shows where it happened"
         return _fail(error, message, 2, verbose)
     except Exception as error:  # noqa: BLE001  what nobody foresaw, without what must not be printed
         _show_traceback(error)
@@ -80,11 +97,11 @@ def run_command(arguments: list[str]) -> int:
 
 
 def _show_traceback(error: BaseException) -> None:
-    sys.stderr.write(redact("".join(traceback.format_exception(error))))
+    emit(redact("".join(traceback.format_exception(error))), to_stderr=True, newline=False)
 
 
 def _fail(error: BaseException | None, message: str, code: int, verbose: bool) -> int:
     if verbose and error is not None:
         _show_traceback(error)
-    sys.stderr.write(f"error: {message}\n" if code == 2 else f"{message}\n")
+    emit(f"error: {message}" if code == 2 else message, to_stderr=True)
     return code

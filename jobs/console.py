@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from jobs.directory import show_rows, with_options
+from jobs.directory import emit, show_rows, with_options
 
 if TYPE_CHECKING:
     from pipeline.flow import Summary
@@ -63,7 +64,7 @@ class Screen:
         now = time.monotonic()
         if before != [progress.phase, progress.note] or (progress.phase == "running" and now - shown >= _PLAIN_EVERY_S):
             self._last = (now, progress.phase, progress.note)
-            self._console.print(_line(progress), soft_wrap=True)
+            emit(_line(progress).plain, to_stderr=True)
 
     def warn(self, message: str) -> None:
         """A warning that ends nothing."""
@@ -151,12 +152,11 @@ def print_summary(
 
     `storage_options` are those that `summary.out` is reached with."""
     show_rows(_summary_rows(summary, report, attention))
-    console = Console(highlight=False, emoji=False, file=sys.stdout)
     out = shlex.quote(summary.out)
     query = "select uri, width, height from images limit 5"
     command = f"status {out}" if summary.failures else f'sql {out} "{query}"'
     told = with_options(f"patchstream {command}", storage_options)
-    console.print(f"next: {told}", style="bold", markup=False, soft_wrap=True)
+    emit(typer.style(f"next: {told}", bold=True))
 
 
 def _summary_rows(summary: "Summary", report: str | None, attention: str | None) -> list[tuple[str, str]]:

@@ -1,7 +1,9 @@
 """`status`, `verify`, `compact`, `retry`: what concerns a run's directory as it stands."""
 
 import json
+import os
 import shlex
+import sys
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
@@ -175,9 +177,17 @@ def show_rows(rows: list[tuple[str, str]]) -> None:
         emit(f"{name:<{width}}  {value}")
 
 
-def emit(text: str, *, to_stderr: bool = False) -> None:
-    """One line for the person."""
-    typer.echo(text, err=to_stderr)
+def emit(text: str, *, to_stderr: bool = False, newline: bool = True) -> None:
+    """Text for the person, on a line of its own unless `newline` is False.
+
+    Where the reader has gone (`| head`), nobody hears it; the command goes on, and its exit code is its own.
+    """
+    try:
+        typer.echo(text, err=to_stderr, nl=newline)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, (sys.stderr if to_stderr else sys.stdout).fileno())
+        os.close(nowhere)
 
 
 def _causes(causes: dict[str, int]) -> str:

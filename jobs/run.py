@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from jobs.console import Screen, native_messages_aside, plain_summary, print_summary
-from jobs.directory import with_options
+from jobs.directory import emit, with_options
 from schemas.errors import TooManyFailures
 from schemas.spec import JobSpec, build_spec
 
@@ -53,7 +53,7 @@ def run_job(
         maps = write_maps() if write_maps else None
     finally:
         if json_output:
-            print(json.dumps(plain_summary(summary, page, maps)))  # noqa: T201 - this is the output
+            emit(json.dumps(plain_summary(summary, page, maps)))
         else:
             print_summary(summary, page, maps, needed)
     _check_rate(summary, spec.max_failure_rate, needed)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jobs.directory import emit
 from schemas.errors import ClusterError, SpecError
 from schemas.redaction import holds_secret, redact
 
@@ -43,9 +44,9 @@ def submit(
     jobs = Jobs(address)
     job = jobs.submit(command, working_dir=working_dir, image=image, needs=env or ())
     if detach:
-        typer.echo(job)
+        emit(job)
         return 0
-    typer.echo(f"submitted {job} to {redact(address)}", err=True)
+    emit(f"submitted {job} to {redact(address)}", to_stderr=True)
     return _follow(jobs, job)
 
 
@@ -55,13 +56,13 @@ def _follow(jobs: "Jobs", job: str) -> int:
     except KeyboardInterrupt:
         if not _wants_to_stop():
             at = redact(jobs.address)
-            typer.echo(
+            emit(
                 f"{job} goes on. Look: patchstream status {job} --address {at}. "
                 f"Stop: ray job stop {job} --address {at}",
-                err=True,
+                to_stderr=True,
             )
             return 130
-        typer.echo("stopping; the job writes what it holds …", err=True)
+        emit("stopping; the job writes what it holds …", to_stderr=True)
         over = jobs.stop(job)
     return _ended(over)
 
@@ -71,13 +72,12 @@ def _ended(over: "Job") -> int:
         raise ClusterError(f"{over.id} is {over.status} and has no exit code yet")
     if over.exit_code:
         why = over.message.splitlines()[0] if over.message else over.status
-        typer.echo(f"{over.id}: {over.status.lower()}, exit code {over.exit_code} ({why:.200})", err=True)
+        emit(f"{over.id}: {over.status.lower()}, exit code {over.exit_code} ({why:.200})", to_stderr=True)
     return over.exit_code
 
 
 def _show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    emit(text, newline=False)
 
 
 def _wants_to_stop() -> bool:

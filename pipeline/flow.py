@@ -68,8 +68,12 @@ def run(spec: JobSpec, connect: Connect, listen: Listener = lambda progress: Non
     `connect` gives the Ray cluster and is entered only if rows are pending. Raises PatchstreamError (see
     `schemas.errors`): what was committed before that stays, and the same call goes on from there.
     """
+    spec = spec.model_copy(update={"out": absolute(spec.out)})
     with interruptible():
-        return _run(spec.model_copy(update={"out": absolute(spec.out)}), connect, listen)
+        try:
+            return _run(spec, connect, listen)
+        except (KeyboardInterrupt, Interrupted) as stopped:
+            raise _resumable(stopped, spec) from None
 
 
 def _run(spec: JobSpec, connect: Connect, listen: Listener) -> Summary:
@@ -91,9 +95,9 @@ def _run(spec: JobSpec, connect: Connect, listen: Listener) -> Summary:
         _finish(spec, opened, first, stop)
         ledger = _complete_ledger(spec, opened, first, stop)
         attempt.status = "done"
-    except (KeyboardInterrupt, Interrupted) as stopped:
+    except (KeyboardInterrupt, Interrupted):
         attempt.status = "interrupted"
-        raise _resumable(stopped, spec) from None
+        raise
     except BaseException as error:
         attempt.status, attempt.message = "failed", redact(str(error))[:2000]
         raise

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs.directory import emit
 from schemas.errors import PatchstreamError
 
 _MODEL = Path(__file__).parent / "model"
@@ -35,11 +36,11 @@ def demo(
             _draw(images, pictures)
         except OSError as error:
             raise write_error(str(folder), error) from error
-    typer.echo("the model is a toy, trained on such pictures only; it knows nothing about photographs")
+    emit("the model is a toy, trained on such pictures only; it knows nothing about photographs")
     values = {"sources": [str(images)], "model": str(_MODEL), "out": dataset, "labels": 3}
     code = run_job(values, address=None, report=False, json_output=False, verbose=verbose)
     _group(dataset)
-    typer.echo(f"look at {write_report(dataset)}\nlook around with: patchstream explore {dataset}")
+    emit(f"look at {write_report(dataset)}\nlook around with: patchstream explore {dataset}")
     return code
 
 
@@ -52,7 +53,7 @@ def _draw(images: Path, pictures: int) -> None:
     drawn = write_pictures(staging, pictures, seed=_SEED)
     broken = write_broken(staging)
     staging.rename(images)
-    typer.echo(f"drew {drawn} pictures of {len(CLASSES)} kinds and {broken} broken files into {images}")
+    emit(f"drew {drawn} pictures of {len(CLASSES)} kinds and {broken} broken files into {images}")
 
 
 def _group(dataset: str) -> None:
@@ -60,7 +61,7 @@ def _group(dataset: str) -> None:
     from jobs.cli import run_command
 
     for arguments in (["kmeans", dataset, "-k", str(_KINDS), "--name", "kinds"], ["duplicates", dataset]):
-        typer.echo(f"patchstream {' '.join(arguments)}")
+        emit(f"patchstream {' '.join(arguments)}")
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as problems:
             code = run_command(arguments)
         if code:

@@ -1,7 +1,10 @@
 """What a person reads at the end of a run: places as they are, whatever characters are in them and however long."""
 
+import contextlib
 import json
+import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +86,33 @@ def test_a_next_command_has_the_storage_options_that_it_needs(
     told = capsys.readouterr().out.splitlines()[-1]
     assert told.startswith(f"next: {shown}")
     assert "hush" not in told
+
+
+@contextlib.contextmanager
+def unread() -> Iterator[None]:
+    """Standard output goes to a reader that has gone, as `head` does when it has its lines."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream, contextlib.redirect_stdout(stream):
+        yield
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+@pytest.mark.parametrize(("failures", "code"), [(1, 0), (8, 3)])
+def test_a_job_whose_summary_nobody_reads_ends_with_its_own_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], failures: int, code: int
+) -> None:
+    summary = Summary(str(tmp_path), 10, 10 - failures, failures, attempt())
+    monkeypatch.setattr("pipeline.flow.run", lambda *arguments: summary)
+    arguments = ["embed", "in", "--backend", "null", "--out", str(tmp_path), "--no-report", *options]
+    with unread():
+        assert run_command([*arguments, "--max-failure-rate", "0.1"]) == code
+
+
+def test_a_command_whose_answer_nobody_reads_ends_with_its_own_code(tmp_path: Path) -> None:
+    out = write_run(tmp_path / "out", RunContent({"cls": np.ones((2, 4), np.float32)}))
+    next((out / "images").iterdir()).write_bytes(b"")
+    with unread():
+        assert run_command(["status", str(out)]) == 0
+    with unread():
+        assert run_command(["verify", str(out)]) == 1

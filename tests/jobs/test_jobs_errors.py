@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +219,49 @@ def test_what_nobody_foresaw_is_shown_without_secrets(
     assert "RuntimeError: no route to s3://b/a.jpg" in shown
     assert "Traceback" in shown
     assert "hunter" not in shown
+
+
+@pytest.mark.parametrize("step", ["ask", "open_directory"])
+def test_ctrl_c_before_the_first_row_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, step: str
+) -> None:
+    monkeypatch.setattr(f"pipeline.flow.{step}", raiser(KeyboardInterrupt()))
+    assert run_command(["embed", "in", "--backend", "null", "--out", str(tmp_path / "o")]) == 130
+    assert f"interrupted; what was committed stays in {tmp_path}/o, the same command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (EOFError("Ran out of input"), 1, "EOFError: Ran out of input\n"),
+        (BrokenPipeError(32, "Broken pipe"), 2, "error: BrokenPipeError: [Errno 32] Broken pipe. "),
+    ],
+)
+def test_what_ends_a_command_is_told(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.setattr("pipeline.maintenance.status", raiser(error))
+    assert run_command(["status", "out"]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_every_command_can_show_where_it_happened(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.maintenance.status", raiser(OSError("no room")))
+    assert "PATCHSTREAM_VERBOSE=1 in the environment shows where it happened" in refused(capsys, "status", "out")
+    monkeypatch.setenv("PATCHSTREAM_VERBOSE", "1")
+    assert run_command(["status", "out"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def raiser(error: BaseException) -> Callable[..., Any]:
+    def function(*arguments: object, **options: object) -> Any:
+        raise error
+
+    return function
