@@ -58,7 +58,7 @@ def benchmark(
         "features": features,
         "labels": labels,
         "dtype": dtype,
-        "batch_size": int(batch_size) if batch_size.isdigit() else batch_size,
+        "batch_size": int(batch_size) if batch_size.isdecimal() else batch_size,
         "decode": decode,
         "gpus_per_actor": gpus_per_actor,
         "storage_options": parse_options(storage_options),

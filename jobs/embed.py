@@ -225,7 +225,7 @@ def _header(text: str) -> tuple[str, str]:
 
 
 def _whole_number(text: str) -> int | str:
-    return int(text) if text.isdigit() else text
+    return int(text) if text.isdecimal() else text
 
 
 def _command(summary: str) -> Callable[..., int]:

@@ -182,7 +182,7 @@ def _minus(text: str) -> "Example":
     match kind if equals else "":
         case "image" | "row" | "uri" | "vector" | "text" as known:
             return Example(known, value, minus=True)
-    if text.lstrip("-").isdigit():
+    if text.lstrip("-").isdecimal():
         return Example("row", text, minus=True)
     if text.endswith(".npy"):
         return Example("vector", text, minus=True)

@@ -204,6 +204,10 @@ class JobSpec(Strict):
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> "JobSpec":
+        if not all(source.strip().rpartition("://")[2] for source in self.sources):
+            raise ValueError("a source is empty: a variable may be unset; the working directory is `.`")
+        if self.gpus_per_actor > 1 and not self.gpus_per_actor.is_integer():
+            raise ValueError(f"--gpus-per-actor {self.gpus_per_actor:g}: above 1, Ray gives out whole GPUs only")
         if not self.features and not self.labels:
             raise ValueError("neither features nor labels are asked for: the output would hold no result")
         if self.label_file and not self.labels:
