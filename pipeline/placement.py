@@ -15,7 +15,7 @@ from schemas.spec import ActorRange
 
 log = logging.getLogger(__name__)
 
-BLOCK_BYTES = 8 << 20
+_BLOCK_BYTES = 8 << 20
 # Large enough for 256 images of 384 × 384 pixels or the patch features of a ViT-L at 224.
 _LARGEST_BLOCK_BYTES = 128 << 20
 _TASK_ROWS = 1024
@@ -34,7 +34,7 @@ _STREAM_BYTES = 512 << 20
 _BLOCKS_A_DECODER = 6
 _BLOCKS_AN_ACTOR = 8
 # Calls that an actor on a GPU has at once: what one does on the host is hidden behind what the other computes.
-GPU_CALLS = 2
+_GPU_CALLS = 2
 # What Ray Data may use of the object store.
 _STORE_SHARE = 0.5
 _UNKNOWN = 1 << 30
@@ -60,7 +60,7 @@ class Placement(NamedTuple):
     @property
     def actor_calls(self) -> int:
         """How many blocks an actor is given at once."""
-        return GPU_CALLS if self.actor_gpus else 1
+        return _GPU_CALLS if self.actor_gpus else 1
 
     def task_sizes(self, rows: int) -> Iterator[int]:
         """Rows of each decoding task, `rows` in all. Towards the end tasks shrink down to one block, so that no core is
@@ -97,9 +97,10 @@ def place(
     cpus = max(1, int(machines.cpus))
     if gpus_per_actor:
         _check_gpus(machines, actors, gpus_per_actor)
-        chosen = actors or ActorRange(min=1, max=max(1, int(machines.gpus / gpus_per_actor)))
+        fit = sum(int(gpus / gpus_per_actor) for gpus in machines.node_gpus or (machines.gpus,))
+        chosen = actors or ActorRange(min=1, max=max(1, fit))
         threads = 0
-        actor_cpus, decode_cpus = _book_beside_gpus(machines, min(chosen.max, int(machines.gpus / gpus_per_actor)))
+        actor_cpus, decode_cpus = _book_beside_gpus(machines, min(chosen.max, fit))
     else:
         nodes = [max(1, int(cores)) for cores in machines.node_cpus] or [cpus]
         threads, now = _share(nodes, actors, carried)
@@ -112,7 +113,7 @@ def place(
         # More actors than batches would only load weights.
         useful = max(1, min(chosen.max, -(-rows // batch)))
         chosen = ActorRange(min=min(chosen.min, useful), max=useful)
-    blocks = max(1, BLOCK_BYTES // max(1, row_bytes * batch)) if pixel_bytes else 4096 // batch
+    blocks = max(1, _BLOCK_BYTES // max(1, row_bytes * batch)) if pixel_bytes else 4096 // batch
     if gpus_per_actor:
         # An actor hides the copies of a batch behind the other of its block: one alone has nothing to hide behind.
         if 2 * row_bytes * batch <= min(_LARGEST_BLOCK_BYTES, _fair_block(machines, chosen, cpus)):
@@ -165,18 +166,22 @@ def _carried_by_memory(machines: Machines, model_bytes: int, gpus_per_actor: flo
     carried = sum(int(memory // max(1, model_bytes)) for memory in known)
     if carried:
         return carried
-    lacks = (
+    _no_machine(
+        machines,
         f"an actor with this model needs {model_bytes / 1e9:.1f} GB of memory, the largest machine gives Ray "
-        f"{max(known) / 1e9:.1f} GB"
-    )
-    if not machines.may_grow:
-        raise ClusterError(f"{lacks}. Use larger machines, or a smaller model")
-    log.warning(
-        "%s: the job waits until the cluster has a larger one. If none will come, stop it and use larger machines, or "
-        "a smaller model",
-        lacks,
+        f"{max(known) / 1e9:.1f} GB",
+        "use larger machines, or a smaller model",
     )
     return 1
+
+
+def _no_machine(machines: Machines, lacks: str, remedy: str) -> None:
+    """No machine has room for an actor, as `lacks` says: a warning where a larger one may come, else ClusterError."""
+    if not machines.may_grow:
+        raise ClusterError(f"{lacks}. {remedy[0].upper()}{remedy[1:]}")
+    log.warning(
+        "%s: the job waits until the cluster has a larger one. If none will come, stop it and %s", lacks, remedy
+    )
 
 
 def _share(nodes: list[int], actors: ActorRange | None, by_memory: int) -> tuple[int, int]:
@@ -237,4 +242,11 @@ def _check_gpus(machines: Machines, actors: ActorRange | None, gpus_per_actor: f
             f"{asked} needs {needed:g} GPUs, the cluster has {machines.gpus:g} GPUs and {machines.cpus:g} CPUs. "
             "Ask for fewer, add GPU nodes, or leave out --gpus-per-actor to run on CPUs (`retry` has it from the run: "
             "--gpus-per-actor 0)"
+        )
+    largest = max(machines.node_gpus, default=machines.gpus)
+    if largest < gpus_per_actor:
+        _no_machine(
+            machines,
+            f"--gpus-per-actor {gpus_per_actor:g}: an actor lives on one machine, and the largest has {largest:g} GPUs",
+            "ask for fewer, or use machines with more",
         )

@@ -6,12 +6,11 @@ Nothing is measured here (`sampling.py` does that), and every figure carries the
 import math
 from typing import NamedTuple
 
-from pipeline.placement import BLOCK_BYTES, GPU_CALLS
+from pipeline.placement import place
 from schemas.errors import SpecError
+from schemas.machines import Machines
 
 MAX_IMAGES = 1_000_000_000
-GPU_BATCH = 256
-CPU_BATCH = 8
 PART_BYTES = 256 << 20
 SHARD_IMAGES = 100_000_000
 # Blocks that Ray Data keeps for each decoding task (one being made, one waiting) and each call of an actor (two given
@@ -109,7 +108,7 @@ def make_plan(
             *speed,
             *fleet,
             *throughput,
-            *_memory(costs, device, devices, cores if cpus is None else cpus),
+            *_memory(images, costs, device, devices, cores if cpus is None else cpus),
             *_traces(images, costs),
         )
     )
@@ -160,12 +159,21 @@ def _throughput(images: int, costs: Costs, device: Device, rate: float, devices:
     ]
 
 
-def _memory(costs: Costs, device: Device, devices: int, cores: float) -> list[Step]:
-    batch = GPU_BATCH if device.is_gpu else CPU_BATCH
-    row = max(costs.pixel_bytes, int(costs.output_bytes))
-    block = batch * row * max(2 if device.is_gpu else 1, BLOCK_BYTES // (batch * row))
+def _memory(images: int, costs: Costs, device: Device, devices: int, cores: float) -> list[Step]:
+    placement = place(
+        Machines(cpus=cores, gpus=devices if device.is_gpu else 0, memory_bytes=0, object_store_bytes=0),
+        rows=images,
+        actors=None,
+        gpus_per_actor=float(device.is_gpu),
+        batch_size=None,
+        pixel_bytes=costs.pixel_bytes,
+        model_bytes=0,
+        image_gflop=costs.model_flop / 1e9,
+        output_bytes=int(costs.output_bytes),
+    )
+    block = placement.block_rows * max(costs.pixel_bytes, int(costs.output_bytes))
     tasks = math.ceil(cores)
-    an_actor = BLOCKS_PER_CALL * (GPU_CALLS if device.is_gpu else 1)
+    an_actor = BLOCKS_PER_CALL * placement.actor_calls
     blocks = BLOCKS_PER_TASK * tasks + an_actor * devices
     store = blocks * block
     text = f"({BLOCKS_PER_TASK} × {tasks:,} tasks + {an_actor} × {devices:,} actors) × {block / 2**20:.1f} MiB"

@@ -82,6 +82,15 @@ def test_by_hand_on_a_gpu() -> None:
     assert plan.value("shards") == 1
 
 
+@pytest.mark.parametrize(("tokens", "width", "block_rows"), [(196, 1024, 128), (577, 1024, 32), (1369, 1536, 8)])
+def test_blocks_of_patch_features_have_fewer_rows(tokens: int, width: int, block_rows: int) -> None:
+    """ViT-L at 224 and 384, DINOv2-giant at 518 pixels: a block has at most 128 MiB, of two batches."""
+    row = tokens * width * 4
+    assert 2 * block_rows * row > 128 << 20
+    plan = make_plan(1_000_000, COSTS._replace(output_bytes=row), DEVICES["h100"], devices=2, cpus=4)
+    assert plan.value("object store") == (2 * 4 + 6 * 2) * block_rows * row
+
+
 def test_too_few_cores_hold_it_up() -> None:
     plan = make_plan(1_000_000, COSTS, Device("X", 246, 0.5), devices=2, cpus=3)
     assert plan.value("throughput") == pytest.approx(1000)
