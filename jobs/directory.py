@@ -86,7 +86,7 @@ def verify(directory: Directory, storage_options: Options = None, as_json: AsJso
 
 def compact(
     directory: Directory,
-    target_mib: Annotated[int, typer.Option(help="Size to aim at, in MiB.")] = 256,
+    target_mib: Annotated[int, typer.Option(min=1, help="Size to aim at, in MiB.")] = 256,
     force: Force = False,
     storage_options: Options = None,
 ) -> int:
@@ -133,7 +133,9 @@ def retry(
     except NothingToRetry as nothing:
         emit(str(nothing), to_stderr=True)
         if json_output:
-            emit(json.dumps(look(directory, options)))
+            found = look(directory, options)
+            rows = found["manifest_rows"] - found["replaced"]
+            emit(json.dumps({**found, "rows": rows, "report": None, "attempt": None}))  # also what a run's summary has
         return 0
     emit(f"{reopened:,} failed rows are pending again", to_stderr=True)
     return run_job(values, address=address, report=True, json_output=json_output, verbose=verbose)

@@ -90,6 +90,8 @@ def reopen_failures(
     taken out, whatever would keep such a run from beginning: SpecError, CheckpointError, OutputError or ClusterError.
     """
     record = require_record(out, storage_options)
+    values = {**_changed(_same_again(record), changes), "out": out, "storage_options": dict(storage_options)}
+    spec = build_spec(values)  # wrong options are wrong where nothing is to be done as well
     ledger = read_ledger(out, storage_options)
     rows = [_failed_rows(out, part, everything, storage_options) for part in _failures(ledger)]
     again = intervals.union(intervals.from_rows(found) for found in rows)
@@ -102,8 +104,7 @@ def reopen_failures(
             if count
             else f"{redact(out)} has no failures, there is nothing to retry"
         )
-    values = {**_changed(_same_again(record), changes), "out": out, "storage_options": dict(storage_options)}
-    open_directory(ask(build_spec(values)))
+    open_directory(ask(spec))
     if len(again):
         _, attempt = attempts.claim(out, _WHOLE, storage_options, "retry", take_over=force)
         compaction.remove_rows(out, "failures", again, storage_options)

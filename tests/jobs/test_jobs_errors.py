@@ -51,6 +51,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (("--model", MODEL, "--out", "OUT", "--image-size", "big"), "expected pixels as N or HEIGHTxWIDTH"),
         (("--model", MODEL, "--out", "OUT", "--image-size", "64x65"), "does not divide into patches"),
         (("--limit", "some"), "--limit"),
+        (("--model", MODEL, "--out", "OUT", "--batch-size", "²"), "batch_size"),
         (("--no-such-option",), "--no-such-option"),
         (("--model", "/no/such/model", "--out", "OUT"), "/no/such/model"),
         (("--model", "nobody/nothing", "--out", "OUT"), "nobody/nothing"),
@@ -137,6 +138,8 @@ def test_an_output_of_something_else(capsys: pytest.CaptureFixture[str], folder:
     assert "not a run record" in refused(capsys, "embed", folder, "--model", MODEL, "--out", tmp_path / "p")
     for command in ("status", "verify", "compact", "retry"):
         assert "holds no run" in refused(capsys, command, tmp_path)
+    for size in (0, -5):
+        assert "--target-mib" in refused(capsys, "compact", tmp_path, "--target-mib", size)
 
 
 def test_labels_of_a_model_without_any(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:

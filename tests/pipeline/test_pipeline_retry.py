@@ -176,3 +176,18 @@ def test_nothing_to_do_is_no_error(
     assert message in told.err
     assert "error:" not in told.err
     assert json.loads(told.out)["pending"] == 0
+    shown = json.loads(told.out)
+    assert (shown["rows"], shown["report"], shown["attempt"]) == (1, None, None)
+
+
+@pytest.mark.parametrize(("option", "value"), [("backend", "foo"), ("timeout", -1.0), ("gpus-per-actor", -1.0)])
+def test_wrong_options_are_wrong_where_nothing_is_to_be_done(
+    tmp_path: Path, hub: Path, capsys: pytest.CaptureFixture[str], option: str, value: object
+) -> None:
+    failed_run(tmp_path)
+    out = tmp_path / "out"
+    (out / "images").mkdir()
+    (part,) = (out / "failures").iterdir()
+    shutil.move(part, out / "images" / part.name)
+    assert run_command(["retry", str(out), f"--{option}", str(value)]) == 2
+    assert f"(given: {value!r})" in capsys.readouterr().err
