@@ -101,7 +101,7 @@ def look(
         measured = call(
             measure, cpus=cpus, gpus=spec.gpus_per_actor, question=question, placement=placement, seconds=seconds / 2
         )
-        used = min(machines.gpus, placement.actors.max * min(1.0, spec.gpus_per_actor))
+        used = min(machines.gpus, placement.actors.max * spec.gpus_per_actor)
         shape = Shape(int(machines.cpus), used, placement.actors.max, spec.decode)
         expected = ideal_rate(stage_costs(measured, shape), shape)
         tail = placement.actors.max * placement.block_rows

@@ -85,7 +85,9 @@ def job(
     triton_model: Annotated[str | None, typer.Option(help="Name of the model on the server.")] = None,
     triton_header: Annotated[list[str] | None, typer.Option(help="NAME: VALUE sent with each request.")] = None,
     actors: Annotated[str | None, typer.Option(help="Model replicas: N or MIN:MAX.")] = None,
-    gpus_per_actor: Annotated[float | None, typer.Option(help="GPUs for each replica; fractions share one.")] = None,
+    gpus_per_actor: Annotated[
+        float | None, typer.Option(help="1, or a fraction: several replicas share a GPU.")
+    ] = None,
     shard: Annotated[str | None, typer.Option(help="I/N: only the I-th of N equal parts of the manifest.")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to use (default: RAY_ADDRESS, else local).")] = None,
     cluster_wait: Annotated[

@@ -166,22 +166,18 @@ def _carried_by_memory(machines: Machines, model_bytes: int, gpus_per_actor: flo
     carried = sum(int(memory // max(1, model_bytes)) for memory in known)
     if carried:
         return carried
-    _no_machine(
-        machines,
+    lacks = (
         f"an actor with this model needs {model_bytes / 1e9:.1f} GB of memory, the largest machine gives Ray "
-        f"{max(known) / 1e9:.1f} GB",
-        "use larger machines, or a smaller model",
+        f"{max(known) / 1e9:.1f} GB"
+    )
+    if not machines.may_grow:
+        raise ClusterError(f"{lacks}. Use larger machines, or a smaller model")
+    log.warning(
+        "%s: the job waits until the cluster has a larger one. If none will come, stop it and use larger machines, or "
+        "a smaller model",
+        lacks,
     )
     return 1
-
-
-def _no_machine(machines: Machines, lacks: str, remedy: str) -> None:
-    """No machine has room for an actor, as `lacks` says: a warning where a larger one may come, else ClusterError."""
-    if not machines.may_grow:
-        raise ClusterError(f"{lacks}. {remedy[0].upper()}{remedy[1:]}")
-    log.warning(
-        "%s: the job waits until the cluster has a larger one. If none will come, stop it and %s", lacks, remedy
-    )
 
 
 def _share(nodes: list[int], actors: ActorRange | None, by_memory: int) -> tuple[int, int]:
@@ -242,11 +238,4 @@ def _check_gpus(machines: Machines, actors: ActorRange | None, gpus_per_actor: f
             f"{asked} needs {needed:g} GPUs, the cluster has {machines.gpus:g} GPUs and {machines.cpus:g} CPUs. "
             "Ask for fewer, add GPU nodes, or leave out --gpus-per-actor to run on CPUs (`retry` has it from the run: "
             "--gpus-per-actor 0)"
-        )
-    largest = max(machines.node_gpus, default=machines.gpus)
-    if largest < gpus_per_actor:
-        _no_machine(
-            machines,
-            f"--gpus-per-actor {gpus_per_actor:g}: an actor lives on one machine, and the largest has {largest:g} GPUs",
-            "ask for fewer, or use machines with more",
         )

@@ -206,8 +206,11 @@ class JobSpec(Strict):
     def _asks_for_something(self) -> "JobSpec":
         if not all(source.strip().rpartition("://")[2] for source in self.sources):
             raise ValueError("a source is empty: a variable may be unset; the working directory is `.`")
-        if self.gpus_per_actor > 1 and not self.gpus_per_actor.is_integer():
-            raise ValueError(f"--gpus-per-actor {self.gpus_per_actor:g}: above 1, Ray gives out whole GPUs only")
+        if self.gpus_per_actor > 1:
+            raise ValueError(
+                f"--gpus-per-actor {self.gpus_per_actor:g}: an actor computes on one GPU, and the others would idle. "
+                "Take 1; without --actors there is an actor for each GPU"
+            )
         if not self.features and not self.labels:
             raise ValueError("neither features nor labels are asked for: the output would hold no result")
         if self.label_file and not self.labels:

@@ -150,25 +150,14 @@ def test_a_cluster_that_grows_may_bring_a_larger_machine(caplog: pytest.LogCaptu
     assert not caplog.text
 
 
-def test_an_actor_has_its_gpus_on_one_machine(caplog: pytest.LogCaptureFixture) -> None:
-    """Ray would look for a machine with both for ever."""
-
-    def asked(*node_gpus: float, may_grow: bool = False) -> int:
-        machines = cluster(16, 1, nodes=len(node_gpus), may_grow=may_grow)
-        machines = machines._replace(gpus=sum(node_gpus), node_gpus=node_gpus)
-        return place(
-            machines, rows=10_000, actors=None, gpus_per_actor=2.0, batch_size=None, pixel_bytes=PIXELS_224,
-            model_bytes=MODEL_BYTES,
-        ).actors.max  # fmt: skip
-
-    with pytest.raises(
-        ClusterError, match=r"--gpus-per-actor 2: an actor lives on one machine, .* has 1 GPUs\. Ask for"
-    ):
-        asked(1, 1)
-    assert not caplog.text
-    assert asked(1, 1, may_grow=True) == 1
-    assert "has 1 GPUs: the job waits until the cluster has a larger one" in caplog.text
-    assert asked(3, 3) == 2
+def test_actors_that_share_gpus_are_counted_by_machine() -> None:
+    """What is left of one machine's GPU does not add up with what is left of another's."""
+    machines = cluster(16, 1, nodes=3)._replace(gpus=3, node_gpus=(1, 1, 1))
+    placement = place(
+        machines, rows=10_000, actors=None, gpus_per_actor=0.6, batch_size=None, pixel_bytes=PIXELS_224,
+        model_bytes=MODEL_BYTES,
+    )  # fmt: skip
+    assert placement.actors.max == 3
 
 
 def test_a_job_that_waits_for_a_larger_machine_says_so_at_once(

@@ -76,10 +76,10 @@ def test_an_unset_variable_is_no_source(source: str) -> None:
     assert "a source is empty: a variable may be unset" in refused({"sources": ["a.jpg", source]})
 
 
-def test_gpus_above_one_are_whole() -> None:
-    for gpus in (1.5, float("inf")):
-        assert f"--gpus-per-actor {gpus:g}: above 1, Ray gives out whole GPUs only" in refused({"gpus_per_actor": gpus})
-    assert [build_spec({**GOOD, "gpus_per_actor": gpus}).gpus_per_actor for gpus in (0.3, 1, 2)] == [0.3, 1, 2]
+def test_an_actor_has_no_gpus_that_it_does_not_use() -> None:
+    for gpus in (1.5, 2, float("inf")):
+        assert f"--gpus-per-actor {gpus:g}: an actor computes on one GPU" in refused({"gpus_per_actor": gpus})
+    assert [build_spec({**GOOD, "gpus_per_actor": gpus}).gpus_per_actor for gpus in (0, 0.3, 1)] == [0, 0.3, 1]
 
 
 @pytest.mark.parametrize(
