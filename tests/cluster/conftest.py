@@ -48,5 +48,5 @@ def env(head: LocalCluster) -> dict[str, str]:
 def slow_job(tmp_path_factory: pytest.TempPathFactory, pictures: Path, checkpoint: Path) -> tuple[str, ...]:
     """The arguments of a job of 800 rows that commits every second, all but --out."""
     config = tmp_path_factory.mktemp("config") / "job.toml"
-    config.write_text("batch_size = 4\n[sink]\ncommit_s = 1\n")
+    config.write_text("dtype = 'float32'\nbatch_size = 4\n[sink]\ncommit_s = 1\n")
     return ("embed", *[str(pictures)] * 8, "--model", str(checkpoint), "--config", str(config), "--no-report")

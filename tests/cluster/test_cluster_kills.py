@@ -26,6 +26,7 @@ WAIT_S = 180
 WORKER = NodeSize(cpus=1, store_bytes=160 << 20)
 CONFIG = """
 labels = 2
+dtype = "float32"
 batch_size = 4
 [sink]
 commit_s = 0.5

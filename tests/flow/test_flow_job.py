@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def spec_for(out: Path, **values: object) -> JobSpec:
-    return build_spec({"out": str(out), "sink": {"commit_s": 1.0}, **values})
+    return build_spec({"out": str(out), "dtype": "float32", "sink": {"commit_s": 1.0}, **values})
 
 
 def test_through_ray_or_called_directly_is_the_same(

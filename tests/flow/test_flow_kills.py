@@ -34,6 +34,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 CONFIG = """
 labels = 2
+dtype = "float32"  # what `expected` is in
 batch_size = 4
 actors = { min = 1, max = 2 }  # a machine of many cores would be done before it is hit
 [sink]

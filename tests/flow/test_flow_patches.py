@@ -33,6 +33,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, connect: Connect, picture
             "sources": [str(pictures)],
             "model": str(model),
             "out": str(out),
+            "dtype": "float32",
             "features": ["visual_tokens", "patches", "cls"],
             "sink": {"commit_s": 0.5, "part_bytes": 1 << 20, "compact_bytes": 4 << 20},
         }
@@ -72,7 +73,8 @@ def test_a_size_that_is_not_square(
 ) -> None:
     _, path = finished
     values = {"sources": [str(pictures)], "model": str(path), "limit": 3, "features": ["pooled", "visual_tokens"]}
-    run(build_spec({**values, "out": str(tmp_path / "o"), "image_size": "160x224"}), connect)
+    values |= {"out": str(tmp_path / "o"), "image_size": "160x224", "dtype": "float32"}
+    run(build_spec(values), connect)
     prepare_process()
     info = inspect_model(str(path), image_size=(160, 224))
     model = load_model(info)

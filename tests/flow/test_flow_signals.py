@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 def test_stopped_and_resumed(tmp_path: Path, pictures: Path, checkpoint: Path, number: int, code: int) -> None:
     config = tmp_path / "job.toml"
     # Nothing is committed by the clock or by size here: what is on disk in the end was written because of the signal.
-    config.write_text("batch_size = 4\n[sink]\ncommit_s = 60\n")
+    config.write_text("dtype = 'float32'\nbatch_size = 4\n[sink]\ncommit_s = 60\n")
     out, log = tmp_path / "out", tmp_path / "log"
     job = ("embed", *[str(pictures)] * 2, "--model", checkpoint, "--config", config, "--no-report", "--out", out)
     driver = start(*job, log=log)

@@ -26,7 +26,7 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("head")
     write_pictures(folder / "photos", 120, seed=8)
     with ray_session(cpus=2):
-        job = [str(folder / "photos"), "--model", str(MODEL), "--no-report"]
+        job = [str(folder / "photos"), "--model", str(MODEL), "--dtype", "float32", "--no-report"]
         assert run_command(["embed", *job, "--labels", "1", "--out", str(folder / "run")]) == 0
         rows = table(folder / "run").to_pylist()
         with (folder / "labels.csv").open("w", newline="") as file:
@@ -39,8 +39,8 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_as_apply_says(features: Path, tmp_path: Path) -> None:
     head = features / "run" / "probes" / "main"
-    job = [str(features / "photos"), "--model", str(MODEL), "--no-report", "--features", "none", "--top-k", "5"]
-    assert run_command(["classify", *job, "--head", str(head), "--out", str(tmp_path / "seen")]) == 0
+    job = [str(features / "photos"), "--model", str(MODEL), "--dtype", "float32", "--features", "none", "--no-report"]
+    assert run_command(["classify", *job, "--top-k", "5", "--head", str(head), "--out", str(tmp_path / "seen")]) == 0
     applied = ["apply", str(features / "run"), "--probe", "main", "--top-k", "5", "--out", str(tmp_path / "applied")]
     assert run_command(applied) == 0
     seen, read = table(tmp_path / "seen"), table(tmp_path / "applied")

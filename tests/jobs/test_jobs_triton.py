@@ -42,7 +42,8 @@ def job(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Job:
     broken = len(list((folder / "pictures").iterdir())) - PICTURES
     (name,) = export_triton(inspect_model(str(checkpoint)), str(folder / "repo"), Serving(max_batch_size=4), onnx=False)
     config = folder / "job.toml"
-    config.write_text("labels = 2\nbatch_size = 4\nactors = {min = 1, max = 1}\n[sink]\ncommit_s = 0.5\n")
+    text = "labels = 2\ndtype = 'float32'\nbatch_size = 4\nactors = {min = 1, max = 1}\n[sink]\ncommit_s = 0.5\n"
+    config.write_text(text)
     arguments = ("embed", *[str(folder / "pictures")] * COPIES, "--model", str(checkpoint), "--config", str(config))
     return Job(folder / "repo", name, (*arguments, "--no-report"), broken)
 
