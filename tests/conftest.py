@@ -20,6 +20,7 @@ from support.gcs import GcsServer
 from support.gcs import gcs_server as run_gcs_server
 from support.http_server import HttpServer
 from support.http_server import http_server as run_http_server
+from support.outside import NOTED, note
 from support.processes import RUNNING
 from support.s3 import S3Server
 from support.s3 import s3_server as run_s3_server
@@ -63,9 +64,16 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     home = tempfile.TemporaryDirectory(prefix="patchstream-home-")
     before = dict(os.environ)
+    note(getattr(config, "workerinput", {}).get("outside", before))
     _replace_environment(_clean_environment(Path(home.name)))
     config.add_cleanup(home.cleanup)
     config.add_cleanup(lambda: _replace_environment(before))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """A worker of pytest-xdist is about to start: it inherits the clean environment."""
+    node.workerinput["outside"] = dict(NOTED)
 
 
 def _replace_environment(wanted: Mapping[str, str]) -> None:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from support.commands import attempt_records, end, patchstream, rows_in, start, table
-from support.triton import TritonServer, server_folder, triton_server
+from support.triton import LONGEST_START_S, TritonServer, server_folder, triton_server
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1200)]
 
 COPIES = 3
 PICTURES = 64
@@ -76,7 +76,8 @@ def test_same_output_as_with_torch_also_when_the_server_dies_and_returns(
     out, log = tmp_path / "out", tmp_path / "log"
     with contextlib.ExitStack() as servers:
         first = servers.enter_context(triton_server(job.repository, [job.name], log_dir=log_dir))
-        driver = start(*job.arguments, *through(first), "--out", out, log=log)
+        given = with_outage(job, tmp_path, LONGEST_START_S + 100)
+        driver = start(*given, *through(first), "--out", out, log=log)
         try:
             wait_until(lambda: bool(rows_in(out)), log)
             os.killpg(first.process.pid, signal.SIGKILL)

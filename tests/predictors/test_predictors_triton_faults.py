@@ -11,12 +11,12 @@ import pyarrow as pa
 import pytest
 from support.ports import free_port
 from support.served_model import Exported, assert_same, decoded, export, predicting, with_torch
-from support.triton import server_folder, triton_server
+from support.triton import LONGEST_START_S, server_folder, triton_server
 
 from schemas.errors import SpecError
 from schemas.spec import TritonSpec
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_rows_wait_for_a_server_that_is_killed_and_comes_back(exported: Exported
     results: list[pa.Table] = []
     with contextlib.ExitStack() as servers:
         first = servers.enter_context(triton_server(exported.repository, [exported.name], log_dir=log_dir))
-        with predicting(exported, TritonSpec(url=first.url, outage_s=120, in_flight=3)) as predict:
+        with predicting(exported, TritonSpec(url=first.url, outage_s=LONGEST_START_S + 100, in_flight=3)) as predict:
             results.append(predict(tables[0]))
             os.killpg(first.process.pid, signal.SIGKILL)
             worker = threading.Thread(target=lambda: results.extend(predict(table) for table in tables[1:]))
@@ -55,7 +55,7 @@ def test_rows_wait_for_a_server_that_is_killed_and_comes_back(exported: Exported
             time.sleep(1.0)
             assert len(results) == 1
             servers.enter_context(triton_server(exported.repository, [exported.name], log_dir=log_dir, port=first.port))
-            worker.join(timeout=120)
+            worker.join(timeout=300)
             assert not worker.is_alive()
     assert len(results) == len(tables)
     for table, result in zip(tables, results, strict=True):
