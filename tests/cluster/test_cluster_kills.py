@@ -98,9 +98,7 @@ def every_row_once(out: Path, pictures: Path) -> None:
     assert len(np.unique(np.round(np.array(list(first.values())), 3), axis=0)) > 90
 
 
-def wait_until(
-    driver: "subprocess.Popen[bytes]", log: Path, what: str, condition: Callable[[], bool], timeout_s: float = 180
-) -> None:
+def wait_until(driver: "subprocess.Popen[bytes]", log: Path, what: str, condition: Callable[[], bool]) -> None:
     """Poll until `condition()` holds while the driver is alive."""
     deadline = time.monotonic() + WAIT_S
     while not condition():

@@ -37,11 +37,17 @@ print(json.dumps([len(pids), len(alive)]))
 """
 
 
+def without_ray() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+
+
 @pytest.mark.slow
 def test_idle_workers_are_kept() -> None:
+    # A session of this process leaves its settings of Ray behind, which a child must not owe this to.
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
-    )
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, env=without_ray(), capture_output=True, text=True, timeout=120,
+        check=True,
+    )  # fmt: skip
     started, alive = json.loads(done.stdout)
     assert started > 1
     assert alive == started
@@ -75,7 +81,7 @@ def test_a_home_that_cannot_be_written_to_is_no_hindrance(tmp_path: Path) -> Non
     """As in a container with a read-only root file system. A file stands in its place, which holds for root too."""
     home = tmp_path / "home"
     home.touch()
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"HOME": str(home)}
+    env = without_ray() | {"HOME": str(home)}
     done = subprocess.run(
         [sys.executable, "-c", ONE_TASK], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
     )

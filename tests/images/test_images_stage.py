@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 from support.manifests import decode_all, decode_batches, manifest_of
+from support.unprivileged import folder_for_all, without_root
 
 from schemas.spec import FetchSpec
 from schemas.tables import decoded_schema
@@ -166,13 +167,14 @@ def test_pipes_devices_and_folders_are_no_files(tmp_path):
     assert table["error"].to_pylist() == ["NotAFile", "NotAFile", "NotAFile", "NoAddress"]
 
 
-def test_a_file_without_permission_is_forbidden(tmp_path):
-    path = tmp_path / "secret.png"
-    path.write_bytes(png("red"))
-    path.chmod(0)
-    if os.access(path, os.R_OK):
-        pytest.skip("running as root: nothing is forbidden")
-    assert decode_all(manifest_of([path]))["error"].to_pylist() == ["Forbidden"]
+def test_a_file_without_permission_is_forbidden():
+    with folder_for_all() as folder:
+        for name in ("secret.png", "open.png"):
+            (folder / name).write_bytes(png("red"))
+        (folder / "secret.png").chmod(0)
+        with without_root():
+            table = decode_all(manifest_of([folder / "secret.png", folder / "open.png"]))
+    assert table["error"].to_pylist() == ["Forbidden", None]
 
 
 def test_an_address_of_an_unknown_scheme_is_a_failure_row():

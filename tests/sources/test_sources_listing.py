@@ -17,6 +17,7 @@ from support.gcs import GcsServer
 from support.s3 import S3Server
 from support.shards import make_named_tar
 from support.source_rows import NAMES, listed, read, rows_of, spec_of, tree
+from support.unprivileged import folder_for_all, without_root
 
 from pipeline.sources.listing import list_source, wanted
 from pipeline.sources.manifest import read_sources
@@ -150,15 +151,13 @@ def test_shards_and_tables_in_a_folder_whose_name_is_no_utf_8(tmp_path: Path) ->
         read(folder)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
-    tree(tmp_path)
-    (tmp_path / "cats").chmod(0)
-    try:
-        with pytest.raises(SourceError, match="denied"):
-            listed(tmp_path)
-    finally:
-        (tmp_path / "cats").chmod(0o755)
+def test_a_folder_that_cannot_be_read_is_an_error() -> None:
+    with folder_for_all() as folder:
+        tree(folder)
+        (folder / "cats").chmod(0)
+        with without_root(), pytest.raises(SourceError, match=f"{folder}.*denied"):
+            listed(folder)
+        (folder / "cats").chmod(0o755)
 
 
 @pytest.mark.parametrize("name", ["nothing", "nothing/", "nothing/*.jpg", "a.jpg/x"])
