@@ -4,8 +4,10 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -16,10 +18,10 @@ from typing import NamedTuple
 import psutil
 import pytest
 import yaml
-from support.ports import LOOPBACK, free_port
+from support.ports import LOOPBACK, free_port, tried_again
 from support.processes import running
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")
@@ -54,10 +56,16 @@ def environment(folder: Path, token: str | None, variables: dict[str, str]) -> d
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory, log_dir: Path) -> Iterator[Head]:
+def head(log_dir: Path) -> Iterator[Head]:
     # Ray puts sockets below this folder, whose paths may have 107 characters.
-    folder = Path(f"/tmp/ps-{os.getpid()}")
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix="ps-", dir="/tmp"))
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield tried_again(lambda: stack.enter_context(started(folder, log_dir)))
+
+
+@contextlib.contextmanager
+def started(folder: Path, log_dir: Path) -> Iterator[Head]:
     port, dashboard_port = free_port(), free_port()
     arguments, variables = command(
         "head",
@@ -68,21 +76,17 @@ def head(tmp_path_factory: pytest.TempPathFactory, log_dir: Path) -> Iterator[He
             "--object-store-memory": "100000000", "--include-log-monitor": "false", "--node-ip-address": LOOPBACK,
         },
     )  # fmt: skip
-    try:
-        with running(
-            arguments,
-            name="ray-head",
-            log_dir=log_dir,
-            ready=lambda process: answers(dashboard_port, TOKEN) == 200,
-            timeout_s=120,
-            grace_s=3,
-            env=environment(folder, TOKEN, variables),
-            cwd=folder,
-        ) as process:
-            yield Head(port, dashboard_port, process.pid, folder)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            subprocess.run(["rm", "-rf", str(folder)], check=True)
+    with running(
+        arguments,
+        name="ray-head",
+        log_dir=log_dir,
+        ready=lambda process: answers(dashboard_port, TOKEN) == 200,
+        timeout_s=120,
+        grace_s=3,
+        env=environment(folder, TOKEN, variables),
+        cwd=folder,
+    ) as process:
+        yield Head(port, dashboard_port, process.pid, folder)
 
 
 def answers(port: int, token: str | None) -> int | None:

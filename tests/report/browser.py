@@ -6,11 +6,11 @@ import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from support.ports import LOOPBACK, free_port
+from support.ports import LOOPBACK, free_port, tried_again
 from support.processes import running
 
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
@@ -101,10 +101,8 @@ def chromium(folder: Path) -> Iterator[Browser]:
     """A browser with an empty profile under `folder`; it and its driver end with the block."""
     found = binaries()
     assert found, "no Chromium here"
-    port = free_port()
-    base = f"http://{LOOPBACK}:{port}"
-    command = [found[1], f"--port={port}"]
-    with running(command, name="chromedriver", log_dir=folder, ready=lambda process: _is_ready(base)):
+    with ExitStack() as stack:
+        base = tried_again(lambda: stack.enter_context(_driver(found[1], folder)))
         options = {"binary": found[0], "args": [*_FLAGS, f"--user-data-dir={folder / 'profile'}"]}
         wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
         session = _call("POST", f"{base}/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
@@ -113,6 +111,16 @@ def chromium(folder: Path) -> Iterator[Browser]:
             yield browser
         finally:
             browser.call("DELETE", "")
+
+
+@contextmanager
+def _driver(program: str, folder: Path) -> Iterator[str]:
+    port = free_port()
+    base = f"http://{LOOPBACK}:{port}"
+    with running(
+        [program, f"--port={port}"], name="chromedriver", log_dir=folder, ready=lambda process: _is_ready(base)
+    ):
+        yield base
 
 
 def _is_ready(base: str) -> bool:
