@@ -15,7 +15,7 @@ from cluster.nodes import LocalCluster
 METRICS = Path(__file__).parents[2] / "deploy/grafana/metrics.json"
 SAMPLE = re.compile(r"^(ray_patchstream_\w+)\{([^}]*)\} (\S+)$", re.MULTILINE)
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
 
 
 def scraped(cluster: LocalCluster) -> dict[str, list[tuple[dict[str, str], float]]]:

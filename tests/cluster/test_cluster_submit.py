@@ -23,6 +23,8 @@ from jobs.cli import run_command
 from schemas.errors import ClusterError
 from schemas.release import PACKAGES
 
+pytestmark = pytest.mark.timeout(600)
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -136,7 +138,7 @@ def test_a_connection_that_breaks_is_made_again(
         try:
             wait_until(lambda: bool(rows_in(out)), log)
             assert between.cut() > 0
-            assert follower.wait(timeout=120) == 0, log.read_text()
+            assert follower.wait(timeout=240) == 0, log.read_text()
         finally:
             end(follower.pid)
     shown = log.read_text()

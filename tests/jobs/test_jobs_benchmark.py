@@ -15,7 +15,7 @@ from support.s3 import S3Server
 
 from jobs.demo.draw import write_pictures
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

@@ -134,10 +134,12 @@ def test_tls_and_headers(exported: Exported, log_dir: Path, tmp_path: Path) -> N
         url = f"grpcs://localhost:{server.port}"
         assert check_elsewhere(exported, url, "let-me-in", trusting) == exported.name
         assert "let-me-in" not in check_elsewhere(exported, url, "open-sesame", trusting)
-        assert "no model" in check_elsewhere(exported, url, "let-me-in", {})
+        assert "no model" in check_elsewhere(exported, url, "let-me-in", {}, connect_s=3.0)
 
 
-def check_elsewhere(exported: Exported, url: str, token: str, environment: dict[str, str]) -> str:
+def check_elsewhere(
+    exported: Exported, url: str, token: str, environment: dict[str, str], *, connect_s: float = 30.0
+) -> str:
     """The name of the model that `check_server` finds, or its error."""
     program = """
 import sys
@@ -146,15 +148,15 @@ from pipeline.predictors.batches import Wanted
 from pipeline.predictors.triton import check_server
 from schemas.errors import PatchstreamError
 from schemas.spec import TritonSpec
-model, url, header, token = sys.argv[1:]
+model, url, header, token, connect_s = sys.argv[1:]
 info = inspect_model(model)
 wanted = Wanted(("cls",), (info.hidden_size,), "float32", 0, info.labels, False)
 try:
-    print(check_server(info, wanted, TritonSpec(url=url, headers={header: token}), connect_s=3.0).name)
+    print(check_server(info, wanted, TritonSpec(url=url, headers={header: token}), connect_s=float(connect_s)).name)
 except PatchstreamError as error:
     print(error)
 """
-    arguments = [sys.executable, "-c", program, exported.info.name, url, HEADER.title(), token]
+    arguments = [sys.executable, "-c", program, exported.info.name, url, HEADER.title(), token, str(connect_s)]
     done = subprocess.run(
         arguments, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=True
     )
