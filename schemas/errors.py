@@ -5,7 +5,7 @@
     ├── SourceError             a source matches nothing, cannot be listed or is no such table
     ├── CheckpointError         a model cannot be found, read, or is of another family
     ├── OutputError             the output directory holds another run, or cannot be written
-    ├── ClusterError            the machines asked for do not exist
+    ├── ClusterError            the machines asked for do not exist, or fail for good
     ├── TooManyFailures         exit code 3: more images failed than the user allows
     └── Interrupted             exit code 130 or 143: stopped by a signal; the same command resumes
 
@@ -42,7 +42,7 @@ class OutputError(PatchstreamError):
 
 
 class ClusterError(PatchstreamError):
-    """Ray cannot be reached, or the cluster lacks what was asked for."""
+    """Ray cannot be reached, or the cluster lacks what was asked for or loses what it gave."""
 
 
 class TooManyFailures(PatchstreamError):

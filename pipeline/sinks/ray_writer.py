@@ -18,9 +18,9 @@ import ray
 from pipeline import logs, metrics
 from pipeline.sinks.attempts import Fence
 from pipeline.sinks.parts import split, write_part
-from pipeline.storage import filesystem
+from pipeline.storage import filesystem, redact
 from schemas.attempt import StageSeconds
-from schemas.errors import Interrupted, PatchstreamError
+from schemas.errors import ClusterError, Interrupted, PatchstreamError
 from schemas.spec import SinkSpec
 
 _WRITES_IN_FLIGHT = 4
@@ -31,6 +31,18 @@ _DRAIN_S = 15.0
 _STOP_S = 5.0
 # What Ray Data appends to the message of whatever a function of ours raises.
 _RAYS_NOTE = "\nFailed to apply UDF transform"
+# What Ray raises where processes, nodes or room failed it more often than it tries again, not where code did.
+_LOSSES = (
+    ray.exceptions.LocalRayletDiedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.ObjectStoreFullError,
+    ray.exceptions.OutOfDiskError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.RayActorError,
+    ray.exceptions.RaySystemError,
+    ray.exceptions.WorkerCrashedError,
+)
 
 
 class WriteJob(NamedTuple):
@@ -88,7 +100,8 @@ def commit_stream(
     """Drive `bundles` (Ray Data's block references) to their end and write them.
 
     Yields what happened, and None about five times a second when nothing did. If the caller closes the generator
-    early, what was received is still written, for at most 15 seconds, and `late` is told.
+    early, what was received is still written, for at most 15 seconds, and `late` is told. Errors come as Ray has them:
+    `unwrap` is for the caller, once.
     """
     writes = _Writes(job)
     feed = _Feed(bundles)
@@ -205,10 +218,7 @@ class _Writes:
 
 
 def _result(reference: Any) -> Committed:
-    try:
-        committed: Committed = ray.get(reference)
-    except ray.exceptions.RayError as error:
-        raise unwrap(error) from error
+    committed: Committed = ray.get(reference)
     metrics.count("patchstream_images_total", committed.images)
     for stage, failures in committed.failures_by_stage.items():
         metrics.count("patchstream_failures_total", failures, stage=stage)
@@ -218,15 +228,29 @@ def _result(reference: Any) -> Committed:
 
 
 def unwrap(error: BaseException) -> BaseException:
-    """The PatchstreamError that a worker raised, if one lies at the bottom of what Ray made of it; else `error`."""
+    """The PatchstreamError that a worker raised, if one lies at the bottom of what Ray made of it; a ClusterError where
+    Ray lost what the job ran on; else `error`."""
     seen: BaseException | None = error
+    loss: BaseException | None = None
     while seen is not None:
         # What Ray makes of ours passes for ours too, with a traceback as its message.
         if isinstance(seen, PatchstreamError) and not isinstance(seen, ray.exceptions.RayError):
             seen.args = (str(seen).partition(_RAYS_NOTE)[0],)
             return seen
+        # An actor that fails as it is made failed by an error of code.
+        if isinstance(seen, _LOSSES) and not getattr(seen, "actor_init_failed", False):
+            loss = seen
         seen = getattr(seen, "cause", None) or seen.__cause__
-    return error
+    return error if loss is None else _lost(loss)
+
+
+def _lost(loss: BaseException) -> ClusterError:
+    said = redact(str(loss).strip().partition("\n")[0])
+    return ClusterError(
+        f"Ray lost what the job ran on, and more often than it tries again ({type(loss).__name__}: {said}). What was "
+        "committed stays and the same command resumes. Should it happen again: workers that are killed mostly lack "
+        "memory, so take a smaller --batch-size, fewer --actors or larger machines; --verbose shows where it happened"
+    )
 
 
 def _total(table: pa.Table, column: str) -> float:
