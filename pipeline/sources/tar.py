@@ -2,7 +2,8 @@
 
 A sample is the run of members that share a name up to the first dot (https://github.com/webdataset/webdataset).
 Its `.json`, `.cls` and `.txt` members ride along as the text columns `json`, `cls` and `txt`. Names with dots of their
-own (`www.site.com_1.jpg`, dates, versions) make one sample of many images: each has the sidecars of its own name.
+own (`www.site.com_1.jpg`, dates, versions) make one sample of many images: each has the sidecars of its own name. A
+sample of one image (`1.image.jpg`, `1.caption.txt`) has nobody else to give them to.
 """
 
 import logging
@@ -111,8 +112,10 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _images(sample: list[tarfile.TarInfo], sidecars: Sidecars) -> Iterator[TarImage]:
-    """Each image with the sidecars of the whole sample (`1.txt`) and, before those, its own (`1.left.txt`)."""
+    """Each image with the sidecars of the whole sample (`1.txt`) and, before those, its own (`1.left.txt`). Only where
+    there is one image, all others are its own too (`1.caption.txt`)."""
+    others = tuple(sidecars) if len(sample) == 1 else ()
     for member in sample:
-        names = (_key(member.name), _split(member.name)[0], member.name)
+        names = (*others, _key(member.name), _split(member.name)[0], member.name)
         texts = {suffix: text for name in names for suffix, text in sidecars.get(name, {}).items()}
         yield TarImage(member.name, member.offset_data, member.size, texts)

@@ -43,3 +43,12 @@ def test_each_kind_of_text_is_found_by_itself(tmp_path: Path) -> None:
         {"json": "1.json", "user_cls": "1.cls", "txt": "1.a.TXT"},
         {"json": "1.json", "user_cls": "1.b.cls", "txt": None},
     ]
+
+
+def test_a_sample_of_one_image_has_all_its_texts(tmp_path: Path) -> None:
+    members = ["1.image.png", "1.caption.txt", "1.meta.json", "1.mask.npy", "2.kind.cls", "2.png", "2.txt", "2.old.txt"]
+    make_named_tar(tmp_path / "a.tar", {name: name.encode() for name in members})
+    assert read(tmp_path / "a.tar").select(["json", "user_cls", "txt"]).to_pylist() == [
+        {"json": "1.meta.json", "user_cls": None, "txt": "1.caption.txt"},
+        {"json": None, "user_cls": "2.kind.cls", "txt": "2.txt"},
+    ]
