@@ -139,17 +139,17 @@ def _batches(
 def _up_to_damage(
     file: TableFile, read: Callable[..., Iterator[pa.RecordBatch]], rows: int, group: range, wanted: tuple[int, ...]
 ) -> Iterator[tuple[int, pa.Array]]:
-    """Batches of `rows` of a row group. One that cannot be decoded costs another pass, a row at a time: those before
-    the damage are whole."""
+    """Batches of `rows` of a row group, up to its last wanted row: damage behind that concerns nobody. One that cannot
+    be decoded costs another pass, a row at a time: those before the damage are whole."""
     for size in (rows, 1):
         start = group.start
         try:
             for batch in read(batch_size=size):
                 yield start, batch.column(0)
                 start += batch.num_rows
-            if start < group.stop:
-                raise pa.ArrowInvalid("it ends early")
-            return
+                if not _any_within(wanted, start, group.stop):
+                    return
+            raise pa.ArrowInvalid("it ends early")
         except (pa.ArrowException, OSError) as error:
             if file.failed or isinstance(error, MemoryError):
                 raise

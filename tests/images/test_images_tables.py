@@ -88,6 +88,25 @@ def test_damage_costs_the_rows_behind_it_and_one_more_reading(tmp_path, read_byt
     assert sum(read_bytes) < 4 * size
 
 
+def test_damage_behind_the_last_wanted_row_of_a_group_costs_nobody(tmp_path):
+    path = tmp_path / "t.parquet"
+    payloads = write(path, 300, 3000, row_group_size=200, write_batch_size=50, data_page_size=1, use_dictionary=False)
+    manifest = listed(str(path)).take([10, 110, 250, 251])
+    damage(path, payloads[152])
+    table = decode_all(manifest)
+    assert table["message"].to_pylist() == [None] * 4
+    assert shades(table) == [10, 110, 0, 1]
+
+
+def test_a_row_group_is_read_up_to_its_last_wanted_row(tmp_path, read_bytes):
+    path = tmp_path / "t.parquet"
+    write(path, 6000, 3000, row_group_size=3000, write_batch_size=50, data_page_size=1, use_dictionary=False)
+    manifest = listed(str(path)).take([10, 3010])
+    read_bytes.clear()
+    assert shades(decode_all(manifest)) == [10, 10]
+    assert sum(read_bytes) < path.stat().st_size / 4
+
+
 def test_rows_behind_damage_do_not_look_for_it_again(tmp_path, read_bytes):
     path = tmp_path / "t.parquet"
     payloads = write(path, 400, 3000, write_batch_size=50, data_page_size=1, use_dictionary=False)
