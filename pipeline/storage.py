@@ -47,7 +47,7 @@ def scheme(url: str) -> str:
 
 def is_chained(url: str) -> bool:
     """Whether `url` names one file system inside another, as `zip://a.png::s3://bucket/x.zip` does."""
-    return "::" in url.partition("?")[0] and scheme(url) not in _NO_CHAINS
+    return "::" in url and scheme(url) not in _NO_CHAINS
 
 
 def options_for(url: str, storage_options: Options) -> dict[str, Any]:

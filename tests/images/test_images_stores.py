@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from support.faults import Rule
 from support.manifests import decode_all, manifest_of
-from support.shards import listed
+from support.shards import listed, shades
 
 from pipeline.images.reader import Reader
 from schemas.spec import FetchSpec
@@ -161,6 +161,16 @@ def test_options_reach_the_store_behind_an_archive(store, form, tmp_path):
     manifest = listed(f"zip://in::{url}", options)
     assert manifest["uri"].to_pylist() == [f"zip://in/a.png::{url}"]
     assert decode_all(manifest, storage_options=options)["message"].to_pylist() == [None]
+
+
+def test_options_reach_the_store_behind_a_member_with_a_question_mark(store, tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("in/what?.png", png(3))
+    url = store.put(store.make_bucket(), "x.zip", (tmp_path / "x.zip").read_bytes())
+    options = {url.partition(":")[0]: store.storage_options}
+    manifest = listed(f"zip://in/w?at*::{url}", options)
+    assert manifest["uri"].to_pylist() == [f"zip://in/what?.png::{url}"]
+    assert shades(decode_all(manifest, storage_options=options)) == [3]
 
 
 def test_one_client_serves_all_threads_and_later_calls(store, filled, monkeypatch):

@@ -66,6 +66,7 @@ def test_relative_addresses_in_an_archive(tmp_path: Path) -> None:
     absolute = ["/root/c.jpg", "s3://b/d.jpg"]
     assert uris(f"zip://in/t.csv{chain}") == [f"zip://in/a.jpg{chain}", f"zip://b.jpg{chain}", *absolute]
     assert uris(f"zip://t.csv{chain}")[0] == f"zip://a.jpg{chain}"
+    assert uris(f"zip://in/?.csv{chain}") == uris(f"zip://in/t.csv{chain}")
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet"])
