@@ -26,6 +26,8 @@ Options = Mapping[str, Any]
 
 # These hold their objects themselves, so that no address that begins with one is a chain, whatever its key holds.
 _NO_CHAINS = frozenset({"s3", "gs", "http"})
+# These keep copies of what the address behind them leads to, and have no paths of their own: `simplecache::s3://b/k`.
+CACHES = frozenset({"simplecache", "filecache", "blockcache", "cached"})
 # What the web's driver and aiohttp behind it take of options that may as well be a bucket's.
 _WEB_OPTIONS = frozenset(
     {"headers", "auth", "cookies", "params", "timeout", "allow_redirects", "max_redirects", "proxy", "proxy_auth"}
@@ -104,8 +106,9 @@ def open_filesystem(url: str, storage_options: Options) -> tuple[AbstractFileSys
     """
     options = _uncached(url, storage_options)
     if is_chained(url):  # fsspec wants those of what lies behind the first store by name
-        behind = [part for part in url.split("::")[1:] if "://" in part]
-        options |= {str(get_protocol(part)): _uncached(part, storage_options) for part in behind}
+        # A cache on the way (`zip://a.png::simplecache::s3://…`) stands there by its name alone.
+        parts = [f"{part}://" if part in storage_options else part for part in url.split("::")[1:]]
+        options |= {str(get_protocol(part)): _uncached(part, storage_options) for part in parts if "://" in part}
     try:
         with uninterrupted():  # the first time this imports the driver
             fsspec.get_filesystem_class(get_protocol(url))

@@ -10,7 +10,7 @@ from fsspec import AbstractFileSystem
 
 from pipeline.sources.reading import source_error
 from pipeline.sources.stores import Entry, crawl, list_gcs, list_s3, local_entry, walk_any, walk_local
-from pipeline.storage import Options, exists, is_local, open_filesystem, scheme
+from pipeline.storage import CACHES, Options, exists, is_local, open_filesystem, scheme
 from schemas.errors import SourceError
 
 _LIST_KEYS: dict[str, Callable[[AbstractFileSystem, str, str], Iterator[Entry]]] = {"s3": list_s3, "gs": list_gcs}
@@ -33,6 +33,12 @@ def list_source(source: str, storage_options: Options) -> Iterator[Entry]:
 
 
 def _list(source: str, storage_options: Options) -> Iterator[Entry]:
+    cache, mark, behind = source.partition("::")
+    if mark and cache in CACHES:
+        for entry in _list(behind, storage_options):
+            place = entry.uri if "://" in entry.uri else f"file://{entry.uri}"
+            yield entry._replace(uri=f"{cache}::{place}")
+        return
     fs, path = open_filesystem(source, storage_options)
     kind = scheme(source)
     if kind == "http":

@@ -17,7 +17,7 @@ from pipeline.sources.columns import content_table
 from pipeline.sources.reading import open_object
 from pipeline.sources.stores import Entry
 from pipeline.sources.text import TEXT_SUFFIXES, read_text
-from pipeline.storage import Options, is_chained, redact, scheme
+from pipeline.storage import CACHES, Options, is_chained, redact, scheme
 from schemas.errors import SourceError
 from schemas.tables import METADATA_KEY
 
@@ -42,7 +42,10 @@ class ParquetKind(NamedTuple):
 
 def suffix(source: str) -> str:
     """Lower-case suffix of the last path segment, without the dot, a query string or a `.gz` behind a text table's."""
-    path = source.partition("::")[0] if is_chained(source) else source
+    first, _, behind = source.partition("::")
+    if first in CACHES:
+        return suffix(behind)
+    path = first if is_chained(source) else source
     if scheme(source) == "http":
         path = urlsplit(source).path
     name = path.rpartition("/")[2].lower()

@@ -1,6 +1,7 @@
 """Addresses in `pipeline/storage.py`: whom the options are for, and what may be shown of a signed URL."""
 
 import sys
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,15 @@ def test_options_by_scheme() -> None:
 def test_options_of_both_kinds_are_refused() -> None:
     with pytest.raises(SpecError, match=r"keyed by scheme \(s3\), but these are not: anon"):
         options_for("s3://b/k", {"s3": {"key": "k"}, "anon": True})
+
+
+def test_options_of_a_cache_in_the_middle_of_a_chain(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("in/a.png", b"A")
+    options = {"simplecache": {"cache_storage": str(tmp_path / "kept")}, "s3": {"key": "k"}}
+    fs, path = filesystem(f"zip://in/a.png::simplecache::file://{tmp_path}/x.zip", options)
+    assert fs.cat_file(path) == b"A"
+    assert [file.read_bytes() for file in (tmp_path / "kept").iterdir()] == [(tmp_path / "x.zip").read_bytes()]
 
 
 def test_listings_are_never_cached(s3_server: S3Server, gcs_server: GcsServer) -> None:

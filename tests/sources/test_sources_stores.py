@@ -49,6 +49,26 @@ def test_two_colons_in_a_key_are_no_chain(store: Server) -> None:
     assert listed(f"{base}/x::*/b.jpg", options, base) == ["x::y/b.jpg"]
 
 
+@pytest.mark.parametrize("cache", ["simplecache", "filecache", "blockcache"])
+def test_behind_a_cache_lies_what_it_leads_to(tmp_path: Path, cache: str) -> None:
+    tree(tmp_path / "in", ["a.jpg", "b/c.jpg"])
+    base = f"{cache}::file://{tmp_path}/in"
+    assert listed(base) == [f"{base}/a.jpg", f"{base}/b/c.jpg"]
+    assert listed(f"{cache}::{tmp_path}/in/*.jpg") == [f"{base}/a.jpg"]
+    (tmp_path / "in/list.csv").write_text("uri\na.jpg\n../d.jpg\n")
+    options = {cache: {"cache_storage": str(tmp_path / "kept")}}
+    rows = rows_of(spec_of(f"{base}/list.csv", storage_options=options))
+    assert rows == [f"{base}/a.jpg", f"{cache}::file://{tmp_path}/d.jpg"]
+
+
+def test_a_cache_hides_no_store(store: Server) -> None:
+    bucket, options = store.make_bucket(), store.storage_options
+    url = store.put(bucket, "photo/1.jpg", b"x")
+    by_scheme = {url.partition(":")[0]: options}
+    for given in (options, by_scheme):
+        assert listed(f"simplecache::{url.removesuffix('1.jpg')}", given) == [f"simplecache::{url}"]
+
+
 def test_folder_markers_are_no_objects(store: Server) -> None:
     bucket = store.make_bucket()
     for name in ("a/", "a/b/", "a/b/1.jpg"):
