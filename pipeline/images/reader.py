@@ -6,6 +6,7 @@ import os
 import re
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -51,8 +52,9 @@ class Reader:
         if "://" not in url:
             return _read_local(url, extent, self._max_bytes, need, etag)
         if is_chained(url):
-            with self._chained(url) as (fs, path):
-                return _read_any(fs, path, extent, self._max_bytes, need, timeout_s)
+            ends_s = time.monotonic() + timeout_s
+            with self._chained(url, timeout_s) as (fs, path):
+                return _read_any(fs, path, extent, self._max_bytes, need, ends_s - time.monotonic())
         kind = scheme(url)
         fs, path = self.locate(url)
         if kind == "file" and is_local(fs):
@@ -64,13 +66,14 @@ class Reader:
         return data
 
     @contextlib.contextmanager
-    def _chained(self, url: str) -> Iterator[tuple[AbstractFileSystem, str]]:
+    def _chained(self, url: str, timeout_s: float) -> Iterator[tuple[AbstractFileSystem, str]]:
         """The file system and path of an address that leads into an archive, or through a cache."""
         member, _, archive = url.partition("::")
         if not member.partition("://")[2]:
             yield self.locate(url)
             return
-        with self._archives.lent(f"{scheme(url)}::{archive}", lambda: self.locate(url)[0]) as fs:
+        name = f"{scheme(url)}::{archive}"
+        with self._archives.lent(name, lambda: self.locate(url)[0], timeout_s=timeout_s) as fs:
             yield fs, str(fs._strip_protocol(member))
 
     def close(self) -> None:
