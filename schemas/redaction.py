@@ -16,7 +16,9 @@ _SECRET_NAME = re.compile(
     re.IGNORECASE,
 )
 _SECRET_KEY = re.compile(
-    r"key|secret|token|passw|passphrase|pwd|credential|auth|cookie|headers|connection|sas", re.IGNORECASE
+    r"key|secret|token|passw|passphrase|pwd|credential|auth|cookie|headers|connection|sas"
+    r"|signature(?!_)|(?<![a-z])(?:sig|pass)(?![a-z_])",  # but `signature_version`
+    re.IGNORECASE,
 )
 # Ways to come by credentials that drivers know by name, and no credential themselves.
 _WAYS = ("anon", "google_default", "cloud", "cache", "browser", True, False, None)

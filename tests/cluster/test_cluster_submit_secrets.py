@@ -15,12 +15,17 @@ from jobs.cli import run_command
         (("--storage-options", '{"http": {"headers": {"X-Mine": "hush"}}}'), "options holds a credential"),
         (("--storage-options", '{"http": {"client_kwargs": {"auth": ["me", "hush"]}}}'), "options holds a credential"),
         (("--storage-options", '{"x": {"servers": [{"cookies": {"a": "hush"}}]}}'), "options holds a credential"),
+        (("--storage-options", '{"http": {"params": {"sig": "hush"}}}'), "options holds a credential"),
+        (("--storage-options", '{"http": {"params": {"X-Amz-Signature": "hush"}}}'), "options holds a credential"),
+        (("--storage-options", '{"sftp": {"pass": "hush"}}'), "options holds a credential"),
+        (("--storage-options", '{"http": {"params": {"sig": "hush"}}'), "options holds a credential"),
         (("--storage-options", '{"token": "hush"'), "options holds a credential"),
         (("--triton-header", "cookie: hush"), "--triton-header holds a credential"),
         (("--triton-header", "x-mine: hush"), "--triton-header holds a credential"),
         (("--triton-header=x-mine: hush",), "--triton-header holds a credential"),
         (("--storage-options", '{"gs": {"token": "anon"}}'), "no Ray dashboard answers"),
         (("--storage-options", '{"s3": {"anon": true, "key": null}}'), "no Ray dashboard answers"),
+        (("--storage-options", '{"s3": {"config_kwargs": {"signature_version": "s3"}}}'), "no Ray dashboard answers"),
     ],
 )
 def test_credentials_are_refused(capsys: pytest.CaptureFixture[str], given: tuple[str, ...], message: str) -> None:
