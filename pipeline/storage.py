@@ -19,6 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
 
 from pipeline.signals import uninterrupted
+from pipeline.web_options import web_options, with_basic_auth
 from schemas.errors import OutputError, PatchstreamError, SourceError, SpecError
 from schemas.redaction import redact as redact
 
@@ -28,16 +29,6 @@ Options = Mapping[str, Any]
 _NO_CHAINS = frozenset({"s3", "gs", "http"})
 # These keep copies of what the address behind them leads to, and have no paths of their own: `simplecache::s3://b/k`.
 CACHES = frozenset({"simplecache", "filecache", "blockcache", "cached"})
-# What the web's driver and aiohttp behind it take of options that may as well be a bucket's.
-_WEB_OPTIONS = frozenset(
-    {"headers", "auth", "cookies", "params", "timeout", "allow_redirects", "max_redirects", "proxy", "proxy_auth"}
-    | {"proxy_headers", "ssl", "server_hostname", "client_kwargs", "get_client", "encoded", "simple_links"}
-    | {"same_scheme", "block_size", "cache_type", "cache_options", "use_listings_cache", "skip_instance_cache"}
-)
-_WEB_CLIENT_OPTIONS = frozenset(
-    {"headers", "auth", "cookies", "cookie_jar", "timeout", "connector", "proxy", "proxy_auth", "trust_env"}
-    | {"requote_redirect_url", "read_bufsize", "max_line_size", "max_field_size"}
-)
 _ALIASES = {"gcs": "gs", "s3a": "s3", "https": "http", "local": "file"}
 
 
@@ -62,22 +53,15 @@ def options_for(url: str, storage_options: Options) -> dict[str, Any]:
     # A flat option may hold a dict too (`client_kwargs`), so the keys tell the two forms apart, not the values.
     by_scheme = {key: value for key, value in storage_options.items() if key in known and isinstance(value, dict)}
     if not by_scheme:
-        return {} if name == "file" else _for_web(storage_options) if name == "http" else dict(storage_options)
+        return {} if name == "file" else web_options(storage_options) if name == "http" else dict(storage_options)
     if len(by_scheme) < len(storage_options):
         loose = ", ".join(sorted(set(storage_options) - set(by_scheme)))
         raise SpecError(
             f"storage options are keyed by scheme ({', '.join(sorted(by_scheme))}), but these are not: {loose}; "
             "put each under the scheme it is for"
         )
-    return dict({_ALIASES.get(key, key): value for key, value in by_scheme.items()}.get(name, {}))
-
-
-def _for_web(flat: Options) -> dict[str, Any]:
-    """Of options for every scheme those of the web, so that no bucket's key is given to a web server."""
-    options = {name: value for name, value in flat.items() if name in _WEB_OPTIONS}
-    if isinstance(client := options.pop("client_kwargs", None), dict):
-        options["client_kwargs"] = {name: value for name, value in client.items() if name in _WEB_CLIENT_OPTIONS}
-    return options
+    options = dict({_ALIASES.get(key, key): value for key, value in by_scheme.items()}.get(name, {}))
+    return with_basic_auth(options) if name == "http" else options
 
 
 def filesystem(url: str, storage_options: Options) -> tuple[AbstractFileSystem, str]:

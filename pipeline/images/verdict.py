@@ -128,12 +128,13 @@ def judge(error: BaseException) -> Verdict:
 
 
 def _reason(error: BaseException) -> BaseException:
-    """fsspec calls whatever goes wrong as it looks at a URL a missing file, with the reason behind it."""
+    """fsspec calls whatever goes wrong as it looks at a URL a missing file, with the reason behind it. A TypeError is
+    that of an option which the driver does not take."""
     inner = error.__cause__
     if not isinstance(error, FileNotFoundError) or inner is None:
         return error
     from_web = any(kind.__module__.partition(".")[0] == "aiohttp" for kind in type(inner).__mro__)
-    return inner if from_web or isinstance(inner, TimeoutError) else error
+    return inner if from_web or isinstance(inner, TimeoutError | TypeError) else error
 
 
 def _judge_status(status: int, wait_s: float | None) -> Verdict:

@@ -154,7 +154,7 @@ _NO_CREDENTIALS = frozenset(
 def _cause(error: BaseException) -> BaseException:
     """fsspec's HTTP calls every failure to look at a URL a missing file; the true reason is behind it."""
     inner = error.__cause__
-    other = inner is not None and (_from_http(inner) or isinstance(inner, OSError | TimeoutError))
+    other = inner is not None and (_from_http(inner) or isinstance(inner, OSError | TimeoutError | TypeError))
     return inner if inner is not None and other and isinstance(error, FileNotFoundError) else error
 
 

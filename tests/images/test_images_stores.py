@@ -1,6 +1,9 @@
 """Images from real S3 and Google Cloud Storage endpoints, healthy and failing, with the requests counted."""
 
+import functools
+import http.server
 import io
+import threading
 import zipfile
 
 import pytest
@@ -10,6 +13,7 @@ from support.manifests import decode_all, manifest_of
 from support.shards import listed, shades
 
 from pipeline.images.reader import Reader
+from schemas.errors import SourceError
 from schemas.spec import FetchSpec
 
 
@@ -150,6 +154,45 @@ def test_options_of_a_bucket_leave_web_addresses_alone(s3_server, http_server, t
     table = decode_all(manifest_of([url, server.url_of("web.png")]), storage_options=flat)
     assert table["message"].to_pylist() == [None, None]
     assert [pixels[0] for pixels in table["pixels"].to_pylist()] == [3, 7]
+
+
+@pytest.fixture
+def locked(tmp_path):
+    """The address of a web server that gives `a.png` and `x.zip`, which holds `a.png`, to `me` with `hush` alone."""
+    (tmp_path / "a.png").write_bytes(png(3))
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.write(tmp_path / "a.png", "a.png")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def send_head(self):
+            if self.headers["Authorization"] != "Basic bWU6aHVzaA==":
+                return self.send_error(401)
+            return super().send_head()
+
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Handler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("options", [{"auth": ["me", "hush"]}, {"http": {"client_kwargs": {"auth": ["me", "hush"]}}}])
+def test_basic_authentication_for_a_web_server(locked, options):
+    table = decode_all(manifest_of([f"{locked}/a.png"]), storage_options=options)
+    assert shades(table) == [3], table["message"]
+    assert listed(f"{locked}/a.png", options)["uri"].to_pylist() == [f"{locked}/a.png"]
+
+
+def test_an_option_that_the_driver_does_not_take_is_no_missing_file(locked):
+    options = {"http": {"timeout_s": 5}}
+    (row,) = decode_all(manifest_of([f"zip://a.png::{locked}/x.zip"]), storage_options=options).to_pylist()
+    assert (row["error"], row["retryable"]) == ("TypeError", True)
+    assert "timeout_s" in row["message"]
+    with pytest.raises(SourceError, match=r"x\.zip: cannot be read \(TypeError"):
+        listed(f"zip://*.png::{locked}/x.zip", options)
 
 
 @pytest.mark.parametrize("form", ["flat", "by scheme"])

@@ -116,6 +116,16 @@ def test_a_web_server_gets_no_key_of_a_bucket() -> None:
     assert options_for("https://h/k", {**keys, **web}) == web
 
 
+def test_basic_authentication_becomes_a_header() -> None:
+    header = {"Authorization": "Basic bWU6aMO8c2g="}
+    for given in ({"auth": ["me", "hüsh"]}, {"https": {"auth": ["me", "hüsh"]}}):
+        assert options_for("https://h/k", given) == {"headers": header}
+    more = {"http": {"auth": ["me", "hüsh"], "headers": {"A": "b"}, "client_kwargs": {"auth": ["me", "hüsh"]}}}
+    expected = {"headers": {**header, "A": "b"}, "client_kwargs": {"headers": header}}
+    assert options_for("https://h/k", more) == expected
+    assert options_for("s3://b/k", {"auth": ["me", "hüsh"]}) == {"auth": ["me", "hüsh"]}
+
+
 def test_options_by_scheme() -> None:
     options = {"s3a": {"anon": True}, "gs": {"token": "anon"}, "https": {"timeout": 1}}
     assert options_for("s3://b/k", options) == {"anon": True}
