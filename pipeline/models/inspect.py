@@ -201,9 +201,14 @@ def _require_whole_patches(size: tuple[int, int], a: Architecture, name: str) ->
 
 
 def digest_of(weights: Weights) -> str:
-    """SHA-256 over the names and contents of config and weight files: 64 hexadecimal digits."""
+    """SHA-256 over the names and contents of config and weight files: 64 hexadecimal digits.
+
+    Raises CheckpointError where the config is not there.
+    """
     total = hashlib.sha256()
     config = [] if weights.kind == "npz" else [weights.folder / "config.json"]
+    if not all(path.is_file() for path in config):
+        raise CheckpointError(f"{config[0]}: no such file")
     for path in (*config, *weights.files):
         with path.open("rb") as file:
             one = hashlib.sha256()

@@ -34,10 +34,10 @@ def load_model(
     are those of `cls`, `pooled` and `logits` that will be used; where the prefix tokens are enough for them, the last
     block computes no others.
 
-    On a machine where `info.folder` does not exist the checkpoint is found again by name and revision. Raises
-    CheckpointError if it cannot be, or if its digest is another.
+    On a machine where `info.folder` does not exist or is incomplete the checkpoint is found again by name and revision.
+    Raises CheckpointError if it cannot be, or if its digest is another, here or there.
     """
-    weights = find_weights(_folder(info, storage_options))
+    weights = _find_planned(info, storage_options)
     with torch.no_grad():
         tensors = remap(_tensors(weights), info.plan)
     return assemble(
@@ -69,15 +69,19 @@ def _tensors(weights: Weights) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
 
 
-def _folder(info: ModelInfo, storage_options: Mapping[str, Any]) -> Path:
-    folder = Path(info.folder)
-    if folder.exists():
-        return folder
-    place = resolve(info.name, info.revision, storage_options)
-    digest = digest_of(find_weights(place.folder))
+def _find_planned(info: ModelInfo, storage_options: Mapping[str, Any]) -> Weights:
+    """The files that the run was planned with: where they were then, else found again by name and revision."""
+    try:
+        weights = find_weights(Path(info.folder))
+        digest = digest_of(weights)
+    except (CheckpointError, OSError):
+        # Not on this machine, or incomplete: another process may be fetching it from the hub, and is waited for.
+        weights = find_weights(resolve(info.name, info.revision, storage_options).folder)
+        digest = digest_of(weights)
     if digest != info.digest:
         raise CheckpointError(
-            f"{info.name}: the checkpoint on this machine has digest {digest[:12]}…, but the run was planned with "
-            f"{info.digest[:12]}…. Make the same files visible to every machine, or pin --revision."
+            f"{info.name}: the checkpoint in {weights.folder} has digest {digest[:12]}…, but the run was planned with "
+            f"{info.digest[:12]}…. Make the same files visible to every machine and leave them as they are until the "
+            "run has ended, or pin --revision."
         )
-    return place.folder
+    return weights

@@ -34,6 +34,8 @@ _VERSION_KEYS = (
     *("Last-Modified", "Content-MD5", "Digest"),
 )
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model")
+# Of a hub model with safetensors. The files of one without are looked at when they are found in its folder.
+_PREFERRED = [*SMALL_FILES, *TEXT_FILES, *SAFETENSORS, "model-*-of-*.safetensors"]
 
 
 class Place(NamedTuple):
@@ -153,8 +155,8 @@ def _from_hub(name: str, revision: str | None) -> Place:
     )
 
     try:
-        commit, patterns = _on_the_hub(name, revision)
-        folder = Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
+        # By the branch, which huggingface_hub keeps with its commit for a time without a network.
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_on_the_hub(name, revision)))
     except RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{name}: no such folder here and no such model on the hub. Check the spelling; a private model needs a "
@@ -166,21 +168,22 @@ def _from_hub(name: str, revision: str | None) -> Place:
         raise CheckpointError(f"{name}: the hub refuses: {error}") from error
     except (HTTPError, OSError):
         try:
-            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+            # Of the whole repository, which huggingface_hub remembers by its list of files, no more was ever fetched.
+            folder = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=_PREFERRED))
         except LocalEntryNotFoundError as error:
             raise CheckpointError(_unreachable(name)) from error
     return Place(name, folder, folder.name)
 
 
-def _on_the_hub(name: str, revision: str | None) -> tuple[str | None, list[str]]:
-    """The commit behind `revision`, and the files to fetch: safetensors where the model has them, else `.bin`."""
+def _on_the_hub(name: str, revision: str | None) -> list[str]:
+    """The files to fetch: safetensors where the model has them, else `.bin`."""
     from huggingface_hub import HfApi
 
     info = HfApi().model_info(name, revision=revision)
     names = {sibling.rfilename for sibling in info.siblings or []}
     if any(each in names for each in SAFETENSORS):
-        return info.sha, [*SMALL_FILES, *TEXT_FILES, *SAFETENSORS, "model-*-of-*.safetensors"]
-    return info.sha, [*SMALL_FILES, *TEXT_FILES, *TORCH, "pytorch_model-*-of-*.bin"]
+        return _PREFERRED
+    return [*SMALL_FILES, *TEXT_FILES, *TORCH, "pytorch_model-*-of-*.bin"]
 
 
 def _unreachable(name: str) -> str:

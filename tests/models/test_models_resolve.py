@@ -117,6 +117,16 @@ def test_a_file_that_changes_at_a_server_without_etags(tmp_path: Path, cache: Pa
     assert len(digests) == 2
 
 
+def test_weights_replaced_after_planning_are_refused(tmp_path: Path) -> None:
+    """A training script writes its next ones over them, or each machine has a folder of its own."""
+    folder = make_checkpoint(tmp_path / "vit", "vit", image_size=32, hidden_size=32, num_attention_heads=2)
+    info = inspect_model(str(folder))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "layernorm.bias": tensors["layernorm.bias"] + 1}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"/vit has digest .* but the run was planned with"):
+        load_model(info)
+
+
 def test_a_web_server_that_refuses_is_not_one_without_the_file(
     tmp_path: Path, http_server: Callable[..., HttpServer], cache: Path
 ) -> None:

@@ -1,0 +1,114 @@
+"""A model of the hub, fetched by several processes of one machine, and found again without a network."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from support.checkpoints import make_checkpoint
+
+from pipeline.models import inspect_model, load_model
+from schemas.errors import CheckpointError
+
+COMMIT = "3f49326eb077187dfe1c2a2bb15fbd74e6ab91e3"
+NAME = "somebody/vit"
+
+
+@dataclass
+class Hub:
+    """A hub with one model. `snapshot` is where huggingface_hub keeps it on this machine."""
+
+    folder: Path
+    snapshot: Path
+    asked: list[str]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    from huggingface_hub import constants
+
+    folder = make_checkpoint(tmp_path / "vit", "vit", image_size=32, hidden_size=32, num_attention_heads=2)
+    (folder / "README.md").write_text("of no use here")
+    cache = tmp_path / "hub"
+    found = Hub(folder, cache / "models--somebody--vit/snapshots" / COMMIT, [])
+    with _serving(found) as url:
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        yield found
+
+
+@contextmanager
+def _serving(hub: Hub) -> Iterator[str]:
+    """The part of the hub's API that fetching a model takes."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            hub.asked.append(self.path)
+            path = self.path.partition("?")[0]
+            files = sorted(hub.folder.iterdir())
+            if path.startswith(f"/api/models/{NAME}/tree/"):
+                tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name} for f in files]
+                self.answer(json.dumps(tree).encode())
+            elif path.startswith(f"/api/models/{NAME}"):
+                siblings = [{"rfilename": file.name} for file in files]
+                self.answer(json.dumps({"id": NAME, "sha": COMMIT, "siblings": siblings}).encode())
+            elif (hub.folder / Path(path).name).is_file():
+                self.answer((hub.folder / Path(path).name).read_bytes())
+            else:
+                self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def answer(self, body: bytes) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Type", "application/json")
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("ETag", f'"{len(body)}"')
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
+def test_a_snapshot_that_another_process_still_fetches(hub: Hub) -> None:
+    """It has its folder before it has its weights."""
+    info = inspect_model(NAME)
+    (hub.snapshot / "model.safetensors").unlink()
+    load_model(info)
+    (hub.snapshot / "config.json").unlink()
+    load_model(info)
+
+
+def test_a_complete_snapshot_is_loaded_without_asking_the_hub(hub: Hub) -> None:
+    info = inspect_model(NAME)
+    hub.asked.clear()
+    load_model(info)
+    assert hub.asked == []
+
+
+def test_what_was_fetched_is_found_without_a_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although huggingface_hub knows of files that were never asked for."""
+    info = inspect_model(NAME)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert inspect_model(NAME) == info
+    load_model(info)
+    (hub.snapshot / "model.safetensors").unlink()
+    for use in (lambda: inspect_model(NAME), lambda: load_model(info)):
+        with pytest.raises(CheckpointError, match=r"not in the hub's cache .*HF_HUB_OFFLINE is set"):
+            use()
