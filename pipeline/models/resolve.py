@@ -59,8 +59,12 @@ def resolve(model: str, revision: str | None, storage_options: Mapping[str, Any]
     if "://" in model and not on_disk:
         return Place(redact(model), _download(model, storage_options))
     if on_disk or model.startswith(("/", ".", "~")) or not HUB_NAME.fullmatch(model):
-        raise CheckpointError(f"{model}: no such folder; a model is a folder, an object-store prefix or a hub name")
+        raise CheckpointError(_nowhere(model))
     return _from_hub(model, revision)
+
+
+def _nowhere(model: str) -> str:
+    return f"{model}: no such folder; a model is a folder, an object-store prefix or a hub name"
 
 
 def cache_folder() -> Path:
@@ -148,6 +152,7 @@ def _from_hub(name: str, revision: str | None) -> Place:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is re-exported
         HfHubHTTPError,
+        HFValidationError,
         HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -157,6 +162,8 @@ def _from_hub(name: str, revision: str | None) -> Place:
     try:
         # By the branch, which huggingface_hub keeps with its commit for a time without a network.
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=_on_the_hub(name, revision)))
+    except HFValidationError:
+        raise CheckpointError(_nowhere(name)) from None
     except RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{name}: no such folder here and no such model on the hub. Check the spelling; a private model needs a "

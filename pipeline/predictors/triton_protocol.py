@@ -9,9 +9,11 @@ from urllib.parse import urlsplit
 from pipeline.models import ModelInfo
 from pipeline.predictors.batches import Wanted
 from schemas.errors import SpecError
+from schemas.redaction import redact
 
 INPUT_NAME = "pixels"
 LOGITS = "logits"
+DEFAULT_PORT = 8001
 
 
 class Address(NamedTuple):
@@ -34,13 +36,18 @@ class ServedModel(NamedTuple):
 
 def parse_url(url: str) -> Address:
     """Address of `grpc://host:8001` or `grpcs://host:8001`. Raises SpecError for anything else."""
-    parts = urlsplit(url)
+    wrong = SpecError(f"--triton-url {redact(url)}: expected grpc://HOST:PORT, or grpcs://HOST:PORT for TLS")
+    try:
+        parts = urlsplit(url)
+        port = parts.port or DEFAULT_PORT
+    except ValueError:  # brackets that do not close, a port that is no number or too large
+        raise wrong from None
     if parts.scheme not in ("grpc", "grpcs") or not parts.hostname or parts.path.strip("/"):
-        raise SpecError(f"--triton-url {url}: expected grpc://HOST:PORT, or grpcs://HOST:PORT for TLS")
+        raise wrong
     if parts.username or parts.password:
         raise SpecError("--triton-url takes no user and password; send a token with --triton-header")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return Address(f"{host}:{parts.port or 8001}", parts.scheme == "grpcs", parts.hostname)
+    return Address(f"{host}:{port}", parts.scheme == "grpcs", parts.hostname)
 
 
 def default_model_name(info: ModelInfo) -> str:

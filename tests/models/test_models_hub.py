@@ -112,3 +112,9 @@ def test_what_was_fetched_is_found_without_a_network(hub: Hub, monkeypatch: pyte
     for use in (lambda: inspect_model(NAME), lambda: load_model(info)):
         with pytest.raises(CheckpointError, match=r"not in the hub's cache .*HF_HUB_OFFLINE is set"):
             use()
+
+
+@pytest.mark.parametrize("name", ["models/vit--large", "modèle/größe", "vit-base."])
+def test_a_name_that_no_model_of_the_hub_can_have(name: str) -> None:
+    with pytest.raises(CheckpointError, match="no such folder; a model is a folder, an object-store prefix or a hub"):
+        inspect_model(name)

@@ -101,10 +101,17 @@ def test_addresses(url: str, address: Address) -> None:
     assert parse_url(url) == address
 
 
-@pytest.mark.parametrize("url", ["triton:8001", "http://triton:8000", "grpc://", "grpc://h/v2", "grpc://me:pw@h:1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("triton:8001", "http://triton:8000", "grpc://", "grpc://h/v2", "grpc://me:pw@h:1"),
+        *("grpc://triton:80O1", "grpc://h:99999", "grpc://[::1", "grpc://me:pw@h:x"),
+    ],
+)
 def test_wrong_addresses(url: str) -> None:
-    with pytest.raises(SpecError, match="--triton-url"):
+    with pytest.raises(SpecError, match="--triton-url") as raised:
         parse_url(url)
+    assert "pw" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
