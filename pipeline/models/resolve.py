@@ -5,7 +5,7 @@
     https://host/B_16.npz       so is a single weight file, with its config, or the vocabulary of that name, beside it
     google/vit-base-patch16-224 through huggingface_hub, in its own cache; HF_HUB_OFFLINE is honoured
 
-The cache of object-store checkpoints is `$PATCHSTREAM_CACHE`, by default `~/.cache/patchstream`.
+The cache of object-store checkpoints is `$PATCHSTREAM_CACHE`, else `patchstream` in `$XDG_CACHE_HOME` or `~/.cache`.
 """
 
 import fcntl
@@ -28,10 +28,10 @@ from schemas.errors import CheckpointError
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # The last of them says of an adapter which model it belongs to.
 SMALL_FILES = ("config.json", "preprocessor_config.json", "processor_config.json", ADAPTER_CONFIG)
-# What says that a file has changed: of S3, GCS, disks and HTTP.
+# What says that a file has changed: of S3, GCS, disks and HTTP; of Azure, the hub, WebHDFS, FTP and memory.
 _VERSION_KEYS = (
-    *("size", "ETag", "etag", "mtime", "LastModified", "updated"),
-    *("Last-Modified", "Content-MD5", "Digest"),
+    *("ETag", "etag", "mtime", "LastModified", "updated", "Last-Modified", "Content-MD5", "Digest"),
+    *("last_modified", "blob_id", "xet_hash", "modificationTime", "modify", "created"),
 )
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model")
 # Of a hub model with safetensors. The files of one without are looked at when they are found in its folder.
@@ -69,14 +69,17 @@ def _nowhere(model: str) -> str:
 
 def cache_folder() -> Path:
     """Where checkpoints from object stores are kept."""
-    return Path(os.environ.get("PATCHSTREAM_CACHE") or "~/.cache/patchstream").expanduser()
+    user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("PATCHSTREAM_CACHE") or f"{user}/patchstream").expanduser()
 
 
 def _download(url: str, storage_options: Mapping[str, Any]) -> Path:
-    """Copy the files under `url` into the cache, once for all processes of this machine."""
+    """Copy the files under `url` into the cache, once for all processes of this machine: their folder there, or the
+    file where `url` is one."""
     fs, prefix = filesystem(url, storage_options)
+    one = _plain(prefix).endswith(WEIGHT_SUFFIXES)
     try:
-        files = _one_file(fs, prefix) if prefix.endswith(WEIGHT_SUFFIXES) else _in_folder(fs, prefix)
+        files = _one_file(fs, prefix) if one else _in_folder(fs, prefix)
     except Exception as error:
         # fsspec's HTTP says "not found" of everything, and why only in the cause, an aiohttp error with a status.
         cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
@@ -85,24 +88,47 @@ def _download(url: str, storage_options: Mapping[str, Any]) -> Path:
         raise CheckpointError(f"{redact(url)}: cannot be read: {_named(cause)}") from error
     if not files:
         raise CheckpointError(f"{redact(url)}: no checkpoint there; expected config.json and model.safetensors")
-    archives = [path.rpartition("/")[2] for path in files if path.endswith(".npz")]
+    archives = [_file_name(path) for path in files if _plain(path).endswith(".npz")]
     if len(archives) > 1:
         raise CheckpointError(
             f"{redact(url)}: {len(archives)} checkpoints there; name one, such as "
             f"{redact(url).rstrip('/')}/{archives[0]}"
         )
-    folder = cache_folder() / "models" / _version(redact(url), files)
+    try:
+        folder = _fetch(fs, redact(url), files)
+    except OSError as error:
+        raise CheckpointError(
+            f"{redact(url)}: cannot be kept in {cache_folder()}: {error.strerror or error}. Make room there and see "
+            "that it can be written, or name another folder with PATCHSTREAM_CACHE"
+        ) from error
+    return folder / _file_name(prefix) if one else folder
+
+
+def _fetch(fs: AbstractFileSystem, url: str, files: Mapping[str, Mapping[str, Any]]) -> Path:
+    """The folder of the cache that holds these files. Raises OSError where it cannot be written."""
+    folder = cache_folder() / "models" / _version(url, files)
+    # Where nothing tells one version from another they are fetched anew, and the content gives the name.
+    dated = all(map(_is_dated, files.values()))
+    # Before the lock, which a cache that is filled but read-only has no room for.
+    if dated and folder.exists():
+        return folder
     with _locked(folder):
-        if folder.exists():
+        if dated and folder.exists():
             return folder
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for path in files:
             try:
-                fs.get_file(path, str(partial / path.rpartition("/")[2]))
+                fs.get_file(path, str(partial / _file_name(path)))
             except Exception as error:
                 raise CheckpointError(f"{redact(path)}: cannot be read: {_named(error)}") from error
+        if not dated:
+            contents = {path.name: {"Digest": _digest(path)} for path in partial.iterdir()}
+            folder = folder.with_name(_version(url, contents))
+            if folder.exists():
+                shutil.rmtree(partial)
+                return folder
         partial.rename(folder)
     return folder
 
@@ -110,19 +136,31 @@ def _download(url: str, storage_options: Mapping[str, Any]) -> Path:
 def _in_folder(fs: AbstractFileSystem, prefix: str) -> dict[str, Any]:
     """Path → facts of what makes up a checkpoint under `prefix`."""
     listing = fs.find(prefix, maxdepth=1, detail=True)
-    return {path: facts for path, facts in listing.items() if _wanted(path.rpartition("/")[2])}
+    found = {path: facts for path, facts in listing.items() if _wanted(_file_name(path))}
+    return {path: facts if _is_dated(facts) else fs.info(path) for path, facts in found.items()}
 
 
 def _one_file(fs: AbstractFileSystem, path: str) -> dict[str, Any]:
     """Path → facts of a weight file, and of what it needs that lies beside it: a config, or the vocabulary of a LiT."""
-    folder, _, name = path.rpartition("/")
+    folder, _, name = _plain(path).rpartition("/")
+    query = path.removeprefix(_plain(path))
     stem, _, suffix = name.rpartition(".")
     beside = (f"{stem}.txt", f"{stem}.model") if suffix == "npz" else (*SMALL_FILES, *TEXT_FILES)
     found = {path: fs.info(path)}
     for other in beside:
-        if exists(fs, f"{folder}/{other}"):
-            found[f"{folder}/{other}"] = fs.info(f"{folder}/{other}")
+        place = f"{folder}/{other}{query}"
+        if exists(fs, place):
+            found[place] = fs.info(place)
     return found
+
+
+def _plain(path: str) -> str:
+    """Without the query of a web address, such as its signature."""
+    return path.partition("?")[0] if path.startswith(("http://", "https://")) else path
+
+
+def _file_name(path: str) -> str:
+    return _plain(path).rpartition("/")[2]
 
 
 def _wanted(name: str) -> bool:
@@ -133,10 +171,21 @@ def _named(error: BaseException) -> str:
     return f"{type(error).__name__}: {redact(str(error))}"
 
 
+def _is_dated(facts: Mapping[str, Any]) -> bool:
+    """Whether the store says of a file more than its size, so that another of the same size is told from it."""
+    return any(facts.get(key) for key in _VERSION_KEYS)
+
+
 def _version(url: str, files: Mapping[str, Mapping[str, Any]]) -> str:
     """A folder name for these versions of the files: another etag, time or size gives another name."""
-    facts = {path: [str(entry.get(key)) for key in _VERSION_KEYS] for path, entry in files.items()}
+    keys = ("size", *_VERSION_KEYS)
+    facts = {_file_name(path): [str(entry.get(key)) for key in keys] for path, entry in files.items()}
     return hashlib.sha256(json.dumps([url, facts], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

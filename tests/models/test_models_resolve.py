@@ -89,7 +89,7 @@ def test_single_npz_with_its_vocabulary(
         prefix, options = http_server(folder).url, {}
     info = inspect_model(f"{prefix}/LiT-X.npz", storage_options=options)
     assert Path(info.folder).is_relative_to(cache)
-    assert sorted(path.name for path in Path(info.folder).iterdir()) == ["LiT-X.npz", "LiT-X.txt"]
+    assert sorted(path.name for path in Path(info.folder).parent.iterdir()) == ["LiT-X.npz", "LiT-X.txt"]
     assert info.digest == inspect_model(str(folder / "LiT-X.npz")).digest
     assert load_text(info).embed(["a dog"]).shape == (1, lit.SHARED)
     with pytest.raises(CheckpointError, match=r"LiT-Z\.npz: no such file"):
@@ -117,6 +117,48 @@ def test_a_file_that_changes_at_a_server_without_etags(tmp_path: Path, cache: Pa
     assert len(digests) == 2
 
 
+@pytest.mark.parametrize("dated", [True, False])
+def test_a_folder_that_changes_on_a_web_server(dated: bool, tmp_path: Path, cache: Path) -> None:
+    """Its listing tells names alone; where the files tell nothing more either, their content does."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def send_header(self, keyword: str, value: str) -> None:
+            if dated or keyword != "Last-Modified":
+                super().send_header(keyword, value)
+
+    folder = make_checkpoint(tmp_path / "www/vit", "vit", image_size=32, hidden_size=32, num_attention_heads=2)
+    tensors = load_file(folder / "model.safetensors")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder.parent))) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            for seed in (0, 1, 1):
+                save_file({**tensors, "layernorm.bias": tensors["layernorm.bias"] + seed}, folder / "model.safetensors")
+                os.utime(folder / "model.safetensors", (seed * 10, seed * 10))
+                info = inspect_model(f"http://127.0.0.1:{server.server_port}/vit/")
+                assert info.digest == inspect_model(str(folder)).digest
+        finally:
+            server.shutdown()
+    assert len([path for path in (cache / "models").iterdir() if path.is_dir()]) == 2
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_server: S3Server) -> None:
+    monkeypatch.delenv("PATCHSTREAM_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    folder = make_checkpoint(tmp_path / "vit", "vit", image_size=32, hidden_size=32, num_attention_heads=2)
+    url, options = s3_server.upload(folder, s3_server.make_bucket(), "vit"), s3_server.storage_options
+    info = inspect_model(url, storage_options=options)
+    assert Path(info.folder).parent == tmp_path / "xdg/patchstream/models"
+    # Root may write anywhere, so what is read-only for others is stood in for by a folder where the lock would be.
+    lock = Path(f"{info.folder}.lock")
+    lock.unlink()
+    lock.mkdir()
+    assert inspect_model(url, storage_options=options) == info
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("PATCHSTREAM_CACHE", str(tmp_path / "a file"))
+    with pytest.raises(CheckpointError, match=r"/vit: cannot be kept in .*/a file: .*PATCHSTREAM_CACHE"):
+        inspect_model(url, storage_options=options)
+
+
 def test_weights_replaced_after_planning_are_refused(tmp_path: Path) -> None:
     """A training script writes its next ones over them, or each machine has a folder of its own."""
     folder = make_checkpoint(tmp_path / "vit", "vit", image_size=32, hidden_size=32, num_attention_heads=2)
@@ -125,6 +167,18 @@ def test_weights_replaced_after_planning_are_refused(tmp_path: Path) -> None:
     save_file({**tensors, "layernorm.bias": tensors["layernorm.bias"] + 1}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"/vit has digest .* but the run was planned with"):
         load_model(info)
+
+
+@pytest.mark.parametrize("name", ["mine.bin", "model.safetensors?download=true", "LiT-X.npz?X-Amz-Signature=abc"])
+def test_the_address_of_a_file(name: str, tmp_path: Path, http_server: Callable[..., HttpServer], cache: Path) -> None:
+    """Of any name, and with a query, such as the signature of a bucket's."""
+    folder = make_checkpoint(tmp_path / "vit", "vit", image_size=32, hidden_size=32, num_attention_heads=2)
+    torch.save(load_file(folder / "model.safetensors"), folder / "mine.bin")
+    np.savez(folder / "LiT-X.npz", **lit.random_pair("bert"))
+    info = inspect_model(f"{http_server(folder).url}/{name}")
+    assert info.digest == inspect_model(str(folder / name.partition("?")[0])).digest
+    assert "abc" not in info.name
+    load_model(info)
 
 
 def test_a_web_server_that_refuses_is_not_one_without_the_file(
