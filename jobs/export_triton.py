@@ -50,8 +50,10 @@ def export_triton(
         return 0
     emit("\n".join(f"{out.rstrip('/')}/{one}" for one in names))
     command = f"patchstream embed SOURCE --model {model} --backend triton --triton-url grpc://HOST:8001"
-    if name:
-        command += f" --triton-model {name}"
+    # What decides the computation: a run without it is another one, which the client refuses.
+    for option, value in (("--revision", revision), ("--image-size", image_size), ("--triton-model", name)):
+        command += f" {option} {value}" if value else ""
+    command += " --beit-final-norm" if beit_final_norm else ""
     emit(f"next: tritonserver --model-repository={out}\n      {command} --out DIR", to_stderr=True)
     return 0
 

@@ -25,7 +25,7 @@ class TritonPythonModel:
         settings = {key: value["string_value"] for key, value in config["parameters"].items()}
         height, width, _ = (int(size) for size in config["input"][0]["dims"])
         info = inspect_model(
-            str(folder / "checkpoint"),
+            str(folder / settings["checkpoint"]),
             image_size=(height, width),
             beit_final_norm=settings["beit_final_norm"] == "true",
         )

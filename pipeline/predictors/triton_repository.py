@@ -2,7 +2,7 @@
 
     REPO/NAME/config.pbtxt                the Python back end
     REPO/NAME/1/model.py                  torch_triton_model.py
-    REPO/NAME/1/checkpoint/               config and weights, as they were found
+    REPO/NAME/1/checkpoint/               config and weights, as they were found, and nothing that lay beside them
     REPO/NAME/1/package/                  the modules that read and run them: the server needs no install of ours
     REPO/NAME-onnx/config.pbtxt           ONNX Runtime; TensorRT builds its plan from the same file
     REPO/NAME-onnx/1/model.onnx
@@ -22,10 +22,12 @@ import schemas
 from pipeline import models, signals, storage
 from pipeline.models import ModelInfo
 from pipeline.models.resolve import SMALL_FILES
+from pipeline.models.weights import Weights, find_weights
 from pipeline.predictors.triton_protocol import INPUT_NAME, default_model_name, identity
 from schemas.errors import OutputError, SpecError
 
 ONNX_SUFFIX = "-onnx"
+CHECKPOINT = "checkpoint"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 DTYPES = ("float32", "bfloat16", "float16")
 QUEUE_DELAY_US = 2000
@@ -87,14 +89,11 @@ def write_python_model(info: ModelInfo, folder: Path, serving: Serving) -> None:
     version = folder / "1"
     version.mkdir(parents=True)
     shutil.copy(Path(__file__).with_name("torch_triton_model.py"), version / "model.py")
-    source = Path(info.folder)
-    if source.is_file():
-        (version / "checkpoint").mkdir()
-        for path in (source, *(source.with_name(name) for name in SMALL_FILES)):
-            if path.is_file():
-                shutil.copy(path, version / "checkpoint")
-    else:
-        shutil.copytree(source, version / "checkpoint", ignore=shutil.ignore_patterns(".*"))
+    weights = find_weights(Path(info.folder))
+    (version / CHECKPOINT).mkdir()
+    beside = (*((weights.index_file,) if weights.index_file else ()), *(weights.folder / name for name in SMALL_FILES))
+    for path in (*weights.files, *(path for path in beside if path.is_file())):
+        shutil.copy(path, version / CHECKPOINT)
     package = version / "package"
     shutil.copytree(Path(schemas.__file__).parent, package / "schemas", ignore=_SKIPPED)
     shutil.copytree(Path(models.__file__).parent, package / "pipeline/models", ignore=_SKIPPED)
@@ -122,8 +121,10 @@ def config_text(info: ModelInfo, name: str, serving: Serving, *, backend: str) -
         f"  {{ name: {json.dumps(output)}, data_type: TYPE_FP32, dims: [{size}] }}"
         for output, size in output_sizes(info).items()
     )
-    # The Python back end takes its input from host memory and moves it to the device itself, in one piece.
-    extra = {"FORCE_CPU_ONLY_INPUT_TENSORS": "yes"} if backend == "python" else {}
+    extra = {}
+    if backend == "python":
+        # It takes its input from host memory and moves it to the device itself, in one piece.
+        extra = {"FORCE_CPU_ONLY_INPUT_TENSORS": "yes", CHECKPOINT: _copied(find_weights(Path(info.folder)))}
     parameters = "\n".join(
         f"parameters {{ key: {json.dumps(key)}, value {{ string_value: {json.dumps(value)} }} }}"
         for key, value in {**identity(info), "dtype": serving.dtype, **extra}.items()
@@ -151,6 +152,11 @@ version_policy {{ latest {{ num_versions: 1 }} }}
 {parameters}
 {warm_ups}
 """
+
+
+def _copied(weights: Weights) -> str:
+    """What `model.py` inspects: the file, for one alone may have any name, or the folder of several."""
+    return CHECKPOINT if weights.index_file else f"{CHECKPOINT}/{weights.files[0].name}"
 
 
 def output_sizes(info: ModelInfo) -> dict[str, int]:

@@ -37,6 +37,17 @@ def test_writes_both_models_and_says_what_comes_next(checkpoint: Path, tmp_path:
     assert (tmp_path / "repository/vit-32x32-onnx/1/model.onnx").stat().st_size > 10_000
 
 
+def test_the_next_command_asks_for_what_was_exported(tmp_path: Path) -> None:
+    from support.checkpoints import make_checkpoint
+
+    model = make_checkpoint(tmp_path / "beit", "beit-mim", image_size=32, patch_size=8)
+    options = ("--image-size", "48x32", "--revision", "v1", "--beit-final-norm", "--name", "night")
+    result = run(str(model), "--out", str(tmp_path / "repository"), "--no-onnx", *options)
+    assert result.exit_code == 0, result.output
+    for option in ("--image-size 48x32", "--revision v1", "--beit-final-norm", "--triton-model night"):
+        assert option in result.stderr
+
+
 def test_json_and_a_name_of_ones_own(checkpoint: Path, tmp_path: Path) -> None:
     options = ("--name", "night", "--no-onnx", "--dtype", "bfloat16", "--json")
     result = run(str(checkpoint), "--out", str(tmp_path), *options)

@@ -1,6 +1,7 @@
 """What `export-triton` writes: a configuration that Triton's own message type reads, and files that stand alone."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -153,6 +154,32 @@ print(json.dumps({"digest": info.digest, "logits": outputs.logits.shape[1], "fil
     assert [path for path in found["files"] if not path.startswith(str(version / "package"))] == []
     with pytest.raises(OutputError, match="is there already"):
         export_triton(info, str(tmp_path / "repository"), Serving(), onnx=False)
+
+
+def test_only_the_checkpoint_is_copied_and_the_server_finds_it(
+    make_info: Callable[..., ModelInfo], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under any name, out of the folder of a training script."""
+    import torch
+    from safetensors.torch import load_file
+
+    from pipeline.predictors.torch_triton_model import TritonPythonModel
+
+    folder = shutil.copytree(make_info("vit-classifier").folder, tmp_path / "trained")
+    torch.save(load_file(folder / "model.safetensors"), folder / "mine.bin")
+    torch.save({"state": torch.zeros(1)}, folder / "optimizer.pt")
+    (folder / "pictures").mkdir()
+    (folder / "pictures/1.jpg").touch()
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for source, weights in ((folder, "model.safetensors"), (folder / "mine.bin", "mine.bin")):
+        info = inspect_model(str(source))
+        (name,) = export_triton(info, str(tmp_path / "repository"), Serving(), onnx=False)
+        place = tmp_path / "repository" / name
+        copied = {path.name for path in (place / "1/checkpoint").iterdir()}
+        assert copied == {"config.json", "preprocessor_config.json", weights}
+        config = json.dumps(as_json((place / "config.pbtxt").read_text()))
+        given = {"model_repository": str(place), "model_version": "1", "model_config": config}
+        TritonPythonModel().initialize({**given, "model_instance_kind": "CPU", "model_instance_device_id": "0"})
 
 
 def test_export_to_another_file_system(make_info: Callable[..., ModelInfo]) -> None:
