@@ -94,7 +94,7 @@ def _from_processor(config: Mapping[str, Any], path: Path) -> Preprocessing:
     rescale = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0
     normalise = config.get("do_normalize", True)
     std = _channels(config.get("image_std", defaults.std)) if normalise else (1.0, 1.0, 1.0)
-    if 0 in std:
+    if isinstance(std, list | tuple) and 0 in std:
         raise CheckpointError(f"{path}: image_std {list(std)} divides by zero")
     return Preprocessing(
         resize=resize,

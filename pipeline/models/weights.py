@@ -33,7 +33,7 @@ ADAPTER = "adapter_model"
 ADAPTER_CONFIG = "adapter_config.json"
 # Under which keys training scripts keep a state dict; the first that is there counts. A running mean of the weights
 # (EMA) goes before what was trained, as timm has it.
-STATE_DICTS = ("state_dict", "model", "model_state_dict", "teacher")
+STATE_DICTS = ("state_dict", "model", "model_state_dict", "teacher", "module")
 RUNNING_MEANS = ("state_dict_ema", "model_ema")
 # What DataParallel and torch.compile put before every name.
 WRAPPERS = ("module.", "_orig_mod.")
@@ -145,6 +145,7 @@ def read_shapes(weights: Weights) -> dict[str, Shape]:
     """
     shapes: dict[str, Shape] = {}
     for path in weights.files:
+        _refuse_stand_in(path)
         if weights.kind == "safetensors":
             shapes |= _safetensors_shapes(path)
         elif weights.kind == "npz":
@@ -176,7 +177,19 @@ def _unwrapped(named: Mapping[str, Each]) -> dict[str, Each]:
     return dict(named)
 
 
+def _refuse_stand_in(path: Path) -> None:
+    """Raise CheckpointError for what a download may leave under the name of a weight file."""
+    with path.open("rb") as file:
+        start = file.read(64).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path}: a git-lfs pointer, not the file itself. Run git lfs pull in its folder")
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise CheckpointError(f"{path}: a web page, not weights. Fetch the file by the address of its download button")
+
+
 def _safetensors_shapes(path: Path) -> dict[str, Shape]:
+    from safetensors import SafetensorError, safe_open
+
     actual = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -197,7 +210,11 @@ def _safetensors_shapes(path: Path) -> dict[str, Shape]:
         state = "truncated" if actual < expected else "longer than its header says"
         raise CheckpointError(f"{path}: {state}; expected {expected} bytes, it has {actual}. Fetch it again.")
     _require_floats(path, {name: dtype for name, dtype in dtypes.items() if dtype not in FLOAT_DTYPES})
-    return shapes
+    try:
+        with safe_open(path, framework="np"):
+            return shapes
+    except SafetensorError as error:  # such as a type that needs other bytes than the tensor has
+        raise CheckpointError(f"{path}: its header contradicts itself ({error}). Fetch it again.") from error
 
 
 def _require_floats(path: Path, others: dict[str, str]) -> None:
@@ -236,6 +253,12 @@ def _load_torch(path: Path) -> dict[str, "Tensor"]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict (names and their tensors)")
     tensors = _state_dict(content)
+    if not tensors:
+        keys = ", ".join(sorted(map(str, content))[:20]) or "none"
+        raise CheckpointError(
+            f"{path}: no tensors, neither at the top nor under {', '.join(STATE_DICTS)}; its keys are: {keys}. Save "
+            "the state dict itself: torch.save(model.state_dict(), 'model.pth')"
+        )
     others = {name: str(value.dtype) for name, value in tensors.items() if not value.is_floating_point()}
     _require_floats(path, others)
     return tensors

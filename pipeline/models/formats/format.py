@@ -63,6 +63,14 @@ def positive(config: Config, key: str) -> int:
     return value
 
 
+def epsilon(config: Config, key: str = "layer_norm_eps") -> float:
+    """What a norm adds to the variance. Raises CheckpointError naming the key."""
+    value = config.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+        raise CheckpointError(f"config.json: {key} is {value!r}; expected a small number, such as 1e-12")
+    return float(value)
+
+
 def pair(config: Config, key: str) -> tuple[int, int]:
     """A size given as one number or as [height, width]. Raises CheckpointError naming the key."""
     value = config.get(key)

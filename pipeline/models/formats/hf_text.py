@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pipeline.models.formats.format import Config, Shapes, Spelling, activation, divided, positive
+from pipeline.models.formats.format import Config, Shapes, Spelling, activation, divided, epsilon, positive
 from pipeline.models.formats.hugging_face import saved_as
 from pipeline.models.text_architecture import TextArchitecture, TextFormat
 from schemas.errors import CheckpointError
@@ -62,7 +62,7 @@ def _fields(config: Config, defaults: Mapping[str, Any]) -> tuple[dict[str, Any]
         "vocabulary": positive(text, "vocab_size"),
         "length": length,
         "position_rows": length,
-        "epsilon": float(text["layer_norm_eps"]),
+        "epsilon": epsilon(text),
         "activation": activation(text),
     }
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.models.formats.format import Config, Shapes, Spelling, activation, divided, pair, positive
+from pipeline.models.formats.format import Config, Shapes, Spelling, activation, divided, epsilon, pair, positive
 from schemas.errors import CheckpointError
 
 # What the config classes of ViT, DeiT and BEiT hold where config.json is silent.
@@ -87,7 +87,7 @@ def common(config: Config) -> dict[str, Any]:
         "mlp_width": positive(config, "intermediate_size"),
         "patch_size": pair(config, "patch_size"),
         "trained_size": pair(config, "image_size"),
-        "epsilon": float(config["layer_norm_eps"]),
+        "epsilon": epsilon(config),
         "activation": activation(config),
     }
 

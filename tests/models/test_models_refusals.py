@@ -1,0 +1,96 @@
+"""Files that are not what their names or their headers say, and values of a config that mean nothing."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.checkpoints import make_checkpoint
+
+from pipeline.models import inspect_model, load_model
+from schemas.errors import CheckpointError
+
+SMALL = {"image_size": 32, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 22883\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "vit", "vit-classifier", **SMALL)
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        inspect_model(str(folder))
+    return str(caught.value)
+
+
+def edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.pth", "model.npz"])
+def test_what_a_download_leaves_in_place_of_weights(folder: Path, name: str) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_text(POINTER)
+    assert "a git-lfs pointer, not the file itself. Run git lfs pull" in refusal(folder)
+    for page in ("<!DOCTYPE html><html>404</html>", "\n<HTML>", "<?xml version='1.0'?><Error>AccessDenied</Error>"):
+        (folder / name).write_text(page)
+        assert "a web page, not weights" in refusal(folder)
+
+
+def test_what_deepspeed_saves(folder: Path) -> None:
+    whole = inspect_model(str(folder))
+    torch.save({"module": load_file(folder / "model.safetensors"), "global_steps": 3}, folder / "states.pt")
+    info = inspect_model(str(folder / "states.pt"))
+    pixels = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+    assert torch.equal(load_model(info)(pixels).logits, load_model(whole)(pixels).logits)
+
+
+def test_a_file_without_tensors_names_its_keys(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"network": {"vit.x": torch.zeros(1)}, "epoch": 3}, folder / "model.pth")
+    assert "no tensors, neither at the top nor under state_dict" in (said := refusal(folder))
+    assert "its keys are: epoch, network." in said
+
+
+def test_a_header_whose_type_does_not_fit_its_bytes(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:start])
+    next(entry for name, entry in header.items() if name != "__metadata__")["dtype"] = "F16"
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[start:])
+    assert "its header contradicts itself" in refusal(folder)
+
+
+@pytest.mark.parametrize("value", [None, "1e-12", True, -1, [1e-12]])
+def test_an_epsilon_that_is_no_small_number(folder: Path, value: Any) -> None:
+    edit(folder / "config.json", layer_norm_eps=value)
+    assert f"layer_norm_eps is {value!r}; expected a small number" in refusal(folder)
+
+
+def test_a_deviation_that_is_null(folder: Path) -> None:
+    edit(folder / "preprocessor_config.json", image_std=None)
+    assert "preprocessor_config.json: std: Input should be a valid tuple (given: None)" in refusal(folder)
+
+
+def test_a_mean_over_cls_too(tmp_path: Path) -> None:
+    """timm's `pool_include_prefix`, which no tensor shows."""
+    import timm
+    from safetensors.torch import save_file
+
+    options = {"depth": 1, "embed_dim": 64, "num_heads": 1, "num_classes": 3, "global_pool": "avg"}
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, pool_include_prefix=True, **options)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    published = {"input_size": [3, 224, 224], "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+    arguments = {**options, "pool_include_prefix": True}
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": arguments, "pretrained_cfg": published}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "pool_include_prefix" in refusal(tmp_path)
+    edit(tmp_path / "config.json", model_args={**arguments, "pool_include_prefix": False})
+    assert inspect_model(str(tmp_path)).pooled == "layernormed_mean_patch_tokens"
