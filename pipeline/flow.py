@@ -267,6 +267,7 @@ def _context(question: Question, placement: Placement) -> ray.data.DataContext:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.enable_auto_log_stats = False
+    context.raise_original_map_exception = True  # Ray Data's own in its place comes without its cause
     block_bytes = placement.block_rows * max(question.pixel_bytes, question.output_bytes)
     context.target_max_block_size = max(_LEAST_BLOCK_BYTES, int(block_bytes * _TARGET_SHARE))
     # Machines that were taken away may be long in coming back. Progress tells how long nothing has come.

@@ -15,7 +15,7 @@ from fsspec.callbacks import Callback
 
 from pipeline.images.reader import Reader, real_name, same_size, same_version
 from pipeline.images.verdict import changed
-from pipeline.storage import is_local, redact, scheme
+from pipeline.storage import CACHES, is_local, redact, scheme
 from schemas.errors import ImageError
 
 _READ_BYTES = 4 << 20
@@ -68,8 +68,10 @@ def open_table(
     fs, path = reader.locate(url)
     if is_local(fs) and not os.path.exists(path):
         path = real_name(path)
+    # A cache of fsspec says itself how what is behind it is read.
+    options = {} if scheme(url) in CACHES else {"block_size": _READ_BYTES, "cache_type": "readahead"}
     with contextlib.ExitStack() as opened:
-        file = TableFile(opened.enter_context(fs.open(path, "rb", block_size=_READ_BYTES, cache_type="readahead")))
+        file = TableFile(opened.enter_context(fs.open(path, "rb", **options)))
         try:
             parquet = _checked(file, fs, path, url, etag)
         except ValueError:  # so fsspec says that it would have to read on from the beginning

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from pipeline import logs, metrics
 from pipeline.models import ModelInfo
 from pipeline.predictors.batches import Wanted
+from schemas.errors import PatchstreamError
 from schemas.release import Release, check_release
 from schemas.spec import TritonSpec
 
@@ -37,16 +38,21 @@ class ActorJob(NamedTuple):
 
 
 class PredictActor:
-    """Callable class for `Dataset.map_batches`."""
+    """Callable class for `Dataset.map_batches`. What keeps it from working is raised by its first call."""
 
     def __init__(self, job: ActorJob, driver: Release, run_id: str) -> None:
-        check_release(driver)
         if job.threads:
             os.environ["OMP_NUM_THREADS"] = str(job.threads)
         self._job, self._run_id = job, run_id
         logs.working_on(run_id, "predict")
         started = time.perf_counter()
-        self._predict = build_predictor(job)
+        try:
+            check_release(driver)
+            self._predict = build_predictor(job)
+        except PatchstreamError as error:
+            # Of what an actor raises as it is made, Ray hands on the text alone, or makes another one for ever.
+            self._predict = _refusing(error)
+            return
         logs.event("ready", backend=job.backend, dtype=job.dtype, seconds=time.perf_counter() - started)
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
@@ -58,6 +64,13 @@ class PredictActor:
             batch = getattr(self._predict, "batch_size", self._job.batch_size)  # on a GPU it may choose a smaller one
             metrics.show("patchstream_batch_fill", pictures / (-(-pictures // batch) * batch))
         return self._predict(decoded)
+
+
+def _refusing(error: PatchstreamError) -> Predictor:
+    def refuse(decoded: pa.Table) -> pa.Table:
+        raise error
+
+    return refuse
 
 
 def build_predictor(job: ActorJob) -> Predictor:

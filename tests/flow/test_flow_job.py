@@ -3,18 +3,22 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from support.checkpoints import make_checkpoint
 from support.commands import rows_in, table
 from support.testdata import TESTDATA, needs_testdata, photos, trained_vit
 
-from pipeline import maintenance
+from pipeline import flow, maintenance
 from pipeline.flow import Connect, run
 from pipeline.predictors.null import null_features
-from schemas.errors import ClusterError, OutputError
+from schemas.errors import CheckpointError, ClusterError, OutputError
 from schemas.release import release
 from schemas.spec import JobSpec, build_spec
 
@@ -186,4 +190,25 @@ def test_what_a_worker_refuses_is_said_in_our_own_words(
     with pytest.raises(ClusterError) as error:
         run(spec, connect)
     assert str(error.value).startswith("a worker on ")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_model_that_changed_since_the_run_was_planned_ends_it(
+    tmp_path: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an actor finds wrong as it is made reaches the user as it was said."""
+    model = tmp_path / "model"
+    make_checkpoint(model, "vit-classifier")
+    real = flow.build
+
+    def change_and_build(*args: Any) -> Any:
+        weights = load_file(model / "model.safetensors")
+        save_file({name: 2 * tensor for name, tensor in weights.items()}, model / "model.safetensors")
+        return real(*args)
+
+    monkeypatch.setattr(flow, "build", change_and_build)
+    Image.new("RGB", (64, 64), (9, 99, 199)).save(tmp_path / "a.png")
+    spec = spec_for(tmp_path / "o", sources=[str(tmp_path / "a.png")], model=str(model), features=["cls"])
+    with pytest.raises(CheckpointError, match="but the run was planned with") as error:
+        run(spec, connect)
     assert len(str(error.value).splitlines()) == 1

@@ -34,6 +34,17 @@ def test_a_table_whose_name_is_not_utf_8(tmp_path):
     assert table["error"][1].as_py() == "NotFound"
 
 
+@pytest.mark.parametrize("cache", ["simplecache", "filecache", "blockcache"])
+def test_a_table_behind_a_cache(tmp_path, cache):
+    write(tmp_path / "t.parquet", 5, 100)
+    options = {cache: {"cache_storage": str(tmp_path / "kept")}}
+    manifest = listed(f"{cache}::file://{tmp_path}/t.parquet", options)
+    table = decode_all(manifest, storage_options=options)
+    assert table["message"].to_pylist() == [None] * 5
+    assert shades(table) == list(range(5))
+    assert list((tmp_path / "kept").iterdir())
+
+
 @pytest.fixture
 def read_bytes(monkeypatch):
     """The sizes of what is read from local tables."""
