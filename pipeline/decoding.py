@@ -1,9 +1,10 @@
 """The decoding task: ranges of manifest rows in, decoded tables out. It runs in Ray's workers."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,17 @@ class DecodeJob(NamedTuple):
     run_id: str
     driver: Release
     null: bool
+
+
+def cut(rest: Spans, sizes: Iterable[int]) -> Iterator[pa.Table]:
+    """Ranges of pending rows as one small table for each decoding task, of so many rows each."""
+    before = np.concatenate([[0], np.cumsum(rest[:, 1] - rest[:, 0])])
+    for low, high in pairwise(accumulate(sizes, initial=0)):
+        high = min(high, int(before[-1]))
+        index = np.arange(np.searchsorted(before, low, "right") - 1, np.searchsorted(before, high, "left"))
+        starts = np.maximum(rest[index, 0], rest[index, 0] + low - before[index])
+        stops = np.minimum(rest[index, 1], rest[index, 0] + high - before[index])
+        yield pa.table({"start": starts, "stop": stops})
 
 
 def decode_rows(ranges: pa.Table, job: DecodeJob) -> Iterator[pa.Table]:

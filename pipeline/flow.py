@@ -10,17 +10,14 @@ the visible parts what is left, and does that.
 from __future__ import annotations  # a mere mention of ray.data would load it
 
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, closing, suppress
 from importlib import import_module
-from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
-import numpy as np
-import pyarrow as pa
 import ray
 
-from pipeline.decoding import DecodeJob, decode_rows, forget_crashes
+from pipeline.decoding import DecodeJob, cut, decode_rows, forget_crashes
 from pipeline.distance import IMAGES, measure_distance
 from pipeline.models.precision import MEASURED
 from pipeline.opening import Opened, Question, ask, open_directory
@@ -102,9 +99,7 @@ def _run(spec: JobSpec, connect: Connect, listen: Listener) -> Summary:
         attempt.status, attempt.message = "failed", redact(str(error))[:2000]
         raise
     finally:
-        # Where the output itself is gone, this fails as well, and must not hide what failed first.
-        with suppress(OutputError) if attempt.status == "failed" else nullcontext():
-            attempts.finish(spec.out, attempt, spec.storage_options)
+        attempts.finish(spec.out, attempt, spec.storage_options)
     replaced, images, failures = (
         intervals.count(intervals.intersect(rows, first, stop))
         for rows in (opened.superseded, ledger.images, ledger.failures)
@@ -223,17 +218,6 @@ def build(question: Question, opened: Opened, placement: Placement, rest: Spans)
 def _bundles(dataset: ray.data.Dataset) -> Generator[Any, None, None]:
     """Block references as they come. A generator, so that the execution starts in the thread that consumes it."""
     yield from dataset.iter_internal_ref_bundles()
-
-
-def cut(rest: Spans, sizes: Iterable[int]) -> Iterator[pa.Table]:
-    """Ranges of pending rows as one small table for each decoding task, of so many rows each."""
-    before = np.concatenate([[0], np.cumsum(rest[:, 1] - rest[:, 0])])
-    for low, high in pairwise(accumulate(sizes, initial=0)):
-        high = min(high, int(before[-1]))
-        index = np.arange(np.searchsorted(before, low, "right") - 1, np.searchsorted(before, high, "left"))
-        starts = np.maximum(rest[index, 0], rest[index, 0] + low - before[index])
-        stops = np.minimum(rest[index, 1], rest[index, 0] + high - before[index])
-        yield pa.table({"start": starts, "stop": stops})
 
 
 def place_job(question: Question, machines: Machines, rows: int) -> Placement:

@@ -8,14 +8,16 @@ store seconds, which a new attempt waits out before it reads what is done.
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 
 from fsspec import AbstractFileSystem
 
 from pipeline.lock import is_running
-from pipeline.storage import Options, create_bytes, filesystem, is_local, join, put_bytes, redact
+from pipeline.storage import Options, create_bytes, filesystem, is_local, join, put_bytes, read_error, redact
 from schemas.attempt import AttemptRecord
-from schemas.errors import OutputError
+from schemas.errors import OutputError, PatchstreamError
 from schemas.spec import Shard
 
 _SETTLE_S = 1.0
@@ -36,7 +38,8 @@ class Fence:
         self._maker = _maker(record)
 
     def check(self) -> None:
-        """Raise OutputError if a newer attempt works on the same rows, or the directory is not the one of ours."""
+        """Raise OutputError if a newer attempt works on the same rows, if the directory is not the one of ours, or if
+        that cannot be read."""
         fs, path = filesystem(self.out, self.storage_options)
         _require_own(fs, path, self.number, self._maker)
         for newer in sorted(_numbers(fs, path)):
@@ -100,13 +103,18 @@ def claim(
 
 
 def finish(out: str, record: AttemptRecord, storage_options: Options) -> None:
-    """The attempt is over. Raises OutputError as `note` does."""
+    """The attempt is over. Raises OutputError as `note` does, unless it failed or was interrupted: where the place is
+    out of reach, to note that fails as well, and must not hide what came first."""
     record.ended = _now()
-    note(out, record, storage_options)
+    with suppress(OutputError) if record.status in {"failed", "interrupted"} else nullcontext():
+        note(out, record, storage_options)
 
 
 def note(out: str, record: AttemptRecord, storage_options: Options) -> None:
-    """Write what the attempt did over the file that opened it. Raises OutputError where that is gone, or another's."""
+    """Write what the attempt did over the file that opened it.
+
+    Raises OutputError where that is gone or another's, or where the store does not let us look or write.
+    """
     fs, path = filesystem(out, storage_options)
     _require_own(fs, path, record.attempt, _maker(record))
     put_bytes(fs, _path(path, record.attempt), record.model_dump_json(indent=1).encode())
@@ -140,7 +148,8 @@ def _ended_lately(record: AttemptRecord) -> bool:
 
 def _numbers(fs: AbstractFileSystem, path: str) -> list[int]:
     try:
-        names = fs.ls(join(path, "attempts"), detail=False, refresh=True)
+        with _reading(join(path, "attempts")) as folder:
+            names = fs.ls(folder, detail=False, refresh=True)
     except FileNotFoundError:
         return []
     stems = [name.rpartition("/")[2].removesuffix(".json") for name in names]
@@ -149,10 +158,22 @@ def _numbers(fs: AbstractFileSystem, path: str) -> list[int]:
 
 def _read(fs: AbstractFileSystem, path: str, number: int) -> AttemptRecord | None:
     try:
-        content = fs.cat_file(_path(path, number))
+        with _reading(_path(path, number)) as place:
+            content = fs.cat_file(place)
     except FileNotFoundError:
         return None
     return AttemptRecord.model_validate_json(content) if content else None
+
+
+@contextmanager
+def _reading(place: str) -> Iterator[str]:
+    """OutputError for whatever keeps us from reading `place`, unless it is not there."""
+    try:
+        yield place
+    except (FileNotFoundError, PatchstreamError):  # the latter is a signal
+        raise
+    except Exception as error:  # each driver has errors of its own, not all of them an OSError
+        raise read_error(place, error) from error
 
 
 def _path(path: str, number: int) -> str:

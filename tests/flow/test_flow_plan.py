@@ -30,7 +30,7 @@ def placed(machines: Machines = LAPTOP, **options: object) -> object:
 
 @pytest.mark.parametrize("rows", [1, 7, 255, 1000, 4097])
 def test_tasks_cover_every_pending_row_once(rows: int) -> None:
-    from pipeline.flow import cut
+    from pipeline.decoding import cut
 
     rng = np.random.default_rng(rows)
     edges = np.unique(rng.integers(0, 10 * rows, 2 * min(rows, 40)))

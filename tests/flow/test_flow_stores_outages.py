@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from fsspec.implementations.local import LocalFileSystem
 from support.commands import start
 from support.flaky_proxy import FlakyProxy
 from support.gcs import GcsServer
@@ -21,7 +22,7 @@ from support.s3 import S3Server
 from pipeline import maintenance
 from pipeline.flow import Connect, run
 from pipeline.progress import Progress
-from schemas.errors import OutputError
+from schemas.errors import OutputError, PatchstreamError
 from schemas.machines import Machines
 from schemas.spec import JobSpec, build_spec
 
@@ -115,6 +116,24 @@ def test_an_output_that_cannot_be_written_from_the_start(
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match=rf"cannot write {tmp_path}/file/out"):
         run(spec_for(addresses, f"{tmp_path}/file/out"), never)
+
+
+@pytest.mark.parametrize("first", [OutputError("cannot write a part"), KeyboardInterrupt()])
+def test_a_store_that_has_gone_does_not_hide_what_ended_the_run(
+    tmp_path: Path, addresses: Path, monkeypatch: pytest.MonkeyPatch, first: BaseException
+) -> None:
+    """The end of an attempt is to be noted where nobody answers any more."""
+
+    def no_answer(*arguments: object, **options: object) -> Any:
+        raise RuntimeError("could not connect")  # drivers have errors of their own, and not all of them an OSError
+
+    def never() -> AbstractContextManager[Machines]:
+        monkeypatch.setattr(LocalFileSystem, "cat_file", no_answer)
+        raise first
+
+    with pytest.raises(PatchstreamError, match=r"cannot write a part|interrupted; what was committed stays") as ended:
+        run(spec_for(addresses, str(tmp_path / "out")), never)
+    assert ended.value.exit_code == (2 if isinstance(first, OutputError) else 130)
 
 
 # --- several jobs, one output

@@ -4,8 +4,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.sinks import attempts
 from schemas.errors import OutputError
@@ -87,3 +89,24 @@ def test_a_run_on_another_machine_is_ended_only_on_purpose(tmp_path: Path, monke
     with pytest.raises(OutputError, match="has taken over"):
         running.check()
     attempts.finish(str(tmp_path), record, {})
+
+
+@pytest.mark.parametrize("question", ["cat_file", "ls"])
+def test_a_store_that_does_not_answer_is_told_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, question: str
+) -> None:
+    class Unreachable(Exception):
+        """As the errors of S3's driver, no OSError."""
+
+    def no_answer(*arguments: object, **options: object) -> Any:
+        raise Unreachable("could not connect")
+
+    fence, record = attempts.claim(str(tmp_path), Shard(index=0, count=1), {}, "embed")
+    monkeypatch.setattr(LocalFileSystem, question, no_answer)
+    with pytest.raises(OutputError, match=rf"cannot read {tmp_path}/attempts.*: Unreachable: "):
+        fence.check()
+    if question == "cat_file":
+        with pytest.raises(OutputError, match=rf"cannot read {tmp_path}/attempts/000001.json"):
+            attempts.finish(str(tmp_path), record, {})
+        record.status = "interrupted"
+        attempts.finish(str(tmp_path), record, {})
