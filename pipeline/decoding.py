@@ -17,8 +17,6 @@ from pipeline.images.stage import fetch_and_decode
 from pipeline.predictors.null import no_pixels
 from pipeline.sinks.intervals import Spans
 from pipeline.sources.manifest import ManifestPart, read_rows
-from pipeline.storage import redact
-from schemas.errors import OutputError
 from schemas.preprocessing import Preprocessing
 from schemas.release import Release, check_release
 from schemas.spec import FetchSpec
@@ -56,7 +54,7 @@ def decode_rows(ranges: pa.Table, job: DecodeJob) -> Iterator[pa.Table]:
     check_release(job.driver)
     spans = np.stack([ranges["start"].to_numpy(), ranges["stop"].to_numpy()], axis=1)
     logs.working_on(job.run_id, "decode", spans[0, 0], spans[-1, 1] - 1)
-    manifest = _manifest_rows(job, spans)
+    manifest = pa.concat_tables(read_rows(job.out, job.parts, spans, job.storage_options))
     if job.null:
         yield from no_pixels(manifest, job.block_rows)
         return
@@ -73,16 +71,6 @@ def decode_rows(ranges: pa.Table, job: DecodeJob) -> Iterator[pa.Table]:
             fetched_bytes=partial(metrics.count, "patchstream_bytes_total"),
         )
     logs.event("decoded", rows=manifest.num_rows)
-
-
-def _manifest_rows(job: DecodeJob, spans: Spans) -> pa.Table:
-    try:
-        return pa.concat_tables(read_rows(job.out, job.parts, spans, job.storage_options))
-    except OSError as error:
-        raise OutputError(
-            f"cannot read {redact(job.out)}/manifest any more ({type(error).__name__}: {redact(str(error))}). "
-            "What was committed stays; once it can be read again, the same command goes on from there"
-        ) from error
 
 
 def forget_crashes(run_id: str) -> None:

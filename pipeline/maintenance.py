@@ -14,6 +14,7 @@ from pipeline.sinks.ledger import Ledger, pending, read_ledger
 from pipeline.sinks.parts import Part, gone, read_columns
 from pipeline.sinks.verify import Verification
 from pipeline.sinks.verify import verify as verify_parts
+from pipeline.sources.manifest import check_parts
 from pipeline.storage import Options, filesystem, redact
 from schemas.errors import OutputError
 from schemas.run import RunRecord
@@ -52,10 +53,12 @@ def status(out: str, storage_options: Options) -> dict[str, Any]:
 
 
 def verify(out: str, storage_options: Options) -> Verification:
-    """Re-read every part and hold the directory against its manifest."""
+    """Re-read every part, those of the manifest too, and hold the directory against its manifest."""
     record = require_record(out, storage_options)
     opened = reopen(out, record, storage_options)
-    return verify_parts(out, record, opened.superseded, opened.schema, storage_options)
+    damaged = check_parts(out, opened.parts, storage_options)
+    found = verify_parts(out, record, opened.superseded, opened.schema, storage_options)
+    return found._replace(problems=damaged + found.problems)
 
 
 def compact(out: str, target_bytes: int, storage_options: Options, *, force: bool = False) -> int:

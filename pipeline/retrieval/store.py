@@ -12,6 +12,7 @@ from fsspec import AbstractFileSystem
 from numpy.typing import NDArray
 
 from pipeline.columns import ColumnReads
+from pipeline.record import manifest_error
 from pipeline.results import list_results
 from pipeline.retrieval.arrays import Floats, Ints, Preparation, Progress, no_progress
 from pipeline.retrieval.matrix import Matrix, map_matrix, prepare_matrix
@@ -117,7 +118,10 @@ class FeatureStore:
     def replaced(self) -> Ints:
         """Ids of rows that hold an older version of an object, which a later row holds anew."""
         known = pads.field("replaces").is_valid()
-        newer = self.dataset("manifest").to_table(columns=["replaces"], filter=known)
+        try:
+            newer = self.dataset("manifest").to_table(columns=["replaces"], filter=known)
+        except (OSError, pa.ArrowException) as error:
+            raise manifest_error(join(self.root, "manifest"), error) from error
         rows: Ints = np.unique(newer.column("replaces").to_numpy())
         return rows
 

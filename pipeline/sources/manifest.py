@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -9,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
+from pipeline.record import manifest_error
 from pipeline.sources.columns import concatenated, conformed, unified
 from pipeline.sources.expand import expand
 from pipeline.storage import Options, filesystem, join, put_bytes, redact
-from schemas.errors import OutputError, SourceError
+from schemas.errors import OutputError, PatchstreamError, SourceError
 from schemas.spec import JobSpec
 from schemas.tables import MANIFEST_FIELDS, manifest_schema, user_fields
 
@@ -22,7 +24,7 @@ PART_BYTES = 192 << 20
 # A worker reads whole row groups; this many rows is about a megabyte of addresses. Long texts make shorter ones.
 GROUP_ROWS = 1 << 14
 GROUP_BYTES = 16 << 20
-
+_BATCH_ROWS = 131_072
 
 _PART_NAME = re.compile(r"manifest-\d+-\d+\.parquet")
 
@@ -133,23 +135,21 @@ def part_named(name: str) -> ManifestPart:
 
 
 def read_schema(out: str, part: ManifestPart, storage_options: Options) -> pa.Schema:
-    """Arrow schema of a manifest part, the user's columns included."""
-    fs, path = filesystem(out, storage_options)
-    with fs.open(join(path, "manifest", part.name), "rb") as file:
-        return pq.read_schema(file).remove_metadata()
+    """Arrow schema of a manifest part, the user's columns included. Raises OutputError as all that read one do."""
+    with _opened(out, part, storage_options) as parquet:
+        return parquet.schema_arrow.remove_metadata()
 
 
 def read_rows(out: str, parts: list[ManifestPart], spans: np.ndarray, storage_options: Options) -> Iterator[pa.Table]:
     """Manifest rows in `spans`, an (n, 2) int64 array of ascending [start, stop) ranges.
 
-    Only the row groups that a span touches are read.
+    Only the row groups that a span touches are read. Raises OutputError naming a part that cannot be read.
     """
-    fs, path = filesystem(out, storage_options)
     for part in parts:
         inside = spans[(spans[:, 0] < part.stop) & (spans[:, 1] > part.first)]
         if not len(inside):
             continue
-        with fs.open(join(path, "manifest", part.name), "rb") as file, pq.ParquetFile(file) as parquet:
+        with _opened(out, part, storage_options) as parquet:
             first = part.first
             for group in range(parquet.num_row_groups):
                 stop = first + parquet.metadata.row_group(group).num_rows
@@ -157,6 +157,47 @@ def read_rows(out: str, parts: list[ManifestPart], spans: np.ndarray, storage_op
                 if len(touching):
                     yield _cut(parquet.read_row_group(group), first, touching)
                 first = stop
+
+
+def read_columns(
+    out: str, parts: list[ManifestPart], columns: list[str], storage_options: Options
+) -> Iterator[pa.RecordBatch]:
+    """Columns of all rows of `parts`. Raises OutputError naming a part that cannot be read."""
+    for part in parts:
+        with _opened(out, part, storage_options) as parquet:
+            yield from parquet.iter_batches(_BATCH_ROWS, columns=columns)
+
+
+def check_parts(out: str, parts: list[ManifestPart], storage_options: Options) -> list[str]:
+    """Read every part, a row group at a time, and hold it against its name; returns the problems."""
+    problems = []
+    for part in parts:
+        try:
+            with _opened(out, part, storage_options) as parquet:
+                groups = (parquet.read_row_group(group)["row"].to_numpy() for group in range(parquet.num_row_groups))
+                rows = np.concatenate([np.empty(0, np.int64), *groups])
+        except OutputError as error:
+            problems.append(str(error))
+            continue
+        if not np.array_equal(rows, np.arange(part.first, part.stop)):
+            problems.append(f"manifest/{part.name}: the rows in it are not those that its name stands for")
+    return problems
+
+
+@contextmanager
+def _opened(out: str, part: ManifestPart, storage_options: Options) -> Iterator[pq.ParquetFile]:
+    """A part whose pages are held against their checksums; OutputError naming it if the block cannot read it."""
+    fs, path = filesystem(out, storage_options)
+    try:
+        with (
+            fs.open(join(path, "manifest", part.name), "rb") as file,
+            pq.ParquetFile(file, page_checksum_verification=True) as parquet,
+        ):
+            yield parquet
+    except PatchstreamError:  # a signal
+        raise
+    except Exception as error:  # each driver has errors of its own, not all of them an OSError
+        raise manifest_error(join(out, "manifest", part.name), error) from error
 
 
 def _cut(table: pa.Table, first: int, spans: np.ndarray) -> pa.Table:

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from pipeline.sources.manifest import ManifestPart
-from pipeline.storage import Options, filesystem, join
+from pipeline.sources.manifest import ManifestPart, read_columns
+from pipeline.storage import Options
 
 if TYPE_CHECKING:
     import duckdb
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 # For row numbers, which of them have their image.
 Done = Callable[[np.ndarray], np.ndarray]
 
-_BATCH_ROWS = 131_072
 # Beyond it DuckDB goes on on the disk, in the same temporary folder.
 _MEMORY = "512MiB"
 
@@ -77,26 +75,17 @@ def new_and_changed(
 
 def superseded_rows(out: str, parts: list[ManifestPart], storage_options: Options) -> np.ndarray:
     """Rows that rows of `parts` (the parts that updates added) replace; int64, any order."""
-    fs, path = filesystem(out, storage_options)
-    found = [np.empty(0, np.int64)]
-    for part in parts:
-        with fs.open(join(path, "manifest", part.name), "rb") as file:
-            column = pq.read_table(file, columns=["replaces"])["replaces"]
-        found.append(column.drop_null().to_numpy())
-    return np.concatenate(found)
+    batches = read_columns(out, parts, ["replaces"], storage_options)
+    return np.concatenate([np.empty(0, np.int64), *(batch.column(0).drop_null().to_numpy() for batch in batches)])
 
 
 def _load_known(
     database: duckdb.DuckDBPyConnection, out: str, parts: list[ManifestPart], done: Done, storage_options: Options
 ) -> None:
-    fs, path = filesystem(out, storage_options)
-    columns = ["row", "uri", "etag", "size", "replaces"]
-    for part in parts:
-        with fs.open(join(path, "manifest", part.name), "rb") as file, pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(_BATCH_ROWS, columns=columns):
-                row, uri, etag, size, replaces = batch.columns
-                has_image = pa.array(done(row.to_numpy()))
-                _insert(database, "known", [row, _keys(uri), uri, etag, size, replaces, has_image])
+    for batch in read_columns(out, parts, ["row", "uri", "etag", "size", "replaces"], storage_options):
+        row, uri, etag, size, replaces = batch.columns
+        has_image = pa.array(done(row.to_numpy()))
+        _insert(database, "known", [row, _keys(uri), uri, etag, size, replaces, has_image])
 
 
 def _set_aside(tables: Iterable[pa.Table], database: duckdb.DuckDBPyConnection, folder: str) -> list[tuple[str, int]]:

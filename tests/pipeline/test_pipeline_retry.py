@@ -95,6 +95,22 @@ def test_damaged_failures_are_named(tmp_path: Path, hub: Path) -> None:
             look()
 
 
+def test_verify_reads_the_manifest_too(tmp_path: Path, hub: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    failed_run(tmp_path)
+    out = str(tmp_path / "out")
+    assert run_command(["verify", out]) == 0
+    (part,) = (tmp_path / "out" / "manifest").iterdir()
+    place = pq.read_metadata(part).row_group(0).column(1).data_page_offset
+    content = part.read_bytes()
+    part.write_bytes(content[:place] + bytes(9) + content[place + 9 :])
+    assert run_command(["verify", out]) == 1
+    assert f"  - cannot read {part}, of the run's manifest" in capsys.readouterr().out
+    os.truncate(part, 100)
+    for command in ("verify", "status", "retry"):
+        assert run_command([command, out]) == 2
+        assert f"error: cannot read {part}, of the run's manifest" in capsys.readouterr().err
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Triton server that serves whatever is asked for, in float16."""

@@ -275,3 +275,10 @@ def test_replaced_rows_do_not_take_part(tmp_path: Path) -> None:
     matrix = FeatureStore.open(str(write_run(tmp_path, content))).load("cls")
     assert len(matrix.left_out) == 0
     np.testing.assert_array_equal(matrix.rows[matrix.usable], [0, 3, 4, 5, 6, 7, 8, 9])
+
+
+def test_a_damaged_manifest_is_told_in_words(run: Path) -> None:
+    (part,) = (run / "manifest").iterdir()
+    part.write_bytes(b"PAR1")
+    with pytest.raises(OutputError, match=rf"cannot read {run}/manifest, .*{part}.* put back a copy of it"):
+        _ = FeatureStore.open(str(run)).replaced

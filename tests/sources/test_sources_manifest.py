@@ -1,5 +1,6 @@
 """Freezing: what ends up under manifest/, after interruptions too."""
 
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 
 from pipeline.sources import manifest
 from pipeline.sources.columns import content_table
-from pipeline.sources.manifest import ManifestPart, part_named, read_rows, read_schema, write_manifest
+from pipeline.sources.manifest import ManifestPart, check_parts, part_named, read_rows, read_schema, write_manifest
+from pipeline.sources.update import superseded_rows
 from schemas.errors import OutputError, SourceError
 from schemas.tables import MANIFEST_FIELDS
 
@@ -118,3 +120,35 @@ def test_later_parts_keep_to_the_schema_of_the_first(tmp_path: Path) -> None:
 
 def test_no_tables_no_parts(tmp_path: Path) -> None:
     assert write_manifest([], str(tmp_path), {}) == []
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("damage", ["gone", "cut off", "one bit"])
+def test_a_part_that_cannot_be_read_is_named(tmp_path: Path, damage: str) -> None:
+    out = str(tmp_path)
+    parts = write_manifest([rows(0, 250)], out, {})
+    assert check_parts(out, parts, {}) == []
+    file = tmp_path / "manifest" / parts[1].name
+    content = bytearray(file.read_bytes())
+    chunk = pq.read_metadata(file).row_group(1).column(1)
+    content[chunk.dictionary_page_offset + chunk.total_compressed_size - 5] ^= 1
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content if damage == "one bit" else content[:-50])
+    (problem,) = check_parts(out, parts, {})
+    message = rf"cannot read {file}, .* What was committed stays.* put back a copy of it, or start a new --out"
+    assert re.fullmatch(message, problem)
+    with pytest.raises(OutputError, match=message):
+        list(read_rows(out, parts, np.array([[140, 150]]), {}))
+    if damage != "one bit":
+        for read in (lambda: read_schema(out, parts[1], {}), lambda: superseded_rows(out, parts, {})):
+            with pytest.raises(OutputError, match=message):
+                read()
+
+
+def test_rows_under_the_name_of_others_are_noticed(tmp_path: Path) -> None:
+    (part,) = write_manifest([rows(0, 5)], str(tmp_path), {})
+    (tmp_path / "manifest" / part.name).rename(tmp_path / "manifest" / "manifest-000000000000-000000000006.parquet")
+    (problem,) = check_parts(str(tmp_path), [part._replace(name=part.name.replace("5", "6"), stop=6)], {})
+    assert problem.endswith("-000000000006.parquet: the rows in it are not those that its name stands for")
