@@ -15,13 +15,12 @@ from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from pipeline.lock import Held, locked
 from pipeline.sinks import intervals
 from pipeline.sinks.intervals import Spans
-from pipeline.sinks.parts import FOLDERS, Part, encode, list_parts, part_name, read_row_numbers
+from pipeline.sinks.parts import FOLDERS, Part, encode, gone, list_parts, part_name, read_columns, read_row_numbers
 from pipeline.storage import Options, exists, filesystem, is_local, join, put_bytes, read_json, redact, write_error
 from schemas.tables import METADATA_KEY, SWAP_PLAN
 
@@ -131,9 +130,11 @@ def _groups(parts: list[Part], target_bytes: int) -> Iterator[list[Part]]:
 
 
 def _read(fs: AbstractFileSystem, out: str, part: Part) -> pa.Table:
-    with fs.open(join(out, part.path), "rb") as file:
-        table: pa.Table = pq.read_table(file)
-    return table
+    """Raises OutputError, naming the part, where it cannot be read: what is damaged must not get new checksums."""
+    try:
+        return read_columns(fs, out, part)
+    except FileNotFoundError as error:
+        raise gone(out, error) from error
 
 
 def _merge(fs: AbstractFileSystem, out: str, group: list[Part]) -> pa.Table:

@@ -147,14 +147,14 @@ def read_row_numbers(fs: AbstractFileSystem, out: str, part: Part) -> npt.NDArra
     return rows
 
 
-def read_columns(fs: AbstractFileSystem, out: str, part: Part, columns: list[str]) -> pa.Table:
-    """Some columns of a part.
+def read_columns(fs: AbstractFileSystem, out: str, part: Part, columns: list[str] | None = None) -> pa.Table:
+    """Some columns of a part, or all; pages are held against their checksums.
 
     Raises OutputError naming the part if it cannot be read, FileNotFoundError if it has gone since it was listed.
     """
     try:
         with fs.open(join(out, part.path), "rb") as file:
-            return pq.read_table(file, columns=columns)
+            return pq.read_table(file, columns=columns, page_checksum_verification=True)
     except FileNotFoundError:
         raise
     except (OSError, pa.ArrowException) as error:

@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.signals import interruptible
 from pipeline.sinks import compaction
-from pipeline.sinks.parts import list_parts, write_part
+from pipeline.sinks.parts import Part, list_parts, write_part
 from schemas.errors import Interrupted, OutputError
 
 FS = fsspec.filesystem("file")
@@ -85,3 +85,33 @@ def test_a_plan_that_comes_after_the_lock_was_lost_removes_nothing(
     assert not (tmp_path / "_swap").exists()
     assert compaction.compact(str(tmp_path), 1 << 20, {}) == 3
     assert [part.rows for part in list_parts(FS, str(tmp_path))] == [9]
+
+
+@pytest.mark.parametrize("damage", ["cut off", "one bit"])
+def test_a_damaged_part_is_named_and_not_merged(tmp_path: Path, damage: str) -> None:
+    three_parts(tmp_path)
+    (part,) = (tmp_path / "images").glob("part-000000000003-*")
+    content = part.read_bytes()
+    place = content.index(b"(\xb5/\xfd") + 12  # of zstd's first frame: into the rows themselves
+    damaged = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+    damaged = damaged if damage == "one bit" else content[:-100]
+    part.write_bytes(damaged)
+    with pytest.raises(OutputError, match=rf"{part} cannot be read .* delete it"):
+        compaction.compact(str(tmp_path), 1 << 20, {})
+    assert part.read_bytes() == damaged
+    part.unlink()
+    assert compaction.compact(str(tmp_path), 1 << 20, {}) == 2
+    assert rows_in(tmp_path) == [0, 1, 2, 6, 7, 8]
+
+
+def test_a_part_that_goes_before_it_is_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    three_parts(tmp_path)
+    merge = compaction._merge
+
+    def overtaken(fs: LocalFileSystem, out: str, group: list[Part]) -> pa.Table:
+        os.unlink(tmp_path / group[1].path)
+        return merge(fs, out, group)
+
+    monkeypatch.setattr(compaction, "_merge", overtaken)
+    with pytest.raises(OutputError, match="a part has gone since it was listed"):
+        compaction.compact(str(tmp_path), 1 << 20, {})
