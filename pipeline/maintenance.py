@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from pipeline.opening import ask, open_directory, reopen
 from pipeline.record import require_record
 from pipeline.sinks import attempts, compaction, intervals
-from pipeline.sinks.ledger import Ledger, pending, read_ledger
+from pipeline.sinks.ledger import Ledger, pending, read_ledger, settled_ledger
 from pipeline.sinks.parts import Part, gone, read_columns
 from pipeline.sinks.verify import Verification
 from pipeline.sinks.verify import verify as verify_parts
@@ -30,10 +30,10 @@ _NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 def status(out: str, storage_options: Options) -> dict[str, Any]:
-    """Counts of a run as JSON-ready values. Raises OutputError when `out` holds no run."""
+    """Counts of a run as JSON-ready values. Raises OutputError when `out` holds no run, or half-rewritten parts."""
     record = require_record(out, storage_options)
     opened = reopen(out, record, storage_options)
-    ledger = read_ledger(out, storage_options)
+    ledger = settled_ledger(out, storage_options)
     left = pending(ledger, 0, record.manifest_rows, opened.superseded)
     return {
         "out": redact(out),
@@ -95,6 +95,7 @@ def reopen_failures(
     record = require_record(out, storage_options)
     values = {**_changed(_same_again(record), changes), "out": out, "storage_options": dict(storage_options)}
     spec = build_spec(values)  # wrong options are wrong where nothing is to be done as well
+    compaction.recover(out, storage_options)  # in the midst of a swap rows are out of sight
     ledger = read_ledger(out, storage_options)
     rows = [_failed_rows(out, part, everything, storage_options) for part in _failures(ledger)]
     again = intervals.union(intervals.from_rows(found) for found in rows)

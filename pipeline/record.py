@@ -73,6 +73,15 @@ def manifest_error(place: str, error: Exception) -> OutputError:
     )
 
 
+def being_rewritten(out: str) -> OutputError:
+    """For a directory in which a rewrite of parts does not come to its end while we wait."""
+    return OutputError(
+        f"parts of {redact(out)} are being rewritten, and some of their rows cannot be seen meanwhile: wait for the "
+        "command at work there. If there is none, it was cut short, and `patchstream compact DIR` finishes what it "
+        "began"
+    )
+
+
 def new_record(spec: JobSpec, model: ModelRecord, feature_dims: dict[str, FeatureSize]) -> RunRecord:
     """A record with no manifest yet."""
     return RunRecord(

@@ -15,6 +15,7 @@ from fsspec import AbstractFileSystem
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from pipeline.record import being_rewritten
 from pipeline.retrieval.arrays import Ints
 from pipeline.storage import exists, is_local, join, read_error, read_json, redact
 from schemas.errors import OutputError
@@ -115,11 +116,7 @@ def settled_parts(fs: AbstractFileSystem, root: str, record: RunRecord) -> tuple
                     if set(found).issubset(list_parquet(fs, join(root, "images"))):
                         raise  # else a part went while footers were read
         time.sleep(_LOOK_S)
-    raise OutputError(
-        f"parts of {redact(root)} are being rewritten, and some of their rows cannot be seen meanwhile: wait "
-        "for the command at work there. If there is none, it was cut short, and `patchstream compact DIR` "
-        "finishes what it began"
-    )
+    raise being_rewritten(root)
 
 
 def _with_schema(

@@ -1,5 +1,6 @@
 """What is done, read from what is visible: pending = manifest − superseded − images − failures."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple
@@ -7,15 +8,20 @@ from typing import NamedTuple
 import numpy as np
 from fsspec import AbstractFileSystem
 
+from pipeline.record import being_rewritten
 from pipeline.sinks import intervals
 from pipeline.sinks.intervals import Spans
 from pipeline.sinks.parts import Part, gone, list_parts, read_row_numbers
-from pipeline.storage import Options, filesystem
+from pipeline.storage import Options, exists, filesystem, join
 from schemas.errors import OutputError
+from schemas.tables import SWAP_PLAN
 
 _READERS = 16
 # Another shard may compact its parts between the listing and the look into one of them.
 _LISTINGS = 5
+# For how long a swap is waited for, and how often it is looked whether it has ended.
+_SWAP_S = 10.0
+_LOOK_S = 0.2
 
 
 class Ledger(NamedTuple):
@@ -45,6 +51,23 @@ def read_ledger(out: str, storage_options: Options, *, damaged_too: bool = False
         return _gather(fs, path, damaged_too)
     except FileNotFoundError as error:
         raise gone(out, error) from error
+
+
+def settled_ledger(out: str, storage_options: Options, *, damaged_too: bool = False) -> Ledger:
+    """As `read_ledger`, of a moment at which no parts are being rewritten: some of their rows are out of sight then.
+
+    It waits for that. Raises OutputError where it lasts, as after a rewrite that was cut short.
+    """
+    fs, path = filesystem(out, storage_options)
+    for _ in range(1 + round(_SWAP_S / _LOOK_S)):
+        before = {part.path for part in list_parts(fs, path)}
+        if not exists(fs, join(path, SWAP_PLAN)):
+            ledger = read_ledger(out, storage_options, damaged_too=damaged_too)
+            # A swap that began since the look for its plan would have taken parts away.
+            if before.issubset(part.path for part in ledger.parts):
+                return ledger
+        time.sleep(_LOOK_S)
+    raise being_rewritten(out)
 
 
 def _gather(fs: AbstractFileSystem, out: str, damaged_too: bool) -> Ledger:

@@ -10,7 +10,7 @@ from fsspec import AbstractFileSystem
 
 from pipeline.sinks import intervals
 from pipeline.sinks.intervals import Spans
-from pipeline.sinks.ledger import read_ledger
+from pipeline.sinks.ledger import settled_ledger
 from pipeline.sinks.parts import Part, part_name
 from pipeline.storage import Options, filesystem, join
 from schemas.run import RunRecord
@@ -40,10 +40,10 @@ def verify(
 ) -> Verification:
     """Read every part of `out` with page checksums and hold it against its name, the schema and the manifest.
 
-    `seen` is called after each part.
+    `seen` is called after each part. Raises OutputError where parts are being rewritten and that lasts.
     """
     fs, path = filesystem(out, storage_options)
-    ledger = read_ledger(out, storage_options, damaged_too=True)
+    ledger = settled_ledger(out, storage_options, damaged_too=True)
     problems: list[str] = []
     for part in ledger.parts:
         schema = images_schema if part.folder == "images" else FAILURES_SCHEMA

@@ -14,7 +14,7 @@ import pytest
 from support.checkpoints import make_checkpoint
 
 from jobs.cli import run_command
-from pipeline.maintenance import reopen_failures, status
+from pipeline.maintenance import reopen_failures, status, verify
 from pipeline.opening import Opened, ask, open_directory
 from pipeline.sinks.parts import write_part
 from schemas.errors import CheckpointError, OutputError, PatchstreamError, SpecError
@@ -109,6 +109,23 @@ def test_verify_reads_the_manifest_too(tmp_path: Path, hub: Path, capsys: pytest
     for command in ("verify", "status", "retry"):
         assert run_command([command, out]) == 2
         assert f"error: cannot read {part}, of the run's manifest" in capsys.readouterr().err
+
+
+def test_a_swap_that_was_cut_short_is_no_loss_of_rows(
+    tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed_run(tmp_path)
+    out = tmp_path / "out"
+    (part,) = (out / "failures").iterdir()
+    (out / "_swap").mkdir()
+    shutil.move(out / "failures", out / "_swap")
+    (out / "failures").mkdir()
+    (out / "_swap" / "plan.json").write_text(json.dumps({"remove": [], "add": [f"failures/{part.name}"]}))
+    monkeypatch.setattr("pipeline.sinks.ledger._SWAP_S", 0.0)
+    for look in (status, verify):
+        with pytest.raises(OutputError, match=r"are being rewritten, .* `patchstream compact DIR` finishes"):
+            look(str(out), {})
+    assert reopen_failures(str(out), False, {})[0] == 1
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.signals import interruptible
-from pipeline.sinks import compaction
+from pipeline.sinks import compaction, ledger
 from pipeline.sinks.parts import Part, list_parts, write_part
 from schemas.errors import Interrupted, OutputError
 
@@ -115,3 +115,33 @@ def test_a_part_that_goes_before_it_is_merged(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(compaction, "_merge", overtaken)
     with pytest.raises(OutputError, match="a part has gone since it was listed"):
         compaction.compact(str(tmp_path), 1 << 20, {})
+
+
+@pytest.mark.parametrize("begun", ["before the look", "after the look"])
+def test_rows_that_a_swap_hides_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: str) -> None:
+    three_parts(tmp_path)
+    part = next((tmp_path / "images").iterdir())
+
+    def begin() -> None:
+        (tmp_path / "_swap" / "images").mkdir(parents=True)
+        part.rename(tmp_path / "_swap" / "images" / part.name)
+        plan = {"remove": [], "add": [f"images/{part.name}"]}
+        (tmp_path / "_swap" / "plan.json").write_text(json.dumps(plan))
+
+    def read_late(*arguments: Any, **options: Any) -> ledger.Ledger:
+        if not waits and begun == "after the look":
+            begin()
+        return read_ledger(*arguments, **options)
+
+    def end(seconds: float) -> None:
+        waits.append(seconds)
+        compaction.recover(str(tmp_path), {})
+
+    waits: list[float] = []
+    read_ledger = ledger.read_ledger
+    if begun == "before the look":
+        begin()
+    monkeypatch.setattr(ledger, "read_ledger", read_late)
+    monkeypatch.setattr(ledger.time, "sleep", end)
+    assert ledger.settled_ledger(str(tmp_path), {}).images.tolist() == [[0, 9]]
+    assert len(waits) == 1
