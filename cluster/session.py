@@ -16,7 +16,7 @@ import ray
 
 from cluster.check import check_nodes
 from cluster.token import check_token
-from schemas.errors import ClusterError, Interrupted, PatchstreamError
+from schemas.errors import ClusterError, Interrupted
 from schemas.machines import Machines
 
 _MIB = 1 << 20
@@ -66,8 +66,6 @@ def _connected(address: str | None, verbose: bool, cpus: int | None) -> Iterator
     try:
         with _keeping_handlers():
             ray.init(**(_attach(address) if address else _start(cpus)), **_logging(verbose))
-    except PatchstreamError:  # what the handler of a signal raises, which comes in the midst
-        raise
     except SystemExit as told:  # by Ray's own handler, with the signal's number
         if told.code != signal.SIGTERM:
             raise

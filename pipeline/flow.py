@@ -66,11 +66,11 @@ def run(spec: JobSpec, connect: Connect, listen: Listener = lambda progress: Non
     `schemas.errors`): what was committed before that stays, and the same call goes on from there.
     """
     spec = spec.model_copy(update={"out": absolute(spec.out)})
-    with interruptible():
-        try:
+    try:
+        with interruptible():
             return _run(spec, connect, listen)
-        except (KeyboardInterrupt, Interrupted) as stopped:
-            raise _resumable(stopped, spec) from None
+    except (KeyboardInterrupt, Interrupted) as stopped:
+        raise _resumable(stopped, spec) from None
 
 
 def _run(spec: JobSpec, connect: Connect, listen: Listener) -> Summary:

@@ -1,6 +1,7 @@
 """What can be done with a run's directory after, or between, its attempts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -67,14 +68,8 @@ def compact(out: str, target_bytes: int, storage_options: Options, *, force: boo
     Raises OutputError while a run is writing there; with `force` a run on another machine is taken for dead.
     """
     require_record(out, storage_options)
-    _, attempt = attempts.claim(out, _WHOLE, storage_options, "compact", take_over=force)
-    try:
-        merged = compaction.compact(out, target_bytes, storage_options)
-        attempt.status = "done"
-    finally:
-        attempt.status = "done" if attempt.status == "done" else "failed"
-        attempts.finish(out, attempt, storage_options)
-    return merged
+    with _attempt(out, "compact", storage_options, force=force):
+        return compaction.compact(out, target_bytes, storage_options)
 
 
 def reopen_failures(
@@ -110,11 +105,21 @@ def reopen_failures(
         )
     open_directory(ask(spec))
     if len(again):
-        _, attempt = attempts.claim(out, _WHOLE, storage_options, "retry", take_over=force)
-        compaction.remove_rows(out, "failures", again, storage_options)
-        attempt.status = "done"
-        attempts.finish(out, attempt, storage_options)
+        with _attempt(out, "retry", storage_options, force=force):
+            compaction.remove_rows(out, "failures", again, storage_options)
     return intervals.count(again), values
+
+
+@contextmanager
+def _attempt(out: str, command: str, storage_options: Options, *, force: bool) -> Iterator[None]:
+    """The block as an attempt of its own at all rows."""
+    _, attempt = attempts.claim(out, _WHOLE, storage_options, command, take_over=force)
+    attempt.status = "failed"
+    try:
+        yield
+        attempt.status = "done"
+    finally:
+        attempts.finish(out, attempt, storage_options)
 
 
 def _same_again(record: RunRecord) -> dict[str, Any]:

@@ -11,16 +11,23 @@ from schemas.errors import Interrupted
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise Interrupted in the main thread on SIGTERM. Does nothing in another thread, where Python allows no handler.
+    """SIGTERM is KeyboardInterrupt in the block, as Ctrl-C is, and Interrupted behind it.
 
-    Ray installs a handler of its own when it connects; `cluster.session` puts this one back.
+    It is no Exception in the block: what deals with all errors that a driver may raise must let it pass. Does nothing
+    in another thread than the main one, where Python allows no handler. Ray installs a handler of its own when it
+    connects; `cluster.session` puts this one back.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _raise)
+    stop = Stop()
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except KeyboardInterrupt:
+        if stop.number:  # Ray makes a KeyboardInterrupt of its own of ours
+            raise Interrupted("told to stop", stop.number) from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -45,10 +52,6 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if held.number:
             before(held.number, None)
-
-
-def _raise(number: int, frame: Any) -> None:
-    raise Interrupted("told to stop", number)
 
 
 class Stop:

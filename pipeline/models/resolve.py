@@ -200,6 +200,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _from_hub(name: str, revision: str | None) -> Place:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is re-exported
+        GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
         HTTPError,
@@ -213,6 +214,11 @@ def _from_hub(name: str, revision: str | None) -> Place:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=_on_the_hub(name, revision)))
     except HFValidationError:
         raise CheckpointError(_nowhere(name)) from None
+    except GatedRepoError as error:  # one of those below, to huggingface_hub
+        raise CheckpointError(
+            f"{name}: the hub gives this model to those alone who accepted its terms. Accept them at "
+            f"https://huggingface.co/{name}, then log in here (hf auth login)"
+        ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{name}: no such folder here and no such model on the hub. Check the spelling; a private model needs a "

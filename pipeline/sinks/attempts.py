@@ -13,11 +13,12 @@ from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 
 from fsspec import AbstractFileSystem
+from pydantic import ValidationError
 
 from pipeline.lock import is_running
 from pipeline.storage import Options, create_bytes, filesystem, is_local, join, put_bytes, read_error, redact
 from schemas.attempt import AttemptRecord
-from schemas.errors import OutputError, PatchstreamError
+from schemas.errors import OutputError
 from schemas.spec import Shard
 
 _SETTLE_S = 1.0
@@ -162,7 +163,13 @@ def _read(fs: AbstractFileSystem, path: str, number: int) -> AttemptRecord | Non
             content = fs.cat_file(place)
     except FileNotFoundError:
         return None
-    return AttemptRecord.model_validate_json(content) if content else None
+    try:
+        return AttemptRecord.model_validate_json(content) if content else None
+    except ValidationError as error:
+        raise OutputError(
+            f"{redact(_path(path, number))} is not the record of an attempt ({str(error).splitlines()[0]}); if no job "
+            "runs there, remove it: parts do not depend on it"
+        ) from error
 
 
 @contextmanager
@@ -170,7 +177,7 @@ def _reading(place: str) -> Iterator[str]:
     """OutputError for whatever keeps us from reading `place`, unless it is not there."""
     try:
         yield place
-    except (FileNotFoundError, PatchstreamError):  # the latter is a signal
+    except FileNotFoundError:
         raise
     except Exception as error:  # each driver has errors of its own, not all of them an OSError
         raise read_error(place, error) from error

@@ -14,7 +14,7 @@ from pipeline.record import manifest_error
 from pipeline.sources.columns import concatenated, conformed, unified
 from pipeline.sources.expand import expand
 from pipeline.storage import Options, filesystem, join, put_bytes, redact
-from schemas.errors import OutputError, PatchstreamError, SourceError
+from schemas.errors import OutputError, SourceError
 from schemas.spec import JobSpec
 from schemas.tables import MANIFEST_FIELDS, manifest_schema, user_fields
 
@@ -194,8 +194,6 @@ def _opened(out: str, part: ManifestPart, storage_options: Options) -> Iterator[
             pq.ParquetFile(file, page_checksum_verification=True) as parquet,
         ):
             yield parquet
-    except PatchstreamError:  # a signal
-        raise
     except Exception as error:  # each driver has errors of its own, not all of them an OSError
         raise manifest_error(join(out, "manifest", part.name), error) from error
 

@@ -25,6 +25,7 @@ class Hub:
     folder: Path
     snapshot: Path
     asked: list[str]
+    gated: bool = False
 
 
 @pytest.fixture
@@ -51,6 +52,12 @@ def _serving(hub: Hub) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             hub.asked.append(self.path)
+            if hub.gated:
+                self.send_response(403)
+                self.send_header("X-Error-Code", "GatedRepo")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             path = self.path.partition("?")[0]
             files = sorted(hub.folder.iterdir())
             if path.startswith(f"/api/models/{NAME}/tree/"):
@@ -118,3 +125,9 @@ def test_what_was_fetched_is_found_without_a_network(hub: Hub, monkeypatch: pyte
 def test_a_name_that_no_model_of_the_hub_can_have(name: str) -> None:
     with pytest.raises(CheckpointError, match="no such folder; a model is a folder, an object-store prefix or a hub"):
         inspect_model(name)
+
+
+def test_a_model_with_terms_says_where_to_accept_them(hub: Hub) -> None:
+    hub.gated = True
+    with pytest.raises(CheckpointError, match=rf"accepted its terms.*https://huggingface.co/{NAME}, then log in"):
+        inspect_model(NAME)

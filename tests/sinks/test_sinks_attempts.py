@@ -110,3 +110,11 @@ def test_a_store_that_does_not_answer_is_told_in_words(
             attempts.finish(str(tmp_path), record, {})
         record.status = "interrupted"
         attempts.finish(str(tmp_path), record, {})
+
+
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+    out = str(tmp_path)
+    attempts.claim(out, Shard(index=0, count=1), {}, "embed")
+    (tmp_path / "attempts/000001.json").write_text("{")
+    with pytest.raises(OutputError, match=r"attempts/000001\.json is not the record of an attempt .* remove it"):
+        attempts.claim(out, Shard(index=0, count=1), {}, "embed")

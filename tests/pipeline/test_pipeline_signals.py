@@ -1,0 +1,65 @@
+"""Told to stop in the midst of a store's driver, whose errors are dealt with all alike: a signal is none of them."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from pipeline.models import inspect_model
+from pipeline.record import read_record
+from pipeline.signals import interruptible
+from pipeline.sources.listing import list_source
+from pipeline.sources.reading import open_object
+from pipeline.storage import create_bytes, put_bytes
+from schemas.errors import Interrupted
+
+FS = fsspec.filesystem("memory")
+
+
+def read(address: str) -> None:
+    with open_object(address, {}):
+        pass
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda: list(list_source("memory://stopped/", {})),
+        lambda: read("memory://stopped/a.csv"),
+        lambda: inspect_model("memory://stopped/vit.npz"),
+        lambda: put_bytes(FS, "/stopped/a", b"a"),
+        lambda: create_bytes(FS, "/stopped/b", b"b"),
+        lambda: read_record("memory://stopped", {}),
+    ],
+)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_no_error_of_the_store(
+    monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any], number: signal.Signals
+) -> None:
+    FS.pipe_file("/stopped/a.csv", b"uri")
+
+    def told(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), number)
+        raise OSError("the next error of the driver")
+
+    for name in ("info", "ls", "_open", "cat_file", "pipe_file", "exists", "isfile"):
+        monkeypatch.setattr(MemoryFileSystem, name, told)
+    with pytest.raises(Interrupted if number == signal.SIGTERM else KeyboardInterrupt) as stopped, interruptible():
+        work()
+    if isinstance(stopped.value, Interrupted):
+        assert stopped.value.exit_code == 143
+
+
+def test_what_ray_makes_of_a_signal_keeps_its_number(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted) as stopped, interruptible():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None
+    assert stopped.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
