@@ -3,7 +3,7 @@
     REPO/NAME/config.pbtxt                the Python back end
     REPO/NAME/1/model.py                  torch_triton_model.py
     REPO/NAME/1/checkpoint/               config and weights, as they were found, and nothing that lay beside them
-    REPO/NAME/1/package/                  the modules that read and run them: the server needs no install of ours
+    REPO/NAME/1/package/                  our modules, which read and run them: the server needs no install of ours
     REPO/NAME-onnx/config.pbtxt           ONNX Runtime; TensorRT builds its plan from the same file
     REPO/NAME-onnx/1/model.onnx
 
@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pipeline
 import schemas
-from pipeline import models, signals, storage
+from pipeline import storage
 from pipeline.models import ModelInfo
 from pipeline.models.resolve import SMALL_FILES
 from pipeline.models.weights import Weights, find_weights
@@ -95,11 +96,9 @@ def write_python_model(info: ModelInfo, folder: Path, serving: Serving) -> None:
     for path in (*weights.files, *(path for path in beside if path.is_file())):
         shutil.copy(path, version / CHECKPOINT)
     package = version / "package"
-    shutil.copytree(Path(schemas.__file__).parent, package / "schemas", ignore=_SKIPPED)
-    shutil.copytree(Path(models.__file__).parent, package / "pipeline/models", ignore=_SKIPPED)
-    for module in (storage, signals):
-        shutil.copy(str(module.__file__), package / "pipeline")
-    (package / "pipeline/__init__.py").touch()
+    # Whole, a megabyte, so that there is no list to fall behind what the modules import.
+    for source in (schemas, pipeline):
+        shutil.copytree(Path(str(source.__file__)).parent, package / source.__name__, ignore=_SKIPPED)
     (folder / "config.pbtxt").write_text(config_text(info, folder.name, serving, backend="python"))
 
 

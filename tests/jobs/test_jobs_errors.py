@@ -156,10 +156,10 @@ def test_gpus_that_nobody_has(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jobs", "embed", folder, "--model", MODEL, "--out", tmp_path / "o"]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*map(str, command), "--gpus-per-actor", "2"], env=env, capture_output=True, text=True, timeout=120, check=False
+        [*map(str, command), "--gpus-per-actor", "1"], env=env, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 2
-    assert "needs 2 GPUs, the cluster has 0 GPUs" in done.stderr
+    assert "needs 1 GPUs, the cluster has 0 GPUs" in done.stderr
     assert "Traceback" not in done.stderr
 
 

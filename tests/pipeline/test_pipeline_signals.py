@@ -3,7 +3,6 @@
 import os
 import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -55,11 +54,15 @@ def test_a_signal_is_no_error_of_the_store(
         assert stopped.value.exit_code == 143
 
 
-def test_what_ray_makes_of_a_signal_keeps_its_number(tmp_path: Path) -> None:
+def as_ray_does() -> None:
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt from None
+
+
+def test_what_ray_makes_of_a_signal_keeps_its_number() -> None:
     with pytest.raises(Interrupted) as stopped, interruptible():
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt from None
+        as_ray_does()
     assert stopped.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
