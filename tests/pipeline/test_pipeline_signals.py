@@ -62,7 +62,8 @@ def as_ray_does() -> None:
 
 
 def test_what_ray_makes_of_a_signal_keeps_its_number() -> None:
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted) as stopped, interruptible():
         as_ray_does()
     assert stopped.value.exit_code == 143
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
