@@ -15,7 +15,6 @@ from pipeline.models.architecture import Architecture
 from pipeline.models.gpu import Compiled, plan_gpu
 from pipeline.predictors.torch_runner import Runner, compile_trunk
 
-MOST_BATCHES = 8
 CALLS = 8
 # Least cosine of the code that is timed to the same network called directly in the same precision. In float8 a last bit
 # of bfloat16 can move a number by a sixteenth: a compiled network was 0.998 from itself, another picture 0.98.
@@ -54,7 +53,7 @@ class Subject:
     ) -> None:
         self.a, self.dtype, self.bench, self.compiled = a, dtype, bench, compiled
         self.model = network(a, weights.tensors, dtype, bench.device)
-        self.pixels = pictures(MOST_BATCHES * most, a.trained_size)
+        self.pixels = pictures(max(2 * most + 3, CALL_ROWS.get(a.trained_size[0], 0)), a.trained_size)
         self.expected = direct(self.model, self.pixels[: 2 * most + 3], most, bench.device)
         self.exact = weights.exact
         if bench.cuda:
@@ -91,15 +90,14 @@ class Subject:
     def rates(self, batch: int) -> dict[str, Any]:
         """Images/s model-only and end to end, and how near the results are to what they should be."""
         runner = self.runner(batch)
-        pixels = self.pixels[: MOST_BATCHES * batch]
         # An odd number, so that a padded batch comes after both buffers have been used.
-        got = runner.run(pixels[: 2 * batch + 3])
+        got = runner.run(self.pixels[: 2 * batch + 3])
         row = {
             "attention": runner.attention[0],
             "least_cosine": least_cosine(got, self.expected),
             "least_cosine_to_float32": least_cosine(got, self.exact),
         }
-        runner.run(pixels[: 2 * batch])  # both buffers full of pictures again
+        runner.run(self.pixels[: 2 * batch])  # both buffers full of pictures again
         alone = self.bench.seconds(lambda: runner._compute(0)) / batch
         row["model_only"] = 1 / alone
         call = self.pixels[: CALL_ROWS.get(self.a.trained_size[0], 2 * batch)]

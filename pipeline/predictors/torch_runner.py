@@ -26,6 +26,29 @@ _WARM_UPS = 3
 _log = logging.getLogger(__name__)
 
 
+def _lacks_memory(error: BaseException | None) -> bool:
+    """Whether the device had no room, whoever says so: torch's allocator, CUDA, cuBLAS, or one of them beneath what the
+    end of a capture raised over it."""
+    while error is not None:
+        text = str(error)
+        said = "out of memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text
+        if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and said):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """A lack of memory is a torch.OutOfMemoryError, whoever says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or not _lacks_memory(error):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from error
+
+
 class Underway(NamedTuple):
     """A call whose batches have been handed to the device."""
 
@@ -78,15 +101,12 @@ class Runner:
         """Results for `pixels` (n, H, W, 3), n > 0: each (n, …) on the host."""
         return self.start(pixels).results()
 
+    @_memory_errors()
     def start(self, pixels: npt.NDArray[np.uint8]) -> Underway:
         """`run` without the wait for the results. For one thread at a time; `pixels` are no longer needed afterwards.
 
         Raises torch.OutOfMemoryError where the device lacks memory.
         """
-        with _memory_errors():
-            return self._start(pixels)
-
-    def _start(self, pixels: npt.NDArray[np.uint8]) -> Underway:
         count = len(pixels)
         found = [
             torch.empty((count, *result.shape[1:]), dtype=result.dtype, pin_memory=self._cuda)
@@ -117,7 +137,7 @@ class Runner:
                 return
             except RuntimeError as error:
                 # Kinds of it are other things: no memory, a device that is lost, a compiler that fails after a minute.
-                if type(error) is not RuntimeError or lacks_memory(error) or len(self.attention) < 2:
+                if type(error) is not RuntimeError or _lacks_memory(error) or len(self.attention) < 2:
                     raise
                 _log.warning("attention by %s fails here, so it goes without: %s", self.attention[0], error)
             self.attention = self.attention[1:]
@@ -190,26 +210,3 @@ def compile_trunk(trunk: Any, what: Compiled) -> None:
     for part in parts:
         if part is not None:
             part.compile(dynamic=False)
-
-
-def lacks_memory(error: BaseException | None) -> bool:
-    """Whether the device had no room, whoever says so: torch's allocator, CUDA, cuBLAS, or one of them beneath what the
-    end of a capture raised over it."""
-    while error is not None:
-        text = str(error)
-        said = "out of memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text
-        if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and said):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    """A lack of memory is a torch.OutOfMemoryError, whoever says so."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or not lacks_memory(error):
-            raise
-        raise torch.OutOfMemoryError(str(error)) from error

@@ -20,7 +20,7 @@ from pipeline.sinks.attempts import Fence
 from pipeline.sinks.parts import split, write_part
 from pipeline.storage import filesystem, redact
 from schemas.attempt import StageSeconds
-from schemas.errors import ClusterError, Interrupted, PatchstreamError
+from schemas.errors import ClusterError, PatchstreamError
 from schemas.spec import SinkSpec
 
 _WRITES_IN_FLIGHT = 4
@@ -117,7 +117,7 @@ def commit_stream(
         writes.submit()
         while writes.running:
             yield from writes.finished(wait=True)
-    except (GeneratorExit, KeyboardInterrupt, Interrupted):
+    except (GeneratorExit, KeyboardInterrupt):
         feed.stop()
         for committed in writes.drain(_DRAIN_S):
             late(committed)
