@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -32,6 +33,9 @@ from schemas.run import ModelRecord, RunRecord, difference
 from schemas.spec import PLACE_FIELDS, RECORDED_FIELDS, RESULT_FIELDS, JobSpec
 from schemas.tables import FeatureSize
 
+# For how long a rewrite of parts is waited for, and how often it is looked whether it has ended.
+_SWAP_S = 10.0
+_LOOK_S = 0.2
 _RECORDED_VERSIONS = ("torch", "ray", "pyarrow", "pillow", "pi-heif", "simplejpeg", "numpy")
 # What must agree between two runs on one directory; the rest of the model record follows from these.
 _MODEL_IDENTITY = ("digest", "dtype", "pooled", "preprocessing", "label_digest", "zero_shot", "head")
@@ -73,9 +77,12 @@ def manifest_error(place: str, error: Exception) -> OutputError:
     )
 
 
-def being_rewritten(out: str) -> OutputError:
-    """For a directory in which a rewrite of parts does not come to its end while we wait."""
-    return OutputError(
+def until_settled(out: str) -> Iterator[None]:
+    """Another look each time, while parts of `out` are being rewritten. Raises OutputError where that does not end."""
+    for _ in range(1 + round(_SWAP_S / _LOOK_S)):
+        yield
+        time.sleep(_LOOK_S)
+    raise OutputError(
         f"parts of {redact(out)} are being rewritten, and some of their rows cannot be seen meanwhile: wait for the "
         "command at work there. If there is none, it was cut short, and `patchstream compact DIR` finishes what it "
         "began"

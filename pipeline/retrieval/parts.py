@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from fsspec import AbstractFileSystem
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from pipeline.record import being_rewritten
+from pipeline.record import until_settled
 from pipeline.retrieval.arrays import Ints
 from pipeline.storage import exists, is_local, join, read_error, read_json, redact
 from schemas.errors import OutputError
@@ -26,8 +25,6 @@ from schemas.tables import METADATA_KEY, SWAP_PLAN, images_schema, output_fields
 Footers = dict[tuple[str, int], tuple[pa.Schema, int]]
 
 _READERS = 16
-_SWAP_S = 10.0
-_LOOK_S = 0.2
 
 
 class NoParts(OutputError):
@@ -104,7 +101,7 @@ def settled_parts(fs: AbstractFileSystem, root: str, record: RunRecord) -> tuple
     part was computed by another model than `run.json` names.
     """
     footers: Footers = {}
-    for _ in range(1 + round(_SWAP_S / _LOOK_S)):
+    for _ in until_settled(root):
         before = list_parquet(fs, join(root, "images"))
         if not exists(fs, join(root, SWAP_PLAN)):
             found = list_parquet(fs, join(root, "images"))
@@ -115,8 +112,7 @@ def settled_parts(fs: AbstractFileSystem, root: str, record: RunRecord) -> tuple
                 except OutputError:
                     if set(found).issubset(list_parquet(fs, join(root, "images"))):
                         raise  # else a part went while footers were read
-        time.sleep(_LOOK_S)
-    raise being_rewritten(root)
+    raise AssertionError("unreachable")
 
 
 def _with_schema(

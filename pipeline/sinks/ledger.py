@@ -1,6 +1,5 @@
 """What is done, read from what is visible: pending = manifest − superseded − images − failures."""
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple
@@ -8,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from fsspec import AbstractFileSystem
 
-from pipeline.record import being_rewritten
+from pipeline.record import until_settled
 from pipeline.sinks import intervals
 from pipeline.sinks.intervals import Spans
 from pipeline.sinks.parts import Part, gone, list_parts, read_row_numbers
@@ -19,9 +18,6 @@ from schemas.tables import SWAP_PLAN
 _READERS = 16
 # Another shard may compact its parts between the listing and the look into one of them.
 _LISTINGS = 5
-# For how long a swap is waited for, and how often it is looked whether it has ended.
-_SWAP_S = 10.0
-_LOOK_S = 0.2
 
 
 class Ledger(NamedTuple):
@@ -59,15 +55,14 @@ def settled_ledger(out: str, storage_options: Options, *, damaged_too: bool = Fa
     It waits for that. Raises OutputError where it lasts, as after a rewrite that was cut short.
     """
     fs, path = filesystem(out, storage_options)
-    for _ in range(1 + round(_SWAP_S / _LOOK_S)):
+    for _ in until_settled(out):
         before = {part.path for part in list_parts(fs, path)}
         if not exists(fs, join(path, SWAP_PLAN)):
             ledger = read_ledger(out, storage_options, damaged_too=damaged_too)
             # A swap that began since the look for its plan would have taken parts away.
             if before.issubset(part.path for part in ledger.parts):
                 return ledger
-        time.sleep(_LOOK_S)
-    raise being_rewritten(out)
+    raise AssertionError("unreachable")
 
 
 def _gather(fs: AbstractFileSystem, out: str, damaged_too: bool) -> Ledger:

@@ -141,7 +141,7 @@ def cut_short(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_swap_that_was_cut_short_is_refused_until_it_is_finished(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_short(run, monkeypatch)
     assert sum(pq.read_metadata(part).num_rows for part in (run / "images").iterdir()) < 200
-    monkeypatch.setattr(parts, "_SWAP_S", 0.3)
+    monkeypatch.setattr("pipeline.record._SWAP_S", 0.3)
     with pytest.raises(OutputError, match=r"are being rewritten[\s\S]*`patchstream compact DIR` finishes"):
         FeatureStore.open(str(run))
     compaction.recover(str(run), {})
@@ -151,7 +151,7 @@ def test_a_swap_that_was_cut_short_is_refused_until_it_is_finished(run: Path, mo
 def test_a_swap_under_way_is_waited_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = FeatureStore.open(str(run))
     cut_short(run, monkeypatch)
-    monkeypatch.setattr(parts.time, "sleep", lambda _: compaction.recover(str(run), {}))
+    monkeypatch.setattr("time.sleep", lambda _: compaction.recover(str(run), {}))
     assert store.uris(np.array([3, 199])) == ["memory://photo-0000003.jpg", "memory://photo-0000199.jpg"]
     assert len(FeatureStore.open(str(run))) == 200
 
@@ -204,6 +204,6 @@ def test_parts_that_go_while_their_footers_are_read_are_listed_again(url: str, m
 
 def test_a_part_that_cannot_be_read_is_told_at_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run / "images" / "zz.parquet").write_bytes(b"half")
-    monkeypatch.setattr(parts.time, "sleep", lambda _: pytest.fail("waited"))
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("waited"))
     with pytest.raises(OutputError, match=r"zz\.parquet is not a Parquet file"):
         FeatureStore.open(str(run))

@@ -142,6 +142,6 @@ def test_rows_that_a_swap_hides_are_waited_for(tmp_path: Path, monkeypatch: pyte
     if begun == "before the look":
         begin()
     monkeypatch.setattr(ledger, "read_ledger", read_late)
-    monkeypatch.setattr(ledger.time, "sleep", end)
+    monkeypatch.setattr("time.sleep", end)
     assert ledger.settled_ledger(str(tmp_path), {}).images.tolist() == [[0, 9]]
     assert len(waits) == 1
