@@ -53,16 +53,25 @@ def interleaved(works: dict[str, Callable[[], Any]], rounds: int, threads: int) 
 
 
 def products(dtypes: list[str], rounds: int, threads: int) -> dict[str, float]:
-    """GFLOP/s of a PRODUCT × PRODUCT × PRODUCT product, laid out as the model's are; int8 by int8 into int32."""
+    """GFLOP/s of a PRODUCT × PRODUCT × PRODUCT product by the layer that the models have here; int8 by int8 into int32.
+
+    The layer lays its weight out once, before the first round that counts.
+    """
+    from pipeline.models.kernels import choose_linear, cpu_libraries
+    from pipeline.models.packed import linear_type
+    from pipeline.models.precision import describe_hardware
+
     torch.set_num_threads(threads)
-    found = {}
+    hardware, found = describe_hardware(cuda=False), {}
     for dtype in dtypes:
         if dtype == "int8":
             a, b = (torch.randint(-127, 127, (PRODUCT, PRODUCT), dtype=torch.int8) for _ in range(2))
             work = partial(torch._int_mm, a, b.t())
         else:
-            a, b = (torch.randn(PRODUCT, PRODUCT, dtype=getattr(torch, dtype)) for _ in range(2))
-            work = partial(torch.nn.functional.linear, a, b)
+            plain = torch.nn.Linear(PRODUCT, PRODUCT, dtype=getattr(torch, dtype)).requires_grad_(False)
+            kind = choose_linear(dtype, "cpu", hardware, cpu_libraries())
+            layer: Callable[..., Any] = plain if kind == "plain" else linear_type(kind)(plain)
+            work = partial(layer, torch.randn(1, PRODUCT, PRODUCT, dtype=plain.weight.dtype))
         found[dtype] = 2e-9 * PRODUCT**3 / cpu_seconds(work, rounds, threads)
     return found
 
@@ -208,7 +217,7 @@ def main() -> None:
     options = parser.parse_args()
     result: dict[str, Any] = {"benchmark": "ceilings", "environment": environment()}
     if "products" in options.parts:
-        result["product_gflop_per_s"] = products(options.dtypes, options.rounds, 1)
+        result["product_gflop_per_s"], result["product_packed"] = products(options.dtypes, options.rounds, 1), True
     if "memory" in options.parts:
         result["copy_gb_per_s"] = memory(options.rounds)
     if "decode" in options.parts:

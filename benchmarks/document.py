@@ -10,7 +10,8 @@ import json
 import sys
 from pathlib import Path
 
-from sections import ROOT, SECTIONS, Result
+from sections import SECTIONS
+from tables import ROOT, Result
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results"

@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--json")
     arguments = parser.parse_args()
     model = make_model(Path(tempfile.gettempdir()) / f"patchstream-{arguments.size}", arguments.size)
+    before = environment()
     photos = sorted(str(path.resolve()) for path in arguments.photos.iterdir() if path.is_file())
     # A short name: Ray's sockets lie below it, and their paths must not exceed 107 bytes.
     with tempfile.TemporaryDirectory(prefix="ps") as name:
@@ -128,7 +129,7 @@ def main() -> None:
         record: dict[str, Any] = json.loads((folder / "out/attempts/000001.json").read_text())
     shown = samples[:: max(1, len(samples) // 60)]
     result = {
-        "benchmark": "endurance", "environment": environment(), "model": arguments.size,
+        "benchmark": "endurance", "environment": before, "model": arguments.size,
         "minutes": arguments.minutes, "images": record["images"], "failures": record["failures"],
         "images_per_s": record["images_per_s"], "spilled_bytes": spilled, "memory": growth(samples),
         "samples": [{key: round(value, 1) for key, value in one.items()} for one in shown],

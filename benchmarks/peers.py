@@ -7,6 +7,7 @@ start-up. The features of each peer are compared with ours, so that nobody is fa
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ COMMANDS: dict[str, list[str]] = {
     "ray data, all cores": [str(HERE / "ray_data.py"), "--all-cores"],
     "daft": [str(HERE / "daft_class.py")],
     "timm": [str(HERE / "timm_loop.py")],
+    "patchstream float32": [],
     "patchstream int8": [],
     "patchstream": [],
 }
@@ -43,18 +45,20 @@ def gather(photos: Path, images: int, folder: Path) -> Path:
 
 
 def possible() -> list[str]:
-    """All of them, but for int8 where this CPU does not multiply in it."""
-    from pipeline.models.precision import INT8_CPU_FLAGS, describe_hardware
+    """All of them, but for int8 where this CPU does not multiply in it, and float32 where `auto` is that."""
+    from pipeline.models.precision import INT8_CPU_FLAGS, choose_dtype, describe_hardware
 
-    eight = bool(describe_hardware(cuda=False).cpu_flags & INT8_CPU_FLAGS)
-    return [name for name in COMMANDS if eight or not name.endswith("int8")]
+    left_out = set() if describe_hardware(cuda=False).cpu_flags & INT8_CPU_FLAGS else {"patchstream int8"}
+    if choose_dtype("auto", cuda=False) == "float32":
+        left_out.add("patchstream float32")
+    return [name for name in COMMANDS if name not in left_out]
 
 
 def run(name: str, python: str, photos: Path, model: Path, out: Path, dtype: str) -> float:
     """Wall seconds of the whole process."""
     command = [python, *COMMANDS[name], str(photos), str(model), str(out)]
     if not COMMANDS[name]:
-        dtype = "int8" if name.endswith("int8") else dtype
+        dtype = name.removeprefix("patchstream").strip() or dtype
         command = [
             python, "-m", "jobs", "embed", str(photos), "--model", str(model), "--out", str(out), "--features", "cls",
             "--dtype", dtype, "--no-report", "--json",
@@ -68,6 +72,13 @@ def run(name: str, python: str, photos: Path, model: Path, out: Path, dtype: str
     if done.returncode:
         raise SystemExit(f"{name}: {' '.join(command)}\n{done.stderr[-3000:]}")
     return seconds
+
+
+def precision(name: str, out: Path) -> str:
+    """What it computed in: ours as its run recorded it."""
+    if (out / "run.json").exists():
+        return str(json.loads((out / "run.json").read_text())["model"]["dtype"])
+    return "bfloat16" if name.endswith("bfloat16") else "float32"
 
 
 def features(out: Path) -> np.ndarray:
@@ -100,18 +111,20 @@ def main() -> None:
     before = environment()
     seconds: dict[str, list[float]] = {name: [] for name in options.only}
     found: dict[str, np.ndarray] = {}
+    dtypes: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         photos = gather(options.photos, options.images, Path(folder) / "photos")
         for number in range(options.rounds):
             for name in options.only:
                 out = Path(folder) / f"{name.replace(' ', '-')}-{number}"
                 seconds[name].append(run(name, pythons.get(name, sys.executable), photos, model, out, options.dtype))
-                found[name] = features(out)
+                found[name], dtypes[name] = features(out), precision(name, out)
                 print(f"{name:<26}{options.images / seconds[name][-1]:>8.2f} images/s", file=sys.stderr, flush=True)
     rates = {name: options.images / median(values) for name, values in seconds.items()}
     ours = rates.get("patchstream")
     results = {
         name: {
+            "dtype": dtypes[name],
             "images_per_s": rate,
             "patchstream_over_it": ours / rate if ours else None,
             "least_cosine_to_patchstream": least_cosine(found[name], found["patchstream"]) if ours else None,

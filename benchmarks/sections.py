@@ -1,36 +1,19 @@
 """The sections of docs/benchmarks.md: one function for each kind of result, from its JSON to Markdown."""
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-Result = dict[str, Any]
+from tables import ROOT, Result, computes_bfloat16, figure, origin, table
 
 _CLS_COLUMNS = (("cls_ms", 0), ("cls_ratio", 2))
 _FACTS = ("recall_at_10", "ms_a_query", "accuracy")
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table."""
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def origin(name: str, found: Result) -> str:
-    """Where the figures of a section come from."""
-    machine = found["environment"]
-    where = machine.get("cpu") or machine.get("device")
-    cores = f", {machine['cores']} cores" if "cores" in machine else ""
-    flags = f" ({', '.join(machine['flags'])})" if machine.get("flags") else ""
-    return f"`benchmarks/results/{name}`, commit {machine['commit']}: {where}{cores}{flags}.\n"
 
 
 def ceilings(name: str, found: Result) -> str:
     parts = [f"## Ceilings\n\n{origin(name, found)}"]
     if "product_gflop_per_s" in found:
         products = ", ".join(f"{dtype} {value:,.0f}" for dtype, value in found["product_gflop_per_s"].items())
-        parts.append(f"A product of two 2,048 × 2,048 matrices on one thread, GFLOP/s: {products}.")
+        laid_out = " with the weight laid out once, as the model's are" if found.get("product_packed") else ""
+        parts.append(f"A product of two 2,048 × 2,048 matrices on one thread{laid_out}, GFLOP/s: {products}.")
     if "copy_gb_per_s" in found:
         parts[-1] += f" Copying memory: {found['copy_gb_per_s']:.1f} GB/s."
     if "write" in found:
@@ -43,12 +26,15 @@ def ceilings(name: str, found: Result) -> str:
                 + ("" if row["transformers_dtype"] == row["dtype"] else f" ({row['transformers_dtype']})"),
                 f"{row['ratio']:.2f}",
                 *(f"{row[key]:,.{digits}f}" if key in row else "-" for key, digits in _CLS_COLUMNS),
+                f"{row['ours_gflop_per_s'] / found['product_gflop_per_s'][row['dtype']]:.0%}"
+                if found.get("product_packed") and row["dtype"] in found["product_gflop_per_s"] and row["threads"] == 1
+                else "-",
             )
             for row in found["forward"]
         ]  # fmt: skip
         head = (
             "model", "precision", "batch", "threads", "ours, ms an image", "transformers, ms", "ratio",
-            "ours, CLS alone, ms", "ratio",
+            "ours, CLS alone, ms", "ratio", "ours, share of the product",
         )  # fmt: skip
         parts.append(
             "The bare forward pass, in turn with transformers on the same weights; all outputs, and the CLS features "
@@ -69,20 +55,34 @@ def ceilings(name: str, found: Result) -> str:
     return "\n".join(parts)
 
 
+# What the name of a peer's row does not say.
+_PEERS = {"ray data, documented way": "ray data, documented way (one actor of one thread)"}
+
+
+def _precision(peer: str, found: Result) -> str:
+    """Of a row that does not say: others have theirs in the name or are in float32, ours is what was asked for."""
+    last = peer.rpartition(" ")[2]
+    if last in ("bfloat16", "int8", "float32"):
+        return last
+    if peer != "patchstream" or found["dtype"] != "auto":
+        return str(found["dtype"]) if peer == "patchstream" else "float32"
+    return "bfloat16" if computes_bfloat16(found) else "float32"
+
+
 def peers(name: str, found: Result) -> str:
     rows = [
         (
-            peer, f"{row['images_per_s']:.2f}", f"{row['patchstream_over_it']:.2f}",
-            f"{row['least_cosine_to_patchstream']:.5f}",
+            _PEERS.get(peer, peer), row.get("dtype") or _precision(peer, found), f"{row['images_per_s']:.2f}",
+            f"{row['patchstream_over_it']:.2f}", f"{row['least_cosine_to_patchstream']:.5f}",
         )
         for peer, row in found["results"].items()
     ]  # fmt: skip
-    head = ("who", "images/s", "patchstream over it", "least cosine to patchstream")
-    flags = found["environment"].get("flags", [])
-    slow = "" if {"amx_bf16", "avx512_bf16"} & set(flags) else (
-        "This CPU does not compute in bfloat16, which is where `auto` gains most: here ours ran in float32 but "
-        "for the row that says int8, and bfloat16 is emulated. "
-    )  # fmt: skip
+    head = ("who", "precision", "images/s", "patchstream over it", "least cosine to patchstream")
+    slow = (
+        "The last column holds two precisions against each other where they differ. "
+        if computes_bfloat16(found)
+        else "This CPU does not compute in bfloat16, which is where `auto` gains most: it is emulated. "
+    )
     return (
         f"## Peers\n\n{origin(name, found)}\n{found['images']} photos, ViT-B/16, the same weights, each a process of "
         f"its own from start to end, in turn, {found['rounds']} round(s); ours with `--dtype {found['dtype']}`. {slow}"
@@ -126,9 +126,14 @@ def end_to_end(name: str, found: Result) -> str:
         if "command_to_first_batch_s" in found
         else ""
     )
+    emulated = (
+        "This CPU does not compute in bfloat16 but emulates it, which makes the forward pass, and its share, larger. "
+        if found["dtype"] == "bfloat16" and not computes_bfloat16(found)
+        else ""
+    )
     return (
         f"## End to end, {found['model'].removeprefix('patchstream-')}, {found['dtype']}\n\n{origin(name, found)}\n"
-        f"{len(found['rounds'])} round(s) of {found['images']} photos. Decoding takes "
+        f"{emulated}{len(found['rounds'])} round(s) of {found['images']} photos. Decoding takes "
         f"{found['decode_core_s'] * 1e3:.1f} ms and the bare forward pass {found['forward_core_s'] * 1e3:.1f} ms of a "
         f"core for each image, which makes an ideal of {found['ideal_images_per_s']:.1f} images/s; the "
         f"job ran at {found['steady_images_per_s']:.1f} in its steady "
@@ -156,7 +161,8 @@ def scale(name: str, found: Result) -> str:
             f"\nPlanning a resume of {plan['rows']:,} rows in {plan['parts']:,} parts, all with gaps: "
             f"{plan['resume_planning_s']:.1f} s.\n"
         )
-    return f"## Scale, null predictor\n\n{origin(name, found)}\n{table(head, rows)}{shown}"
+    left_out = "\nMemory is the driver's until the last row is committed; compaction behind it holds one part more.\n"
+    return f"## Scale, null predictor\n\n{origin(name, found)}\n{table(head, rows)}{left_out}{shown}"
 
 
 def endurance(name: str, found: Result) -> str:
@@ -264,11 +270,6 @@ def gpu(name: str, found: Result) -> str:
         + table(("model", "precision", "cls", "pooled"), likeness)
         + missing
     )
-
-
-def figure(value: float | str) -> str:
-    """What could not be measured is a text in the results."""
-    return "-" if isinstance(value, str) else f"{value:,.1f}"
 
 
 SECTIONS: dict[str, Callable[[str, Result], str]] = {

@@ -22,9 +22,10 @@ _GONE = (
 )
 
 
-def check_nodes() -> None:
-    """Ask every node for its release. Raises ClusterError naming each node that cannot import the packages, that has
-    other ones, or that lacks a variable which the job was said to need.
+def check_nodes() -> dict[str, frozenset[str]]:
+    """Ask every node for its release; gives the flags of its CPU, as Linux names them, by node ID. Raises ClusterError
+    naming each node that cannot import the packages, that has other ones, or that lacks a variable which the job was
+    said to need.
 
     A node that dies meanwhile is no longer asked; one that joins later is checked by its workers.
     """
@@ -47,6 +48,14 @@ def check_nodes() -> None:
             + f"\nThe driver on {mine.host} has {mine}. Install the same on every node, use one image, or submit with "
             "--working-dir; variables are set where `ray start` runs"
         )
+    return {node: flags for node, reference in asked.items() if (flags := _flags(reference)) is not None}
+
+
+def _flags(reference: Any) -> frozenset[str] | None:
+    try:
+        return frozenset(_Answer(*ray.get(reference, timeout=0)).flags)
+    except _GONE:
+        return None
 
 
 class _Answer(NamedTuple):
@@ -56,6 +65,7 @@ class _Answer(NamedTuple):
     missing: list[str]
     found: tuple[str, ...]
     why: str
+    flags: list[str]
 
 
 def _looker() -> Callable[[Sequence[str], Sequence[str]], tuple[Any, ...]]:
@@ -65,17 +75,21 @@ def _looker() -> Callable[[Sequence[str], Sequence[str]], tuple[Any, ...]]:
     def look(packages: Sequence[str], needed: Sequence[str]) -> tuple[Any, ...]:
         import importlib
         import os
+        import pathlib
         import socket
         import traceback
 
+        cpuinfo = pathlib.Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
         missing = [name for name in needed if not os.environ.get(name)]
         try:
             for package in packages:
                 importlib.import_module(package)
             found = tuple(importlib.import_module("schemas.release").release())
         except Exception:  # noqa: BLE001 - whatever a broken installation raises is what the driver must hear
-            return socket.gethostname(), missing, (), traceback.format_exc(limit=0).strip().splitlines()[-1]
-        return socket.gethostname(), missing, found, ""
+            return socket.gethostname(), missing, (), traceback.format_exc(limit=0).strip().splitlines()[-1], flags
+        return socket.gethostname(), missing, found, "", flags
 
     return look
 

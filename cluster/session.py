@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray._private.utils import get_num_cpus
 
 from cluster.check import check_nodes
 from cluster.token import check_token
@@ -56,9 +57,8 @@ def ray_session(
     with contextlib.nullcontext() if address else _own_token(), _connected(address, verbose, cpus):
         if address and wait_s:
             _wait_for_machines(bundles, wait_s)
-        if address:
-            check_nodes()
-        yield machines()._replace(may_grow=bool(address))
+        flags = check_nodes() if address else {}
+        yield machines(flags)._replace(may_grow=bool(address))
 
 
 @contextlib.contextmanager
@@ -183,12 +183,20 @@ def _attach(address: str) -> dict[str, Any]:
 
 def _start(cpus: int | None) -> dict[str, Any]:
     _keep_workers()
+    cpus = cpus or _own_cpus()
     return {
         "address": "local",
         "num_cpus": cpus,
-        "object_store_memory": _store_bytes(cpus or psutil.cpu_count() or 1),
+        "object_store_memory": _store_bytes(cpus),
         "include_dashboard": False,
     }
+
+
+def _own_cpus() -> int:
+    """Cores that this process may use. Ray reads a container's limit, which it rounds down, to none if need be, but not
+    an affinity (taskset, a share given by Slurm, cpuset under cgroup v2)."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count() or 1
+    return max(1, min(allowed, int(get_num_cpus())))
 
 
 def _store_bytes(cpus: int) -> int:
@@ -209,11 +217,12 @@ def _logging(verbose: bool) -> dict[str, Any]:
     }
 
 
-def machines() -> Machines:
-    """What the attached cluster has in all."""
+def machines(cpu_flags: Mapping[str, frozenset[str]] = {}) -> Machines:
+    """What the attached cluster has in all; `cpu_flags` by node ID, of the nodes that were asked for them."""
     total: dict[str, float] = ray.cluster_resources()
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    workers = [resources for resources in alive if resources.get("CPU")]
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    taking = [node for node in alive if node["Resources"].get("CPU")]
+    workers = [node["Resources"] for node in taking]
     return Machines(
         cpus=total.get("CPU", 0.0),
         gpus=total.get("GPU", 0.0),
@@ -223,4 +232,5 @@ def machines() -> Machines:
         node_cpus=tuple(resources["CPU"] for resources in workers),
         node_gpus=tuple(resources.get("GPU", 0.0) for resources in workers),
         node_memory=tuple(resources.get("memory", 0.0) for resources in workers),
+        node_cpu_flags=tuple(cpu_flags[node["NodeID"]] for node in taking if node["NodeID"] in cpu_flags),
     )

@@ -8,7 +8,7 @@ import typer
 
 from jobs.directory import AsJson, Options, emit, parse_options
 from jobs.embed import AsForEmbed, SeveralAsForEmbed, nested_values, sampled_values
-from schemas.errors import SpecError
+from schemas.errors import ClusterError, SpecError
 
 if TYPE_CHECKING:
     from pipeline.advice import Measured, Shape
@@ -83,8 +83,8 @@ def look(
     from cluster.remote import call
     from cluster.session import ray_session
     from pipeline.advice import Shape, ideal_rate, stage_costs
-    from pipeline.flow import place_job
     from pipeline.opening import ask
+    from pipeline.predicting import place_job
     from pipeline.preflight import LISTED, measure
     from pipeline.rehearsal import rehearse
 
@@ -95,6 +95,11 @@ def look(
             raise SpecError(
                 f"the cluster has {machines.nodes} nodes, and all must see the folder in which the whole job is tried: "
                 "give --scratch s3://BUCKET/PREFIX, or a folder that they share"
+            )
+        if not machines.cpus:
+            raise ClusterError(
+                "no node of the cluster takes tasks yet, so there is nothing to measure on: start its workers first "
+                "(`ray start` on them, or a job with --cluster-wait where it grows by itself)"
             )
         placement = place_job(question, machines, _PLACED_ROWS)
         cpus = 1.0 if spec.gpus_per_actor else min(machines.cpus, placement.threads)

@@ -3,6 +3,8 @@
 import statistics
 from typing import NamedTuple
 
+from pipeline.models.precision import LEAST_MEDIAN
+
 # Below these gains a change is not worth a word; measurements on a machine in use scatter by a few percent.
 WORTH = 1.08
 LIKE_ENOUGH = 0.995
@@ -68,7 +70,9 @@ def stage_costs(measured: Measured, shape: Shape) -> list[StageCost]:
     fetching = shape.cpus / max(measured.fetch_s, 1e-9)
     # Actors that share a GPU share its rate.
     on_gpu = shape.gpus / forward.image_s
-    predict = StageCost("forward", forward_core_s, on_gpu if shape.gpus else shape.cpus / forward_core_s)
+    # Cores on which no actor has a thread do not compute.
+    computing = min(shape.cpus, shape.actors * forward.threads)
+    predict = StageCost("forward", forward_core_s, on_gpu if shape.gpus else computing / forward_core_s)
     fetch = StageCost("fetch", measured.fetch_core_s, fetching)
     return [fetch, costs["decode"], costs["transfer"], predict, costs["write"]]
 
@@ -137,6 +141,8 @@ def _about_precision(measured: Measured, costs: list[StageCost], shape: Shape) -
     for other in measured.forward[1:]:
         gain = _gain(measured, other, costs, shape)
         if other.dtype != mine.dtype and other.cosines and gain >= WORTH:
+            if statistics.median(other.cosines) < LEAST_MEDIAN:
+                continue  # a job in it would stop before its first row
             found.append(
                 f"--dtype {other.dtype}: {gain:.2f} times the images/s; features then have a cosine of "
                 f"{statistics.median(other.cosines):.5f} (least {min(other.cosines):.5f}) to those in {mine.dtype}"

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from pipeline.decoding import DecodeJob, decode_rows
 from pipeline.models import ModelInfo
+from pipeline.models.precision import LEAST_MEDIAN
 from pipeline.opening import Question
 from pipeline.placement import Placement
 from pipeline.predicting import actor_job
@@ -18,8 +19,6 @@ from schemas.attempt import Distance
 from schemas.errors import SpecError
 
 IMAGES = 16
-# Below this, neighbours and labels change: a search would give other pictures.
-LEAST_MEDIAN = 0.99
 Floats = npt.NDArray[np.floating[Any]]
 
 

@@ -21,8 +21,8 @@ from pipeline.decoding import DecodeJob, cut, decode_rows, forget_crashes
 from pipeline.distance import IMAGES, measure_distance
 from pipeline.models.precision import MEASURED
 from pipeline.opening import Opened, Question, ask, open_directory
-from pipeline.placement import Placement, place
-from pipeline.predicting import actor_job
+from pipeline.placement import Placement
+from pipeline.predicting import actor_job, place_job
 from pipeline.predictors.actor import PredictActor
 from pipeline.progress import Listener, Meter, Progress
 from pipeline.signals import interruptible
@@ -218,22 +218,6 @@ def build(question: Question, opened: Opened, placement: Placement, rest: Spans)
 def _bundles(dataset: ray.data.Dataset) -> Generator[Any, None, None]:
     """Block references as they come. A generator, so that the execution starts in the thread that consumes it."""
     yield from dataset.iter_internal_ref_bundles()
-
-
-def place_job(question: Question, machines: Machines, rows: int) -> Placement:
-    """Placement of a job of `rows` pending rows. Raises ClusterError when the GPUs asked for are not there."""
-    spec = question.spec
-    return place(
-        machines,
-        rows=rows,
-        actors=spec.actors,
-        gpus_per_actor=spec.gpus_per_actor,
-        batch_size=None if spec.batch_size == "auto" else spec.batch_size,
-        pixel_bytes=question.pixel_bytes,
-        model_bytes=question.model_bytes,
-        image_gflop=question.image_gflop,
-        output_bytes=question.output_bytes,
-    )
 
 
 def _load_ray_data() -> None:

@@ -6,6 +6,7 @@ divides the time, and neither waits for the other.
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -28,6 +29,8 @@ _DECODE_CPUS = 0.25
 _ACTOR_CPUS_A_CORE = 0.75
 _SMALL_MACHINE_CPUS = 4
 _THREADS_ON_LARGER = 4
+# What twice the usual number of threads, or half of it, is thought to cost: this share of the cores may rather idle.
+_WORTH_OF_A_DOUBLING = 0.1
 # Blocks on their way from stage to stage. Ray Data reckons with two for each decoding task that runs, and grants these
 # three eighths of the limit; those that wait for an actor come out of another part of it.
 _STREAM_BYTES = 512 << 20
@@ -186,15 +189,24 @@ def _share(nodes: list[int], actors: ActorRange | None, by_memory: int) -> tuple
 
     Never more threads than the smallest node has cores, because an actor lives on one. One thread needs no barriers,
     so it loses nothing to a decoder on the same core; on larger machines four share the weights, which would otherwise
-    be copied for every core.
+    be copied for every core. Where such a number leaves cores over, or memory, another one near it does not.
     """
     usual = 1 if min(nodes) <= _SMALL_MACHINE_CPUS else _THREADS_ON_LARGER
-    carried = sum(cores // usual for cores in nodes)
-    wanted = carried if actors is None else min(max(carried, actors.min), actors.max)
-    now = min(wanted, by_memory)
-    if actors is None and now == carried:
-        return usual, carried
+    if actors is None:
+
+        def worth(threads: int) -> float:
+            computing = threads * _carried(nodes, threads, by_memory) / sum(nodes)
+            return computing - _WORTH_OF_A_DOUBLING * abs(math.log2(threads / usual))
+
+        threads = max(range(1, min(nodes) + 1), key=worth)
+        return threads, _carried(nodes, threads, by_memory)
+    now = min(max(_carried(nodes, usual, _UNKNOWN), actors.min), actors.max, by_memory)
     return min(max(1, sum(nodes) // now), min(nodes)), now
+
+
+def _carried(nodes: list[int], threads: int, by_memory: int) -> int:
+    """Actors of so many threads on nodes of so many cores, each on one node."""
+    return min(sum(cores // threads for cores in nodes), by_memory)
 
 
 def _book(nodes: list[int], threads: int, now: int, *, grows: bool) -> float:

@@ -1,8 +1,33 @@
-"""What an actor is told: the question and its placement as an `ActorJob`."""
+"""Where the question is answered: its placement on the cluster, and what each actor is told."""
 
+import logging
+
+from pipeline.models.precision import misfit
 from pipeline.opening import Question
-from pipeline.placement import Placement
+from pipeline.placement import Placement, place
 from pipeline.predictors.actor import ActorJob
+from schemas.machines import Machines
+
+log = logging.getLogger(__name__)
+
+
+def place_job(question: Question, machines: Machines, rows: int) -> Placement:
+    """Placement of a job of `rows` pending rows. Raises ClusterError when the GPUs asked for are not there."""
+    spec = question.spec
+    on_cpus = spec.backend == "torch" and not spec.gpus_per_actor
+    if on_cpus and (warning := misfit(spec.dtype, question.dtype, machines.node_cpu_flags)):
+        log.warning("%s", warning)
+    return place(
+        machines,
+        rows=rows,
+        actors=spec.actors,
+        gpus_per_actor=spec.gpus_per_actor,
+        batch_size=None if spec.batch_size == "auto" else spec.batch_size,
+        pixel_bytes=question.pixel_bytes,
+        model_bytes=question.model_bytes,
+        image_gflop=question.image_gflop,
+        output_bytes=question.output_bytes,
+    )
 
 
 def actor_job(question: Question, placement: Placement, rows: int = 0) -> ActorJob:

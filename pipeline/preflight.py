@@ -195,9 +195,10 @@ def measure_forward(
         outputs["fast"] = vectors(predictor, job, pixels["fast"])
     for size in GPU_BATCHES if cuda else CPU_BATCHES:
         if size != placement.batch_size and not budget.spent:
-            other = job._replace(batch_size=size)
+            block_rows = max(1, placement.block_rows // placement.batch_size) * size
+            other = job._replace(batch_size=size, block_rows=block_rows)
             with suppress(PatchstreamError, RuntimeError):
-                found.append(timed_forward(build_predictor(other), other, pixels["exact"], placement.block_rows))
+                found.append(timed_forward(build_predictor(other), other, pixels["exact"], block_rows))
     for dtype in other_precisions(question.dtype, cuda=cuda):
         if not budget.spent:
             other = job._replace(dtype=dtype)
@@ -211,14 +212,14 @@ def measure_forward(
 
 def other_precisions(dtype: str, *, cuda: bool) -> tuple[str, ...]:
     """What else might be worth it here, likeliest first."""
-    candidates: tuple[DTypeName, ...] = ("bfloat16", "float8") if cuda else ("bfloat16", "int8")
+    candidates: tuple[DTypeName, ...] = ("bfloat16", "float8") if cuda else ("bfloat16", "float32", "int8")
     return tuple(name for name in candidates if name != dtype and possible(name, cuda=cuda))
 
 
 def possible(dtype: DTypeName, *, cuda: bool) -> bool:
-    """Whether this machine would compute in `dtype`."""
-    if dtype == "bfloat16" and not cuda:
-        return choose_dtype("auto", cuda=False) == "bfloat16"
+    """Whether this machine would compute in `dtype` if it were told to be fast."""
+    if dtype in ("bfloat16", "float32") and not cuda:  # whichever the CPU has units for is the faster one
+        return choose_dtype("auto", cuda=False) == dtype
     try:
         choose_dtype(dtype, cuda=cuda)
     except SpecError:
@@ -241,7 +242,8 @@ def timed_forward(predictor: Any, job: ActorJob, pixels: Pixels, block_rows: int
         predictor.predict(batch)
         seconds.append(time.perf_counter() - started)
     image_s = float(np.median(seconds)) / images
-    return Forward(job.dtype, job.batch_size, job.threads, image_s, [])
+    # On a GPU it may have taken a smaller batch than it was asked for.
+    return Forward(job.dtype, getattr(predictor, "batch_size", job.batch_size), job.threads, image_s, [])
 
 
 def vectors(predictor: Any, job: ActorJob, pixels: Pixels) -> npt.NDArray[np.floating[Any]]:

@@ -15,4 +15,6 @@ class Machines(NamedTuple):
     node_cpus: tuple[float, ...] = ()
     node_gpus: tuple[float, ...] = ()
     node_memory: tuple[float, ...] = ()
+    # Of the CPUs of those that were asked, as Linux names them.
+    node_cpu_flags: tuple[frozenset[str], ...] = ()
     may_grow: bool = False

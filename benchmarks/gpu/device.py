@@ -47,7 +47,8 @@ class Bench:
         self.device = torch.device(device)
         self.cuda = self.device.type == "cuda"
         if self.cuda:
-            torch.cuda.set_device(self.device)  # streams, graphs and waits are the current device's
+            # Streams, graphs and waits are the current device's. A bare "cuda" has no index, which torch refuses here.
+            torch.cuda.set_device(self.device.index or 0)
         self.until = time.monotonic() + 60 * minutes
         self.measure_s = measure_s
         self.hardware = describe_hardware(cuda=self.cuda)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.models.architecture import Architecture, tensor_shapes
 from pipeline.models.assemble import assemble
@@ -20,6 +21,8 @@ TINY = {"width": 64, "depth": 2, "heads": 2, "mlp_width": 128}
 # Images that an actor gets at once, by side, where 16 to 32 cores decode for one GPU (`pipeline/placement.py`).
 CALL_ROWS = {224: 512, 384: 256}
 EXACT_IMAGES = 8
+# Images at once where all attention scores lie in memory: 3 GB of them at 384 pixels.
+DIRECT_IMAGES = 64
 
 Features = tuple[torch.Tensor, torch.Tensor]
 
@@ -82,13 +85,15 @@ class Weights(NamedTuple):
 def weights(a: Architecture, device: torch.device) -> Weights:
     tensors = random_tensors(a)
     model = network(a, tensors, "float32", device)
-    return Weights(tensors, direct(model, pictures(EXACT_IMAGES, a.trained_size), EXACT_IMAGES, device))
+    return Weights(tensors, direct(model, pictures(EXACT_IMAGES, a.trained_size), device))
 
 
 @torch.inference_mode()
-def direct(model: Any, pixels: npt.NDArray[np.uint8], batch: int, device: torch.device) -> Features:
-    """CLS and pooled on the host: no graph, no buffer, torch's own choice of attention."""
-    parts = [model(torch.from_numpy(pixels[i : i + batch]).to(device)) for i in range(0, len(pixels), batch)]
+def direct(model: Any, pixels: npt.NDArray[np.uint8], device: torch.device) -> Features:
+    """CLS and pooled on the host: no graph, no buffer, and attention by no kernel that is among those on trial."""
+    some = (pixels[start : start + DIRECT_IMAGES] for start in range(0, len(pixels), DIRECT_IMAGES))
+    with sdpa_kernel(SDPBackend.MATH):
+        parts = [model(torch.from_numpy(batch).to(device)) for batch in some]
     cls, pooled = (torch.cat([getattr(part, name).float().cpu() for part in parts]) for name in ("cls", "pooled"))
     return cls, pooled
 

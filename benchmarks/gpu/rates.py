@@ -54,7 +54,7 @@ class Subject:
         self.a, self.dtype, self.bench, self.compiled = a, dtype, bench, compiled
         self.model = network(a, weights.tensors, dtype, bench.device)
         self.pixels = pictures(max(2 * most + 3, CALL_ROWS.get(a.trained_size[0], 0)), a.trained_size)
-        self.expected = direct(self.model, self.pixels[: 2 * most + 3], most, bench.device)
+        self.expected = direct(self.model, self.pixels[: 2 * most + 3], bench.device)
         self.exact = weights.exact
         if bench.cuda:
             torch.compiler.reset()  # dynamo gives up on a function that it has compiled eight times

@@ -24,8 +24,8 @@ def choose_linear(
     """The layers for `dtype` (`float32`, `bfloat16`, `float16`, `int8`, `float8`) on `device` (`cpu` or `cuda`), for a
     network with `activation`.
 
-    `libraries`: those of `mkl` and `onednn` that torch has. MKL only where its packed product was measured to be the
-    faster one: float32 on Intel's processors.
+    `libraries`: what `cpu_libraries` gives. MKL only where its packed product was measured to be the faster one:
+    float32 on Intel's processors.
     """
     if dtype in ("int8", "float8"):
         return dtype  # type: ignore[return-value]
@@ -35,16 +35,22 @@ def choose_linear(
         return "plain"
     if dtype == "float32" and hardware.cpu_vendor == "GenuineIntel" and "mkl" in libraries:
         return "mkl"
-    return "onednn" if "onednn" in libraries else "plain"
+    return "onednn" if ("onednn" if dtype == "float32" else "onednn-bfloat16") in libraries else "plain"
 
 
 def cpu_libraries() -> frozenset[str]:
-    """Which of `mkl` and `onednn` this torch has for x86."""
+    """Which of `mkl`, `onednn` and `onednn-bfloat16` torch has on this machine, if it is an x86 one. The last is not
+    there on CPUs without AVX-512, where oneDNN refuses bfloat16 and only torch's own product takes it."""
     import torch
 
     if platform.machine() not in ("x86_64", "AMD64"):
         return frozenset()
-    there = {"mkl": torch.backends.mkl.is_available(), "onednn": torch.backends.mkldnn.is_available()}  # type: ignore[no-untyped-call]
+    onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    there = {
+        "mkl": torch.backends.mkl.is_available(),  # type: ignore[no-untyped-call]
+        "onednn": onednn,
+        "onednn-bfloat16": onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    }
     return frozenset(name for name, available in there.items() if available)
 
 

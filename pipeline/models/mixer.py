@@ -41,6 +41,7 @@ class Mixer(nn.Module):
         self.positions = nn.Parameter(torch.empty(1, tokens, a.width))
         self.blocks: nn.ModuleList = nn.ModuleList(MixerBlock(a, tokens) for _ in range(a.depth))
         self.norm = nn.LayerNorm(a.width, a.epsilon)
+        self.prefix_block: nn.Module | None = None  # as the other trunks have it; here every token is read
 
     def forward(self, pixels: Tensor, whole: bool = True) -> Tensor:
         """Every token is read, so `whole` makes no difference."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ INT8_CPU_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 FLOAT8_SINCE_SM = (8, 9)
 # Precisions whose distance from float32 is measured on the user's own images before a run.
 MEASURED = frozenset({"int8", "float8"})
+# Below this median cosine, neighbours and labels change: a search would give other pictures.
+LEAST_MEDIAN = 0.99
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,27 @@ def choose_dtype(requested: DTypeName, *, cuda: bool, hardware: Hardware | None 
     if requested == "auto":
         return _automatic(cuda, hardware)
     return requested
+
+
+def misfit(requested: str, dtype: str, nodes: Sequence[frozenset[str]]) -> str:
+    """What to tell somebody whose CPU job in `dtype` runs on `nodes` with these CPU flags; empty where nothing.
+
+    `auto` is settled before there is a cluster, by the machine that starts the job.
+    """
+    units = {"int8": INT8_CPU_FLAGS}.get(dtype, BFLOAT16_CPU_FLAGS)
+    having = sum(bool(flags & units) for flags in nodes)
+    if dtype in ("bfloat16", "int8") and having < len(nodes):
+        return (
+            f"{len(nodes) - having} of {len(nodes)} nodes have CPUs without units for {dtype}, which they compute "
+            "several times slower than float32. Start again with --dtype float32 in another --out, or leave them out"
+        )
+    if requested == "auto" and dtype == "float32" and having:
+        return (
+            f"{having} of {len(nodes)} nodes have CPUs that compute in bfloat16, several times faster than in float32, "
+            "which --dtype auto took because this machine's CPU does not. Start again with --dtype bfloat16 in "
+            "another --out"
+        )
+    return ""
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -162,6 +162,17 @@ def test_nothing_is_compiled_that_would_end_too_late(gpu: SimpleNamespace, monke
     assert not bench.late()
 
 
+@pytest.mark.parametrize(("device", "index"), [("cuda", 0), ("cuda:1", 1)])
+def test_the_device_is_made_current(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, device: str, index: int
+) -> None:
+    """Torch's own check of what it is given runs; the call into the driver behind it does not."""
+    current: list[int] = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", current.append, raising=False)
+    gpu.device.Bench(device, 6, 0.02)
+    assert current == [index]
+
+
 def test_the_commit_is_that_of_the_files_or_unknown(
     gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.checkpoints import make_checkpoint
 from support.commands import PATCHSTREAM
 
 from cluster.nodes import LocalCluster, NodeSize, local_cluster
@@ -81,6 +82,20 @@ def test_a_node_that_cannot_import_the_package(head: LocalCluster, tmp_path: Pat
     (broken / "pipeline/__init__.py").write_text("import numpi\n")
     shown = refused(head, tmp_path, broken)
     assert "cannot import patchstream (ModuleNotFoundError: No module named 'numpi')" in shown
+
+
+@pytest.mark.slow
+def test_nothing_is_measured_where_no_node_takes_tasks(head: LocalCluster, tmp_path: Path) -> None:
+    """As on a cluster that has yet to grow."""
+    model = make_checkpoint(tmp_path / "vit", "vit", image_size=32, hidden_size=64, num_attention_heads=2)
+    (tmp_path / "photos.csv").write_text(f"uri\n{tmp_path / 'none.jpg'}\n")
+    done = subprocess.run(
+        [*PATCHSTREAM, "benchmark", str(tmp_path / "photos.csv"), "--model", str(model)],
+        env={**os.environ, **head.variables, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "no node of the cluster takes tasks yet" in done.stderr
 
 
 @pytest.mark.slow

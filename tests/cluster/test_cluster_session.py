@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from ray._private.utils import get_num_cpus
 from ray._raylet import AuthenticationTokenLoader
 
-from cluster.session import ray_session
+from cluster.session import _start, ray_session
 from pipeline.signals import interruptible
 from schemas.errors import ClusterError, Interrupted
 
@@ -87,6 +88,20 @@ def test_a_home_that_cannot_be_written_to_is_no_hindrance(tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "token"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
+def test_cores_that_the_process_may_not_use_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert _start(None)["num_cpus"] == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    assert _start(None)["num_cpus"] == min(len(before), int(get_num_cpus()))
+    assert _start(3)["num_cpus"] == 3
+    monkeypatch.setattr("cluster.session.get_num_cpus", lambda: 0)  # as Ray rounds half a CPU of a container
+    assert _start(None)["num_cpus"] == 1
 
 
 def test_a_ray_that_does_not_come_up_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ PROGRAM = """
 import sys
 from cluster.session import ray_session
 with ray_session(bundles=[{"GPU": 1.0, "CPU": 1.0}], wait_s=float(sys.argv[1])) as machines:
-    print("waiting is over", machines.gpus, machines.nodes, flush=True)
+    print("waiting is over", machines.gpus, machines.nodes, list(map(bool, machines.node_cpu_flags)), flush=True)
 """
 
 
@@ -35,7 +35,7 @@ def test_a_node_that_comes_later_is_waited_for(tmp_path: Path) -> None:
             timeout=120,
             check=True,
         )
-        assert "waiting is over 0.0 1" in early.stdout
+        assert "waiting is over 0.0 1 []" in early.stdout
         assert time.monotonic() - started > 2
         with (tmp_path / "log").open("wb") as log:
             waiting = subprocess.Popen(
@@ -49,4 +49,4 @@ def test_a_node_that_comes_later_is_waited_for(tmp_path: Path) -> None:
         finally:
             waiting.kill()
             waiting.wait()
-        assert "waiting is over 1.0 2" in (tmp_path / "log").read_text()
+        assert "waiting is over 1.0 2 [True]" in (tmp_path / "log").read_text()

@@ -70,6 +70,22 @@ def test_actors_that_may_grow_wait_for_nodes_to_come() -> None:
     assert int(1 / placement.actor_cpus) == 1
 
 
+@pytest.mark.parametrize("nodes", [*((float(cores),) for cores in range(1, 65)), (7.0,) * 4, (8.0, 6.0), (4.0, 64.0)])
+def test_hardly_a_core_is_left_without_a_thread(nodes: tuple[float, ...]) -> None:
+    placement = placed(LAPTOP._replace(cpus=sum(nodes), nodes=len(nodes), node_cpus=nodes))
+    assert placement.threads * placement.actors.max >= 0.9 * sum(nodes)
+    assert placement.threads <= min(nodes)
+
+
+def test_memory_for_fewer_actors_gives_each_more_threads() -> None:
+    model = 1 << 30
+    small_and_large = LAPTOP._replace(
+        cpus=68, nodes=2, node_cpus=(4.0, 64.0), node_gpus=(0.0, 0.0), node_memory=(4.0 * model, 36.0 * model)
+    )
+    placement = placed(small_and_large, model_bytes=model)
+    assert (placement.threads, placement.actors.max) == (2, 34)
+
+
 def test_two_cores_carry_two_actors_of_one_thread() -> None:
     placement = placed()
     assert (placement.actors.max, placement.threads) == (2, 1)

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from support.checkpoints import make_checkpoint
 from torch.nn.attention import SDPBackend
 
 from pipeline.models import inspect_model, load_model
-from pipeline.models.gpu import COMPILE_FROM_S, choose_batch, has_compiler, plan_gpu
+from pipeline.models.architecture import Architecture
+from pipeline.models.gpu import COMPILE_FROM_S, Compiled, choose_batch, has_compiler, plan_gpu
+from pipeline.models.network import TRUNKS
 from pipeline.models.precision import Hardware, torch_dtype
 from pipeline.predictors.torch_runner import compile_trunk
 
@@ -78,6 +81,20 @@ def test_compiled_blocks_share_their_code(tmp_path: Path, monkeypatch: pytest.Mo
     assert stats["unique_graphs"] == 1 + (model.trunk.prefix_block is not None)
     assert torch.equal(found, expected)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("network", ["vit", "beit", "mixer"])
+@pytest.mark.parametrize("what", ["nothing", "blocks", "trunk"])
+def test_every_network_can_be_compiled(network: Literal["vit", "beit", "mixer"], what: Compiled) -> None:
+    a = Architecture(
+        network, width=8, depth=2, heads=2, mlp_width=16, patch_size=(8, 8), trained_size=(32, 32), epsilon=1e-6,
+        token_mlp_width=8,
+    )  # fmt: skip
+    trunk = TRUNKS[network](a, a.grid((32, 32)))
+    compile_trunk(trunk, what)  # compiled where it first runs
+    parts = {"nothing": [], "blocks": list(trunk.blocks), "trunk": [trunk]}[what]
+    assert all(part._compiled_call_impl is not None for part in parts)
+    assert what == "trunk" or trunk._compiled_call_impl is None
 
 
 def test_a_compiler_is_looked_for_in_path_and_the_headers_that_it_needs(

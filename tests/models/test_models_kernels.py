@@ -1,5 +1,8 @@
 """Which layers are chosen on which machine, and that each kind gives what the plain ones give."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from pipeline.models.packed import EpilogueLinear, MklLinear
 from pipeline.models.precision import Hardware
 from pipeline.models.prefix import prefix_suffices
 
-BOTH = frozenset({"mkl", "onednn"})
+BOTH = frozenset({"mkl", "onednn", "onednn-bfloat16"})
 INTEL, AMD = Hardware(cpu_vendor="GenuineIntel"), Hardware(cpu_vendor="AuthenticAMD")
 NONE: frozenset[str] = frozenset()
 
@@ -26,6 +29,7 @@ NONE: frozenset[str] = frozenset()
         ("float32", "cpu", Hardware(), NONE, "plain"),
         ("bfloat16", "cpu", INTEL, BOTH, "onednn"),
         ("bfloat16", "cpu", Hardware(), NONE, "plain"),
+        ("bfloat16", "cpu", INTEL, frozenset({"mkl", "onednn"}), "plain"),
         ("float16", "cpu", INTEL, BOTH, "plain"),
         ("int8", "cpu", INTEL, BOTH, "int8"),
         ("bfloat16", "cuda", INTEL, BOTH, "plain"),
@@ -85,6 +89,20 @@ def test_every_kind_gives_the_same(kind: str, linear: str, tmp_path: Path) -> No
         ours, theirs = replaced.last_hidden_state(pixels), plain.last_hidden_state(pixels)
         assert worst_error(ours.flatten(0, 1), theirs.flatten(0, 1)) < 1e-4
         assert worst_error(replaced(pixels).pooled, plain(pixels).pooled) < 1e-4
+
+
+def test_bfloat16_runs_where_onednn_refuses_it(tmp_path: Path) -> None:
+    """As on a CPU without AVX-512: a run that GPUs made in bfloat16 is searched by picture there."""
+    folder = make_checkpoint(tmp_path / "vit", "vit")
+    code = (
+        "import torch; from pipeline.models import inspect_model, load_model\n"
+        f"model = load_model(inspect_model({str(folder)!r}), dtype=torch.bfloat16)\n"
+        "print(tuple(model(torch.zeros(1, 224, 224, 3, dtype=torch.uint8)).cls.isfinite().shape))"
+    )
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("(1, ")
 
 
 @pytest.mark.skipif("mkl" not in cpu_libraries(), reason="this torch has no MKL")

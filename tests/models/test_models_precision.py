@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.models.precision import Hardware, choose_dtype, describe_hardware
+from pipeline.models.precision import Hardware, choose_dtype, describe_hardware, misfit
 from schemas.errors import SpecError
 from schemas.spec import DTypeName
 
@@ -24,6 +24,29 @@ PLAIN = Hardware(frozenset({"avx2", "avx512f"}))
 )
 def test_auto(hardware: Hardware, cuda: bool, expected: DTypeName) -> None:
     assert choose_dtype("auto", cuda=cuda, hardware=hardware) == expected
+
+
+WITH, WITHOUT = frozenset({"avx512f", "amx_bf16", "amx_int8"}), frozenset({"avx2"})
+
+
+@pytest.mark.parametrize(
+    ("requested", "dtype", "nodes", "says"),
+    [
+        ("auto", "float32", (WITH, WITHOUT), "1 of 2 nodes have CPUs that compute in bfloat16"),
+        ("auto", "bfloat16", (WITH, WITHOUT, WITHOUT), "2 of 3 nodes have CPUs without units for bfloat16"),
+        ("int8", "int8", (WITHOUT,), "1 of 1 nodes have CPUs without units for int8"),
+        ("auto", "float32", (WITHOUT, WITHOUT), ""),
+        ("auto", "bfloat16", (WITH,), ""),
+        ("float32", "float32", (WITH,), ""),
+        ("auto", "bfloat16", (), ""),
+    ],
+)
+def test_nodes_that_compute_in_another_precision(
+    requested: str, dtype: str, nodes: tuple[frozenset[str], ...], says: str
+) -> None:
+    told = misfit(requested, dtype, nodes)
+    assert told.startswith(says)
+    assert bool(told) == bool(says)
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])

@@ -70,6 +70,20 @@ def test_a_faster_precision_comes_with_its_distance() -> None:
     assert "nothing to change" in advise(measured(forward=slower), LAPTOP)[0]
 
 
+def test_a_precision_that_a_job_would_refuse_is_not_advised() -> None:
+    base = measured().forward[0]
+    far = [base, base._replace(dtype="int8", image_s=0.02, cosines=[0.94, 0.95, 0.999])]
+    assert "nothing to change" in advise(measured(forward=far), LAPTOP)[0]
+
+
+def test_cores_without_a_thread_of_an_actor_do_not_compute() -> None:
+    shape = Shape(cpus=8, gpus=0, actors=1, decode="exact")
+    four = measured(forward=[Forward("float32", 8, 4, 0.0957 / 4, [])])
+    costs = stage_costs(four, shape)
+    assert ideal_rate(costs, shape) == pytest.approx(4 / 0.0957)
+    assert bottleneck(costs, shape) == "forward"
+
+
 def test_a_better_batch_size_is_named_only_if_it_matters() -> None:
     base = measured().forward[0]
     assert advise(measured(forward=[base, base._replace(batch_size=32, image_s=0.06)]), LAPTOP) == [

@@ -9,9 +9,10 @@ from support.checkpoints import make_checkpoint
 from support.npz import mixer_arrays_of
 
 from jobs.demo.draw import write_pictures
-from pipeline.flow import place_job
+from pipeline.models.precision import Hardware
 from pipeline.opening import Question, ask
-from pipeline.preflight import Budget, measure_decode, measure_forward
+from pipeline.predicting import place_job
+from pipeline.preflight import Budget, measure_decode, measure_forward, other_precisions
 from schemas.machines import Machines
 from schemas.spec import build_spec
 
@@ -40,6 +41,24 @@ def test_vectors_are_compared_whatever_is_asked_for(
     assert outputs["exact"].shape == outputs["fast"].shape == (4, 64)
     assert len(found) == 1
     assert callable(predict)
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "others"),
+    [
+        ({"amx_bf16", "amx_int8"}, "bfloat16", ("int8",)),
+        ({"amx_bf16"}, "float32", ("bfloat16",)),
+        ({"avx512_vnni"}, "float32", ("int8",)),
+        ({"avx2"}, "bfloat16", ("float32",)),
+    ],
+)
+def test_precisions_that_may_be_faster_here(
+    monkeypatch: pytest.MonkeyPatch, flags: set[str], dtype: str, others: tuple[str, ...]
+) -> None:
+    """Who asked for bfloat16 where it is emulated is told of float32."""
+    hardware = Hardware(frozenset(flags))
+    monkeypatch.setattr("pipeline.models.precision.describe_hardware", lambda cuda: hardware)
+    assert other_precisions(dtype, cuda=False) == others
 
 
 def test_a_precision_that_the_model_does_not_run_in_is_left_out(

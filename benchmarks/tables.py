@@ -1,0 +1,32 @@
+"""What the sections of docs/benchmarks.md share: tables, numbers, and where figures come from."""
+
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+Result = dict[str, Any]
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def origin(name: str, found: Result) -> str:
+    """Where the figures of a section come from."""
+    machine = found["environment"]
+    where = machine.get("cpu") or machine.get("device")
+    cores = f", {machine['cores']} cores" if "cores" in machine else ""
+    flags = f" ({', '.join(machine['flags'])})" if machine.get("flags") else ""
+    return f"`benchmarks/results/{name}`, commit {machine['commit']}: {where}{cores}{flags}.\n"
+
+
+def computes_bfloat16(found: Result) -> bool:
+    """Whether the CPU of these figures has units for it."""
+    return bool({"amx_bf16", "avx512_bf16"} & set(found["environment"].get("flags", [])))
+
+
+def figure(value: float | str) -> str:
+    """What could not be measured is a text in the results."""
+    return "-" if isinstance(value, str) else f"{value:,.1f}"
