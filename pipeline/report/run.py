@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from pydantic import ValidationError
 
-from pipeline.columns import READ_AHEAD_BYTES
+from pipeline.columns import open_columns
 from pipeline.storage import filesystem, join, read_error, read_json, redact
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
@@ -82,7 +82,7 @@ def list_files(fs: AbstractFileSystem, folder: str, suffix: str) -> list[str]:
 def open_part(fs: AbstractFileSystem, path: str) -> pq.ParquetFile:
     """The Parquet file at `path`. Raises OutputError if it is gone (compacted meanwhile) or not Parquet."""
     try:
-        return pq.ParquetFile(fs.open(path, "rb", block_size=READ_AHEAD_BYTES))
+        return pq.ParquetFile(open_columns(fs, path))
     except FileNotFoundError as error:
         raise OutputError(f"{redact(path)} went away while it was read; run the command again.") from error
     except pa.ArrowInvalid as error:

@@ -14,6 +14,7 @@ from fsspec import AbstractFileSystem
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from pipeline.columns import open_columns
 from pipeline.record import until_settled
 from pipeline.retrieval.arrays import Ints
 from pipeline.storage import exists, is_local, join, read_error, read_json, redact
@@ -56,9 +57,9 @@ def _is_part(name: str) -> bool:
 
 
 def open_parquet(fs: AbstractFileSystem, path: str) -> pq.ParquetFile:
-    """A reader for `path` on any store. Raises OutputError if it is gone or not Parquet."""
+    """A reader for `path` on any store, of some of its columns. Raises OutputError if it is gone or not Parquet."""
     try:
-        return pq.ParquetFile(path if is_local(fs) else fs.open(path, "rb"))
+        return pq.ParquetFile(path if is_local(fs) else open_columns(fs, path))
     except FileNotFoundError as error:
         raise OutputError(_not_there(fs, path)) from error
     except pa.ArrowInvalid as error:

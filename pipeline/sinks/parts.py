@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
+from pipeline.columns import open_columns
 from pipeline.storage import join, put_bytes, redact
 from schemas.errors import OutputError
 from schemas.tables import FAILURES_SCHEMA, METADATA_KEY
@@ -152,14 +153,15 @@ def read_columns(fs: AbstractFileSystem, out: str, part: Part, columns: list[str
 
     Raises OutputError naming the part if it cannot be read, FileNotFoundError if it has gone since it was listed.
     """
+    place = join(out, part.path)
     try:
-        with fs.open(join(out, part.path), "rb") as file:
+        with open_columns(fs, place) if columns else fs.open(place, "rb") as file:
             return pq.read_table(file, columns=columns, page_checksum_verification=True)
     except FileNotFoundError:
         raise
     except (OSError, pa.ArrowException) as error:
         raise OutputError(
-            f"{redact(join(out, part.path))} cannot be read ({redact(str(error))}). If it is damaged, delete it: the "
+            f"{redact(place)} cannot be read ({redact(str(error))}). If it is damaged, delete it: the "
             "command that filled the directory, given again, then makes its rows anew"
         ) from error
 

@@ -11,7 +11,9 @@ from support.s3 import S3Server
 
 from pipeline.report.run import open_run
 from pipeline.report.scan import scan_images
+from pipeline.retrieval.parts import open_parquet
 from pipeline.retrieval.store import FeatureStore
+from pipeline.sinks.ledger import read_ledger
 
 
 @pytest.fixture
@@ -34,13 +36,15 @@ def test_narrow_columns_are_read_without_the_vectors_between_them(
 ) -> None:
     rng = np.random.default_rng(0)
     vectors = {name: rng.standard_normal((2000, 512), np.float32) for name in ("cls", "pooled")}
-    run = write_run(tmp_path, RunContent(vectors, row_group_rows=500))
+    run = write_run(tmp_path, RunContent(vectors, row_group_rows=500, failed={7: "Truncated", 1500: "Truncated"}))
     url = s3_server.upload(run, s3_server.make_bucket())
     stored = sum(path.stat().st_size for path in (run / "images").iterdir())
     store = FeatureStore.open(url, s3_server.storage_options)
     reads: dict[str, Callable[[], object]] = {
         "report": lambda: scan_images(open_run(url, s3_server.storage_options)).images,
         "addresses": lambda: store.uris(np.array([3, 1200])),
+        "rows": lambda: [open_parquet(store.fs, part.path).read(["row"]) for part in store.parts],
+        "ledger": lambda: read_ledger(url, s3_server.storage_options).images,
         "column": lambda: store.table(["format"]),
         "sql": lambda: store.sql("SELECT format, sha256, count(*) FROM images GROUP BY ALL"),
     }
