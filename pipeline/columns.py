@@ -1,9 +1,12 @@
-"""Reading some columns of Parquet files on a store: how far ahead, and a file system for libraries that open files."""
+"""Reading Parquet files on a store: how far ahead for some columns, also by libraries; what is damage."""
 
 from typing import Any
 
+import pyarrow as pa
 from fsspec import AbstractFileSystem
 from fsspec.implementations.dirfs import DirFileSystem
+
+from pipeline.storage import error_number
 
 # The drivers' own 5 to 50 MiB would be most of the vectors that lie between two narrow columns. A wide column is asked
 # for in large pieces whatever is read ahead.
@@ -21,3 +24,14 @@ class ColumnReads(DirFileSystem):  # type: ignore[misc]  # fsspec has no types
     def open(self, path: str, *args: Any, **options: Any) -> Any:
         """As fsspec's, whatever read-ahead the caller or the driver would choose."""
         return super().open(path, *args, **options | {"block_size": READ_AHEAD_BYTES})
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error while a file was read says that its content is wrong. The others say nothing of the content: a
+    store that refused or failed, too little memory.
+
+    Arrow raises exceptions of its own, and for some damage a plain OSError without a number.
+    """
+    if isinstance(error, MemoryError):
+        return False
+    return isinstance(error, pa.ArrowException) or (type(error) is OSError and not error_number(error))

@@ -257,7 +257,7 @@ _CAUSES = {
 
 def write_error(path: str, error: Exception) -> OutputError:
     """An OutputError that names the path, the cause, and what stays."""
-    cause = _CAUSES.get(_error_number(error), "")
+    cause = _CAUSES.get(error_number(error), "")
     message = redact(str(error)) or type(error).__name__
     detail = f"{cause} ({message})" if cause else f"{type(error).__name__}: {message}"
     return OutputError(
@@ -274,8 +274,8 @@ def read_error(path: str, error: Exception) -> OutputError:
     )
 
 
-def _error_number(error: Exception) -> int:
-    """The `errno` of an error, also of those that the drivers of object stores raise without one."""
+def error_number(error: Exception) -> int:
+    """The `errno` of an error, also of those that the drivers of object stores raise without one; 0 for none."""
     number = getattr(error, "errno", None)
     if isinstance(number, int):
         return number

@@ -10,9 +10,8 @@ from fsspec import AbstractFileSystem
 from pipeline.record import until_settled
 from pipeline.sinks import intervals
 from pipeline.sinks.intervals import Spans
-from pipeline.sinks.parts import Part, gone, list_parts, read_row_numbers
+from pipeline.sinks.parts import DamagedPart, Part, gone, list_parts, read_row_numbers
 from pipeline.storage import Options, exists, filesystem, join
-from schemas.errors import OutputError
 from schemas.tables import SWAP_PLAN
 
 _READERS = 16
@@ -37,7 +36,7 @@ class Ledger(NamedTuple):
 def read_ledger(out: str, storage_options: Options, *, damaged_too: bool = False) -> Ledger:
     """List the parts under `out` and gather their rows. Only parts with gaps are opened.
 
-    Raises OutputError naming a part that cannot be read; with `damaged_too` such a part has no rows.
+    Raises OutputError naming a part that cannot be read; with `damaged_too` one that is damaged has no rows.
     """
     fs, path = filesystem(out, storage_options)
     for _ in range(_LISTINGS - 1):
@@ -79,7 +78,7 @@ def _spans(fs: AbstractFileSystem, out: str, part: Part, damaged_too: bool) -> S
         return np.array([[part.first, part.last + 1]], np.int64)
     try:
         return intervals.from_rows(read_row_numbers(fs, out, part))
-    except OutputError:
+    except DamagedPart:
         if not damaged_too:
             raise
         return intervals.EMPTY

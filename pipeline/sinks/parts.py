@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
-from pipeline.columns import open_columns
-from pipeline.storage import join, put_bytes, redact
+from pipeline.columns import is_damage, open_columns
+from pipeline.storage import join, put_bytes, read_error, redact
 from schemas.errors import OutputError
 from schemas.tables import FAILURES_SCHEMA, METADATA_KEY
 
@@ -28,6 +28,10 @@ _NAME = re.compile(r"part-(\d{12,})-(\d{12,})-(\d+)-[0-9a-f]{12}\.parquet")
 # About a megabyte of addresses and small columns; keeps a filtered read from touching everything.
 _GROUP_ROWS = 1 << 14
 _GROUP_BYTES = 128 << 20
+
+
+class DamagedPart(OutputError):
+    """A part holds something else than what was written."""
 
 
 class Part(NamedTuple):
@@ -151,7 +155,8 @@ def read_row_numbers(fs: AbstractFileSystem, out: str, part: Part) -> npt.NDArra
 def read_columns(fs: AbstractFileSystem, out: str, part: Part, columns: list[str] | None = None) -> pa.Table:
     """Some columns of a part, or all; pages are held against their checksums.
 
-    Raises OutputError naming the part if it cannot be read, FileNotFoundError if it has gone since it was listed.
+    Raises DamagedPart or, where the store does not let us read it, OutputError, both naming the part;
+    FileNotFoundError if it has gone since it was listed.
     """
     place = join(out, part.path)
     try:
@@ -159,8 +164,10 @@ def read_columns(fs: AbstractFileSystem, out: str, part: Part, columns: list[str
             return pq.read_table(file, columns=columns, page_checksum_verification=True)
     except FileNotFoundError:
         raise
-    except (OSError, pa.ArrowException) as error:
-        raise OutputError(
+    except Exception as error:  # each driver has errors of its own, not all of them an OSError
+        if not is_damage(error):
+            raise read_error(place, error) from error
+        raise DamagedPart(
             f"{redact(place)} cannot be read ({redact(str(error))}). If it is damaged, delete it: the "
             "command that filled the directory, given again, then makes its rows anew"
         ) from error

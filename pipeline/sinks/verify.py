@@ -5,14 +5,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from pipeline.sinks import intervals
 from pipeline.sinks.intervals import Spans
 from pipeline.sinks.ledger import settled_ledger
-from pipeline.sinks.parts import Part, part_name
-from pipeline.storage import Options, filesystem, join
+from pipeline.sinks.parts import DamagedPart, Part, part_name, read_columns
+from pipeline.storage import Options, filesystem, redact
 from schemas.run import RunRecord
 from schemas.tables import FAILURES_SCHEMA, METADATA_KEY
 
@@ -40,7 +39,8 @@ def verify(
 ) -> Verification:
     """Read every part of `out` with page checksums and hold it against its name, the schema and the manifest.
 
-    `seen` is called after each part. Raises OutputError where parts are being rewritten and that lasts.
+    `seen` is called after each part. Raises OutputError where the store does not let a part be read, of which nothing
+    is known then, and where parts are being rewritten and that lasts.
     """
     fs, path = filesystem(out, storage_options)
     ledger = settled_ledger(out, storage_options, damaged_too=True)
@@ -70,13 +70,12 @@ def verify(
 
 def _check_part(fs: AbstractFileSystem, out: str, part: Part, schema: pa.Schema, run: RunRecord) -> Iterator[str]:
     try:
-        with fs.open(join(out, part.path), "rb") as file:
-            table = pq.read_table(file, page_checksum_verification=True)
+        table = read_columns(fs, out, part)
     except FileNotFoundError:
         yield "has gone since it was listed; another command is writing there. Verify again once that has ended"
         return
-    except (OSError, pa.ArrowException) as error:
-        yield f"cannot be read ({error}); delete the file and run the same command again"
+    except DamagedPart as error:
+        yield f"cannot be read ({redact(str(error.__cause__))}); delete the file and run the same command again"
         return
     if not table.schema.equals(schema):
         yield f"schema differs: {_schema_difference(table.schema, schema)}"
