@@ -31,10 +31,11 @@ from pipeline.sinks.attempts import Fence
 from pipeline.sinks.compaction import compact, drop_repeats, recover, remove_rows
 from pipeline.sinks.intervals import Spans
 from pipeline.sinks.ledger import Ledger, pending, read_ledger, shard_rows
-from pipeline.sinks.ray_writer import Committed, Received, WriteJob, commit_stream, unwrap
+from pipeline.sinks.ray_writer import Committed, Received, WriteJob, commit_stream
 from pipeline.storage import absolute, redact
 from schemas.attempt import AttemptRecord, Distance
 from schemas.errors import Interrupted, OutputError
+from schemas.losses import unwrap
 from schemas.machines import Machines
 from schemas.release import release
 from schemas.spec import JobSpec

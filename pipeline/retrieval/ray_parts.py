@@ -10,9 +10,15 @@ from fsspec import AbstractFileSystem
 
 from pipeline.retrieval.arrays import Floats, Ints, Preparation, lengths
 from pipeline.retrieval.parts import Part, stream_part
+from schemas.losses import unwrap
 
 _BATCH_ROWS = 8192
 _TASKS_A_CORE = 2
+_AFTER_A_LOSS = (
+    "What was there before stays; the same command begins anew. Should it happen again: workers that are killed mostly "
+    "lack memory, so take machines with more of it for each core; PATCHSTREAM_VERBOSE=1 in the environment shows where "
+    "it happened"
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,8 @@ def over_parts(task: Callable[..., Any], parts: Sequence[Part], *shared: Any) ->
     """Run `task(part, *shared)` for each part on the cluster; yields results as they come.
 
     `shared` is sent once. Only a few results wait at a time, so a slow reader holds the tasks back. Ray has to be
-    connected; an error of a task is raised here as it was raised there.
+    connected; an error of a task is raised here as it was raised there. Raises ClusterError where Ray loses a task for
+    good.
     """
     remote = ray.remote(num_cpus=1, max_retries=2)(_single_threaded)
     handles = [ray.put(value) for value in shared]
@@ -54,8 +61,12 @@ def over_parts(task: Callable[..., Any], parts: Sequence[Part], *shared: Any) ->
             part = running.pop(ready[0])
             try:
                 result = ray.get(ready[0])
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from error
+            except ray.exceptions.RayError as error:
+                found = unwrap(error, _AFTER_A_LOSS)
+                cause = getattr(error, "cause", None) if found is error else found
+                if cause is None:
+                    raise
+                raise cause from error
             yield part, result
     finally:
         for reference in running:

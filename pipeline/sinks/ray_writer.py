@@ -18,9 +18,8 @@ import ray
 from pipeline import logs, metrics
 from pipeline.sinks.attempts import Fence
 from pipeline.sinks.parts import split, write_part
-from pipeline.storage import filesystem, redact
+from pipeline.storage import filesystem
 from schemas.attempt import StageSeconds
-from schemas.errors import ClusterError, PatchstreamError
 from schemas.spec import SinkSpec
 
 _WRITES_IN_FLIGHT = 4
@@ -29,20 +28,6 @@ _TICK_S = 0.2
 _DRAIN_S = 15.0
 # For Ray Data to end an execution.
 _STOP_S = 5.0
-# What Ray Data appends to the message of whatever a function of ours raises.
-_RAYS_NOTE = "\nFailed to apply UDF transform"
-# What Ray raises where processes, nodes or room failed it more often than it tries again, not where code did.
-_LOSSES = (
-    ray.exceptions.LocalRayletDiedError,
-    ray.exceptions.NodeDiedError,
-    ray.exceptions.ObjectLostError,
-    ray.exceptions.ObjectStoreFullError,
-    ray.exceptions.OutOfDiskError,
-    ray.exceptions.OutOfMemoryError,
-    ray.exceptions.RayActorError,
-    ray.exceptions.RaySystemError,
-    ray.exceptions.WorkerCrashedError,
-)
 
 
 class WriteJob(NamedTuple):
@@ -101,7 +86,7 @@ def commit_stream(
 
     Yields what happened, and None about five times a second when nothing did. If the caller closes the generator
     early, what was received is still written, for at most 15 seconds, and `late` is told. Errors come as Ray has them:
-    `unwrap` is for the caller, once.
+    `losses.unwrap` is for the caller, once.
     """
     writes = _Writes(job)
     feed = _Feed(bundles)
@@ -225,32 +210,6 @@ def _result(reference: Any) -> Committed:
     for stage, seconds in committed.seconds.model_dump().items():
         metrics.count("patchstream_stage_seconds_total", seconds, stage=stage)
     return committed
-
-
-def unwrap(error: BaseException) -> BaseException:
-    """The PatchstreamError that a worker raised, if one lies at the bottom of what Ray made of it; a ClusterError where
-    Ray lost what the job ran on; else `error`."""
-    seen: BaseException | None = error
-    loss: BaseException | None = None
-    while seen is not None:
-        # What Ray makes of ours passes for ours too, with a traceback as its message.
-        if isinstance(seen, PatchstreamError) and not isinstance(seen, ray.exceptions.RayError):
-            seen.args = (str(seen).partition(_RAYS_NOTE)[0],)
-            return seen
-        # An actor that fails as it is made failed by an error of code.
-        if isinstance(seen, _LOSSES) and not getattr(seen, "actor_init_failed", False):
-            loss = seen
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    return error if loss is None else _lost(loss)
-
-
-def _lost(loss: BaseException) -> ClusterError:
-    said = redact(str(loss).strip().partition("\n")[0])
-    return ClusterError(
-        f"Ray lost what the job ran on, and more often than it tries again ({type(loss).__name__}: {said}). What was "
-        "committed stays and the same command resumes. Should it happen again: workers that are killed mostly lack "
-        "memory, so take a smaller --batch-size, fewer --actors or larger machines; --verbose shows where it happened"
-    )
 
 
 def _total(table: pa.Table, column: str) -> float:

@@ -1,5 +1,7 @@
 """The same over parts on a real Ray as on one machine."""
 
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from pipeline.retrieval.ray_kmeans import kmeans_on_ray, reader_rows
 from pipeline.retrieval.ray_parts import PartReader, over_parts
 from pipeline.retrieval.recall import evaluate, tune
 from pipeline.retrieval.store import FeatureStore
-from schemas.errors import OutputError, SpecError
+from schemas.errors import ClusterError, OutputError, SpecError
 
 pytestmark = pytest.mark.slow
 
@@ -124,3 +126,12 @@ def _fail(part: object) -> None:
 def test_an_error_of_a_task_is_the_error_here(store: FeatureStore) -> None:
     with pytest.raises(SpecError, match="no"):
         list(over_parts(_fail, store.parts))
+
+
+def _killed(part: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_task_that_is_killed_each_time_is_one_message(store: FeatureStore) -> None:
+    with pytest.raises(ClusterError, match=r"WorkerCrashedError: .*\. What was there before stays"):
+        list(over_parts(_killed, store.parts[:1]))

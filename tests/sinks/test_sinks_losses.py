@@ -8,10 +8,11 @@ import pytest
 import ray
 from support.commands import rows_in
 
+from cluster.remote import call
 from cluster.session import ray_session
 from jobs.cli import run_command
-from pipeline.sinks.ray_writer import unwrap
 from schemas.errors import ClusterError, OutputError
+from schemas.losses import unwrap
 
 KILLED = "Task was killed due to the node running low on memory.\nMemory on the node was 15.2GB / 16GB"
 
@@ -51,13 +52,33 @@ def test_an_error_of_code_stays_what_it_is() -> None:
     assert (type(refused), str(refused)) == (OutputError, "cannot write /out")
 
 
+def killed(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_while_it_measures_ends_the_command_in_one_message() -> None:
+    with ray_session(cpus=1):
+        with pytest.raises(ClusterError, match=r"WorkerCrashedError: .*\. Nothing is lost; give the same command"):
+            call(killed)
+        with pytest.raises(ValueError, match="unforeseen"):
+            call(unforeseen)
+        with pytest.raises(OutputError, match=r"\Acannot write /out\Z"):
+            call(refused)
+
+
+def unforeseen() -> None:
+    raise ValueError("unforeseen")
+
+
+def refused() -> None:
+    raise OutputError("cannot write /out")
+
+
 @pytest.mark.slow
 def test_a_writer_that_is_killed_each_time_ends_the_job_in_one_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def killed(*_: object) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
     for name in "ab":
         (tmp_path / f"{name}.jpg").write_bytes(b"x")
     job = ["embed", str(tmp_path), "--backend", "null", "--out", str(tmp_path / "out"), "--no-report"]
