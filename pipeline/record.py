@@ -27,6 +27,7 @@ from pipeline.storage import (
     read_json,
     redact,
 )
+from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
 from schemas.release import VERSION
 from schemas.run import ModelRecord, RunRecord, difference
@@ -65,6 +66,25 @@ def require_record(out: str, storage_options: Options) -> RunRecord:
     if record is None:
         raise OutputError(f"{redact(out)} holds no run: there is no run.json in it. Give the --out of an earlier run")
     return record
+
+
+def read_attempt(fs: AbstractFileSystem, place: str) -> AttemptRecord | None:
+    """The record of an attempt; None where there is none, or not yet what belongs in it.
+
+    Raises OutputError when the file is not ours, or the store does not let us look.
+    """
+    try:
+        content = fs.cat_file(place)
+        return AttemptRecord.model_validate_json(content) if content else None
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise OutputError(
+            f"{redact(place)} is not the record of an attempt ({str(error).splitlines()[0]}); if no job "
+            "runs there, remove it: parts do not depend on it"
+        ) from error
+    except Exception as error:  # each driver has errors of its own, not all of them an OSError
+        raise read_error(place, error) from error
 
 
 def manifest_error(place: str, error: Exception) -> OutputError:

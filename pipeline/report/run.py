@@ -1,7 +1,7 @@
 """Opening an output directory for reading: its record, its attempts and the parts of its tables."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from pydantic import ValidationError
 
-from pipeline.columns import open_columns
+from pipeline.columns import is_damage, open_columns
+from pipeline.record import read_attempt
 from pipeline.storage import filesystem, join, read_error, read_json, redact
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
@@ -59,12 +60,10 @@ def open_run(out: str, storage_options: Mapping[str, Any]) -> RunDirectory:
         )
     try:
         record = RunRecord.model_validate(content)
-        attempts = [
-            AttemptRecord.model_validate(json.loads(fs.cat_file(path)))
-            for path in list_files(fs, join(root, "attempts"), ".json")
-        ]
     except ValidationError as error:
         raise OutputError(f"{redact(out)} was written by another version of patchstream: {error}") from error
+    found = (read_attempt(fs, path) for path in list_files(fs, join(root, "attempts"), ".json"))
+    attempts = [attempt for attempt in found if attempt is not None]
     attempts.sort(key=lambda attempt: (attempt.started, attempt.attempt, attempt.shard_index))
     return RunDirectory(out, fs, root, record, tuple(attempts), storage_options)
 
@@ -79,14 +78,22 @@ def list_files(fs: AbstractFileSystem, folder: str, suffix: str) -> list[str]:
     return sorted(path for path in paths if path.endswith(suffix) and not path.rpartition("/")[2].startswith("."))
 
 
-def open_part(fs: AbstractFileSystem, path: str) -> pq.ParquetFile:
-    """The Parquet file at `path`. Raises OutputError if it is gone (compacted meanwhile) or not Parquet."""
+@contextmanager
+def open_part(fs: AbstractFileSystem, path: str) -> Iterator[pq.ParquetFile]:
+    """The Parquet file at `path`, for the block to read. Raises OutputError if it is gone (compacted meanwhile),
+    damaged or not Parquet."""
     try:
-        return pq.ParquetFile(open_columns(fs, path))
+        with open_columns(fs, path) as file, pq.ParquetFile(file) as part:
+            yield part
     except FileNotFoundError as error:
         raise OutputError(f"{redact(path)} went away while it was read; run the command again.") from error
-    except pa.ArrowInvalid as error:
-        raise OutputError(f"{redact(path)} is not a Parquet file ({error}); `patchstream verify` says more.") from error
+    except Exception as error:
+        if not is_damage(error):
+            raise
+        said = redact(" ".join(str(error).split()))
+        raise OutputError(
+            f"{redact(path)} is damaged, or not a Parquet file ({said}); `patchstream verify` says more."
+        ) from error
 
 
 def batches(fs: AbstractFileSystem, paths: Sequence[str], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:

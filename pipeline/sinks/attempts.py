@@ -8,14 +8,13 @@ store seconds, which a new attempt waits out before it reads what is done.
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 
 from fsspec import AbstractFileSystem
-from pydantic import ValidationError
 
 from pipeline.lock import is_running
+from pipeline.record import read_attempt
 from pipeline.storage import Options, create_bytes, filesystem, is_local, join, put_bytes, read_error, redact
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
@@ -148,39 +147,19 @@ def _ended_lately(record: AttemptRecord) -> bool:
 
 
 def _numbers(fs: AbstractFileSystem, path: str) -> list[int]:
+    folder = join(path, "attempts")
     try:
-        with _reading(join(path, "attempts")) as folder:
-            names = fs.ls(folder, detail=False, refresh=True)
+        names = fs.ls(folder, detail=False, refresh=True)
     except FileNotFoundError:
         return []
+    except Exception as error:  # each driver has errors of its own, not all of them an OSError
+        raise read_error(folder, error) from error
     stems = [name.rpartition("/")[2].removesuffix(".json") for name in names]
     return [int(stem) for stem in stems if stem.isdigit()]
 
 
 def _read(fs: AbstractFileSystem, path: str, number: int) -> AttemptRecord | None:
-    try:
-        with _reading(_path(path, number)) as place:
-            content = fs.cat_file(place)
-    except FileNotFoundError:
-        return None
-    try:
-        return AttemptRecord.model_validate_json(content) if content else None
-    except ValidationError as error:
-        raise OutputError(
-            f"{redact(_path(path, number))} is not the record of an attempt ({str(error).splitlines()[0]}); if no job "
-            "runs there, remove it: parts do not depend on it"
-        ) from error
-
-
-@contextmanager
-def _reading(place: str) -> Iterator[str]:
-    """OutputError for whatever keeps us from reading `place`, unless it is not there."""
-    try:
-        yield place
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # each driver has errors of its own, not all of them an OSError
-        raise read_error(place, error) from error
+    return read_attempt(fs, _path(path, number))
 
 
 def _path(path: str, number: int) -> str:

@@ -135,6 +135,16 @@ def big_run(folder: Path, count: int, dim: int, group_rows: int = 1024) -> Path:
     return write_run(folder, RunContent({"cls": clustered(count, dim, 7)}, labels=labels, row_group_rows=group_rows))
 
 
+def damage_column(part: Path, name: str) -> None:
+    """Zeros where the first page of a column begins; the footer stays whole."""
+    group = pq.ParquetFile(part).metadata.row_group(0)
+    column = next(found for found in map(group.column, range(group.num_columns)) if found.path_in_schema == name)
+    start = column.dictionary_page_offset or column.data_page_offset
+    content = bytearray(part.read_bytes())
+    content[start : start + 40] = bytes(40)
+    part.write_bytes(content)
+
+
 def tar_of(path: Path, members: dict[str, bytes]) -> list[tuple[int, int]]:
     """Write a tar and give offset and length of each member's bytes."""
     with tarfile.open(path, "w") as archive:

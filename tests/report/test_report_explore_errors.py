@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
-from report.album import Album
+from report.album import Album, damage_column
 from report.explore_client import Client, searcher_of, serving
 from support.runs import jpeg
 
@@ -16,16 +15,6 @@ from pipeline.report.explore_state import open_exploration
 from pipeline.report.run import open_run
 
 _SIGNED = "s3://bucket/a?X-Amz-Signature=s3cr3t"
-
-
-def damage_column(part: Path, name: str) -> None:
-    """Zeros where the first page of a column begins; the footer stays whole."""
-    group = pq.ParquetFile(part).metadata.row_group(0)
-    column = next(found for found in map(group.column, range(group.num_columns)) if found.path_in_schema == name)
-    start = column.dictionary_page_offset or column.data_page_offset
-    content = bytearray(part.read_bytes())
-    content[start : start + 40] = bytes(40)
-    part.write_bytes(content)
 
 
 def test_report_explore_of_a_damaged_page(tmp_path: Path) -> None:
