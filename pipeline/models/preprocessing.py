@@ -115,11 +115,11 @@ def _from_timm(config: Mapping[str, Any], path: Path, image_size: int | Size | N
 
     `crop_mode` center keeps the aspect ratio, squash does not. `image_size` takes the place of the size given.
     """
-    given = config["pretrained_cfg"]
-    absent = [key for key in ("input_size", "interpolation", "mean", "std") if key not in given]
+    given = config["pretrained_cfg"] or {}
+    absent = [key for key in ("input_size", "interpolation", "mean", "std") if given.get(key) is None]
     if absent:
         raise CheckpointError(f"{path}: pretrained_cfg lacks {', '.join(absent)}")
-    mode, filter_name = given.get("crop_mode", "center"), given["interpolation"]
+    mode, filter_name = given.get("crop_mode") or "center", given["interpolation"]
     if mode not in ("center", "squash") or filter_name not in TIMM_FILTERS:
         raise CheckpointError(f"{path}: crop_mode {mode!r} with interpolation {filter_name!r} is not supported")
     height, width = given["input_size"][1:] if image_size is None else _pair(image_size)

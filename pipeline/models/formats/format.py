@@ -1,5 +1,6 @@
 """What a format is, and helpers to read a config with errors that name the key."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -60,6 +61,22 @@ def positive(config: Config, key: str) -> int:
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"config.json: {key} is {value!r}; expected a whole number above 0")
+    return value
+
+
+def count(config: Config, key: str) -> int:
+    """A whole number, 0 or more. Raises CheckpointError naming the key."""
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise CheckpointError(f"config.json: {key} is {value!r}; expected a whole number, 0 or more")
+    return value
+
+
+def ratio(config: Config, key: str) -> float:
+    """A number above 0. Raises CheckpointError naming the key."""
+    value = config.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise CheckpointError(f"config.json: {key} is {value!r}; expected a number above 0")
     return value
 
 

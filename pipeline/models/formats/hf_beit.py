@@ -80,7 +80,7 @@ def architecture(config: Config, shapes: Shapes) -> Architecture:
         qkv_bias="query_value",
         positions="all" if config["use_absolute_position_embeddings"] else "none",
         relative_positions="shared" if shared else "each" if each else "none",
-        layer_scale=config["layer_scale_init_value"] > 0,
+        layer_scale=(config["layer_scale_init_value"] or 0) > 0,
         final_norm=final_norm,
         pooled=pooled,
         pool_norm=pool_norm,

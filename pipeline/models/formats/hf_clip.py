@@ -39,8 +39,8 @@ IGNORED = (r"text_model\..*", r"text_projection\..*", r"logit_(scale|bias)", r".
 
 
 def vision(config: Config, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the image tower, which a whole model keeps in `vision_config`."""
-    return {**defaults, **config.get("vision_config", config)}
+    """The config of the image tower, which a whole model keeps in `vision_config`; null stands for the defaults."""
+    return {**defaults, **(config.get("vision_config", config) or {})}
 
 
 def clip(config: Config, shapes: Shapes) -> Architecture:

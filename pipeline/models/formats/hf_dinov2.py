@@ -1,7 +1,7 @@
 """DINOv2 in Hugging Face layout, with and without registers, SwiGLU giant too."""
 
 from pipeline.models.architecture import Architecture
-from pipeline.models.formats.format import Config, Format, Shapes, Spelling
+from pipeline.models.formats.format import Config, Format, Shapes, Spelling, count, positive, ratio
 from pipeline.models.formats.hugging_face import (
     ATTENTION_IN_MEMORY,
     DEFAULTS,
@@ -12,6 +12,15 @@ from pipeline.models.formats.hugging_face import (
     from_memory,
     prefixed,
 )
+
+DEFAULTS_DINOV2 = {
+    **DEFAULTS,
+    "layer_norm_eps": 1e-6,
+    "patch_size": 14,
+    "mlp_ratio": 4,
+    "use_swiglu_ffn": False,
+    "num_register_tokens": 4,
+}
 
 BODY: Spelling = {
     **SPELLING,
@@ -40,10 +49,10 @@ SWIGLU_IN_MEMORY: Spelling = {
 
 def architecture(config: Config, shapes: Shapes) -> Architecture:
     """The classifier reads CLS beside the mean of the patch tokens. With registers, positions are antialiased."""
-    config = {**DEFAULTS, "layer_norm_eps": 1e-6, "patch_size": 14, "mlp_ratio": 4, "use_swiglu_ffn": False, **config}
-    hidden = int(config["hidden_size"] * config["mlp_ratio"])
+    config = {**DEFAULTS_DINOV2, **config}
+    hidden = int(positive(config, "hidden_size") * ratio(config, "mlp_ratio"))
     swiglu = bool(config["use_swiglu_ffn"])
-    registers = int(config.get("num_register_tokens", 4)) if config["model_type"] == "dinov2_with_registers" else 0
+    registers = count(config, "num_register_tokens") if config["model_type"] == "dinov2_with_registers" else 0
     fields = common({**config, "intermediate_size": (int(hidden * 2 / 3) + 7) // 8 * 8 if swiglu else hidden})
     labels = classes(config, shapes)
     return Architecture(

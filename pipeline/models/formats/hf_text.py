@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pipeline.models.formats.format import Config, Shapes, Spelling, activation, divided, epsilon, positive
+from pipeline.models.formats.format import Config, Shapes, Spelling, activation, count, divided, epsilon, positive
 from pipeline.models.formats.hugging_face import saved_as
 from pipeline.models.text_architecture import TextArchitecture, TextFormat
 from schemas.errors import CheckpointError
@@ -76,12 +76,12 @@ def _projection(shapes: Shapes, name: str) -> int:
 def clip(config: Config, shapes: Shapes) -> TextArchitecture:
     """Each token sees those before it; the embedding is read at the first end-of-text token."""
     text, fields = _fields(config, CLIP_DEFAULTS)
-    end = text["eos_token_id"]
+    end = count(text, "eos_token_id")
     return TextArchitecture(
         **fields,
         read="end",
         causal=True,
-        end_token=None if end == LEGACY_END else int(end),
+        end_token=None if end == LEGACY_END else end,
         projection_width=_projection(shapes, "text_projection.weight"),
         projection_bias=False,
     )

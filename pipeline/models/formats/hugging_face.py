@@ -110,7 +110,8 @@ def classes(config: Config, shapes: Shapes, head: str = "classifier") -> int:
         return int(shape[0])
     if "ForImageClassification" not in saved_as(config):
         return 0
-    return len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2))
+    names, number = config.get("id2label"), config.get("num_labels")
+    return len(names) if names is not None else 2 if number is None else int(number)
 
 
 def by_model_type(*model_types: str) -> Any:

@@ -42,7 +42,7 @@ def by_architecture(pattern: str, *tensors: str) -> Callable[[Config, Shapes], s
 def settings(config: Config) -> dict[str, Any]:
     """`pretrained_cfg`, what stands beside it, and `model_args`, the later over the earlier."""
     beside = {key: config[key] for key in ("num_classes", "global_pool") if config.get(key) is not None}
-    return {**config.get("pretrained_cfg", {}), **beside, **(config.get("model_args") or {})}
+    return {**(config.get("pretrained_cfg") or {}), **beside, **(config.get("model_args") or {})}
 
 
 def depth(shapes: Shapes) -> int:
@@ -85,7 +85,7 @@ def activation(config: Config) -> Activation:
 def image_size(config: Config) -> tuple[int, int]:
     """Height and width that the positions were trained for."""
     given = settings(config)
-    size = given.get("img_size") or given.get("input_size", [3, 224, 224])[1:]
+    size = given.get("img_size") or (given.get("input_size") or [3, 224, 224])[1:]
     sides = [size, size] if isinstance(size, int) else list(size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise CheckpointError(f"config.json: input_size {size!r} is no [channels, height, width]")

@@ -125,7 +125,7 @@ def read_out(config: Config, shapes: Shapes, projects: bool) -> tuple[Pooled, He
 
 def is_clip_embedding(config: Config) -> bool:
     """Whether the head of a CLIP tower is its projection into the space shared with text, not a classifier."""
-    published = config.get("pretrained_cfg", {})
+    published = config.get("pretrained_cfg") or {}
     if "_clip_" not in str(config["architecture"]) or config.get("num_classes") not in CLIP_WIDTHS:
         return False
     return not re.search(r"_ft_|in1k|in12k|in22k", str(published.get("tag", "")))
