@@ -3,10 +3,14 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, TypeVar
 
 from schemas.errors import Interrupted
+
+_AGAIN_S = 0.1
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -52,6 +56,25 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if held.number:
             before(held.number, None)
+
+
+def heeding_signals(work: Callable[[], T], interrupt: Callable[[], None]) -> T:
+    """What `work` gives, in another thread: a signal is heeded here at once, and `interrupt` makes `work` end.
+
+    For DuckDB, which looks for signals only now and then, and puts a RuntimeError without a cause in the place of the
+    KeyboardInterrupt that it finds.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return work()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(work)
+        try:
+            return running.result()
+        except KeyboardInterrupt:
+            while not running.done():
+                interrupt()  # and again, for it may not have begun
+                wait([running], _AGAIN_S)
+            raise
 
 
 class Stop:

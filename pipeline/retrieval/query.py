@@ -11,6 +11,7 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
+from pipeline.signals import heeding_signals
 from schemas.errors import OutputError, PatchstreamError, SpecError
 
 MEMORY = "2GiB"
@@ -37,13 +38,22 @@ def view_names(names: list[str]) -> dict[str, str]:
 
 def run_query(connection: duckdb.DuckDBPyConnection, query: str, limit: int | None = None) -> pa.Table:
     """One query's result, or its first `limit` rows. Raises what `refused` makes of DuckDB's errors."""
-    try:
+
+    def ask() -> pa.Table:
         relation = connection.sql(query)
         if relation is None:
             return pa.table({})
         return (relation if limit is None else relation.limit(limit)).to_arrow_table()
+
+    try:
+        return heeding_signals(ask, connection.interrupt)
     except duckdb.Error as error:
         raise refused(error, query) from None
+
+
+def execute(connection: duckdb.DuckDBPyConnection, statement: str) -> None:
+    """Carry out a statement that gives no rows."""
+    heeding_signals(lambda: connection.execute(statement), connection.interrupt)
 
 
 def refused(error: duckdb.Error, query: str) -> PatchstreamError:

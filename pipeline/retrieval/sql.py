@@ -13,8 +13,9 @@ import pyarrow as pa
 from fsspec import AbstractFileSystem
 
 from pipeline.retrieval.output import staged
-from pipeline.retrieval.query import literal, quote, refused, run_query
+from pipeline.retrieval.query import execute, literal, quote, refused, run_query
 from pipeline.retrieval.store import FeatureStore
+from pipeline.signals import heeding_signals
 from pipeline.storage import Options, filesystem, redact
 from schemas.errors import SpecError
 
@@ -31,12 +32,13 @@ class Answer(NamedTuple):
 def connect(store: FeatureStore) -> duckdb.DuckDBPyConnection:
     """The store's connection with our functions."""
     connection = store.connect()
-    connection.execute("CREATE MACRO cosine(a, b) AS list_cosine_similarity(CAST(a AS FLOAT[]), CAST(b AS FLOAT[]))")
+    cosine = "list_cosine_similarity(CAST(a AS FLOAT[]), CAST(b AS FLOAT[]))"
+    execute(connection, f"CREATE MACRO cosine(a, b) AS {cosine}")
     connection.register("_replaced", pa.table({"row": pa.array(store.replaced, pa.int64())}))
     for name in store.features:
-        connection.execute(_nearest(f"nearest_{name}", name))
+        execute(connection, _nearest(f"nearest_{name}", name))
     if store.features:
-        connection.execute(_nearest("nearest", next(iter(store.features))))
+        execute(connection, _nearest("nearest", next(iter(store.features))))
     return connection
 
 
@@ -75,15 +77,18 @@ def write(store: FeatureStore, query: str, out: str, storage_options: Options | 
 
 def _write(store: FeatureStore, query: str, fs: AbstractFileSystem, path: str, form: str) -> int:
     with connect(store) as connection, staged(fs, path) as local:
-        try:
+
+        def copy() -> Any:
             query_result: Any = connection.sql(query)
             if query_result is None:
                 raise SpecError(f"the query gives no table to write: {query}")
             # DuckDB finds the relation by the name of the variable. COPY says how many rows it wrote; reading a CSV
             # back would guess at its quoting from the first rows.
-            counted = connection.execute(
-                f"COPY (SELECT * FROM query_result) TO {literal(str(local))} ({form})"
-            ).fetchone()
+            target = f"{literal(str(local))} ({form})"
+            return connection.execute(f"COPY (SELECT * FROM query_result) TO {target}").fetchone()
+
+        try:
+            counted = heeding_signals(copy, connection.interrupt)
         except duckdb.Error as error:
             raise refused(error, query) from None
     return int(counted[0]) if counted else 0

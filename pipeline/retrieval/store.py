@@ -27,7 +27,7 @@ from pipeline.retrieval.parts import (
     settled_parts,
     stream_part,
 )
-from pipeline.retrieval.query import MEMORY, literal, quote, run_query, temporary_folder, view_names
+from pipeline.retrieval.query import MEMORY, execute, literal, quote, run_query, temporary_folder, view_names
 from pipeline.storage import Options, filesystem, is_local, join, read_error, redact
 from schemas.errors import OutputError, SpecError
 from schemas.run import RunRecord
@@ -262,9 +262,8 @@ class FeatureStore:
             # DuckDB claims s3:// and gs:// for its own drivers; under `dir://` it asks ours, with our credentials.
             local = is_local(self.fs)
             files = ", ".join(literal(path if local else f"dir://{self._inside(path)}") for path in paths)
-            connection.execute(
-                f"CREATE VIEW {quote(view)} AS SELECT * FROM read_parquet([{files}], hive_partitioning = false)"
-            )
+            read = f"SELECT * FROM read_parquet([{files}], hive_partitioning = false)"
+            execute(connection, f"CREATE VIEW {quote(view)} AS {read}")
         elif view in _TABLES:
             connection.register(view, self.dataset(view).to_table())
 

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.signals import heeding_signals
 from pipeline.sources.manifest import ManifestPart, read_columns
 from pipeline.storage import Options
 
@@ -65,11 +66,11 @@ def new_and_changed(
     with tempfile.TemporaryDirectory(prefix="patchstream-update-") as folder:
         with duckdb.connect(f"{folder}/compare.duckdb", config={"memory_limit": _MEMORY}) as database:
             facts = "key varchar, url ubigint, etag varchar, size bigint"
-            database.execute(f"create table known (row bigint, {facts}, replaces bigint, done boolean)")
-            database.execute(f"create table listed (place bigint, {facts})")
+            _execute(database, f"create table known (row bigint, {facts}, replaces bigint, done boolean)")
+            _execute(database, f"create table listed (place bigint, {facts})")
             _load_known(database, out, parts, done, storage_options)
             files = _set_aside(tables, database, folder)
-            found = database.sql(_COMPARE).to_arrow_table()
+            found = heeding_signals(lambda: database.sql(_COMPARE).to_arrow_table(), database.interrupt)
         yield from _picked(files, found["place"].to_numpy(), found["replaces"].combine_chunks())
 
 
@@ -106,10 +107,14 @@ def _set_aside(tables: Iterable[pa.Table], database: duckdb.DuckDBPyConnection, 
 
 def _insert(database: duckdb.DuckDBPyConnection, table: str, columns: list[pa.Array]) -> None:
     """`columns` in the order of `table`'s, the full address in the place of its hash."""
-    names = [name for (name,) in database.execute(f"select name from pragma_table_info('{table}')").fetchall()]
+    names = [name for (name,) in _execute(database, f"select name from pragma_table_info('{table}')")]
     database.register("batch", pa.table(columns, names=names))
-    database.execute(f"insert into {table} select * replace (hash(url) as url) from batch")
+    _execute(database, f"insert into {table} select * replace (hash(url) as url) from batch")
     database.unregister("batch")
+
+
+def _execute(database: duckdb.DuckDBPyConnection, statement: str) -> list[tuple[str, ...]]:
+    return heeding_signals(lambda: database.execute(statement).fetchall(), database.interrupt)
 
 
 def _keys(uris: pa.Array) -> pa.Array:

@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from support.commands import end, start
 from support.runs import RunContent, write_run
 
 from jobs.retrieve_screen import print_json
@@ -187,3 +190,24 @@ def test_numbers_of_any_type_are_numbers_in_json(store: FeatureStore, capsys: py
     query = "SELECT sum(row) AS whole, 170141183460469231731687303715884105727 AS huge, 1.25 AS part FROM images"
     print_json(sql.ask(store, query, 1).table.to_pylist())
     assert json.loads(capsys.readouterr().out) == [{"whole": 200 * 199 // 2, "huge": 2**127 - 1, "part": 1.25}]
+
+
+@pytest.mark.parametrize("out", ["", "sum.csv"])
+@pytest.mark.parametrize("rows", ["sum(range)", "range"])
+def test_interrupted_in_the_midst_of_a_query(store: FeatureStore, tmp_path: Path, rows: str, out: str) -> None:
+    """DuckDB has an error of its own for that; adding up, it does not even look whether it was told to stop."""
+    begun, log = tmp_path / "begun.csv", tmp_path / "log"
+    query = f"COPY (SELECT 1) TO '{begun}'; SELECT {rows} FROM range(1_000_000_000_000) WHERE hash(range) = 5"
+    command = start("sql", store.root, query, *(["--out", tmp_path / out] if out else []), log=log)
+    try:
+        deadline = time.monotonic() + 100
+        while not begun.exists():
+            assert command.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, "the query did not begin"
+            time.sleep(0.02)
+        command.send_signal(signal.SIGINT)
+        assert command.wait(timeout=60) == 130, log.read_text()
+    finally:
+        end(command.pid)
+    assert log.read_text() == "interrupted\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["begun.csv", "log"]

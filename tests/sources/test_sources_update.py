@@ -1,7 +1,11 @@
 """`--update`: which of the rows listed now are new or changed."""
 
 import os
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +206,36 @@ def test_many_rows_over_many_batches(tmp_path: Path) -> None:
     found = frozen.update(*(shuffled.slice(start, 7000) for start in range(0, count, 7000)))
     assert sorted(replaced for _, replaced in found if replaced is not None) == changed.tolist()
     assert frozen.superseded == changed.tolist()
+
+
+COMPARING = """
+import sys
+from pipeline.signals import interruptible
+from pipeline.sources import update
+from schemas.errors import Interrupted
+endless = "select sum(range) as place, 0 as replaces from range(1_000_000_000_000)"
+update._COMPARE = f"copy (select 1) to '{sys.argv[1]}/begun.csv'; {endless}"
+try:
+    with interruptible():
+        list(update.new_and_changed([], sys.argv[1], [], lambda rows: rows, {}))
+except (KeyboardInterrupt, Interrupted) as stopped:
+    print(type(stopped).__name__, getattr(stopped, "exit_code", None))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "told"), [(signal.SIGINT, "KeyboardInterrupt None"), (signal.SIGTERM, "Interrupted 143")]
+)
+def test_told_to_stop_while_the_listings_are_compared(tmp_path: Path, number: int, told: str) -> None:
+    child = subprocess.Popen([sys.executable, "-c", COMPARING, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 100
+        while not (tmp_path / "begun.csv").exists():
+            assert child.poll() is None, "ended before it compared"
+            assert time.monotonic() < deadline, "the comparison did not begin"
+            time.sleep(0.02)
+        child.send_signal(number)
+        assert child.communicate(timeout=60)[0].strip() == told
+    finally:
+        child.kill()
+        child.wait()
