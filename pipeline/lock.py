@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 from fsspec import AbstractFileSystem
 
-from pipeline.storage import create_bytes, put_bytes, redact
+from pipeline.storage import create_bytes, put_bytes, reading, redact
 from schemas.errors import OutputError
 
 _BEAT_S = 5.0
@@ -48,9 +48,11 @@ class Held:
             )
 
     def is_ours(self) -> bool:
-        """Whether the file is still the one that we made."""
+        """Whether the file is still the one that we made. Raises OutputError where the store does not say."""
         try:
-            return bool(json.loads(self._fs.cat_file(self._lock)).get("holder") == self._token)
+            with reading(self._lock):
+                said = self._fs.cat_file(self._lock)
+            return bool(json.loads(said).get("holder") == self._token)
         except (FileNotFoundError, ValueError, AttributeError):
             return False
 
@@ -68,9 +70,9 @@ class Held:
                 put_bytes(self._fs, self._lock, self.beat())
 
     def release(self) -> None:
-        """Remove the file, unless it is another's by now."""
-        if self.is_ours():
-            with suppress(FileNotFoundError):
+        """Remove the file, unless it is another's by now. Where the store does not let us, who waits buries it."""
+        with suppress(Exception):  # it must not hide what came first
+            if self.is_ours():
                 self._fs.rm_file(self._lock)
 
 
@@ -143,7 +145,8 @@ class _Holder:
     def is_gone(self, fs: AbstractFileSystem, lock: str) -> bool:
         """Whether the holder was killed: it has been silent for several beats, or is no process of this machine."""
         try:
-            beat = fs.cat_file(lock)
+            with reading(lock):
+                beat = fs.cat_file(lock)
         except FileNotFoundError:
             return False
         if beat != self._beat:
@@ -153,7 +156,7 @@ class _Holder:
     def bury(self, fs: AbstractFileSystem, lock: str) -> None:
         """Remove what a holder that is gone left, unless somebody else holds the lock by now."""
         time.sleep(random.uniform(0, _LOOK_S))  # all who wait find it dead at the same moment
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), reading(lock):
             if fs.cat_file(lock) == self._beat:
                 fs.rm_file(lock)
 

@@ -25,6 +25,7 @@ from pipeline.storage import (
     put_bytes,
     read_error,
     read_json,
+    reading,
     redact,
 )
 from schemas.attempt import AttemptRecord
@@ -74,7 +75,8 @@ def read_attempt(fs: AbstractFileSystem, place: str) -> AttemptRecord | None:
     Raises OutputError when the file is not ours, or the store does not let us look.
     """
     try:
-        content = fs.cat_file(place)
+        with reading(place):
+            content = fs.cat_file(place)
         return AttemptRecord.model_validate_json(content) if content else None
     except FileNotFoundError:
         return None
@@ -83,8 +85,6 @@ def read_attempt(fs: AbstractFileSystem, place: str) -> AttemptRecord | None:
             f"{redact(place)} is not the record of an attempt ({str(error).splitlines()[0]}); if no job "
             "runs there, remove it: parts do not depend on it"
         ) from error
-    except Exception as error:  # each driver has errors of its own, not all of them an OSError
-        raise read_error(place, error) from error
 
 
 def manifest_error(place: str, error: Exception) -> OutputError:
@@ -177,7 +177,8 @@ def freezing(out: str, storage_options: Options, *, again: bool = False) -> Iter
     lock = join(path, "_freezing")
 
     def frozen() -> bool:
-        return not again and read_record(out, storage_options) is not None and not exists(fs, lock)
+        with reading(lock):
+            return not again and read_record(out, storage_options) is not None and not exists(fs, lock)
 
     try:
         with locked(fs, lock, "listing the sources", unless=frozen) as mine:

@@ -274,6 +274,17 @@ def read_error(path: str, error: Exception) -> OutputError:
     )
 
 
+@contextlib.contextmanager
+def reading(place: str) -> Iterator[str]:
+    """`read_error` for whatever keeps us from reading `place`, unless it is not there."""
+    try:
+        yield place
+    except (FileNotFoundError, PatchstreamError):
+        raise
+    except Exception as error:  # each driver has errors of its own, not all of them an OSError
+        raise read_error(place, error) from error
+
+
 def error_number(error: Exception) -> int:
     """The `errno` of an error, also of those that the drivers of object stores raise without one; 0 for none."""
     number = getattr(error, "errno", None)

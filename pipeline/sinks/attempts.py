@@ -15,7 +15,7 @@ from fsspec import AbstractFileSystem
 
 from pipeline.lock import is_running
 from pipeline.record import read_attempt
-from pipeline.storage import Options, create_bytes, filesystem, is_local, join, put_bytes, read_error, redact
+from pipeline.storage import Options, create_bytes, filesystem, is_local, join, put_bytes, reading, redact
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
 from schemas.spec import Shard
@@ -147,13 +147,11 @@ def _ended_lately(record: AttemptRecord) -> bool:
 
 
 def _numbers(fs: AbstractFileSystem, path: str) -> list[int]:
-    folder = join(path, "attempts")
     try:
-        names = fs.ls(folder, detail=False, refresh=True)
+        with reading(join(path, "attempts")) as folder:
+            names = fs.ls(folder, detail=False, refresh=True)
     except FileNotFoundError:
         return []
-    except Exception as error:  # each driver has errors of its own, not all of them an OSError
-        raise read_error(folder, error) from error
     stems = [name.rpartition("/")[2].removesuffix(".json") for name in names]
     return [int(stem) for stem in stems if stem.isdigit()]
 

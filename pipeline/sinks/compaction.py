@@ -21,7 +21,19 @@ from pipeline.lock import Held, locked
 from pipeline.sinks import intervals
 from pipeline.sinks.intervals import Spans
 from pipeline.sinks.parts import FOLDERS, Part, encode, gone, list_parts, part_name, read_columns, read_row_numbers
-from pipeline.storage import Options, exists, filesystem, is_local, join, put_bytes, read_json, redact, write_error
+from pipeline.storage import (
+    Options,
+    exists,
+    filesystem,
+    is_local,
+    join,
+    put_bytes,
+    read_json,
+    reading,
+    redact,
+    write_error,
+)
+from schemas.errors import PatchstreamError
 from schemas.tables import METADATA_KEY, SWAP_PLAN
 
 _STAGING = "_swap"
@@ -46,7 +58,7 @@ def compact(out: str, target_bytes: int, storage_options: Options, first: int = 
         for group in _groups(mine, target_bytes):
             with _swapping(fs, path) as held:
                 # What somebody else has rewritten meanwhile is left to the next time.
-                if all(exists(fs, join(path, part.path)) for part in group):
+                if all(_is_there(fs, join(path, part.path)) for part in group):
                     _swap(fs, path, held, group, [_merge(fs, path, group)])
                     merged += len(group)
     return merged
@@ -94,7 +106,7 @@ def drop_repeats(out: str, twice: Spans, storage_options: Options) -> int:
 def recover(out: str, storage_options: Options) -> None:
     """Finish a swap that was cut short, or clear away one that never began."""
     fs, path = filesystem(out, storage_options)
-    if exists(fs, join(path, _STAGING)):
+    if _is_there(fs, join(path, _STAGING)):
         with _swapping(fs, path):
             pass  # who gets the lock finishes what is there
 
@@ -104,7 +116,8 @@ def _swapping(fs: AbstractFileSystem, out: str) -> Iterator[Held]:
     """The lock, with nothing left of a swap whose holder died while we waited: the old parts may be gone already."""
     with locked(fs, join(out, _LOCK), "rewriting parts") as held:
         assert held is not None
-        plan = read_json(fs, join(out, SWAP_PLAN))
+        with reading(join(out, SWAP_PLAN)) as place:
+            plan = read_json(fs, place)
         if plan is None:
             _clear(fs, out)
         else:
@@ -173,7 +186,9 @@ def _carry_out(fs: AbstractFileSystem, out: str, held: Held, plan: dict[str, lis
         held.check()  # else the plan that is there now is another's
         fs.rm_file(join(out, SWAP_PLAN))
         _clear(fs, out)
-    except OSError as error:
+    except PatchstreamError:
+        raise
+    except Exception as error:  # each driver has errors of its own, not all of them an OSError
         raise write_error(out, error) from error
 
 
@@ -195,5 +210,13 @@ def _move(fs: AbstractFileSystem, source: str, target: str) -> None:
 
 def _clear(fs: AbstractFileSystem, out: str) -> None:
     staging = join(out, _STAGING)
-    if exists(fs, staging):
-        fs.rm(staging, recursive=True)
+    try:
+        if exists(fs, staging):
+            fs.rm(staging, recursive=True)
+    except Exception as error:  # each driver has errors of its own, not all of them an OSError
+        raise write_error(staging, error) from error
+
+
+def _is_there(fs: AbstractFileSystem, place: str) -> bool:
+    with reading(place):
+        return exists(fs, place)

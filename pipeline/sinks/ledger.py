@@ -11,7 +11,7 @@ from pipeline.record import until_settled
 from pipeline.sinks import intervals
 from pipeline.sinks.intervals import Spans
 from pipeline.sinks.parts import DamagedPart, Part, gone, list_parts, read_row_numbers
-from pipeline.storage import Options, exists, filesystem, join
+from pipeline.storage import Options, exists, filesystem, join, reading
 from schemas.tables import SWAP_PLAN
 
 _READERS = 16
@@ -56,7 +56,9 @@ def settled_ledger(out: str, storage_options: Options, *, damaged_too: bool = Fa
     fs, path = filesystem(out, storage_options)
     for _ in until_settled(out):
         before = {part.path for part in list_parts(fs, path)}
-        if not exists(fs, join(path, SWAP_PLAN)):
+        with reading(join(path, SWAP_PLAN)) as plan:
+            begun = exists(fs, plan)
+        if not begun:
             ledger = read_ledger(out, storage_options, damaged_too=damaged_too)
             # A swap that began since the look for its plan would have taken parts away.
             if before.issubset(part.path for part in ledger.parts):

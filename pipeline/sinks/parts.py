@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from pipeline.columns import is_damage, open_columns
-from pipeline.storage import join, put_bytes, read_error, redact
+from pipeline.storage import join, put_bytes, read_error, reading, redact
 from schemas.errors import OutputError
 from schemas.tables import FAILURES_SCHEMA, METADATA_KEY
 
@@ -62,11 +62,15 @@ def part_name(rows: npt.NDArray[np.int64]) -> str:
 
 
 def list_parts(fs: AbstractFileSystem, out: str) -> list[Part]:
-    """Every visible part, by folder and first row. Files that are no parts of ours are left alone."""
+    """Every visible part, by folder and first row. Files that are no parts of ours are left alone.
+
+    Raises OutputError where the store does not let us look.
+    """
     parts = []
     for folder in FOLDERS:
         try:
-            entries = fs.ls(join(out, folder), detail=True, refresh=True)
+            with reading(join(out, folder)) as place:
+                entries = fs.ls(place, detail=True, refresh=True)
         except FileNotFoundError:
             continue
         for entry in entries:

@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
+from support.fleeting import fleeting
 
 from pipeline import lock
 from pipeline.lock import locked
+from pipeline.storage import filesystem
 from schemas.errors import OutputError
 
 FS = LocalFileSystem()
@@ -175,3 +177,24 @@ def test_a_lock_that_was_lost_is_neither_beaten_nor_removed(tmp_path: Path, monk
         with pytest.raises(OutputError, match="went to another job"):
             held.check()
     assert path.read_text() == '{"holder": "another"}'
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_a_store_that_goes_away_does_not_hide_what_ended_the_work(
+    scheme: str, request: pytest.FixtureRequest, log_dir: Path
+) -> None:
+    """Drivers have errors of their own for that, not all of them an OSError."""
+    with fleeting(request.getfixturevalue("s3_server" if scheme == "s3" else "gcs_server"), log_dir) as store:
+        fs, out = filesystem(store.out, store.options)
+
+        def work() -> None:
+            with locked(fs, f"{out}/_lock", "testing") as held:
+                assert held is not None
+                store.leave()
+                for look in (held.check, lambda: lock._Holder().is_gone(fs, f"{out}/_lock")):
+                    with pytest.raises(OutputError, match=rf"cannot read {out}/_lock: "):
+                        look()
+                raise KeyError("what ended the work")
+
+        with pytest.raises(KeyError, match="what ended the work"):
+            work()

@@ -7,14 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from support.fleeting import fleeting
+from support.gcs import GcsServer
+from support.runs import RunContent, run_record
 
 from pipeline.signals import interruptible
-from pipeline.sinks import compaction, ledger
-from pipeline.sinks.parts import Part, list_parts, write_part
+from pipeline.sinks import compaction, intervals, ledger
+from pipeline.sinks.parts import Part, list_parts, read_columns, write_part
+from pipeline.sinks.verify import verify
+from pipeline.storage import filesystem
 from schemas.errors import Interrupted, OutputError
 
 FS = fsspec.filesystem("file")
@@ -145,3 +152,51 @@ def test_rows_that_a_swap_hides_are_waited_for(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("time.sleep", end)
     assert ledger.settled_ledger(str(tmp_path), {}).images.tolist() == [[0, 9]]
     assert len(waits) == 1
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_a_store_that_goes_away_is_named(scheme: str, request: pytest.FixtureRequest, log_dir: Path) -> None:
+    """Drivers have errors of their own for that, not all of them an OSError."""
+    with fleeting(request.getfixturevalue("s3_server" if scheme == "s3" else "gcs_server"), log_dir) as store:
+        fs, out = filesystem(store.out, store.options)
+        for rows in ([0, 1, 2], [4, 6]):
+            write_part(fs, out, "images", pa.table({"row": rows}), b"{}")
+        parts = list_parts(fs, out)
+        record = run_record(RunContent({"cls": np.zeros((5, 2), np.float32)}))
+        for look in (
+            lambda: verify(store.out, record, intervals.EMPTY, pa.schema([]), store.options, lambda part: store.leave()),
+            lambda: list_parts(fs, out),
+            lambda: read_columns(fs, out, parts[0]),
+            lambda: ledger.read_ledger(store.out, store.options),
+            lambda: ledger.settled_ledger(store.out, store.options),
+            lambda: compaction.recover(store.out, store.options),
+        ):
+            with pytest.raises(
+                OutputError, match=rf"{out}.*(Could not connect to the endpoint URL|injected by the test)"
+            ):
+                look()
+
+
+@pytest.mark.parametrize("path", ["*", "*/images/*", "*_swap/images/*"])
+def test_a_store_that_goes_away_in_the_middle_of_a_swap_is_named(
+    gcs_server: GcsServer, log_dir: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    with fleeting(gcs_server, log_dir) as store:
+        fs, out = filesystem(store.out, store.options)
+        for rows in ([0, 1, 2], [3, 4, 5]):
+            write_part(fs, out, "images", pa.table({"row": rows}), b"{}")
+        put_bytes = compaction.put_bytes
+
+        def leaving(fs: AbstractFileSystem, place: str, data: bytes) -> None:
+            put_bytes(fs, place, data)
+            if place.endswith("plan.json"):
+                store.leave(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(compaction, "put_bytes", leaving)
+            patch.setattr("pipeline.lock._BEAT_S", 0.2)
+            with pytest.raises(OutputError, match=rf"cannot (read|write) {out}.*injected by the test"):
+                compaction.compact(store.out, 1 << 20, store.options)
+            store.leave("nothing")
+            compaction.recover(store.out, store.options)
+        assert [part.rows for part in list_parts(fs, out)] == [6]
