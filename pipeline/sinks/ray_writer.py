@@ -5,6 +5,7 @@ is scheduled behind everything upstream of it on a busy machine, and knows no cl
 """
 
 import contextlib
+import logging
 import queue
 import threading
 import time
@@ -28,6 +29,8 @@ _TICK_S = 0.2
 _DRAIN_S = 15.0
 # For Ray Data to end an execution.
 _STOP_S = 5.0
+
+log = logging.getLogger(__name__)
 
 
 class WriteJob(NamedTuple):
@@ -195,11 +198,18 @@ class _Writes:
             yield _result(reference)
 
     def drain(self, limit_s: float) -> Iterator[Committed]:
-        """Write what is held, for at most `limit_s` seconds."""
+        """Write what is held, for at most `limit_s` seconds. What fails is told, and its rows stay pending."""
         self.submit()
-        if self.running:
-            ready, _ = ray.wait(self.running, num_returns=len(self.running), timeout=limit_s)
-            yield from map(_result, ready)
+        if not self.running:
+            return
+        ready, _ = ray.wait(self.running, num_returns=len(self.running), timeout=limit_s)
+        for reference in ready:
+            try:
+                committed = _result(reference)
+            except Exception as error:  # noqa: BLE001  it must hide neither why the job ends nor the other writes
+                log.warning("a last write failed, its rows stay pending: %s", redact(str(unwrap(error))))
+                continue
+            yield committed
 
 
 def _result(reference: Any) -> Committed:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from fsspec.implementations.local import LocalFileSystem
-from support.commands import start
+from support.commands import attempt_records, start
 from support.flaky_proxy import FlakyProxy
 from support.gcs import GcsServer
 from support.s3 import S3Server
@@ -22,7 +23,7 @@ from support.s3 import S3Server
 from pipeline import maintenance
 from pipeline.flow import Connect, run
 from pipeline.progress import Progress
-from schemas.errors import OutputError, PatchstreamError
+from schemas.errors import Interrupted, OutputError, PatchstreamError
 from schemas.machines import Machines
 from schemas.spec import JobSpec, build_spec
 
@@ -134,6 +135,24 @@ def test_a_store_that_has_gone_does_not_hide_what_ended_the_run(
     with pytest.raises(PatchstreamError, match=r"cannot write a part|interrupted; what was committed stays") as ended:
         run(spec_for(addresses, str(tmp_path / "out")), never)
     assert ended.value.exit_code == (2 if isinstance(first, OutputError) else 130)
+
+
+def test_a_signal_is_what_ends_a_run_whose_last_write_fails(tmp_path: Path, addresses: Path, connect: Connect) -> None:
+    out = tmp_path / "out"
+
+    def stop_at_the_first_rows(progress: Progress) -> None:
+        if progress.phase == "running" and not (out / "images").exists():
+            (out / "images").write_text("in the way")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    spec = spec_for(addresses, str(out), sink={"commit_s": 60})
+    with pytest.raises(Interrupted) as ended:
+        run(spec, connect, stop_at_the_first_rows)
+    assert ended.value.exit_code == 143
+    (record,) = attempt_records(out)
+    assert (record["status"], record["images"]) == ("interrupted", 0)
+    (out / "images").unlink()
+    assert run(spec, connect).images == ROWS
 
 
 # --- several jobs, one output

@@ -1,0 +1,52 @@
+"""Told to stop while a write fails: the signal is what ends the job, and what the other writes made visible counts."""
+
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import ray
+
+from cluster.session import ray_session
+from pipeline.sinks import ray_writer
+from pipeline.sinks.ray_writer import Committed, Received, commit_stream
+from schemas.attempt import StageSeconds
+from schemas.errors import OutputError
+from schemas.spec import SinkSpec
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [KeyboardInterrupt, GeneratorExit])
+def test_a_last_write_that_fails_hides_neither_the_signal_nor_the_other_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, told: type[BaseException]
+) -> None:
+    go = tmp_path / "go"
+
+    def first_fails(job: Any, *blocks: pa.Table) -> Committed:
+        while not go.exists():
+            time.sleep(0.02)
+        if blocks[0]["row"][0].as_py() == 0:
+            raise OutputError("cannot write /out: the disk is full")
+        return Committed(2, 0, 1, StageSeconds(), {})
+
+    def bundles() -> Generator[Any, None, None]:
+        for row in (0, 8):
+            table = pa.table({"row": [row, row + 1]})
+            yield from ray.data.from_arrow(table).iter_internal_ref_bundles()
+
+    monkeypatch.setattr(ray_writer, "write_blocks", first_fails)
+    job: Any = None
+    late: list[Committed] = []
+    with ray_session(cpus=1):
+        events = commit_stream(bundles(), job, SinkSpec(part_bytes=1, commit_s=60), late.append)
+        received = 0
+        while received < 4:
+            event = next(events)
+            received += event.rows if isinstance(event, Received) else 0
+        go.touch()
+        with pytest.raises(told):
+            events.throw(told())
+    assert [committed.images for committed in late] == [2]
+    assert "its rows stay pending: cannot write /out: the disk is full" in caplog.text
