@@ -204,7 +204,6 @@ def _from_hub(name: str, revision: str | None) -> Place:
         HfHubHTTPError,
         HFValidationError,
         HTTPError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -227,14 +226,26 @@ def _from_hub(name: str, revision: str | None) -> Place:
     except RevisionNotFoundError as error:
         raise CheckpointError(f"{name}: the hub has the model, but no revision {revision!r}") from error
     except HfHubHTTPError as error:
-        raise CheckpointError(f"{name}: the hub refuses: {error}") from error
+        status = error.response.status_code
+        if status != 429 and status < 500:
+            raise CheckpointError(f"{name}: the hub refuses: {error}") from error
+        said = str(error).partition("\n")[0]
+        folder = _fetched_before(name, revision, f"the hub answers: {said}. Try again later, or fetch it elsewhere")
     except (HTTPError, OSError):
-        try:
-            # Of the whole repository, which huggingface_hub remembers by its list of files, no more was ever fetched.
-            folder = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=_PREFERRED))
-        except LocalEntryNotFoundError as error:
-            raise CheckpointError(_unreachable(name)) from error
+        folder = _fetched_before(name, revision, "the hub cannot be reached. Fetch it where there is a network")
     return Place(name, folder, folder.name)
+
+
+def _fetched_before(name: str, revision: str | None, why: str) -> Path:
+    """The model's folder in the hub's cache. Raises CheckpointError where it lacks files, and `why` they are lacking."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        # Of the whole repository, which huggingface_hub remembers by its list of files, no more was ever fetched.
+        return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=_PREFERRED))
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(_unreachable(name, why)) from error
 
 
 def _on_the_hub(name: str, revision: str | None) -> list[str]:
@@ -248,11 +259,12 @@ def _on_the_hub(name: str, revision: str | None) -> list[str]:
     return [*SMALL_FILES, *TEXT_FILES, *TORCH, "pytorch_model-*-of-*.bin"]
 
 
-def _unreachable(name: str) -> str:
+def _unreachable(name: str, why: str) -> str:
     from huggingface_hub import constants
 
-    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+    if constants.HF_HUB_OFFLINE:
+        why = "HF_HUB_OFFLINE is set. Fetch it where there is a network"
     return (
-        f"{name}: no such folder here, not in the hub's cache ({constants.HF_HUB_CACHE}), and {why}. Fetch it "
-        f"where there is a network (hf download {name}) and give its folder as --model."
+        f"{name}: no such folder here, not in the hub's cache ({constants.HF_HUB_CACHE}), and {why} "
+        f"(hf download {name}) and give its folder as --model."
     )

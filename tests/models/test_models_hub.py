@@ -26,6 +26,7 @@ class Hub:
     snapshot: Path
     asked: list[str]
     gated: bool = False
+    status: int | None = None
 
 
 @pytest.fixture
@@ -52,9 +53,10 @@ def _serving(hub: Hub) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             hub.asked.append(self.path)
-            if hub.gated:
-                self.send_response(403)
-                self.send_header("X-Error-Code", "GatedRepo")
+            if hub.gated or hub.status:
+                self.send_response(hub.status or 403)
+                if hub.gated:
+                    self.send_header("X-Error-Code", "GatedRepo")
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
@@ -130,4 +132,24 @@ def test_a_name_that_no_model_of_the_hub_can_have(name: str) -> None:
 def test_a_model_with_terms_says_where_to_accept_them(hub: Hub) -> None:
     hub.gated = True
     with pytest.raises(CheckpointError, match=rf"accepted its terms.*https://huggingface.co/{NAME}, then log in"):
+        inspect_model(NAME)
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_what_was_fetched_is_found_while_the_hub_is_out_of_order(hub: Hub, status: int) -> None:
+    info = inspect_model(NAME)
+    hub.status = status
+    assert inspect_model(NAME) == info
+    load_model(info)
+    (hub.snapshot / "model.safetensors").unlink()
+    with pytest.raises(
+        CheckpointError, match=rf"not in the hub's cache .* the hub answers: .*{status}.*Try again later"
+    ):
+        inspect_model(NAME)
+
+
+def test_a_hub_that_refuses_is_not_one_that_is_out_of_order(hub: Hub) -> None:
+    inspect_model(NAME)
+    hub.status = 403
+    with pytest.raises(CheckpointError, match=r"(?s)the hub refuses: .*403"):
         inspect_model(NAME)
