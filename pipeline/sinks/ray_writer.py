@@ -19,8 +19,9 @@ import ray
 from pipeline import logs, metrics
 from pipeline.sinks.attempts import Fence
 from pipeline.sinks.parts import split, write_part
-from pipeline.storage import filesystem
+from pipeline.storage import filesystem, redact
 from schemas.attempt import StageSeconds
+from schemas.losses import unwrap
 from schemas.spec import SinkSpec
 
 _WRITES_IN_FLIGHT = 4

@@ -163,8 +163,12 @@ def test_a_store_that_goes_away_is_named(scheme: str, request: pytest.FixtureReq
             write_part(fs, out, "images", pa.table({"row": rows}), b"{}")
         parts = list_parts(fs, out)
         record = run_record(RunContent({"cls": np.zeros((5, 2), np.float32)}))
+
+        def leave(part: Part) -> None:
+            store.leave()
+
         for look in (
-            lambda: verify(store.out, record, intervals.EMPTY, pa.schema([]), store.options, lambda part: store.leave()),
+            lambda: verify(store.out, record, intervals.EMPTY, pa.schema([]), store.options, leave),
             lambda: list_parts(fs, out),
             lambda: read_columns(fs, out, parts[0]),
             lambda: ledger.read_ledger(store.out, store.options),
