@@ -8,6 +8,7 @@
 The cache of object-store checkpoints is `$PATCHSTREAM_CACHE`, else `patchstream` in `$XDG_CACHE_HOME` or `~/.cache`.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -34,6 +35,8 @@ _VERSION_KEYS = (
     *("last_modified", "blob_id", "xet_hash", "modificationTime", "modify", "created"),
 )
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model")
+# What a store never answers: it is our own disk that refuses.
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 # Of a hub model with safetensors. The files of one without are looked at when they are found in its folder.
 _PREFERRED = [*SMALL_FILES, *TEXT_FILES, *SAFETENSORS, "model-*-of-*.safetensors"]
 
@@ -118,19 +121,27 @@ def _fetch(fs: AbstractFileSystem, url: str, files: Mapping[str, Mapping[str, An
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for path in files:
-            try:
-                fs.get_file(path, str(partial / _file_name(path)))
-            except Exception as error:
-                raise CheckpointError(f"{redact(path)}: cannot be read: {_named(error)}") from error
-        if not dated:
-            contents = {path.name: {"Digest": _digest(path)} for path in partial.iterdir()}
-            folder = folder.with_name(_version(url, contents))
-            if folder.exists():
-                shutil.rmtree(partial)
-                return folder
-        partial.rename(folder)
+        try:
+            for path in files:
+                _get_file(fs, path, partial / _file_name(path))
+            if not dated:
+                contents = {path.name: {"Digest": _digest(path)} for path in partial.iterdir()}
+                folder = folder.with_name(_version(url, contents))
+                if folder.exists():
+                    return folder
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # it may have filled the disk
     return folder
+
+
+def _get_file(fs: AbstractFileSystem, path: str, target: Path) -> None:
+    try:
+        fs.get_file(path, str(target))
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            raise
+        raise CheckpointError(f"{redact(path)}: cannot be read: {_named(error)}") from error
 
 
 def _in_folder(fs: AbstractFileSystem, prefix: str) -> dict[str, Any]:
@@ -237,7 +248,7 @@ def _from_hub(name: str, revision: str | None) -> Place:
 
 
 def _fetched_before(name: str, revision: str | None, why: str) -> Path:
-    """The model's folder in the hub's cache. Raises CheckpointError where it lacks files, and `why` they are lacking."""
+    """The model's folder in the hub's cache. Raises CheckpointError where files are lacking, and `why`."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

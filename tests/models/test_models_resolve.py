@@ -1,6 +1,8 @@
 """Checkpoints behind an object store: fetched once, and again when they change."""
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -157,6 +159,31 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("PATCHSTREAM_CACHE", str(tmp_path / "a file"))
     with pytest.raises(CheckpointError, match=r"/vit: cannot be kept in .*/a file: .*PATCHSTREAM_CACHE"):
         inspect_model(url, storage_options=options)
+
+
+FULL = """
+import resource, signal, sys
+from pipeline.models import inspect_model
+from schemas.errors import CheckpointError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    inspect_model(sys.argv[1])
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_a_disk_without_room_for_a_checkpoint(
+    tmp_path: Path, http_server: Callable[..., HttpServer], cache: Path
+) -> None:
+    folder = make_checkpoint(tmp_path / "vit", "vit", image_size=32, hidden_size=32, num_attention_heads=2)
+    url = f"{http_server(folder).url}/model.safetensors"
+    done = subprocess.run([sys.executable, "-c", FULL, url], capture_output=True, text=True, check=True, timeout=120)
+    assert f"model.safetensors: cannot be kept in {cache}: File too large. Make room there" in done.stdout, done.stderr
+    assert "PATCHSTREAM_CACHE" in done.stdout
+    assert not [path for path in (cache / "models").iterdir() if path.is_dir()]
+    inspect_model(url)
 
 
 def test_weights_replaced_after_planning_are_refused(tmp_path: Path) -> None:
