@@ -37,7 +37,7 @@ demo: $(STAMP)  ## run the whole job on drawn pictures with the small model that
 # In the order of the names: by default the files with the fewest tests come last, which here are the slowest ones.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 15 -rs
 
-test: $(STAMP)-dev lint types  ## lint, types, import rules and the tests (15 to 17 minutes on 2 cores)
+test: $(STAMP)-dev lint types  ## lint, types, import rules and the tests (15 to 22 minutes on 2 cores)
 	@$(PYTEST) -m "not long" $(TESTS)
 
 test-long: $(STAMP)-dev  ## the rest: clusters of several nodes, submitted jobs, servers that die, measurements
