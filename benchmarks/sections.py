@@ -59,20 +59,10 @@ def ceilings(name: str, found: Result) -> str:
 _PEERS = {"ray data, documented way": "ray data, documented way (one actor of one thread)"}
 
 
-def _precision(peer: str, found: Result) -> str:
-    """Of a row that does not say: others have theirs in the name or are in float32, ours is what was asked for."""
-    last = peer.rpartition(" ")[2]
-    if last in ("bfloat16", "int8", "float32"):
-        return last
-    if peer != "patchstream" or found["dtype"] != "auto":
-        return str(found["dtype"]) if peer == "patchstream" else "float32"
-    return "bfloat16" if computes_bfloat16(found) else "float32"
-
-
 def peers(name: str, found: Result) -> str:
     rows = [
         (
-            _PEERS.get(peer, peer), row.get("dtype") or _precision(peer, found), f"{row['images_per_s']:.2f}",
+            _PEERS.get(peer, peer), row["dtype"], f"{row['images_per_s']:.2f}",
             f"{row['patchstream_over_it']:.2f}", f"{row['least_cosine_to_patchstream']:.5f}",
         )
         for peer, row in found["results"].items()

@@ -40,7 +40,8 @@ def check_nodes() -> dict[str, frozenset[str]]:
         if node["Alive"]
     }
     ray.wait(list(asked.values()), num_returns=len(asked), timeout=_ANSWER_S)
-    wrong = [text for node, reference in asked.items() if (text := _problem(node, reference, mine))]
+    answers = {node: _answer(reference) for node, reference in asked.items()}
+    wrong = [f"node {node[:12]}{text}" for node, answer in answers.items() if (text := _problem(answer, mine))]
     if wrong:
         raise ClusterError(
             f"{len(wrong)} of {len(asked)} nodes cannot work on this job:\n  "
@@ -48,14 +49,7 @@ def check_nodes() -> dict[str, frozenset[str]]:
             + f"\nThe driver on {mine.host} has {mine}. Install the same on every node, use one image, or submit with "
             "--working-dir; variables are set where `ray start` runs"
         )
-    return {node: flags for node, reference in asked.items() if (flags := _flags(reference)) is not None}
-
-
-def _flags(reference: Any) -> frozenset[str] | None:
-    try:
-        return frozenset(_Answer(*ray.get(reference, timeout=0)).flags)
-    except _GONE:
-        return None
+    return {node: frozenset(answer.flags) for node, answer in answers.items() if isinstance(answer, _Answer)}
 
 
 class _Answer(NamedTuple):
@@ -75,38 +69,42 @@ def _looker() -> Callable[[Sequence[str], Sequence[str]], tuple[Any, ...]]:
     def look(packages: Sequence[str], needed: Sequence[str]) -> tuple[Any, ...]:
         import importlib
         import os
-        import pathlib
         import socket
         import traceback
 
-        cpuinfo = pathlib.Path("/proc/cpuinfo")
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
         missing = [name for name in needed if not os.environ.get(name)]
         try:
             for package in packages:
                 importlib.import_module(package)
             found = tuple(importlib.import_module("schemas.release").release())
+            # Another release may lack it, and is to be told what it has, not what it lacks.
+            read = getattr(importlib.import_module("schemas.machines"), "cpuinfo", lambda *names: "")
         except Exception:  # noqa: BLE001 - whatever a broken installation raises is what the driver must hear
-            return socket.gethostname(), missing, (), traceback.format_exc(limit=0).strip().splitlines()[-1], flags
-        return socket.gethostname(), missing, found, "", flags
+            return socket.gethostname(), missing, (), traceback.format_exc(limit=0).strip().splitlines()[-1], []
+        return socket.gethostname(), missing, found, "", read("flags", "Features").split()
 
     return look
 
 
-def _problem(node: str, reference: Any, mine: Release) -> str | None:
-    """What is wrong with a node, or None."""
+def _answer(reference: Any) -> _Answer | str | None:
+    """What a node says, why it says nothing, or None where it is gone."""
     try:
-        answer = _Answer(*ray.get(reference, timeout=0))
+        return _Answer(*ray.get(reference, timeout=0))
     except _GONE:
         return None
     except ray.exceptions.GetTimeoutError:
-        return f"node {node[:12]}: no worker process answered within {_ANSWER_S:g} s"
+        return f": no worker process answered within {_ANSWER_S:g} s"
     except ray.exceptions.RayError as error:
-        return f"node {node[:12]}: no worker process starts there ({str(error).strip().splitlines()[-1]})"
-    name = f"node {node[:12]} on {answer.host}"
+        return f": no worker process starts there ({str(error).strip().splitlines()[-1]})"
+
+
+def _problem(answer: _Answer | str | None, mine: Release) -> str:
+    """What is wrong with a node, behind its name; empty for nothing."""
+    if not isinstance(answer, _Answer):
+        return answer or ""
+    where = f" on {answer.host}: "
     if answer.why:
-        return f"{name}: cannot import patchstream ({answer.why})"
+        return f"{where}cannot import patchstream ({answer.why})"
     wrong = [f"has {Release(*answer.found)}"] if answer.found[:2] != mine[:2] else []
     wrong += [f"{', '.join(answer.missing)} not set in its environment"] if answer.missing else []
-    return f"{name}: {'; '.join(wrong)}" if wrong else None
+    return where + "; ".join(wrong) if wrong else ""

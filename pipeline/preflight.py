@@ -189,7 +189,7 @@ def measure_forward(
     cuda = question.spec.gpus_per_actor > 0
     job = actor_job(question, placement)
     predictor: Any = build_predictor(job)
-    found = [timed_forward(predictor, job, pixels["exact"], placement.block_rows)]
+    found = [timed_forward(predictor, job, pixels["exact"])]
     outputs = {"exact": vectors(predictor, job, pixels["exact"])}
     if (pixels["fast"] != pixels["exact"]).any():
         outputs["fast"] = vectors(predictor, job, pixels["fast"])
@@ -198,13 +198,13 @@ def measure_forward(
             block_rows = max(1, placement.block_rows // placement.batch_size) * size
             other = job._replace(batch_size=size, block_rows=block_rows)
             with suppress(PatchstreamError, RuntimeError):
-                found.append(timed_forward(build_predictor(other), other, pixels["exact"], block_rows))
+                found.append(timed_forward(build_predictor(other), other, pixels["exact"]))
     for dtype in other_precisions(question.dtype, cuda=cuda):
         if not budget.spent:
             other = job._replace(dtype=dtype)
             with suppress(PatchstreamError, RuntimeError):
                 candidate: Any = build_predictor(other)
-                result = timed_forward(candidate, other, pixels["exact"], placement.block_rows)
+                result = timed_forward(candidate, other, pixels["exact"])
                 likeness = cosines(vectors(candidate, other, pixels["exact"]), outputs["exact"]).tolist()
                 found.append(result._replace(cosines=likeness))
     return found, outputs, predictor
@@ -227,13 +227,13 @@ def possible(dtype: DTypeName, *, cuda: bool) -> bool:
     return True
 
 
-def timed_forward(predictor: Any, job: ActorJob, pixels: Pixels, block_rows: int) -> Forward:
+def timed_forward(predictor: Any, job: ActorJob, pixels: Pixels) -> Forward:
     """Median seconds of full batches, divided by their images; at least two batches, for up to FORWARD_S.
 
     A batch before them does not count: the first one lays out the weights. On a GPU it is a block of several batches
     at a time, as in a job: the copies of one hide behind the computing of another.
     """
-    images = max(job.batch_size, block_rows) if job.cuda else job.batch_size
+    images = max(job.batch_size, job.block_rows) if job.cuda else job.batch_size
     batch = np.resize(pixels, (images, *pixels.shape[1:]))
     predictor.predict(batch)
     seconds: list[float] = []

@@ -1,5 +1,7 @@
 """What a cluster has, as its session tells it to the job."""
 
+import platform
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -18,3 +20,16 @@ class Machines(NamedTuple):
     # Of the CPUs of those that were asked, as Linux names them.
     node_cpu_flags: tuple[frozenset[str], ...] = ()
     may_grow: bool = False
+
+
+def cpuinfo(*names: str) -> str:
+    """The first value under one of `names` in /proc/cpuinfo. Empty elsewhere than on Linux: macOS on ARM computes
+    bfloat16 in software, so it has no flags that count."""
+    path = Path("/proc/cpuinfo")
+    if platform.system() != "Linux" or not path.exists():
+        return ""
+    for line in path.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in names:
+            return value.strip()
+    return ""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from schemas.errors import SpecError
+from schemas.machines import cpuinfo
 
 if TYPE_CHECKING:
     import torch
@@ -116,17 +115,4 @@ def describe_hardware(*, cuda: bool) -> Hardware:
         if torch.cuda.is_available():
             capability = torch.cuda.get_device_capability()
             cudnn = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
-    return Hardware(frozenset(_cpuinfo("flags", "Features").split()), capability, _cpuinfo("vendor_id"), cudnn)
-
-
-def _cpuinfo(*names: str) -> str:
-    """The first value under one of `names` in /proc/cpuinfo. Empty elsewhere than on Linux: macOS on ARM computes
-    bfloat16 in software, so it has no flags that count."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if platform.system() != "Linux" or not cpuinfo.exists():
-        return ""
-    for line in cpuinfo.read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in names:
-            return value.strip()
-    return ""
+    return Hardware(frozenset(cpuinfo("flags", "Features").split()), capability, cpuinfo("vendor_id"), cudnn)

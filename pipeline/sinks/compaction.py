@@ -20,7 +20,17 @@ from fsspec import AbstractFileSystem
 from pipeline.lock import Held, locked
 from pipeline.sinks import intervals
 from pipeline.sinks.intervals import Spans
-from pipeline.sinks.parts import FOLDERS, Part, encode, gone, list_parts, part_name, read_columns, read_row_numbers
+from pipeline.sinks.parts import (
+    FOLDERS,
+    Part,
+    encode,
+    gone,
+    is_there,
+    list_parts,
+    part_name,
+    read_columns,
+    read_row_numbers,
+)
 from pipeline.storage import (
     Options,
     exists,
@@ -58,7 +68,7 @@ def compact(out: str, target_bytes: int, storage_options: Options, first: int = 
         for group in _groups(mine, target_bytes):
             with _swapping(fs, path) as held:
                 # What somebody else has rewritten meanwhile is left to the next time.
-                if all(_is_there(fs, join(path, part.path)) for part in group):
+                if all(is_there(fs, join(path, part.path)) for part in group):
                     _swap(fs, path, held, group, [_merge(fs, path, group)])
                     merged += len(group)
     return merged
@@ -106,7 +116,7 @@ def drop_repeats(out: str, twice: Spans, storage_options: Options) -> int:
 def recover(out: str, storage_options: Options) -> None:
     """Finish a swap that was cut short, or clear away one that never began."""
     fs, path = filesystem(out, storage_options)
-    if _is_there(fs, join(path, _STAGING)):
+    if is_there(fs, join(path, _STAGING)):
         with _swapping(fs, path):
             pass  # who gets the lock finishes what is there
 
@@ -215,8 +225,3 @@ def _clear(fs: AbstractFileSystem, out: str) -> None:
             fs.rm(staging, recursive=True)
     except Exception as error:  # each driver has errors of its own, not all of them an OSError
         raise write_error(staging, error) from error
-
-
-def _is_there(fs: AbstractFileSystem, place: str) -> bool:
-    with reading(place):
-        return exists(fs, place)

@@ -10,8 +10,8 @@ from fsspec import AbstractFileSystem
 from pipeline.record import until_settled
 from pipeline.sinks import intervals
 from pipeline.sinks.intervals import Spans
-from pipeline.sinks.parts import DamagedPart, Part, gone, list_parts, read_row_numbers
-from pipeline.storage import Options, exists, filesystem, join, reading
+from pipeline.sinks.parts import DamagedPart, Part, gone, is_there, list_parts, read_row_numbers
+from pipeline.storage import Options, filesystem, join
 from schemas.tables import SWAP_PLAN
 
 _READERS = 16
@@ -56,9 +56,7 @@ def settled_ledger(out: str, storage_options: Options, *, damaged_too: bool = Fa
     fs, path = filesystem(out, storage_options)
     for _ in until_settled(out):
         before = {part.path for part in list_parts(fs, path)}
-        with reading(join(path, SWAP_PLAN)) as plan:
-            begun = exists(fs, plan)
-        if not begun:
+        if not is_there(fs, join(path, SWAP_PLAN)):
             ledger = read_ledger(out, storage_options, damaged_too=damaged_too)
             # A swap that began since the look for its plan would have taken parts away.
             if before.issubset(part.path for part in ledger.parts):

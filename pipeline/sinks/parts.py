@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from pipeline.columns import is_damage, open_columns
-from pipeline.storage import join, put_bytes, read_error, reading, redact
+from pipeline.storage import exists, join, put_bytes, read_error, reading, redact
 from schemas.errors import OutputError
 from schemas.tables import FAILURES_SCHEMA, METADATA_KEY
 
@@ -59,6 +59,12 @@ def part_name(rows: npt.NDArray[np.int64]) -> str:
     """The name of the part that holds exactly `rows` (ascending)."""
     digest = hashlib.sha256(np.ascontiguousarray(rows, np.int64).tobytes()).hexdigest()[:12]
     return f"part-{rows[0]:012d}-{rows[-1]:012d}-{len(rows)}-{digest}.parquet"
+
+
+def is_there(fs: AbstractFileSystem, place: str) -> bool:
+    """Whether there is anything at `place`. Raises OutputError where the store does not let us look."""
+    with reading(place):
+        return exists(fs, place)
 
 
 def list_parts(fs: AbstractFileSystem, out: str) -> list[Part]:
