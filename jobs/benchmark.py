@@ -107,9 +107,9 @@ def look(
             measure, cpus=cpus, gpus=spec.gpus_per_actor, question=question, placement=placement, seconds=seconds / 2
         )
         used = min(machines.gpus, placement.actors.max * spec.gpus_per_actor)
-        shape = Shape(int(machines.cpus), used, placement.actors.max, spec.decode)
+        shape = Shape(int(machines.cpus), used, placement.lanes, spec.decode)
         expected = ideal_rate(stage_costs(measured, shape), shape)
-        tail = placement.actors.max * placement.block_rows
+        tail = placement.lanes * placement.block_rows
         images = int(max(_LEAST_IMAGES, 4 * tail, expected * seconds / 2))
         available = measured.listed if measured.listed < LISTED else images
         together = rehearse(spec, connect, images=images, available=available, tail=tail, scratch=scratch)
@@ -127,7 +127,8 @@ def result(measured: "Measured", shape: "Shape", placement: "Placement", togethe
     return {
         "cpus": shape.cpus,
         "gpus": shape.gpus,
-        "actors": shape.actors,
+        "actors": placement.actors.max,
+        "calls": placement.actor_calls,
         "threads": placement.threads,
         "batch_size": placement.batch_size,
         "dtype": measured.forward[0].dtype,

@@ -43,11 +43,12 @@ class Measured(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """How the job would be placed: cores, GPUs that the actors compute on (0: on the cores), actors."""
+    """How the job would be placed: cores, GPUs that the actors compute on (0: on the cores), `lanes` in
+    which blocks are computed side by side."""
 
     cpus: int
     gpus: float
-    actors: int
+    lanes: int
     decode: str
 
 
@@ -71,7 +72,7 @@ def stage_costs(measured: Measured, shape: Shape) -> list[StageCost]:
     # Actors that share a GPU share its rate.
     on_gpu = shape.gpus / forward.image_s
     # Cores on which no actor has a thread do not compute.
-    computing = min(shape.cpus, shape.actors * forward.threads)
+    computing = min(shape.cpus, shape.lanes * forward.threads)
     predict = StageCost("forward", forward_core_s, on_gpu if shape.gpus else computing / forward_core_s)
     fetch = StageCost("fetch", measured.fetch_core_s, fetching)
     return [fetch, costs["decode"], costs["transfer"], predict, costs["write"]]

@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 _log = logging.getLogger("pipeline")
-# What this process works on now: one thing at a time, in which threads that it starts share. Of an actor with two calls
-# at once it is the later one.
+# What this process works on now: one thing at a time, in which threads that it starts share. Of an actor with several
+# calls at once it is the latest one.
 _now: dict[str, Any] = {}
 
 

@@ -27,15 +27,17 @@ _CPU_BLOCK_S = 2.0
 _GFLOPS_A_THREAD = 50.0
 _DECODE_CPUS = 0.25
 _ACTOR_CPUS_A_CORE = 0.75
-_SMALL_MACHINE_CPUS = 4
-_THREADS_ON_LARGER = 4
-# What twice the usual number of threads, or half of it, is thought to cost: this share of the cores may rather idle.
+# Of an actor, where nothing speaks for another number: they share its weights and what Python it runs.
+_CORES_OF_AN_ACTOR = 4
+# More calls than this at once would wait for each other's Python.
+_MOST_CALLS = 8
+# What twice the usual number of cores, or half of it, is thought to cost: this share of the cores may rather idle.
 _WORTH_OF_A_DOUBLING = 0.1
 # Blocks on their way from stage to stage. Ray Data reckons with two for each decoding task that runs, and grants these
 # three eighths of the limit; those that wait for an actor come out of another part of it.
 _STREAM_BYTES = 512 << 20
 _BLOCKS_A_DECODER = 6
-_BLOCKS_AN_ACTOR = 8
+_BLOCKS_A_LANE = 8
 # Calls that an actor on a GPU has at once: what one does on the host is hidden behind what the other computes.
 _GPU_CALLS = 2
 # What Ray Data may use of the object store.
@@ -44,14 +46,15 @@ _UNKNOWN = 1 << 30
 
 
 class Placement(NamedTuple):
-    """Resources for each stage. `batch_size` is the model's; `block_rows` is what travels between stages at once;
-    `task_rows` is the most that a decoding task has, of which `decoders` run side by side. `stream_bytes` may be on the
-    way between stages, in the whole cluster."""
+    """Resources for each stage. An actor has `actor_calls` at once, on CPUs of `threads` threads each. `batch_size` is
+    the model's; `block_rows` is what travels between stages at once; `task_rows` is the most that a decoding task has,
+    of which `decoders` run side by side. `stream_bytes` may be on the way between stages, in the whole cluster."""
 
     actors: ActorRange
     actor_cpus: float
     actor_gpus: float
     actor_memory_bytes: int
+    actor_calls: int
     threads: int
     decode_cpus: float
     batch_size: int
@@ -61,9 +64,14 @@ class Placement(NamedTuple):
     stream_bytes: float
 
     @property
-    def actor_calls(self) -> int:
-        """How many blocks an actor is given at once."""
-        return _GPU_CALLS if self.actor_gpus else 1
+    def actor_lanes(self) -> int:
+        """Blocks that an actor computes side by side: on CPUs one for each call; on a GPU calls take turns."""
+        return 1 if self.actor_gpus else self.actor_calls
+
+    @property
+    def lanes(self) -> int:
+        """Blocks that all actors compute side by side."""
+        return self.actors.max * self.actor_lanes
 
     def task_sizes(self, rows: int) -> Iterator[int]:
         """Rows of each decoding task, `rows` in all. Towards the end tasks shrink down to one block, so that no core is
@@ -88,10 +96,12 @@ def place(
     model_bytes: int,
     image_gflop: float = 0.0,
     output_bytes: int = 0,
+    one_call: bool = False,
 ) -> Placement:
     """Placement for `rows` images of `pixel_bytes` and `image_gflop` each with a model of `model_bytes`.
 
-    `output_bytes` are those of one image's features: patch features take more room than the pixels.
+    `output_bytes` are those of one image's features: patch features take more room than the pixels. `one_call`: an
+    actor on CPUs takes one at a time.
 
     Raises ClusterError when the GPUs asked for are not there, or no machine has the memory for an actor and none may
     come.
@@ -102,24 +112,26 @@ def place(
         _check_gpus(machines, actors, gpus_per_actor)
         fit = sum(int(gpus / gpus_per_actor) for gpus in machines.node_gpus or (machines.gpus,))
         chosen = actors or ActorRange(min=1, max=max(1, fit))
-        threads = 0
+        calls, lanes, threads = _GPU_CALLS, 1, 0
         actor_cpus, decode_cpus = _book_beside_gpus(machines, min(chosen.max, fit))
     else:
         nodes = [max(1, int(cores)) for cores in machines.node_cpus] or [cpus]
-        threads, now = _share(nodes, actors, carried)
+        cores, now = _share(nodes, actors, carried, one_call=one_call)
+        calls = lanes = 1 if one_call else _calls(cores)
+        threads = cores // calls
         decode_cpus = _DECODE_CPUS
         chosen = actors or ActorRange(min=now, max=now)
-        actor_cpus = _book(nodes, threads, now, grows=chosen.max > now)
+        actor_cpus = _book(nodes, cores, now, grows=chosen.max > now)
     row_bytes = max(pixel_bytes, output_bytes)
     batch = batch_size or _automatic_batch(256 if gpus_per_actor else 8, row_bytes)
     if actors is None:
         # More actors than batches would only load weights.
-        useful = max(1, min(chosen.max, -(-rows // batch)))
+        useful = max(1, min(chosen.max, -(-rows // (batch * lanes))))
         chosen = ActorRange(min=min(chosen.min, useful), max=useful)
     blocks = max(1, _BLOCK_BYTES // max(1, row_bytes * batch)) if pixel_bytes else 4096 // batch
     if gpus_per_actor:
         # An actor hides the copies of a batch behind the other of its block: one alone has nothing to hide behind.
-        if 2 * row_bytes * batch <= min(_LARGEST_BLOCK_BYTES, _fair_block(machines, chosen, cpus)):
+        if 2 * row_bytes * batch <= min(_LARGEST_BLOCK_BYTES, _fair_block(machines, chosen.max, cpus)):
             blocks = max(blocks, 2)
         elif batch_size is None and batch > 1:
             batch, blocks = batch // 2, 2 * blocks
@@ -127,8 +139,8 @@ def place(
         # A result can be committed only when its block is done, and a crash must not cost minutes.
         block_images = _CPU_BLOCK_S * _GFLOPS_A_THREAD * threads / image_gflop
         blocks = max(1, min(blocks, int(block_images // batch)))
-    # Small inputs: blocks small enough that every actor gets several.
-    block_rows = batch * max(1, min(blocks, rows // (batch * chosen.max * 4) or 1))
+    # Small inputs: blocks small enough that every lane gets several.
+    block_rows = batch * max(1, min(blocks, rows // (batch * chosen.max * lanes * 4) or 1))
     spread = -(-rows // (cpus * 4))
     task_rows = max(block_rows, min(_TASK_ROWS, spread), -(-rows // _MAX_LONG_TASKS))
     return Placement(
@@ -136,6 +148,7 @@ def place(
         actor_cpus=actor_cpus,
         actor_gpus=gpus_per_actor,
         actor_memory_bytes=model_bytes,
+        actor_calls=calls,
         threads=threads,
         decode_cpus=decode_cpus,
         batch_size=batch,
@@ -145,18 +158,18 @@ def place(
         # A limit for the machines of today would hold back those that come. Ray Data's own goes with the store.
         stream_bytes=float("inf")
         if machines.may_grow
-        else max(_STREAM_BYTES, block_rows * row_bytes * _blocks(chosen, cpus)),
+        else max(_STREAM_BYTES, block_rows * row_bytes * _blocks(chosen.max * lanes, cpus)),
     )
 
 
-def _blocks(actors: ActorRange, decoders: int) -> int:
+def _blocks(lanes: int, decoders: int) -> int:
     """Blocks that may be on their way."""
-    return _BLOCKS_A_DECODER * decoders + _BLOCKS_AN_ACTOR * actors.max
+    return _BLOCKS_A_DECODER * decoders + _BLOCKS_A_LANE * lanes
 
 
-def _fair_block(machines: Machines, actors: ActorRange, decoders: int) -> float:
+def _fair_block(machines: Machines, lanes: int, decoders: int) -> float:
     """Bytes of a block of which as many as there may be fit into the object store; no limit where it is not known."""
-    return machines.object_store_bytes * _STORE_SHARE / _blocks(actors, decoders) or float("inf")
+    return machines.object_store_bytes * _STORE_SHARE / _blocks(lanes, decoders) or float("inf")
 
 
 def _carried_by_memory(machines: Machines, model_bytes: int, gpus_per_actor: float) -> int:
@@ -183,43 +196,50 @@ def _carried_by_memory(machines: Machines, model_bytes: int, gpus_per_actor: flo
     return 1
 
 
-def _share(nodes: list[int], actors: ActorRange | None, by_memory: int) -> tuple[int, int]:
-    """Threads of a CPU actor, and how many actors nodes of so many cores are to carry as they are now; never more than
-    `by_memory`, of which each then has more threads.
+def _share(nodes: list[int], actors: ActorRange | None, by_memory: int, *, one_call: bool) -> tuple[int, int]:
+    """Cores of a CPU actor, and how many actors nodes of so many cores are to carry as they are now; never more than
+    `by_memory`, of which each then has more cores.
 
-    Never more threads than the smallest node has cores, because an actor lives on one. One thread needs no barriers,
-    so it loses nothing to a decoder on the same core; on larger machines four share the weights, which would otherwise
-    be copied for every core. Where such a number leaves cores over, or memory, another one near it does not.
+    Never more cores than the smallest node has, because an actor lives on one. Four share one copy of the weights and
+    one start of Python and torch. Where that leaves cores over, or memory, another number near it does not. Small nodes
+    have an actor for each core where an actor takes `one_call`, so that several are under way.
     """
-    usual = 1 if min(nodes) <= _SMALL_MACHINE_CPUS else _THREADS_ON_LARGER
+    smallest = min(nodes)
+    usual = 1 if one_call and smallest <= _CORES_OF_AN_ACTOR else min(smallest, _CORES_OF_AN_ACTOR)
     if actors is None:
 
-        def worth(threads: int) -> float:
-            computing = threads * _carried(nodes, threads, by_memory) / sum(nodes)
-            return computing - _WORTH_OF_A_DOUBLING * abs(math.log2(threads / usual))
+        def worth(cores: int) -> float:
+            computing = cores * _carried(nodes, cores, by_memory) / sum(nodes)
+            return computing - _WORTH_OF_A_DOUBLING * abs(math.log2(cores / usual))
 
-        threads = max(range(1, min(nodes) + 1), key=worth)
-        return threads, _carried(nodes, threads, by_memory)
+        cores = max(range(1, smallest + 1), key=worth)
+        return cores, _carried(nodes, cores, by_memory)
     now = min(max(_carried(nodes, usual, _UNKNOWN), actors.min), actors.max, by_memory)
-    return min(max(1, sum(nodes) // now), min(nodes)), now
+    return min(max(1, sum(nodes) // now), smallest), now
 
 
-def _carried(nodes: list[int], threads: int, by_memory: int) -> int:
-    """Actors of so many threads on nodes of so many cores, each on one node."""
-    return min(sum(cores // threads for cores in nodes), by_memory)
+def _calls(cores: int) -> int:
+    """Calls at once of an actor of so many cores, which it divides among them: as many as may be, since a call of one
+    thread waits at no barrier, but with as few cores idle as there can be."""
+    return max(range(1, _MOST_CALLS + 1), key=lambda calls: (calls * (cores // calls), calls))
 
 
-def _book(nodes: list[int], threads: int, now: int, *, grows: bool) -> float:
-    """CPUs that an actor books, so that `now` of them fit on `nodes` with a decoder beside them on each.
+def _carried(nodes: list[int], cores: int, by_memory: int) -> int:
+    """Actors of so many cores on nodes of so many, each on one node."""
+    return min(sum(there // cores for there in nodes), by_memory)
+
+
+def _book(nodes: list[int], cores: int, now: int, *, grows: bool) -> float:
+    """CPUs that an actor of so many cores books: `now` of them fit on `nodes` with a decoder beside them on each.
 
     Where their number `grows` when nodes come, one more must not fit where the decoder is to run.
     """
-    cores = min(nodes)
-    beside = cores - _DECODE_CPUS
-    most = max(1, -(-now * cores // sum(nodes)))
-    booked = min(threads * _ACTOR_CPUS_A_CORE, beside / most)
+    smallest = min(nodes)
+    beside = smallest - _DECODE_CPUS
+    most = max(1, -(-now * smallest // sum(nodes)))
+    booked = min(cores * _ACTOR_CPUS_A_CORE, beside / most)
     fit = int(beside / booked + 1e-9)
-    keeps_out = cores / (fit + 1) + 1e-3
+    keeps_out = smallest / (fit + 1) + 1e-3
     return max(booked, keeps_out) if grows and keeps_out * fit <= beside else booked
 
 

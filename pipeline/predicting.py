@@ -27,6 +27,8 @@ def place_job(question: Question, machines: Machines, rows: int) -> Placement:
         model_bytes=question.model_bytes,
         image_gflop=question.image_gflop,
         output_bytes=question.output_bytes,
+        # Its requests in flight are several as it is.
+        one_call=spec.backend == "triton",
     )
 
 

@@ -61,7 +61,7 @@ class Meter:
 
     @property
     def rate_mean(self) -> float:
-        """Images per second since every actor gave its first rows; until more came, over the whole time."""
+        """Images per second since every call gave its first rows; until more came, over the whole time."""
         return self._rate(time.monotonic())
 
     def _rate(self, until: float) -> float:
@@ -77,8 +77,8 @@ class Meter:
         self._blocks += 1
         if self.startup_s is None:
             self.startup_s = now - self._started
-        # The first blocks of all actors were under way at once: those behind the first are not the work of an instant.
-        if self._blocks <= self._placement.actors.min:
+        # The first blocks of all calls were under way at once: those behind the first are not the work of an instant.
+        if self._blocks <= self._placement.actors.min * self._placement.actor_lanes:
             self._base = (now, self.done)
         self._recent.append((now, self.done))
         while len(self._recent) > 2 and now - self._recent[0][0] > _WINDOW_S:

@@ -48,16 +48,17 @@ class MklLinear(nn.Module):
         self.weight = linear.weight.detach()
         self.bias = linear.bias
         self.in_place = IN_PLACE.get(activation)
-        self.rows = 0
-        self.packed = self.weight
+        # Together, for several threads may be here at once.
+        self.packed = (self.weight, 0)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
-        if rows > self.rows:
-            self.packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows)
-            self.rows = rows
+        packed, packed_rows = self.packed
+        if rows > packed_rows:
+            packed, packed_rows = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows), rows
+            self.packed = packed, rows
         # Gives torch's own product where the rows are not those of the packed weight.
-        product: Tensor = torch.ops.mkl._mkl_linear(x, self.packed, self.weight, self.bias, self.rows)
+        product: Tensor = torch.ops.mkl._mkl_linear(x, packed, self.weight, self.bias, packed_rows)
         if self.in_place is not None:
             self.in_place(product)
         return product

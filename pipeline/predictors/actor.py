@@ -21,8 +21,8 @@ Predictor = Callable[[pa.Table], pa.Table]
 class ActorJob(NamedTuple):
     """Everything an actor needs to build its predictor. `dtype` is resolved, never `auto`.
 
-    `work_gflop`: about what one actor has before it, in billions of operations. `block_rows`: the most images that a
-    call brings, 0 where that is not known."""
+    `threads`: of one call, of which there may be several at once. `work_gflop`: about what one actor has before it, in
+    billions of operations. `block_rows`: the most images that a call brings, 0 where that is not known."""
 
     backend: str
     model: ModelInfo | None

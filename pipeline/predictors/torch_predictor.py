@@ -28,7 +28,8 @@ _log = logging.getLogger(__name__)
 
 
 class TorchPredictor:
-    """Runs `info`'s model over decoded tables. On a GPU two threads may call it: one's batches follow the other's.
+    """Runs `info`'s model over decoded tables. Several threads may call it: on a GPU one's batches follow the other's,
+    on a CPU each computes its own, with `threads` threads.
 
     On a GPU it is warm (kernels chosen, memory taken) when the constructor returns. On a CPU there is next to nothing
     to warm, and a batch of zeros would take as long as the first batch of pictures. `call_rows`: the most images that a
@@ -129,6 +130,8 @@ class TorchPredictor:
     def _seconds_since(self, started: float) -> float:
         """Less those in which the call before had the device."""
         ended = time.perf_counter()
+        if self._runner is None:
+            return ended - started
         seconds = ended - max(started, self._ended)
         self._ended = ended
         return max(0.0, seconds)

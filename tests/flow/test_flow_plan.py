@@ -57,7 +57,7 @@ def test_an_actor_fits_on_every_node_beside_a_decoder(nodes: tuple[float, ...], 
     cluster = LAPTOP._replace(cpus=sum(nodes), nodes=len(nodes), node_cpus=nodes)
     placement = placed(cluster, actors=actors, rows=100_000)
     assert placement.actor_cpus + placement.decode_cpus <= min(nodes)
-    assert placement.threads <= min(nodes)
+    assert placement.actor_calls * placement.threads <= min(nodes)
     carried = [int((cpus - placement.decode_cpus) / placement.actor_cpus + 1e-9) for cpus in nodes]
     assert sum(carried) >= placement.actors.min
 
@@ -72,23 +72,37 @@ def test_actors_that_may_grow_wait_for_nodes_to_come() -> None:
 
 @pytest.mark.parametrize("nodes", [*((float(cores),) for cores in range(1, 65)), (7.0,) * 4, (8.0, 6.0), (4.0, 64.0)])
 def test_hardly_a_core_is_left_without_a_thread(nodes: tuple[float, ...]) -> None:
-    placement = placed(LAPTOP._replace(cpus=sum(nodes), nodes=len(nodes), node_cpus=nodes))
-    assert placement.threads * placement.actors.max >= 0.9 * sum(nodes)
-    assert placement.threads <= min(nodes)
+    machines = LAPTOP._replace(cpus=sum(nodes), nodes=len(nodes), node_cpus=nodes)
+    for one_call in (False, True):
+        placement = placed(machines, one_call=one_call)
+        assert placement.lanes * placement.threads >= 0.9 * sum(nodes)
+        assert placement.actor_calls * placement.threads <= min(nodes)
 
 
-def test_memory_for_fewer_actors_gives_each_more_threads() -> None:
+@pytest.mark.parametrize("cores", range(1, 129))
+def test_one_actor_divides_a_whole_machine_among_its_calls(cores: int) -> None:
+    placement = placed(LAPTOP._replace(cpus=cores, node_cpus=(float(cores),)), actors=ActorRange(min=1, max=1))
+    assert placement.actor_calls <= 8
+    assert 0.9 * cores <= placement.actor_calls * placement.threads <= cores
+
+
+def test_memory_for_fewer_actors_gives_each_more_cores() -> None:
     model = 1 << 30
-    small_and_large = LAPTOP._replace(
-        cpus=68, nodes=2, node_cpus=(4.0, 64.0), node_gpus=(0.0, 0.0), node_memory=(4.0 * model, 36.0 * model)
-    )
-    placement = placed(small_and_large, model_bytes=model)
-    assert (placement.threads, placement.actors.max) == (2, 34)
+    two = LAPTOP._replace(cpus=80, nodes=2, node_cpus=(16.0, 64.0), node_gpus=(0.0, 0.0))
+    placement = placed(two._replace(node_memory=(2.0 * model, 36.0 * model)), model_bytes=model)
+    assert (placement.actor_calls * placement.threads, placement.actors.max) == (4, 20)
+    placement = placed(two._replace(node_memory=(2.0 * model, 8.0 * model)), model_bytes=model)
+    assert (placement.actor_calls * placement.threads, placement.actors.max) == (8, 10)
 
 
-def test_two_cores_carry_two_actors_of_one_thread() -> None:
+def test_two_cores_carry_one_actor_of_two_calls() -> None:
     placement = placed()
-    assert (placement.actors.max, placement.threads) == (2, 1)
+    assert (placement.actors.max, placement.actor_calls, placement.threads) == (1, 2, 1)
+
+
+def test_actors_of_one_call_are_one_for_each_of_two_cores() -> None:
+    placement = placed(one_call=True)
+    assert (placement.actors.max, placement.actor_calls, placement.threads) == (2, 1, 1)
 
 
 def test_gpus_decide_the_number_of_actors() -> None:

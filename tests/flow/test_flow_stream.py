@@ -40,14 +40,14 @@ def placed(machines: Machines, pixel_bytes: int = PIXELS_224, model_bytes: int =
 
 
 def admitted(placement: Placement, machines: Machines, pixel_bytes: int, held: int) -> int:
-    """Decoding tasks that Ray Data lets run while each actor has been given `held` blocks."""
+    """Decoding tasks that Ray Data lets run while each lane has been given `held` blocks."""
     from ray.data._internal.execution.interfaces.execution_options import ExecutionResources as Resources
     from ray.data._internal.execution.resource_manager import ReservationOpResourceAllocator
 
     block = placement.block_rows * pixel_bytes
     task = 2 * block
     actors = placement.actors.max
-    given = actors * held * block
+    given = placement.lanes * held * block
     running = 0
     inf = float("inf")
     decoding = Resources(cpu=placement.decode_cpus)
@@ -177,8 +177,9 @@ def test_a_job_that_waits_for_a_larger_machine_says_so_at_once(
     assert [line for line in told if "the job waits until the cluster has a larger one" in line]
 
 
-def test_memory_for_few_actors_gives_each_more_threads() -> None:
+def test_memory_for_few_actors_gives_each_more_cores() -> None:
     """ViT-L on four cores with 4 GiB."""
     placement = placed(cluster(4, 0, memory_gib=4), model_bytes=8 * 304_000_000)
-    assert (placement.actors.min, placement.actors.max, placement.threads) == (1, 1, 4)
-    assert placed(cluster(4, 0), model_bytes=8 * 304_000_000).actors.max == 4
+    assert (placement.actors.min, placement.actors.max, placement.actor_calls, placement.threads) == (1, 1, 4, 1)
+    placement = placed(cluster(16, 0, memory_gib=4), model_bytes=8 * 304_000_000)
+    assert (placement.actors.max, placement.actor_calls, placement.threads) == (1, 8, 2)

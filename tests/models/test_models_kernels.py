@@ -110,7 +110,7 @@ def test_a_small_first_batch_does_not_keep_full_ones_from_the_fast_layout() -> N
     layer = MklLinear(torch.nn.Linear(8, 4))
     for rows, laid_out_for in ((3, 3), (8, 8), (3, 8), (8, 8)):
         layer(torch.ones(1, rows, 8))
-        assert layer.rows == laid_out_for
+        assert layer.packed[1] == laid_out_for
 
 
 @pytest.mark.parametrize(

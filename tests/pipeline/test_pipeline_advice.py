@@ -8,8 +8,8 @@ from pipeline.advice import Forward, Measured, Shape, advise, bottleneck, cpus_f
 from pipeline.preflight import stretches
 from pipeline.rehearsal import steady_rate
 
-LAPTOP = Shape(cpus=2, gpus=0, actors=2, decode="exact")
-GPU_BOX = Shape(cpus=8, gpus=1, actors=1, decode="exact")
+LAPTOP = Shape(cpus=2, gpus=0, lanes=2, decode="exact")
+GPU_BOX = Shape(cpus=8, gpus=1, lanes=1, decode="exact")
 
 
 def measured(**changes: object) -> Measured:
@@ -77,7 +77,7 @@ def test_a_precision_that_a_job_would_refuse_is_not_advised() -> None:
 
 
 def test_cores_without_a_thread_of_an_actor_do_not_compute() -> None:
-    shape = Shape(cpus=8, gpus=0, actors=1, decode="exact")
+    shape = Shape(cpus=8, gpus=0, lanes=1, decode="exact")
     four = measured(forward=[Forward("float32", 8, 4, 0.0957 / 4, [])])
     costs = stage_costs(four, shape)
     assert ideal_rate(costs, shape) == pytest.approx(4 / 0.0957)

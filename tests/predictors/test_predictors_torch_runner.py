@@ -1,6 +1,7 @@
 """Batches through two buffers: every image once, in order, whatever the counts; and what happens without memory."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from support.checkpoints import make_checkpoint
 
 from pipeline.models import inspect_model
-from pipeline.predictors.batches import Wanted
+from pipeline.predictors.batches import Predictions, Wanted
 from pipeline.predictors.torch_predictor import TorchPredictor
 from pipeline.predictors.torch_runner import Runner
 from schemas.errors import ClusterError
@@ -131,9 +132,35 @@ def test_a_call_may_be_handed_over_before_the_one_before_is_fetched() -> None:
 def test_seconds_of_two_calls_at_once_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = inspect_model(str(make_checkpoint(tmp_path / "vit", "vit-classifier")))
     predictor = TorchPredictor(info, wanting(info), dtype="float32", batch_size=16)
-    now = iter([12.0, 13.0, 20.5])
+    now = iter([12.0, 13.0, 20.5] * 2)
     monkeypatch.setattr("pipeline.predictors.torch_predictor.time.perf_counter", lambda: next(now))
-    assert [predictor._seconds_since(started) for started in (10.0, 10.5, 20.0)] == [2.0, 1.0, 0.5]
+    begun = (10.0, 10.5, 20.0)
+    assert [predictor._seconds_since(started) for started in begun] == [2.0, 2.5, 0.5], "each has cores of its own"
+    predictor._runner = runner(8)
+    assert [predictor._seconds_since(started) for started in begun] == [2.0, 1.0, 0.5], "they take turns"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_calls_in_several_threads_give_what_they_give_alone(tmp_path: Path, dtype: str) -> None:
+    info = inspect_model(str(make_checkpoint(tmp_path / "vit", "vit-classifier")))
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 224, 224, 3), dtype=np.uint8)
+    parts = [pixels[start:stop] for start, stop in ((0, 8), (8, 11), (11, 19), (19, 24)) * 4]
+    alone = TorchPredictor(info, wanting(info), dtype=dtype, batch_size=8, threads=1)
+    expected = [alone.predict(part) for part in parts[:4]] * 4
+    together = TorchPredictor(info, wanting(info), dtype=dtype, batch_size=8, threads=1)
+
+    def predict(part: np.ndarray) -> tuple[Predictions, int]:
+        return together.predict(part), torch.get_num_threads()
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(predict, parts))
+    torch.set_num_threads(threads)
+    for (mine, used), theirs in zip(found, expected, strict=True):
+        assert used == 1
+        for name in ("cls", "pooled"):
+            np.testing.assert_allclose(mine.features[name], theirs.features[name], rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(mine.indices, theirs.indices)
 
 
 def wanting(info: object) -> Wanted:
