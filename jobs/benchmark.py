@@ -102,14 +102,16 @@ def look(
                 "(`ray start` on them, or a job with --cluster-wait where it grows by itself)"
             )
         placement = place_job(question, machines, _PLACED_ROWS)
-        cpus = 1.0 if spec.gpus_per_actor else min(machines.cpus, placement.threads)
+        cpus = 1.0 if spec.gpus_per_actor else placement.actor_cpus
         measured = call(
             measure, cpus=cpus, gpus=spec.gpus_per_actor, question=question, placement=placement, seconds=seconds / 2
         )
         used = min(machines.gpus, placement.actors.max * spec.gpus_per_actor)
         shape = Shape(int(machines.cpus), used, placement.lanes, spec.decode)
         expected = ideal_rate(stage_costs(measured, shape), shape)
-        tail = placement.lanes * placement.block_rows
+        # Of as many actors as may be, those that there is room for now.
+        lanes = placement.lanes if spec.gpus_per_actor else min(placement.lanes, int(machines.cpus))
+        tail = lanes * placement.block_rows
         images = int(max(_LEAST_IMAGES, 4 * tail, expected * seconds / 2))
         available = measured.listed if measured.listed < LISTED else images
         together = rehearse(spec, connect, images=images, available=available, tail=tail, scratch=scratch)
@@ -149,7 +151,8 @@ def result(measured: "Measured", shape: "Shape", placement: "Placement", togethe
 def show(found: dict[str, Any], measured: "Measured", shape: "Shape") -> None:
     """The same for a person."""
     where = f"{shape.cpus} CPUs" + (f" and {shape.gpus:g} GPUs" if shape.gpus else "")
-    emit(f"{where}, {found['actors']} actors, batches of {found['batch_size']}, {found['dtype']}, {found['decode']}")
+    actors = f"{found['actors']} actor{'s' * (found['actors'] > 1)} of {found['calls']} calls"
+    emit(f"{where}, {actors}, batches of {found['batch_size']}, {found['dtype']}, {found['decode']}")
     emit(f"{measured.sampled} of {measured.listed:,} images listed, {measured.file_bytes / 1e3:,.1f} kB each\n")
     emit(f"{'stage':<12}{'core-ms an image':>18}{'images/s alone':>18}")
     for name, cost in found["stages"].items():

@@ -36,7 +36,8 @@ def measure_distance(question: Question, placement: Placement, ranges: pa.Table,
     if not len(good_rows(decoded)):
         return None
     pixels = pixels_of(decoded, *question.preprocessing.output_size)
-    job = actor_job(question, placement)
+    # One call alone has all the cores of an actor.
+    job = actor_job(question, placement)._replace(threads=placement.threads * placement.actor_calls)
     ours = _features(job, pixels)
     # On a GPU a predictor is warmed at its batch size, which in float32 would take longer than all else here.
     exact = _features(job._replace(dtype="float32", batch_size=min(job.batch_size, IMAGES)), pixels)

@@ -152,7 +152,7 @@ def _work(
     raise OutputError(
         f"{intervals.count(rest)} rows came to no end in {_MAX_PASSES} passes (the first is row {rest[0, 0]}): "
         "workers keep dying on them, most likely for want of memory. Run the same command with a smaller "
-        "--batch-size or fewer --actors; what was committed stays"
+        "--batch-size, or on machines with more of it; what was committed stays"
     )
 
 
@@ -209,7 +209,7 @@ def build(question: Question, opened: Opened, placement: Placement, rest: Spans)
         num_cpus=placement.actor_cpus,
         num_gpus=placement.actor_gpus,
         memory=placement.actor_memory_bytes,
-        # In threads of their own: while one call computes, the next hands its batches over.
+        # In threads of their own: on CPUs each computes; on a GPU the next hands its batches over meanwhile.
         compute=ray.data.ActorPoolStrategy(
             min_size=low, max_size=high, max_concurrent_calls_per_actor=calls, enable_true_multi_threading=calls > 1
         ),

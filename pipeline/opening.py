@@ -21,6 +21,9 @@ from schemas.run import ModelRecord, RunRecord
 from schemas.spec import JobSpec
 from schemas.tables import FeatureSize, feature_bytes, images_schema, output_fields, user_fields
 
+# Beside the weights in an actor: batches under way, Python and its libraries.
+_BATCHES_BYTES = 256 << 20
+
 
 class Question(NamedTuple):
     """A spec with its model looked up: what is to be computed, in which precision. `info` is None without a model."""
@@ -47,8 +50,9 @@ class Question(NamedTuple):
 
     @property
     def model_bytes(self) -> int:
-        """Memory an actor books: the weights in float32 while they load, and as much again to compute in."""
-        return 8 * self.info.parameters if self.info else 1 << 20
+        """Memory an actor books: the weights in float32, as much again for them in the layout of a library, and what
+        several batches are computed in."""
+        return 8 * self.info.parameters + _BATCHES_BYTES if self.info else 1 << 20
 
     @property
     def image_gflop(self) -> float:

@@ -173,10 +173,10 @@ def _memory(images: int, costs: Costs, device: Device, devices: int, cores: floa
     )
     block = placement.block_rows * max(costs.pixel_bytes, int(costs.output_bytes))
     tasks = math.ceil(cores)
-    an_actor = BLOCKS_PER_CALL * placement.actor_calls
-    blocks = BLOCKS_PER_TASK * tasks + an_actor * devices
+    calls = placement.actor_calls * placement.actors.max
+    blocks = BLOCKS_PER_TASK * tasks + BLOCKS_PER_CALL * calls
     store = blocks * block
-    text = f"({BLOCKS_PER_TASK} × {tasks:,} tasks + {an_actor} × {devices:,} actors) × {block / 2**20:.1f} MiB"
+    text = f"({BLOCKS_PER_TASK} × {tasks:,} tasks + {BLOCKS_PER_CALL} × {calls:,} calls) × {block / 2**20:.1f} MiB"
     memory = store / OBJECT_STORE_SHARE + tasks * WORKER_BYTES
     return [
         Step("object store", store, "bytes", text),

@@ -37,7 +37,8 @@ class Distance(BaseModel):
 class AttemptRecord(BaseModel):
     """One attempt. Times are ISO 8601 in UTC.
 
-    `startup_s` ends with the first finished batch; `images_per_s` is the rate from each actor's first one to the last.
+    `startup_s` ends with the first finished batch; `images_per_s` is the rate from the first one of every
+    call to the last.
     """
 
     model_config = ConfigDict(extra="forbid")

@@ -24,7 +24,7 @@ _LOSSES = frozenset(
 )
 _OF_A_JOB = (
     "What was committed stays and the same command resumes. Should it happen again: workers that are killed mostly "
-    "lack memory, so take a smaller --batch-size, fewer --actors or larger machines; --verbose shows where it happened"
+    "lack memory, so take a smaller --batch-size or machines with more of it; --verbose shows where it happened"
 )
 
 

@@ -105,6 +105,8 @@ def test_cores_share_decoding_and_the_model() -> None:
     assert plan.value("images/s a device") == pytest.approx(1.0)
     assert plan.value("throughput") == pytest.approx(4.0)
     assert plan.value("cores") == 4
+    # 4 images of 150,528 bytes; 2 blocks for each of 4 tasks and 3 for each of the one actor's 4 calls.
+    assert plan.value("object store") == (2 * 4 + 3 * 4) * 4 * 150_528
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)

@@ -1,0 +1,128 @@
+"""How actors and decoding tasks divide the cores and GPUs of the nodes: pure arithmetic.
+
+On CPUs, actors and decoding tasks share the cores, and Ray's CPU numbers are bookkeeping, not walls. Actors
+book three quarters of every core they compute on, decoding tasks a quarter of one: both can always run, the kernel
+divides the time, and neither waits for the other.
+"""
+
+import math
+from typing import NamedTuple
+
+from schemas.errors import ClusterError
+from schemas.machines import Machines
+from schemas.spec import ActorRange
+
+_DECODE_CPUS = 0.25
+_ACTOR_CPUS_A_CORE = 0.75
+# Of an actor, where nothing speaks for another number: they share its weights and what Python it runs.
+_CORES_OF_AN_ACTOR = 4
+# More calls than this at once would wait for each other's Python.
+_MOST_CALLS = 8
+# Of an actor's cores, for more calls instead of fewer ones of more threads.
+_CORES_IN_USE = 0.9
+# What twice the usual number of cores, or half of it, is thought to cost: this share of the cores may rather idle.
+_WORTH_OF_A_DOUBLING = 0.1
+# Calls that an actor on a GPU has at once: what one does on the host is hidden behind what the other computes.
+_GPU_CALLS = 2
+
+
+class Staff(NamedTuple):
+    """`actors`, of which there is room for `now`; each has `calls` at once, of `threads` threads on CPUs, and computes
+    `lanes` of them side by side. CPUs that an actor and a decoding task book."""
+
+    actors: ActorRange
+    now: int
+    calls: int
+    lanes: int
+    threads: int
+    actor_cpus: float
+    decode_cpus: float
+
+
+def on_gpus(machines: Machines, actors: ActorRange | None, gpus_per_actor: float) -> Staff:
+    """Actors that have `gpus_per_actor` each, whose calls take turns. Raises ClusterError when they are not there."""
+    _check_gpus(machines, actors, gpus_per_actor)
+    fit = sum(int(gpus / gpus_per_actor) for gpus in machines.node_gpus or (machines.gpus,))
+    chosen = actors or ActorRange(min=1, max=max(1, fit))
+    now = min(chosen.max, fit)
+    actor_cpus, decode_cpus = _book_beside_gpus(machines, now)
+    return Staff(chosen, now, _GPU_CALLS, 1, 0, actor_cpus, decode_cpus)
+
+
+def on_cpus(machines: Machines, actors: ActorRange | None, by_memory: int, one_call: bool) -> Staff:
+    """Actors on the cores, never more of them than `by_memory`; with `one_call` an actor takes one at a time."""
+    nodes = [max(1, int(cores)) for cores in machines.node_cpus] or [max(1, int(machines.cpus))]
+    cores, now = _share(nodes, actors, by_memory, one_call=one_call)
+    calls = 1 if one_call else _calls(cores)
+    chosen = actors or ActorRange(min=now, max=now)
+    actor_cpus = _book(nodes, cores, now, grows=chosen.max > now)
+    return Staff(chosen, now, calls, calls, cores // calls, actor_cpus, _DECODE_CPUS)
+
+
+def _share(nodes: list[int], actors: ActorRange | None, by_memory: int, *, one_call: bool) -> tuple[int, int]:
+    """Cores of a CPU actor, and how many actors nodes of so many cores are to carry as they are now; never more than
+    `by_memory`, of which each then has more cores.
+
+    Never more cores than the smallest node has, because an actor lives on one. Four share one copy of the weights and
+    one start of Python and torch. Where that leaves cores over, or memory, another number near it does not. Small nodes
+    have an actor for each core where an actor takes `one_call`, so that several are under way.
+    """
+    smallest = min(nodes)
+    usual = 1 if one_call and smallest <= _CORES_OF_AN_ACTOR else min(smallest, _CORES_OF_AN_ACTOR)
+    if actors is None:
+
+        def worth(cores: int) -> float:
+            computing = cores * _carried(nodes, cores, by_memory) / sum(nodes)
+            return computing - _WORTH_OF_A_DOUBLING * abs(math.log2(cores / usual))
+
+        cores = max(range(1, smallest + 1), key=worth)
+        return cores, _carried(nodes, cores, by_memory)
+    now = min(max(sum(cores // usual for cores in nodes), actors.min), actors.max, by_memory)
+    return min(max(1, sum(nodes) // now), smallest), now
+
+
+def _calls(cores: int) -> int:
+    """Calls at once of an actor of so many cores, which it divides among them: as many as may be, since a call of one
+    thread waits at no barrier, but with nearly all cores in use."""
+    return max(calls for calls in range(1, _MOST_CALLS + 1) if calls * (cores // calls) >= _CORES_IN_USE * cores)
+
+
+def _carried(nodes: list[int], cores: int, by_memory: int) -> int:
+    """Actors of so many cores on nodes of so many, each on one node."""
+    return min(sum(there // cores for there in nodes), by_memory)
+
+
+def _book(nodes: list[int], cores: int, now: int, *, grows: bool) -> float:
+    """CPUs that an actor of so many cores books: `now` of them fit on `nodes` with a decoder beside them on each.
+
+    Where their number `grows` when nodes come, one more must not fit where the decoder is to run.
+    """
+    smallest = min(nodes)
+    beside = smallest - _DECODE_CPUS
+    most = max(1, -(-now * smallest // sum(nodes)))
+    booked = min(cores * _ACTOR_CPUS_A_CORE, beside / most)
+    fit = int(beside / booked + 1e-9)
+    keeps_out = smallest / (fit + 1) + 1e-3
+    return max(booked, keeps_out) if grows and keeps_out * fit <= beside else booked
+
+
+def _book_beside_gpus(machines: Machines, now: int) -> tuple[float, float]:
+    """CPUs that a GPU actor and a decoding task book, for `now` actors: one each where there are plenty.
+
+    Where the actors would book more than half of a node's cores, they book half, or in the end none is left on which
+    anything could be decoded, and the job stands still.
+    """
+    nodes = [max(1.0, cores) for cores in machines.node_cpus] or [max(1.0, machines.cpus)]
+    cores, each = min(nodes), -(-max(1, now) // len(nodes))
+    return (1.0, 1.0) if 2 * each <= cores else (0.5 * cores / each, min(1.0, 0.5 * cores))
+
+
+def _check_gpus(machines: Machines, actors: ActorRange | None, gpus_per_actor: float) -> None:
+    needed = gpus_per_actor * (actors.min if actors else 1)
+    if machines.gpus < needed:
+        asked = f"--gpus-per-actor {gpus_per_actor:g}" + (f" × --actors {actors.min}" if actors else "")
+        raise ClusterError(
+            f"{asked} needs {needed:g} GPUs, the cluster has {machines.gpus:g} GPUs and {machines.cpus:g} CPUs. "
+            "Ask for fewer, add GPU nodes, or leave out --gpus-per-actor to run on CPUs (`retry` has it from the run: "
+            "--gpus-per-actor 0)"
+        )
