@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pipeline.storage import redact
 
 TEMPLATES = Path(__file__).parent / "templates"
+_CAPTION = 34
 
 
 def thousands(value: int) -> str:
@@ -44,6 +45,11 @@ def rate(value: float | None) -> str:
     return thousands(round(value)) if value >= 100 else f"{value:.1f}"
 
 
+def ending(name: str) -> str:
+    """The end of an address, which is what tells neighbours apart, as long as a caption of two lines shows it."""
+    return name if len(name) <= _CAPTION else f"…{name[1 - _CAPTION :]}"
+
+
 @functools.cache
 def environment() -> Environment:
     """Templates of this package, with autoescape on whatever the name and an error for a name that is not given."""
@@ -53,6 +59,7 @@ def environment() -> Environment:
         "percent": percent,
         "duration": duration,
         "rate": rate,
+        "ending": ending,
         "redact": redact,
     }
     return env
