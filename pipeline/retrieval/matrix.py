@@ -36,7 +36,7 @@ _READ_ROWS = 8192
 
 @dataclass(frozen=True)
 class Matrix:
-    """`vectors` (N, D) float32 or float16, mapped copy-on-write; `rows` (N,) their ids; `norms` (N,) their lengths.
+    """`vectors` (N, D) float32 or float16, mapped read-only; `rows` (N,) their ids; `norms` (N,) their lengths.
 
     The order is that of the parts by name, so `vectors[i]` belongs to `rows[i]`. `replaced` are ids of older
     versions of objects that stand here in a newer version too.
@@ -293,6 +293,6 @@ def _last_write(folder: Path) -> float:
 
 def map_matrix(folder: Path, name: str, replaced: Ints) -> Matrix:
     """The matrix that `prepare_matrix` left in `folder`."""
-    # Copy-on-write: torch takes only writable arrays without a warning, and the file stays as it is.
-    vectors = np.load(folder / "vectors.npy", mmap_mode="c")
+    # Linux charges a copy-on-write map to memory and swap, and refuses one that is larger than both together.
+    vectors = np.load(folder / "vectors.npy", mmap_mode="r")
     return Matrix(name, np.load(folder / "rows.npy"), vectors, np.load(folder / "norms.npy"), replaced)

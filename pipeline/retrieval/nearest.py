@@ -1,5 +1,6 @@
 """Exact nearest neighbours by a streamed matrix product: every vector is read once, at memory speed."""
 
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -74,7 +75,10 @@ def _chunk_top(
 
     # Scaling the n×Q scores by the known lengths saves a scaled copy of the n×D vectors.
     late = _late(prepare)
-    block = torch.from_numpy(vectors if late else prepare.apply(vectors)).to(device)
+    with warnings.catch_warnings():
+        # Views of the map are read-only, which torch warns of; nothing here writes to them.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        block = torch.from_numpy(vectors if late else prepare.apply(vectors)).to(device)
     scores = block @ weights if weights.shape[1] > 1 else torch.mv(block, weights[:, 0])[:, None]  # (n, Q)
     if late:
         consecutive = at[-1] - at[0] + 1 == len(at)

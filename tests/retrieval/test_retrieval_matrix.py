@@ -3,17 +3,22 @@
 import errno
 import json
 import os
+import sys
 import threading
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from support.runs import RunContent, write_run
 
 from pipeline.retrieval import matrix as module
+from pipeline.retrieval.arrays import unit
+from pipeline.retrieval.nearest import top_k
 from pipeline.retrieval.parts import stream_part
 from pipeline.retrieval.store import FeatureStore
 from schemas.errors import OutputError
@@ -140,3 +145,39 @@ def test_what_a_killed_command_left_is_removed_after_a_day(run: Path) -> None:
             os.utime(path, (0, time.time() - age_s))
     FeatureStore.open(str(run)).matrix("cls")
     assert [path.name for path in base.glob(".cls-*")] == [".cls-0123-busy"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the size of memory and swap")
+def test_a_matrix_larger_than_memory_and_swap_is_mapped(tmp_path: Path) -> None:
+    known = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    room = sum(int(known[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))
+    dim = 1 << 20
+    count = 2 * room // (4 * dim)
+    path = tmp_path / "vectors.npy"
+    with path.open("wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (count, dim)}
+        np.lib.format.write_array_header_1_0(file, header)
+        try:
+            file.truncate(file.tell() + 4 * count * dim)
+        except OSError as error:
+            pytest.skip(f"the file system cannot hold a file of that size: {error}")
+    if path.stat().st_blocks * 512 > 1 << 20:
+        pytest.skip("the file system has no sparse files")
+    np.save(tmp_path / "rows.npy", np.arange(count))
+    np.save(tmp_path / "norms.npy", np.ones(count, np.float32))
+    matrix = module.map_matrix(tmp_path, "cls", np.empty(0, np.int64))
+    assert matrix.vectors.nbytes > room
+    assert matrix.take(np.array([count - 1])).sum() == 0
+
+
+def test_search_in_the_map_warns_of_nothing(run: Path, content: RunContent) -> None:
+    matrix = FeatureStore.open(str(run)).load("cls")
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            _, found = top_k(matrix, unit(content.features["cls"][:4]), 1)
+    finally:
+        torch.set_warn_always(False)
+    assert not matrix.vectors.flags.writeable
+    assert found[:, 0].tolist() == [0, 1, 2, 3]
