@@ -138,7 +138,7 @@ def _feature_map(run: RunDirectory, scan: ImageScan, seed: int) -> tuple[str, Fe
     feature = next(iter(run.features()), "")
     if not feature:
         return "", None
-    found = project(*sample_features(run, feature, scan.rows, _MAP_POINTS, seed), seed)
+    found = project(*sample_features(run, feature, scan, _MAP_POINTS, seed), seed)
     return feature, found if len(found.rows) else None
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.report.lookup import Piece, pieces
 from pipeline.report.run import BATCH_ROWS, RunDirectory, open_part
+from pipeline.report.scan import ABSENT, ImageScan
 
 _BUDGET_BYTES = 256 * 1024 * 1024
 _LEAST_GROUPS = 8
@@ -32,12 +33,14 @@ class FeatureMap:
 
 
 def sample_features(
-    run: RunDirectory, feature: str, rows: NDArray[np.int64], count: int, seed: int
+    run: RunDirectory, feature: str, scan: ImageScan, count: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """At most `count` of `rows` drawn at random, ascending, and their features (count×D)."""
+    """At most `count` of the rows in `scan` drawn at random, ascending, and their features (count×D)."""
     chosen = _choose_pieces(pieces(run, "images"), feature, seed)
     reachable = np.concatenate([np.empty(0, np.int64), *(_rows_of(run, piece) for piece in chosen)])
-    reachable = np.intersect1d(reachable, rows)
+    # Rows beyond those that were scanned came meanwhile, by an update.
+    reachable = np.unique(reachable[(reachable >= 0) & (reachable < len(scan.codes))])
+    reachable = reachable[scan.codes[reachable] != ABSENT]
     generator = np.random.default_rng(seed)
     drawn = np.sort(generator.choice(reachable, min(count, len(reachable)), replace=False))
     found = [(part, block) for piece in chosen for part, block in _features_of(run, piece, feature, drawn)]
