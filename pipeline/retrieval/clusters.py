@@ -93,14 +93,14 @@ def finish(
 
 
 def _describe(store: FeatureStore, members: Members, folder: str, label_column: str | None) -> list[dict[str, Any]]:
-    medoids = members.medoids[members.medoids >= 0]
-    uris = dict(zip(medoids.tolist(), store.uris(medoids), strict=True))
+    # An update may have replaced some of them meanwhile: those clusters go without.
+    there = store.lookup(members.medoids[members.medoids >= 0], ["uri"])
     labels = top_labels(store, folder, label_column)
     return [
         {
             "cluster": number,
             "size": int(size),
-            "medoid": None if medoid < 0 else {"row": int(medoid), "uri": uris[int(medoid)]},
+            "medoid": there.get(int(medoid)),
             "labels": labels.get(number, []),
         }
         for number, (size, medoid) in enumerate(zip(members.sizes, members.medoids, strict=True))

@@ -33,13 +33,14 @@ _ODD = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Members of all groups, sorted by group, the kept one first, then by falling score. Arrays of one length."""
+    """Members of all groups, sorted by group, the kept one first, then by falling score. Columns of one length."""
 
     row: Ints
     group: Ints
     keep: Mask
     score: Floats
     exact: Mask
+    uri: list[str]
 
     @property
     def groups(self) -> int:
@@ -130,9 +131,13 @@ def _hashes(matrix: Matrix) -> Any:
 def _describe(store: FeatureStore, matrix: Matrix | None, rows: Ints, labels: Ints) -> Duplicates:
     """Choose what is kept, score the others against it, and put all in order.
 
-    Rows of one group have one label. Without a matrix each group is of the same bytes.
+    Rows of one group have one label. Without a matrix each group is of the same bytes. Rows that are gone (an update
+    replaced them meanwhile) are left out, and so are groups of which one row is left.
     """
-    facts = store.lookup(rows, ["width", "height", "sha256"])
+    facts = store.lookup(rows, ["uri", "width", "height", "sha256"])
+    there = np.array([int(row) in facts for row in rows], np.bool_)
+    _, group_of, sizes = np.unique(labels[there], return_inverse=True, return_counts=True)
+    rows, labels = rows[there][sizes[group_of] > 1], labels[there][sizes[group_of] > 1]
     pixels = np.array([(facts[int(row)]["width"] or 0) * (facts[int(row)]["height"] or 0) for row in rows], np.int64)
     order = np.lexsort((rows, -pixels, labels))
     labels, rows = labels[order], rows[order]
@@ -149,7 +154,8 @@ def _describe(store: FeatureStore, matrix: Matrix | None, rows: Ints, labels: In
     lowest = np.minimum.reduceat(rows, np.flatnonzero(keep)) if len(rows) else rows
     group = np.argsort(np.argsort(lowest, kind="stable"), kind="stable")[number] if len(rows) else number
     final = np.lexsort((rows, -score, ~keep, group))
-    return Duplicates(rows[final], group[final], keep[final], score[final], exact[final])
+    uris = [facts[int(row)]["uri"] for row in rows[final]]
+    return Duplicates(rows[final], group[final], keep[final], score[final], exact[final], uris)
 
 
 def _cosines(matrix: Matrix, first: Ints, second: Ints) -> Floats:
@@ -175,7 +181,7 @@ def write_duplicates(store: FeatureStore, found: Duplicates, name: str, settings
     """
     check_name(name)
     columns = {"row": found.row, "group": found.group, "keep": found.keep, "score": found.score}
-    delete, shared, unsafe = _delete_list(store, found)
+    delete, shared, unsafe = _delete_list(found)
     summary = {
         **settings,
         "rows": len(store),
@@ -196,10 +202,9 @@ def write_duplicates(store: FeatureStore, found: Duplicates, name: str, settings
     return summary
 
 
-def _delete_list(store: FeatureStore, found: Duplicates) -> tuple[list[str], int, int]:
-    uris = store.uris(found.row)
-    kept = {uri for uri, keep in zip(uris, found.keep, strict=True) if keep}
-    dropped = list(dict.fromkeys(uri for uri, keep in zip(uris, found.keep, strict=True) if not keep))
+def _delete_list(found: Duplicates) -> tuple[list[str], int, int]:
+    kept = {uri for uri, keep in zip(found.uri, found.keep, strict=True) if keep}
+    dropped = list(dict.fromkeys(uri for uri, keep in zip(found.uri, found.keep, strict=True) if not keep))
     free = [uri for uri in dropped if uri not in kept]
     # All that any reader of lines takes for the end of one; names may well hold blanks that are not "printable".
     safe = [uri for uri in free if uri.splitlines() == [uri] and "\0" not in uri]

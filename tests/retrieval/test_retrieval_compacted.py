@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.runs import RunContent, clustered, write_run
 
-from pipeline.retrieval import parts, sql
+from pipeline.retrieval import duplicates, parts, sql
 from pipeline.retrieval.arrays import Preparation
 from pipeline.retrieval.clusters import write_clusters
 from pipeline.retrieval.duplicates import find_duplicates, write_duplicates
@@ -108,6 +108,49 @@ def test_rows_that_came_meanwhile_take_no_part(run: Path) -> None:
     assert max(find_duplicates(store, 0.999).row) < 200
     query = build_query(store, "cls", [Example("row", "3")], None, Preparation())
     assert all(190 < hit["row"] < 200 for hit in search(store, query, 5, where="row > 190"))
+
+
+def update(run: Path, gone: list[int]) -> None:
+    """What an update leaves: ten new rows, without those that they replace."""
+    for part in (run / "images").iterdir():
+        part.unlink()
+    images = np.setdiff1d(np.arange(210), gone)
+    digests = [f"{row % 190:064x}" for row in images]
+    failed = dict.fromkeys(gone, "Replaced")
+    kinds = [f"k{row % 3}" for row in range(210)]
+    changed = RunContent({"cls": VECTORS[images]}, user={"kind": kinds}, sha256=digests, failed=failed)
+    write_run(run, changed)
+
+
+@pytest.mark.parametrize("exact_only", [False, True])
+def test_rows_that_an_update_replaced_meanwhile_are_in_no_group(
+    run: Path, monkeypatch: pytest.MonkeyPatch, exact_only: bool
+) -> None:
+    store = FeatureStore.open(str(run))
+    before = find_duplicates(store, 0.9999, exact_only=exact_only)
+    assert sorted(before.row) == [*range(10), *range(190, 200)]
+    same_bytes = duplicates._same_bytes
+
+    def then_update(*arguments: Any) -> Any:
+        found = same_bytes(*arguments)
+        update(run, [2, 197])
+        return found
+
+    monkeypatch.setattr(duplicates, "_same_bytes", then_update)
+    found = find_duplicates(store, 0.9999, exact_only=exact_only)
+    assert sorted(found.row) == sorted({*range(10), *range(190, 200)} - {2, 192, 7, 197})
+    assert found.groups == 8
+
+
+def test_clusters_whose_medoid_is_replaced_meanwhile_go_without(run: Path) -> None:
+    store = FeatureStore.open(str(run))
+    clustering = fit(ArraySource(VECTORS[:200]), 4, spherical=True, restarts=1)
+    matrix = store.load("cls")
+    before = write_clusters(store, matrix, Preparation(), clustering, "n", {"label_column": "kind"})["clusters"]
+    update(run, [before[1]["medoid"]["row"]])
+    after = write_clusters(store, matrix, Preparation(), clustering, "n", {"label_column": "kind"})["clusters"]
+    assert [item["medoid"] for item in after] == [before[0]["medoid"], None, before[2]["medoid"], before[3]["medoid"]]
+    assert [item["size"] for item in after] == [item["size"] for item in before]
 
 
 def test_another_run_in_its_place_is_not_mixed_in(run: Path) -> None:
