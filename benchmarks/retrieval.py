@@ -9,6 +9,7 @@ in a process of its own, whose peak memory counts everything that was resident, 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,8 +20,10 @@ from typing import Any
 from common import environment, median, write
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
+_MAKE_MATRIX = "make-matrix"
 _COMMANDS: dict[str, list[str]] = {
-    "matrix": ["sql", "{d}", "SELECT count(*) AS n FROM images", "--json"],
+    "matrix": [_MAKE_MATRIX, "{d}"],
+    "sql_count": ["sql", "{d}", "SELECT count(*) AS n FROM images", "--json"],
     "search": ["search", "{d}", "--row", "5", "--json"],
     "search_filtered": ["search", "{d}", "--row", "5", "--filter", "width > 0 AND row % 2 = 0", "--json"],
     "index": ["index", "{d}", "--json"],
@@ -50,7 +53,12 @@ def make(folder: Path, rows: int, dim: int) -> None:
 
 
 def child(arguments: list[str]) -> None:
-    """One command, as the command line runs it."""
+    """One command, as the command line runs it, or what all of them do first."""
+    if arguments[0] == _MAKE_MATRIX:
+        from pipeline.retrieval.store import FeatureStore
+
+        print(json.dumps({"rows": len(FeatureStore.open(arguments[1]).load("cls"))}))
+        return
     import typer
 
     from jobs import retrieve, retrieve_groups, retrieve_labels
@@ -145,6 +153,8 @@ def main() -> None:
         for name, arguments in _COMMANDS.items():
             if given.only and name not in given.only:
                 continue
+            if name == "matrix":
+                shutil.rmtree(folder / "index" / "_matrix", ignore_errors=True)
             result["commands"][name] = _brief(measure([argument.format(d=folder) for argument in arguments]))
             print(name, result["commands"][name], file=sys.stderr, flush=True)
         if not given.only or "compare" in given.only:
