@@ -1,12 +1,15 @@
 """The head of the page: how much is done, how fast it went, with which model and versions."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from pipeline.report.run import RunDirectory
 from pipeline.report.scan import ImageScan
 from pipeline.report.text import duration, percent, rate, thousands
 from pipeline.storage import redact
+from schemas.attempt import AttemptRecord
 from schemas.run import ModelRecord
 
 
@@ -20,10 +23,13 @@ class Tile:
 
 
 def tiles(run: RunDirectory, scan: ImageScan, failures: int) -> list[Tile]:
-    """Rows, images, failures, speed and time. Speed is images over wall time, of the attempts that ended."""
+    """Rows, images, failures, speed and time. Speed is images over wall time, of the attempts that ended.
+
+    Wall time that several of them shared, as shards side by side do, counts once.
+    """
     rows = _asked(run, scan)
     ended = [item for item in run.attempts if item.wall_s]
-    wall_s = sum(item.wall_s or 0.0 for item in ended)
+    wall_s = _wall_s(ended)
     images = sum(item.images for item in ended)
     shares = [percent(count / rows) if rows else "" for count in (scan.images, failures)]
     replaced = f"without {thousands(len(scan.superseded))} replaced by newer versions" if len(scan.superseded) else ""
@@ -35,6 +41,17 @@ def tiles(run: RunDirectory, scan: ImageScan, failures: int) -> list[Tile]:
         Tile("Images per second", rate(images / wall_s if wall_s else None), "with start-up" if wall_s else ""),
         Tile("Wall time", duration(wall_s or None), attempts),
     ]
+
+
+def _wall_s(ended: Sequence[AttemptRecord]) -> float:
+    """Seconds in which one of these attempts at least was under way."""
+    starts = [datetime.fromisoformat(item.started).timestamp() for item in ended]
+    total, reached = 0.0, 0.0
+    for start, item in sorted(zip(starts, ended, strict=True), key=lambda pair: pair[0]):
+        stop = start + (item.wall_s or 0.0)
+        total += max(0.0, stop - max(start, reached))
+        reached = max(reached, stop)
+    return total
 
 
 def _asked(run: RunDirectory, scan: ImageScan) -> int:

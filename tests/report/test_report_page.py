@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from report.album import HOSTILE_NAMES, LABELS, Album, add_clusters, big_run, full_run
+from report.album import HOSTILE_NAMES, LABELS, Album, add_attempts, add_clusters, big_run, full_run
 from report.html_page import Page
 from support.s3 import S3Server
 
@@ -83,6 +84,18 @@ def test_report_counts(full: tuple[Album, Page]) -> None:
     assert "Images per second 2.9 with start-up Wall time 20 s" in page.text  # (21 + 37) images in 2 × 10 s
     assert "decode 8.0 s 38.1%" in page.text
     assert "interrupted" in page.text
+
+
+@pytest.mark.parametrize(
+    ("second", "speed", "wall"), [("10:00:06", "3.6", "16 s"), ("10:00:00", "5.8", "10 s"), ("11:00:00", "2.9", "20 s")]
+)
+def test_report_counts_the_time_that_shards_share_once(tmp_path: Path, second: str, speed: str, wall: str) -> None:
+    run = Album(tmp_path, count=6, failed={}).write()
+    add_attempts(run)  # 21 and 37 images in 10 s each
+    path = run / "attempts" / "2.json"
+    attempt = json.loads(path.read_text()) | {"started": f"2026-01-01T{second}+00:00", "shard_index": 1}
+    path.write_text(json.dumps(attempt))
+    assert f"Images per second {speed} with start-up Wall time {wall} 2 attempts" in page_of(run).text
 
 
 def test_report_pictures_carry_their_own_label(full: tuple[Album, Page]) -> None:
