@@ -11,13 +11,13 @@ from markupsafe import Markup
 
 from pipeline.report.charts import counter_bars, most_frequent, score_bars, side_bars, stage_times
 from pipeline.report.groups import Grouping, load_clusterings, load_duplicates
-from pipeline.report.projection import FeatureMap, project, sample_features
+from pipeline.report.projection import project, sample_features
 from pipeline.report.run import RunDirectory, open_run
 from pipeline.report.scan import ABSENT, ImageScan, scan_failures, scan_images
 from pipeline.report.summary import facts, progress, tiles
 from pipeline.report.text import asset, environment, hash_source, thousands
 from pipeline.report.thumbnails import Thumbnailer
-from pipeline.report.view import Pictures, cluster_sheets, duplicate_sheets, map_view
+from pipeline.report.view import Pictures, Plot, cluster_sheets, duplicate_sheets, map_view
 from pipeline.storage import join, put_bytes, redact
 
 _MAP_POINTS = 800
@@ -102,8 +102,7 @@ class Plan:
     """What the page is going to show, before any picture is read."""
 
     gallery: list[int]
-    feature: str
-    map: FeatureMap | None
+    map: Plot | None
     clusterings: list[Shown]
     duplicates: list[Shown]
 
@@ -114,32 +113,27 @@ class Plan:
 
     def rows(self) -> list[int]:
         """Every row whose thumbnail is wanted: the pictured first, then the points of the map."""
-        return list(dict.fromkeys([*self.pictured(), *(self.map.rows.tolist() if self.map else [])]))
+        return list(dict.fromkeys([*self.pictured(), *(self.map.found.rows.tolist() if self.map else [])]))
 
 
 def _choose(run: RunDirectory, scan: ImageScan, thumbnails: int, seed: int) -> Plan:
-    feature, found = _feature_map(run, scan, seed)
-    pool = found.rows if found else scan.rows
-    rng = np.random.default_rng(seed)
-    drawn = rng.choice(pool, min(thumbnails, len(pool)), replace=False)
-    if thumbnails > len(pool):
-        others = np.setdiff1d(scan.rows, pool)
-        more = rng.choice(others, min(thumbnails - len(pool), len(others)), replace=False)
-        drawn = np.concatenate([drawn, more])
+    rows = scan.rows
+    drawn = np.random.default_rng(seed).choice(rows, min(thumbnails, len(rows)), replace=False)
     clusterings = [_shown_clusters(item) for item in islice(load_clusterings(run), _SHOWN_GROUPINGS)]
     duplicates = [
         Shown(item, tuple(range(min(len(item), _DUPLICATE_GROUPS))), _GROUP_PICTURES)
         for item in islice(load_duplicates(run), _SHOWN_GROUPINGS)
     ]
-    return Plan(sorted(drawn.tolist()), feature, found, clusterings, duplicates)
+    return Plan(sorted(drawn.tolist()), _plot(run, scan, seed), clusterings, duplicates)
 
 
-def _feature_map(run: RunDirectory, scan: ImageScan, seed: int) -> tuple[str, FeatureMap | None]:
+def _plot(run: RunDirectory, scan: ImageScan, seed: int) -> Plot | None:
     feature = next(iter(run.features()), "")
     if not feature:
-        return "", None
-    found = project(*sample_features(run, feature, scan, _MAP_POINTS, seed), seed)
-    return feature, found if len(found.rows) else None
+        return None
+    sample = sample_features(run, feature, scan, _MAP_POINTS, seed)
+    found = project(sample.rows, sample.features, seed)
+    return Plot(found, feature, sample.read, sample.groups) if len(found.rows) else None
 
 
 def _shown_clusters(grouping: Grouping) -> Shown:
@@ -172,7 +166,7 @@ def _sections(plan: Plan, scan: ImageScan, pictures: Pictures) -> dict[str, Any]
         "pictures": [pictures(row) for row in plan.gallery],
         "pictures_note": f"{thousands(len(plan.gallery))} of {thousands(len(scan.rows))}, drawn at random.",
         "histograms": _histograms(scan),
-        "map": map_view(plan.map, plan.feature, scan, pictures, set(plan.pictured())) if plan.map else None,
+        "map": map_view(plan.map, scan, pictures, set(plan.pictured())) if plan.map else None,
         "clusterings": clusterings,
         "duplicates": duplicates,
         "contents": _contents(plan, labelled),

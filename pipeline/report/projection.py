@@ -1,12 +1,13 @@
 """A map of the features in two dimensions: UMAP where it is installed, else PCA.
 
-Features are far too large to read whole, so row groups are drawn at random until a budget of bytes is met, and rows
-at random within them. A small run is covered entirely.
+Features are far too large to read whole, so row groups are drawn at random until a budget of bytes is met, eight of
+them at least, and rows at random within them. A small run is covered entirely.
 """
 
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -32,11 +33,19 @@ class FeatureMap:
     left_out: int
 
 
-def sample_features(
-    run: RunDirectory, feature: str, scan: ImageScan, count: int, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """At most `count` of the rows in `scan` drawn at random, ascending, and their features (count×D)."""
-    chosen = _choose_pieces(pieces(run, "images"), feature, seed)
+class Sample(NamedTuple):
+    """Some `rows`, ascending, and their `features` (N×D), from `read` of the `groups` row groups there are."""
+
+    rows: NDArray[np.int64]
+    features: NDArray[np.float32]
+    read: int
+    groups: int
+
+
+def sample_features(run: RunDirectory, feature: str, scan: ImageScan, count: int, seed: int) -> Sample:
+    """At most `count` of the rows in `scan`, drawn at random from row groups drawn at random."""
+    there = pieces(run, "images")
+    chosen = _choose_pieces(there, feature, seed)
     reachable = np.concatenate([np.empty(0, np.int64), *(_rows_of(run, piece) for piece in chosen)])
     # Rows beyond those that were scanned came meanwhile, by an update.
     reachable = np.unique(reachable[(reachable >= 0) & (reachable < len(scan.codes))])
@@ -45,9 +54,10 @@ def sample_features(
     drawn = np.sort(generator.choice(reachable, min(count, len(reachable)), replace=False))
     found = [(part, block) for piece in chosen for part, block in _features_of(run, piece, feature, drawn)]
     if not found:
-        return np.empty(0, np.int64), np.empty((0, 0), np.float32)
+        return Sample(np.empty(0, np.int64), np.empty((0, 0), np.float32), len(chosen), len(there))
     order = np.argsort(numbers := np.concatenate([part for part, _ in found]))
-    return numbers[order], np.concatenate([block for _, block in found])[order]
+    features = np.concatenate([block for _, block in found])[order]
+    return Sample(numbers[order], features, len(chosen), len(there))
 
 
 def _choose_pieces(found: list[Piece], feature: str, seed: int) -> list[Piece]:

@@ -52,6 +52,16 @@ class Sheet:
     pictures: list[Picture]
 
 
+@dataclass(frozen=True)
+class Plot:
+    """A map of a feature, whose points were drawn from `read` of the `groups` row groups there are."""
+
+    found: FeatureMap
+    feature: str
+    read: int
+    groups: int
+
+
 class Pictures:
     """Makes a Picture of a row from what was scanned and fetched."""
 
@@ -78,12 +88,13 @@ def short_name(uri: str, longest: int = 80) -> str:
     return uri if len(uri) <= longest else f"…{uri[1 - longest :]}"
 
 
-def map_view(found: FeatureMap, feature: str, scan: ImageScan, pictures: Pictures, on_page: Set[int]) -> dict[str, Any]:
+def map_view(plot: Plot, scan: ImageScan, pictures: Pictures, on_page: Set[int]) -> dict[str, Any]:
     """Marks, legend and tooltip data of the scatter plot. The most frequent labels, of two pictures or more,
     get a colour and a shape.
 
     Thumbnails of the rows `on_page` are taken from there, so that no picture is in the file twice for the map.
     """
+    found = plot.found
     codes = scan.codes[found.rows]
     series_of, legend = _series(scan, codes)
     marks, points, thumbnails = [], [], {}
@@ -104,7 +115,9 @@ def map_view(found: FeatureMap, feature: str, scan: ImageScan, pictures: Picture
         )
         if picture.source and row not in on_page:
             thumbnails[row] = picture.source
-    note = f"{thousands(len(marks))} of {thousands(len(scan.rows))} pictures by {feature}: {found.method}."
+    note = f"{thousands(len(marks))} of {thousands(len(scan.rows))} pictures by {plot.feature}: {found.method}."
+    if plot.read < plot.groups:
+        note += f" They are from {thousands(plot.read)} of {thousands(plot.groups)} row groups, drawn at random."
     if found.left_out:
         note += f" {thousands(found.left_out)} with zero or non-finite features are left out."
     data = {"points": points, "thumbnails": thumbnails}

@@ -18,6 +18,9 @@ from report.html_page import Page
 from support.s3 import S3Server
 
 from pipeline.report import write_report
+from pipeline.report.page import _choose
+from pipeline.report.run import open_run
+from pipeline.report.scan import scan_images
 from pipeline.storage import filesystem
 from schemas.errors import OutputError
 
@@ -259,6 +262,18 @@ def test_report_of_many_rows_stays_small(tmp_path: Path) -> None:
     path = Path(write_report(str(run)))
     assert path.stat().st_size < 2_000_000
     assert "800 of 20 000 pictures by cls" in Page(path.read_text(encoding="utf-8")).text
+
+
+def test_report_draws_pictures_from_all_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.report.projection._BUDGET_BYTES", 1)
+    run = open_run(str(big_run(tmp_path, 20_000, 8, group_rows=500)), {})
+    plan = _choose(run, scan_images(run), 200, 0)
+    assert plan.map is not None
+    assert len({row // 500 for row in plan.map.found.rows.tolist()}) == 8
+    assert len({row // 500 for row in plan.gallery}) > 30
+    text = page_of(Path(run.root)).text
+    assert "800 of 20 000 pictures by cls" in text
+    assert "They are from 8 of 40 row groups, drawn at random." in text
 
 
 def test_report_imports_neither_torch_nor_ray(tmp_path: Path) -> None:

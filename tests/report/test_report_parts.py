@@ -120,7 +120,7 @@ def test_report_projection_of_equal_points_is_finite() -> None:
 def test_report_features_go_with_their_rows(tmp_path: Path) -> None:
     album = Album(tmp_path)
     run = open_run(str(album.write()), {})
-    rows, features = sample_features(run, "cls", scan_images(run), 20, 1)
+    rows, features, *_ = sample_features(run, "cls", scan_images(run), 20, 1)
     place = {row: index for index, row in enumerate(album.rows)}
     assert len(rows) == 20
     assert np.all(np.diff(rows) > 0)
@@ -137,8 +137,9 @@ def test_report_reads_features_within_a_budget(tmp_path: Path, monkeypatch: pyte
         "_features_of",
         lambda run, piece, *rest: read.append((piece.path, piece.group)) or original(run, piece, *rest),
     )
-    rows, features = sample_features(run, "cls", scan_images(run), 500, 0)
-    assert len(pieces(run, "images")) > 16
+    rows, features, chosen, there = sample_features(run, "cls", scan_images(run), 500, 0)
+    assert len(pieces(run, "images")) == there > 16
+    assert chosen == 8
     assert len(set(read)) == 8
     assert features.shape == (500, 8)
     assert len(np.unique(rows // 1024)) > 3
@@ -151,11 +152,11 @@ def test_report_draws_points_without_a_copy_of_all_rows(tmp_path: Path, monkeypa
     scan = ImageScan(np.full(rows, NO_LABEL, np.int32), np.zeros(rows, np.float32))
     tracemalloc.start()
     try:
-        found, _ = sample_features(run, "cls", scan, 500, 0)
+        found = sample_features(run, "cls", scan, 500, 0)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(found) == 500
+    assert len(found.rows) == 500
     assert peak < 8 * rows
 
 
@@ -163,8 +164,8 @@ def test_report_draws_points_of_scanned_images_alone(tmp_path: Path) -> None:
     run = open_run(str(big_run(tmp_path, 600, 4)), {})
     codes = np.full(500, NO_LABEL, np.int32)
     codes[::2] = ABSENT
-    found, _ = sample_features(run, "cls", ImageScan(codes, np.zeros(500, np.float32)), 600, 0)
-    assert found.tolist() == list(range(1, 500, 2))
+    found = sample_features(run, "cls", ImageScan(codes, np.zeros(500, np.float32)), 600, 0)
+    assert found.rows.tolist() == list(range(1, 500, 2))
 
 
 def test_report_lookup_reads_only_what_holds_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
