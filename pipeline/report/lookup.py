@@ -3,6 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 from pipeline.report.run import RunDirectory, open_part
 
 _EVERY = (-(2**63), 2**63 - 1)
+_READERS = 16
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,19 @@ class RowLookup:
     def get(self, rows: Iterable[int]) -> dict[int, dict[str, Any]]:
         """The records of those `rows` that exist, by row."""
         wanted = np.unique(np.fromiter(rows, np.int64))
-        found: dict[int, dict[str, Any]] = {}
-        for piece in self._pieces:
-            inside = wanted[(wanted >= piece.low) & (wanted <= piece.high)]
-            if len(inside):
-                table = self._read(piece)
-                mask = pc.is_in(table.column("row"), value_set=pa.array(inside))
-                found |= {record["row"]: record for record in table.filter(mask).to_pylist()}
-        return found
+        value_set = pa.array(wanted)
+        holding = [piece for piece in self._pieces if np.any((wanted >= piece.low) & (wanted <= piece.high))]
+
+        def read(piece: Piece) -> list[dict[str, Any]]:
+            table = self._read(piece)
+            records: list[dict[str, Any]] = table.filter(pc.is_in(table.column("row"), value_set)).to_pylist()
+            return records
+
+        if len(holding) < 2:
+            return {record["row"]: record for piece in holding for record in read(piece)}
+        # On an object store each is a few requests, one after the other.
+        with ThreadPoolExecutor(min(_READERS, len(holding))) as pool:
+            return {record["row"]: record for records in pool.map(read, holding) for record in records}
 
     def _read(self, piece: Piece) -> pa.Table:
         key = (piece.path, piece.group)

@@ -16,7 +16,7 @@ from pipeline.report.run import RunDirectory, open_run
 from pipeline.report.scan import ABSENT, ImageScan, scan_failures, scan_images
 from pipeline.report.summary import facts, progress, tiles
 from pipeline.report.text import asset, environment, hash_source, thousands
-from pipeline.report.thumbnails import Thumbnailer
+from pipeline.report.thumbnails import Thumbnailer, addresses
 from pipeline.report.view import Pictures, Plot, cluster_sheets, duplicate_sheets, map_view
 from pipeline.storage import join, put_bytes, redact
 
@@ -49,8 +49,9 @@ def render_report(run: RunDirectory, thumbnails: int, seed: int) -> str:
     thumbnailer = Thumbnailer(run)
     try:
         rows = plan.rows()
-        fetched = thumbnailer.thumbnails(rows, _THUMBNAIL_SIDE, _THUMBNAIL_TIMEOUT_S)
-        pictures = Pictures(scan, thumbnailer.uris(rows), fetched)
+        records = thumbnailer.records(rows)
+        fetched = thumbnailer.thumbnails(rows, _THUMBNAIL_SIDE, _THUMBNAIL_TIMEOUT_S, records)
+        pictures = Pictures(scan, addresses(records), fetched)
     finally:
         thumbnailer.close()
     causes = scan_failures(run, scan.superseded)

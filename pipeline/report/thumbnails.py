@@ -56,18 +56,29 @@ class Thumbnailer:
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="thumbnail")
         self._tables = ThreadPoolExecutor(_TABLE_READERS, thread_name_prefix="thumbnail-table")
 
+    def records(self, rows: Iterable[int]) -> dict[int, dict[str, Any]]:
+        """What the manifest says of `rows`, as far as it has them."""
+        return self._manifest.get(rows)
+
     def uris(self, rows: Iterable[int]) -> dict[int, str]:
         """The addresses of `rows`, without the secrets of signed ones."""
-        return {row: redact(record["uri"]) for row, record in self._manifest.get(rows).items()}
+        return addresses(self.records(rows))
 
-    def thumbnails(self, rows: Iterable[int], side: int, timeout_s: float | None = None) -> dict[int, Thumbnail]:
+    def thumbnails(
+        self,
+        rows: Iterable[int],
+        side: int,
+        timeout_s: float | None = None,
+        records: Mapping[int, Record] | None = None,
+    ) -> dict[int, Thumbnail]:
         """Thumbnails of `rows`, at most `side` pixels a side, several reads at a time.
 
-        Those not there within `timeout_s` become placeholders.
+        Those not there within `timeout_s` become placeholders. `records` are those of the rows, if they are at hand.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         wanted = list(dict.fromkeys(rows))
-        records = self._manifest.get(wanted)
+        if records is None:
+            records = self.records(wanted)
         tables: dict[str, list[Record]] = defaultdict(list)
         jobs: dict[int, Future[bytes]] = {}
         for row, record in records.items():
@@ -119,6 +130,11 @@ class Thumbnailer:
                 if deadline is not None and time.monotonic() > deadline:
                     raise TimeoutError("not read in time")
                 found[row_at[offset]] = _made(job)
+
+
+def addresses(records: Mapping[int, Record]) -> dict[int, str]:
+    """The addresses in records of the manifest, without the secrets of signed ones."""
+    return {row: redact(record["uri"]) for row, record in records.items()}
 
 
 def _image_column(schema: pa.Schema, preferred: str) -> str:

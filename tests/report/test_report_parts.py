@@ -15,7 +15,7 @@ from pipeline.report import catalogue, groups, projection, write_report
 from pipeline.report.charts import bars, counter_bars, score_bars, side_bars, stage_times
 from pipeline.report.explore_state import Thumbnails
 from pipeline.report.groups import load_clusterings, load_duplicates
-from pipeline.report.lookup import RowLookup, pieces
+from pipeline.report.lookup import Piece, RowLookup, pieces
 from pipeline.report.projection import project, sample_features
 from pipeline.report.run import open_run
 from pipeline.report.scan import ABSENT, NO_LABEL, ImageScan, scan_images
@@ -179,6 +179,32 @@ def test_report_lookup_reads_only_what_holds_the_rows(tmp_path: Path, monkeypatc
     assert {row: record["width"] for row, record in found.items()} == {0: 64, 1: 65}
     assert len(opened) == 1
     assert lookup.get([]) == {}
+
+
+def test_report_lookup_reads_row_groups_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = open_run(str(big_run(tmp_path, 4000, 4, group_rows=1000)), {})
+    lookup = RowLookup(run, "images", ["row", "uri"])
+    together = threading.Barrier(4)
+    original = lookup._read
+
+    def read(piece: Piece) -> Any:
+        together.wait(30)
+        return original(piece)
+
+    monkeypatch.setattr(lookup, "_read", read)
+    found = lookup.get([3999, 1, 1001, 2001, 2002])
+    assert {row: record["uri"] for row, record in found.items()} == {
+        row: f"memory://photo-{row:07d}.jpg" for row in (1, 1001, 2001, 2002, 3999)
+    }
+
+
+def test_report_asks_the_manifest_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = Album(tmp_path, count=6, failed={}).write()
+    asked: list[int] = []
+    original = RowLookup.get
+    monkeypatch.setattr(RowLookup, "get", lambda self, rows: asked.append(len(rows)) or original(self, rows))
+    write_report(str(directory))
+    assert asked == [6]
 
 
 def test_report_groups_hold_nearest_first(tmp_path: Path) -> None:
