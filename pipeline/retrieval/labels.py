@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,12 @@ class Labelled:
     def take(self, chosen: Ints) -> "Labelled":
         """Some of them, of the same classes."""
         return Labelled(self.positions[chosen], self.codes[chosen], self.classes)
+
+    def members(self) -> list[Ints]:
+        """For each class, where its examples stand, ascending. One sort, however many classes there are."""
+        order = np.argsort(self.codes, kind="stable")
+        bounds = np.searchsorted(self.codes[order], np.arange(len(self.classes) + 1))
+        return [order[start:stop] for start, stop in pairwise(bounds)]
 
 
 @dataclass(frozen=True)
@@ -180,8 +187,8 @@ def split(labelled: Labelled, share: float, rng: np.random.Generator) -> tuple[L
     Raises SpecError if the second would be empty.
     """
     second = np.zeros(len(labelled.codes), np.bool_)
-    for code in range(len(labelled.classes)):
-        members = rng.permutation(np.flatnonzero(labelled.codes == code))
+    for examples in labelled.members():
+        members = rng.permutation(examples)
         second[members[: min(len(members) - 1, max(1, round(share * len(members))))]] = True
     if not second.any():
         raise SpecError("every class has a single example: nothing is left to test on; label a few more rows")
@@ -191,10 +198,7 @@ def split(labelled: Labelled, share: float, rng: np.random.Generator) -> tuple[L
 def shots(labelled: Labelled, count: int, rng: np.random.Generator) -> Labelled:
     """`count` examples of each class. Raises SpecError if a class has fewer."""
     check_shots(labelled, count)
-    chosen = [
-        rng.choice(np.flatnonzero(labelled.codes == code), count, replace=False)
-        for code in range(len(labelled.classes))
-    ]
+    chosen = [rng.choice(examples, count, replace=False) for examples in labelled.members()]
     return labelled.take(np.sort(np.concatenate(chosen)))
 
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from support.runs import RunContent, clustered, write_run
 
-from pipeline.retrieval.labels import labels_from_column, labels_from_csv, locate
+from pipeline.retrieval.labels import Labelled, labels_from_column, labels_from_csv, locate, shots, split
 from pipeline.retrieval.store import FeatureStore
 from schemas.errors import SpecError
 from schemas.redaction import redact
@@ -142,3 +143,31 @@ def test_row_numbers_as_pandas_writes_them_and_lines_without_a_label(store: Feat
     found = labels_from_csv(store, write_csv(tmp_path / "l.csv", "row,label", lines))
     assert dict(zip(found.rows.tolist(), found.labels, strict=True)) == {7: "a", 8: "a", 9: "b"}
     assert (found.named, found.unknown) == (5, ("10.5", "99"))
+
+
+class Compared(np.ndarray):
+    """An array that counts how often it is compared as a whole."""
+
+    times = 0
+
+    def __eq__(self, other: Any) -> Any:
+        Compared.times += 1
+        return np.asarray(self) == other
+
+
+def test_draws_go_over_the_labels_once_however_many_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = np.random.default_rng(0).permutation(np.repeat(np.arange(50), np.arange(3, 53)))
+    labelled = Labelled(np.arange(len(codes)), codes.view(Compared), [f"{code:02d}" for code in range(50)])
+    monkeypatch.setattr(Compared, "times", 0)
+    rest, tested = split(labelled, 0.3, np.random.default_rng(1))
+    few = shots(labelled, 2, np.random.default_rng(1))
+    assert Compared.times <= 2
+    rng, wanted = np.random.default_rng(1), []
+    for code in range(50):
+        members = rng.permutation(np.flatnonzero(codes == code))
+        wanted += members[: round(0.3 * len(members))].tolist()
+    assert tested.positions.tolist() == sorted(wanted)
+    assert rest.positions.tolist() == sorted(set(range(len(codes))) - set(wanted))
+    rng = np.random.default_rng(1)
+    chosen = [rng.choice(np.flatnonzero(codes == code), 2, replace=False) for code in range(50)]
+    assert few.positions.tolist() == sorted(np.concatenate(chosen).tolist())
