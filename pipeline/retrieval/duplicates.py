@@ -6,10 +6,12 @@ the kept picture, can lie below the threshold. Kept is the picture with the most
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
 
 from pipeline.retrieval.arrays import Floats, Ints, Mask, Preparation
 from pipeline.retrieval.components import Components
@@ -40,7 +42,7 @@ class Duplicates:
     keep: Mask
     score: Floats
     exact: Mask
-    uri: list[str]
+    uri: pa.ChunkedArray
 
     @property
     def groups(self) -> int:
@@ -134,18 +136,17 @@ def _describe(store: FeatureStore, matrix: Matrix | None, rows: Ints, labels: In
     Rows of one group have one label. Without a matrix each group is of the same bytes. Rows that are gone (an update
     replaced them meanwhile) are left out, and so are groups of which one row is left.
     """
-    facts = store.lookup(rows, ["uri", "width", "height", "sha256"])
-    there = np.array([int(row) in facts for row in rows], np.bool_)
+    facts = _facts(store, rows)
+    there = np.isin(rows, facts.rows)
     _, group_of, sizes = np.unique(labels[there], return_inverse=True, return_counts=True)
     rows, labels = rows[there][sizes[group_of] > 1], labels[there][sizes[group_of] > 1]
-    pixels = np.array([(facts[int(row)]["width"] or 0) * (facts[int(row)]["height"] or 0) for row in rows], np.int64)
-    order = np.lexsort((rows, -pixels, labels))
-    labels, rows = labels[order], rows[order]
+    at = np.searchsorted(facts.rows, rows)
+    order = np.lexsort((rows, -facts.pixels[at], labels))
+    labels, rows, at = labels[order], rows[order], at[order]
     keep = np.ones(len(labels), np.bool_)
     keep[1:] = labels[1:] != labels[:-1]
     number = np.cumsum(keep) - 1
-    digests = np.array([facts[int(row)]["sha256"] or f"row {row}" for row in rows], dtype=object)
-    exact = digests == digests[keep][number]
+    exact = facts.digests[at] == facts.digests[at][keep][number]
     score = np.ones(len(rows), np.float32)
     if matrix is not None:
         near = ~exact
@@ -154,8 +155,36 @@ def _describe(store: FeatureStore, matrix: Matrix | None, rows: Ints, labels: In
     lowest = np.minimum.reduceat(rows, np.flatnonzero(keep)) if len(rows) else rows
     group = np.argsort(np.argsort(lowest, kind="stable"), kind="stable")[number] if len(rows) else number
     final = np.lexsort((rows, -score, ~keep, group))
-    uris = [facts[int(row)]["uri"] for row in rows[final]]
-    return Duplicates(rows[final], group[final], keep[final], score[final], exact[final], uris)
+    return Duplicates(
+        rows[final], group[final], keep[final], score[final], exact[final], facts.uris.take(pa.array(at[final]))
+    )
+
+
+class _Facts(NamedTuple):
+    """What is asked of grouped rows: `rows` ascending, then columns in their order.
+
+    `digests` are numbers: equal for equal SHA-256, and one of its own for a row that has none.
+    """
+
+    rows: Ints
+    pixels: Ints
+    digests: Ints
+    uris: pa.ChunkedArray
+
+
+def _facts(store: FeatureStore, rows: Ints) -> _Facts:
+    """Facts of those of `rows` that are in `images/`. Python's own dictionaries would take several times as much."""
+    wanted, names = pads.field("row").isin(pa.array(np.unique(rows))), ["row", "width", "height", "sha256", "uri"]
+    table = store.reread(lambda: store.dataset().to_table(columns=names, filter=wanted))
+    found = table.column("row").to_numpy()
+    order = np.argsort(found, kind="stable")
+    width, height = (pc.fill_null(table.column(name), 0).to_numpy().astype(np.int64) for name in ("width", "height"))
+    # Offsets of 64 bits: all addresses together may well be more than 2 GiB.
+    digests = table.column("sha256").cast(pa.large_string()).combine_chunks().dictionary_encode().indices
+    numbers = pc.fill_null(digests.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
+    numbers = np.where(numbers < 0, -1 - found, numbers)
+    uris = table.column("uri").cast(pa.large_string()).take(pa.array(order))
+    return _Facts(found[order], (width * height)[order], numbers[order], uris)
 
 
 def _cosines(matrix: Matrix, first: Ints, second: Ints) -> Floats:
@@ -203,8 +232,8 @@ def write_duplicates(store: FeatureStore, found: Duplicates, name: str, settings
 
 
 def _delete_list(found: Duplicates) -> tuple[list[str], int, int]:
-    kept = {uri for uri, keep in zip(found.uri, found.keep, strict=True) if keep}
-    dropped = list(dict.fromkeys(uri for uri, keep in zip(found.uri, found.keep, strict=True) if not keep))
+    kept = set(found.uri.filter(pa.array(found.keep)).to_pylist())
+    dropped = list(dict.fromkeys(found.uri.filter(pa.array(~found.keep)).to_pylist()))
     free = [uri for uri in dropped if uri not in kept]
     # All that any reader of lines takes for the end of one; names may well hold blanks that are not "printable".
     safe = [uri for uri in free if uri.splitlines() == [uri] and "\0" not in uri]

@@ -1,10 +1,13 @@
 """Duplicates: the same bytes, near vectors, groups, what is kept and what may be deleted."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from support.runs import RunContent, clustered, write_run
@@ -178,6 +181,35 @@ def test_same_bytes_without_cls(tmp_path: Path, feature: str) -> None:
     assert found.keep.tolist() == [True, False] * 2
     assert found.score.tolist() == [1.0] * 4
     assert found.exact.all()
+
+
+def test_what_is_grouped_is_held_in_columns(tmp_path: Path) -> None:
+    count = 40_000
+    content = RunContent({"cls": np.ones((count, 2), np.float32)}, sha256=[f"{row % 9:064x}" for row in range(count)])
+    store = open_run(tmp_path, content)
+    tracemalloc.start()
+    try:
+        found = find_duplicates(store, exact_only=True)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found.groups == 9
+    assert found.uri[-1].as_py() == f"memory://photo-{found.row[-1]:07d}.jpg"
+    assert peak < 250 * count
+
+
+def test_rows_without_digest_or_size(tmp_path: Path) -> None:
+    vectors = np.repeat(np.eye(2, 4, dtype=np.float32), 3, axis=0)
+    run = write_run(tmp_path, RunContent({"cls": vectors}, sha256=["a" * 64, "b" * 64, "a" * 64, *"cde"], parts=1))
+    (part,) = (run / "images").iterdir()
+    table = pq.read_table(part)
+    for name, gone in (("sha256", [3, 4]), ("width", [0, 3])):
+        column = pc.if_else(pc.is_in(table["row"], pa.array(gone)), None, table[name])
+        table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
+    pq.write_table(table, part)
+    found = find_duplicates(FeatureStore.open(str(run)), 0.9)
+    assert found.row.tolist() == [1, 0, 2, 4, 3, 5]
+    assert found.exact.tolist() == [True, False, False, True, False, False]
 
 
 def test_nothing_found_is_an_empty_table(tmp_path: Path) -> None:
