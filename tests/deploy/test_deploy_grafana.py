@@ -109,6 +109,17 @@ def test_counters_are_asked_as_rates_or_totals() -> None:
                 assert "rate(" in text or re.search(r"\bsum\(", text)
 
 
+def test_a_job_of_which_every_image_fails_is_seen() -> None:
+    """A counter does not exist before it first counts, and an operation on what does not exist gives nothing."""
+    board = dashboard()
+    (session,) = [variable for variable in board["templating"]["list"] if variable["name"] == "session"]
+    assert not set(METRIC.findall(session["query"])) & set(our_metrics())
+    (share,) = [panel for panel in board["panels"] if panel["title"] == "Share of failures"]
+    for target in share["targets"]:
+        rest = re.sub(r"\(sum\(ray_patchstream_\w+\{[^}]*\}\) or vector\(0\)\)", "", target["expr"])
+        assert METRIC.findall(rest) == []
+
+
 def test_what_is_emitted_is_what_is_listed() -> None:
     from pipeline import metrics
 

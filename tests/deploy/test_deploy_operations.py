@@ -46,6 +46,15 @@ def test_each_metric_exists() -> None:
     assert set(re.findall(r"ray_patchstream_\w+", TEXT)) <= known
 
 
+def test_an_alert_on_images_fires_where_every_one_fails() -> None:
+    """Their counter does not exist before the first success, and nothing is never more than what is not there."""
+    alerts = re.findall(r"^\| [^|]+ \| `([^`]*ray_patchstream_images_total[^`]*)`", TEXT, re.MULTILINE)
+    assert len(alerts) == 2
+    for alert in alerts:
+        rest = re.sub(r"\(sum\(rate\(ray_patchstream_images_total\[\w+\]\)\) or vector\(0\)\)", "", alert)
+        assert "ray_patchstream_images_total" not in rest
+
+
 def test_each_heading_of_the_contents_exists() -> None:
     headings = {
         re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).strip().replace(" ", "-")
