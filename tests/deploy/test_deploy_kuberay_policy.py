@@ -12,7 +12,9 @@ import typer
 from support.kustomize import Resource, build
 
 from jobs.cli import app
-from schemas.spec import build_spec
+from pipeline.placement import place
+from schemas.machines import Machines
+from schemas.spec import ActorRange, build_spec
 
 ROOT = Path(__file__).parents[2]
 OVERLAYS = sorted(path.parent for path in (ROOT / "deploy/kuberay").glob("overlays/*/*/kustomization.yaml"))
@@ -184,9 +186,37 @@ def test_the_job_is_a_valid_spec_that_fits_the_cluster(overlay: Path) -> None:
     assert job.actors is not None
     if overlay.parent.name == "cpu":
         assert job.gpus_per_actor == 0
-        assert job.actors.max <= groups["decode"]["maxReplicas"]
+        check_actors_take_every_core(job.actors, groups["decode"])
     else:
         assert job.gpus_per_actor * job.actors.max <= groups["gpu"]["maxReplicas"]
+
+
+def check_actors_take_every_core(actors: ActorRange, group: dict[str, Any]) -> None:
+    """Of all workers that there may be, with no more actors than fit there, however few there are at the start."""
+    limits, most = group["template"]["spec"]["containers"][0]["resources"]["limits"], group["maxReplicas"]
+    cpus, memory = int(limits["cpu"]), 0.7 * gibibytes(limits["memory"]) * 2**30
+    for nodes in (group["minReplicas"], most):
+        machines = Machines(
+            cpus=cpus * nodes,
+            gpus=0,
+            memory_bytes=memory * nodes,
+            object_store_bytes=0,
+            nodes=nodes,
+            node_cpus=(cpus,) * nodes,
+            node_memory=(memory,) * nodes,
+            may_grow=True,
+        )
+        placed = place(
+            machines,
+            rows=10**6,
+            actors=actors,
+            gpus_per_actor=0,
+            batch_size=None,
+            pixel_bytes=224 * 224 * 3,
+            model_bytes=1 << 30,
+        )
+        assert actors.max * placed.actor_calls * placed.threads >= most * cpus
+        assert actors.max <= most * int((cpus - placed.decode_cpus) / placed.actor_cpus)
 
 
 @each_overlay
