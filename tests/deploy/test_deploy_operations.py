@@ -3,13 +3,24 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs/operations.md").read_text()
 BLOCKS = [block.replace("\\\n", " ") for block in re.findall(r"^```\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)]
 COMMANDS = [line.strip() for block in BLOCKS for line in block.splitlines()]
+# vCPUs and GiB.
+MACHINES = {
+    "m7i.xlarge": (4, 16),
+    "m7i.4xlarge": (16, 64),
+    "g6.2xlarge": (8, 32),
+    "n2-standard-4": (4, 16),
+    "n2-standard-16": (16, 64),
+    "g2-standard-8": (8, 32),
+}
 
 
 def test_each_file_that_is_named_exists() -> None:
@@ -106,3 +117,50 @@ def test_a_worker_fits_the_disk_of_a_node_on_google() -> None:
     asked = [int(gib) for path in manifests for gib in re.findall(r"ephemeral-storage: (\d+)Gi", path.read_text())]
     for size in sizes:
         assert 0.94 * 0.9 * size - min(0.35 * size + 6, 0.5 * size) >= max(asked)
+
+
+def machines_of(pool: str) -> list[str]:
+    """The types that Amazon's commands and Google's name for a pool; Google's first pool is made with the cluster."""
+    google = "clusters create patchstream" if pool == "head" else f"node-pools create {pool}"
+    patterns = (
+        rf"eksctl create nodegroup .*--name {pool} --node-type (\S+)",
+        rf"gcloud container {google} .*--machine-type (\S+)",
+    )
+    found = [found.group(1) for pattern in patterns for command in COMMANDS if (found := re.match(pattern, command))]
+    assert len(found) == 2
+    return found
+
+
+def left_to_pods(machine: str) -> tuple[float, float]:
+    """CPUs and GiB. Both clouds keep 6% of the first core, 1% of the second, 0.5% of two more and 0.25% of the rest; of
+    the memory the kernel has 2%, and Google, which keeps more than Amazon, a share that falls and 100 MiB. Half a CPU
+    and 1 GiB are for what else runs on every node."""
+    cpus, memory = MACHINES[machine]
+    kept, above = 0.02 * memory + 0.1, 0.0
+    for width, share in ((4, 0.25), (4, 0.2), (8, 0.1), (112, 0.06)):
+        kept += share * min(max(memory - above, 0), width)
+        above += width
+    return cpus - 0.08 - 0.0025 * (cpus - 4) - 0.5, memory - kept - 1
+
+
+def asked_by(*containers: dict[str, Any]) -> tuple[float, float]:
+    """CPUs and GiB that one pod requests."""
+    requests = [container["resources"]["requests"] for container in containers]
+    cpus = [int(cpu[:-1]) / 1000 if cpu.endswith("m") else float(cpu) for cpu in (each["cpu"] for each in requests)]
+    return sum(cpus), sum(float(each["memory"].removesuffix("Gi")) for each in requests)
+
+
+def test_each_pod_fits_its_machine_and_decoding_ones_fill_it() -> None:
+    spec = yaml.safe_load((ROOT / "deploy/kuberay/base/raycluster.yaml").read_text())["spec"]
+    (patch,) = yaml.safe_load((ROOT / "deploy/kuberay/components/gpu/gpu-workers.yaml").read_text())
+    head, decode, gpu = (
+        group["template"]["spec"]["containers"][0]
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"], patch["value"])
+    )
+    pods = {"head": asked_by(head, spec["autoscalerOptions"]), "decode": asked_by(decode), "gpu": asked_by(gpu)}
+    for pool, (cpus, memory) in pods.items():
+        for machine in machines_of(pool):
+            free_cpus, free_memory = left_to_pods(machine)
+            fit = min(int(free_cpus / cpus), int(free_memory / memory))
+            assert fit >= 1, f"{pool} on {machine}"
+            assert pool != "decode" or fit * cpus >= 0.9 * MACHINES[machine][0], machine
