@@ -98,6 +98,14 @@ def test_a_submitted_job_has_a_token_and_waits_for_its_gpus() -> None:
         assert re.search(r"--cluster-wait \d{3}", block.partition("patchstream submit")[2])
 
 
+def test_a_submitted_job_asks_for_no_variable_that_the_cluster_of_the_page_lacks() -> None:
+    """Where machines have an identity, no variable holds a key; the others have what is in the Secret."""
+    assert [command for command in COMMANDS if command.startswith("patchstream submit") and " --env " in command] == []
+    asked = set(re.findall(r"--env (?!NAME)(\w+)", TEXT))
+    assert asked
+    assert asked <= set(re.findall(r"--from-literal=([A-Z_]+)=", TEXT))
+
+
 def test_amazon_commands_for_kubernetes_name_the_region_and_the_provider_of_identities() -> None:
     commands = [command for command in COMMANDS if command.startswith("eksctl ")]
     assert len(commands) == 5
