@@ -107,6 +107,7 @@ def retry(
     gpus_per_actor: Annotated[float | None, typer.Option(help="In place of the run's; 0 for CPUs.")] = None,
     actors: Annotated[str | None, typer.Option(help="As for embed.")] = None,
     address: Annotated[str | None, typer.Option(help="As for embed.")] = None,
+    cluster_wait: Annotated[float, typer.Option(help="As for embed.")] = 0.0,
     timeout: Annotated[float | None, typer.Option(help="In place of the run's, as for embed.")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="In place of the run's, as for embed.")] = None,
     max_pixels: Annotated[int | None, typer.Option(help="In place of the run's, as for embed.")] = None,
@@ -138,7 +139,7 @@ def retry(
             emit(json.dumps({**found, "rows": rows, "report": None, "attempt": None}))  # also what a run's summary has
         return 0
     emit(f"{reopened:,} failed rows are pending again", to_stderr=True)
-    return run_job(values, address=address, report=True, json_output=json_output, verbose=verbose)
+    return run_job(values, address=address, report=True, json_output=json_output, verbose=verbose, wait_s=cluster_wait)
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {"status": status, "verify": verify, "compact": compact, "retry": retry}

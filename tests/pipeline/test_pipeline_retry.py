@@ -165,6 +165,16 @@ def test_limits_and_gpus_can_be_changed(tmp_path: Path, hub: Path, run_again: An
     assert (spec.gpus_per_actor, spec.actors.max) == (0, 2)
 
 
+def test_machines_that_were_scaled_away_are_waited_for(
+    tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed_run(tmp_path, gpus_per_actor=1, dtype="bfloat16")
+    asked: list[float] = []
+    monkeypatch.setattr("jobs.run.run_job", lambda values, *, wait_s, **_: asked.append(wait_s) or 0)
+    assert run_command(["retry", str(tmp_path / "out"), "--cluster-wait", "900"]) == 0
+    assert asked == [900]
+
+
 @pytest.mark.usefixtures("server")
 def test_a_server_is_asked_again_and_its_headers_are_kept_nowhere(tmp_path: Path, hub: Path, run_again: Any) -> None:
     failed_run(tmp_path, backend="triton", triton={**SERVER, "outage_s": 2.0})
