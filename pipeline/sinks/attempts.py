@@ -83,6 +83,14 @@ def claim(
                     f"since {record.started}, and `{command}` would end it. Wait for it; if it is dead, run its own "
                     "command again or give --force"
                 )
+    record = _open(fs, path, shard, command)
+    if unfinished:
+        time.sleep(_SETTLE_S if is_local(fs) else _SETTLE_REMOTE_S)
+    return Fence(out, record, shard, storage_options), record
+
+
+def _open(fs: AbstractFileSystem, path: str, shard: Shard, command: str) -> AttemptRecord:
+    """A new attempt under the first number that is free."""
     number = max(_numbers(fs, path), default=0)
     while True:
         number += 1
@@ -95,11 +103,10 @@ def claim(
             pid=os.getpid(),
             command=command,
         )
-        if create_bytes(fs, _path(path, number), record.model_dump_json(indent=1).encode()):
-            break
-    if unfinished:
-        time.sleep(_SETTLE_S if is_local(fs) else _SETTLE_REMOTE_S)
-    return Fence(out, record, shard, storage_options), record
+        created = create_bytes(fs, _path(path, number), record.model_dump_json(indent=1).encode())
+        # It may be ours although we were refused: the answer to a first try was lost.
+        if created or _read(fs, path, number) == record:
+            return record
 
 
 def finish(out: str, record: AttemptRecord, storage_options: Options) -> None:
@@ -177,4 +184,4 @@ def _alive(record: AttemptRecord) -> bool:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

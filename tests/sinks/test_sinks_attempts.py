@@ -3,11 +3,14 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
+from support.faults import WRITES, Rule
+from support.flaky_proxy import FlakyProxy
 
 from pipeline.sinks import attempts
 from schemas.errors import OutputError
@@ -118,3 +121,21 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "attempts/000001.json").write_text("{")
     with pytest.raises(OutputError, match=r"attempts/000001\.json is not the record of an attempt .* remove it"):
         attempts.claim(out, Shard(index=0, count=1), {}, "embed")
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_an_attempt_whose_first_answer_was_lost_is_there_once(
+    scheme: str, flaky_proxy: Callable[..., FlakyProxy[Any]], request: pytest.FixtureRequest
+) -> None:
+    """The driver sends it again and is told that it exists; a second one, never ended, would hold up `compact`."""
+    server = request.getfixturevalue("s3_server" if scheme == "s3" else "gcs_server")
+    proxy = flaky_proxy(server, [Rule("status", methods=WRITES, first=1, forward=True)])
+    out, options = f"{scheme}://{server.make_bucket()}/out", {scheme: proxy.server.storage_options}
+    whole = Shard(index=0, count=1)
+    fence, record = attempts.claim(out, whole, options, "embed")
+    assert proxy.control.faults() == 1
+    fence.check()
+    record.status = "done"
+    attempts.finish(out, record, options)
+    assert attempts.read_attempts(out, options) == [record]
+    assert attempts.claim(out, whole, options, "compact", take_over=False)[0].number == 2
