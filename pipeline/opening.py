@@ -183,10 +183,12 @@ def open_directory(question: Question) -> Opened:
     dims = dict(zip(question.wanted.features, question.wanted.dims, strict=True))
     wanted = new_record(spec, _model_record(question), dims)
     found = read_record(spec.out, spec.storage_options)
+    listed = False
     if found is None:
         check_empty(spec.out, spec.storage_options)
         with freezing(spec.out, spec.storage_options) as mine:
             if mine:
+                listed = True
                 parts = write_manifest(read_sources(spec), spec.out, spec.storage_options)
                 mine.check()
                 write_record(spec.out, _with_parts(wanted, parts, base=len(parts)), spec.storage_options)
@@ -194,7 +196,7 @@ def open_directory(question: Question) -> Opened:
     if found is None:
         raise OutputError(f"{spec.out}/run.json vanished while the run was being set up; run the command again")
     check_same(found, wanted, spec.out)
-    if spec.update:
+    if spec.update and not listed:
         found = _update(question)
     return reopen(spec.out, found, spec.storage_options)
 

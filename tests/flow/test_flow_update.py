@@ -1,16 +1,19 @@
 """`--update` from listing to output: what is new or changed is done, what was replaced is gone, the rest stays."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pyarrow.parquet as pq
 import pytest
+from support.flaky_proxy import FlakyProxy
 from support.s3 import S3Server
 
 from pipeline import maintenance
 from pipeline.flow import Connect, run
+from pipeline.opening import ask, open_directory
 from schemas.errors import OutputError, SpecError
 from schemas.spec import JobSpec, build_spec
 
@@ -80,6 +83,26 @@ def test_an_update_does_what_is_new_and_drops_what_it_replaces(connect: Connect,
     assert Counter(images_in(out, options).values())["03.jpg"] == 1
     assert run(spec, connect).attempt.rows_planned == 0
     assert maintenance.verify(out, by_scheme).problems == []
+
+
+def test_an_update_of_a_new_directory_lists_the_sources_once(
+    tmp_path: Path, s3_server: S3Server, flaky_proxy: Callable[..., FlakyProxy[Any]]
+) -> None:
+    proxy = flaky_proxy(s3_server)
+    bucket = s3_server.make_bucket()
+    fs, folder = fsspec.core.url_to_fs(f"s3://{bucket}/in", **s3_server.storage_options)
+    for number in range(3):
+        fs.pipe_file(f"{folder}/{number}.jpg", b"x")
+    requests = []
+    for update in (False, True, True):
+        out = str(tmp_path / ("updated" if update else "plain"))
+        options = {"s3": proxy.server.storage_options}
+        proxy.control.forget()
+        opened = open_directory(ask(spec_for(f"s3://{bucket}/in", out, storage_options=options, update=update)))
+        assert opened.record.manifest_rows == 3
+        requests.append(proxy.control.requests())
+    assert requests[0] > 0
+    assert requests == [requests[0]] * 3
 
 
 def test_an_update_by_one_of_several_shards_is_refused(tmp_path: Path, connect: Connect) -> None:
