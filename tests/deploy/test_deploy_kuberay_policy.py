@@ -241,7 +241,11 @@ def test_a_job_ends_and_cleans_up(hardware: str) -> None:
     assert job["activeDeadlineSeconds"] > 0
     assert job["ttlSecondsAfterFinished"] > 0
     nightly = ray_resource(ROOT / f"deploy/kuberay/overlays/{hardware}/nightly")["spec"]
-    assert nightly["jobTemplate"] == {**job, "entrypoint": f"{job['entrypoint']} --update"}
+    try_s = nightly["jobTemplate"]["activeDeadlineSeconds"]
+    changes = {"entrypoint": f"{job['entrypoint']} --update", "activeDeadlineSeconds": try_s}
+    assert nightly["jobTemplate"] == {**job, **changes}
+    # Every try has a deadline of its own, and the run of the next night takes over from one that has not ended.
+    assert 0 < (1 + job["backoffLimit"]) * try_s < 24 * 3600
     assert re.fullmatch(r"\d+ \d+ \* \* \*", nightly["schedule"])
 
 
