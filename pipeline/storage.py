@@ -251,7 +251,7 @@ _CAUSES = {
     errno.ENOTDIR: "a file stands where a folder is needed; choose another --out",
     errno.EEXIST: "a file stands where a folder is needed; choose another --out",
     errno.EISDIR: "a folder stands where the file should go; choose another --out",
-    errno.EBUSY: "the store kept asking to slow down; go on later or with fewer actors",
+    errno.EBUSY: "the store kept asking to slow down; go on later, or with a lower fetch.concurrency",
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.faults import Rule
+from support.faults import WRITES, Rule
 from support.flaky_proxy import FlakyProxy
 from support.gcs import GcsServer
 from support.s3 import S3Server
@@ -149,6 +149,18 @@ def test_denied_writes(
     proxy.control.deny_writes()
     fs, path = filesystem(f"{name}://{server.make_bucket()}/run-412/x", proxy.server.storage_options)
     assert "denied" in message(write, fs, path)
+
+
+@WRITERS
+def test_a_store_that_keeps_asking_to_slow_down(
+    s3_server: S3Server, write: Callable[..., object], flaky_proxy: StartProxy
+) -> None:
+    """Most requests are the decoding tasks', which read."""
+    proxy = flaky_proxy(s3_server, [Rule("status", methods=WRITES, status=503)])
+    # botocore itself would try again for ten seconds, each time.
+    options = {**proxy.server.storage_options, "config_kwargs": {"retries": {"max_attempts": 0}}}
+    fs, path = filesystem(f"s3://{s3_server.make_bucket()}/run-412/x", options)
+    assert "go on later, or with a lower fetch.concurrency" in message(write, fs, path)
 
 
 @WRITERS
