@@ -8,8 +8,7 @@ from urllib.parse import urlencode
 import numpy as np
 
 from pipeline.report.explore_state import Exploration, Ints
-from pipeline.report.text import environment
-from pipeline.report.view import short_name
+from pipeline.report.text import environment, short_name
 from pipeline.storage import redact
 
 PICTURES_A_PAGE = 60

@@ -10,7 +10,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pipeline.storage import redact
 
 TEMPLATES = Path(__file__).parent / "templates"
-_CAPTION = 34
 
 
 def thousands(value: int) -> str:
@@ -45,9 +44,9 @@ def rate(value: float | None) -> str:
     return thousands(round(value)) if value >= 100 else f"{value:.1f}"
 
 
-def ending(name: str) -> str:
-    """The end of an address, which is what tells neighbours apart, as long as a caption of two lines shows it."""
-    return name if len(name) <= _CAPTION else f"…{name[1 - _CAPTION :]}"
+def short_name(uri: str, longest: int = 80) -> str:
+    """The end of an address, which tells pictures apart better than its beginning."""
+    return uri if len(uri) <= longest else f"…{uri[1 - longest :]}"
 
 
 @functools.cache
@@ -59,7 +58,7 @@ def environment() -> Environment:
         "percent": percent,
         "duration": duration,
         "rate": rate,
-        "ending": ending,
+        "short_name": short_name,
         "redact": redact,
     }
     return env

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pipeline.report.groups import Grouping, common_labels
 from pipeline.report.projection import FeatureMap
 from pipeline.report.scan import ImageScan
-from pipeline.report.text import percent, thousands
+from pipeline.report.text import percent, short_name, thousands
 from pipeline.report.thumbnails import Thumbnail
 
 WIDTH, HEIGHT, _MARGIN = 900, 560, 16
@@ -81,11 +81,6 @@ class Pictures:
         """The score of the first label of `row`."""
         score = float(self._scan.scores[row]) if row < len(self._scan.scores) else float("nan")
         return score if np.isfinite(score) else None
-
-
-def short_name(uri: str, longest: int = 80) -> str:
-    """The end of an address, which tells pictures apart better than its beginning."""
-    return uri if len(uri) <= longest else f"…{uri[1 - longest :]}"
 
 
 def map_view(plot: Plot, scan: ImageScan, pictures: Pictures, on_page: Set[int]) -> dict[str, Any]:

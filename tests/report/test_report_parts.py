@@ -19,7 +19,7 @@ from pipeline.report.lookup import Piece, RowLookup, pieces
 from pipeline.report.projection import project, sample_features
 from pipeline.report.run import open_run
 from pipeline.report.scan import ABSENT, NO_LABEL, ImageScan, scan_images
-from pipeline.report.text import duration, ending, percent, rate, thousands
+from pipeline.report.text import duration, percent, rate, short_name, thousands
 from schemas.attempt import AttemptRecord, StageSeconds
 
 
@@ -275,7 +275,6 @@ def test_report_answers_are_kept_within_a_budget(tmp_path: Path, monkeypatch: py
 
 
 def test_captions_show_the_end_of_an_address() -> None:
-    assert ending("s3://b/a.jpg") == "s3://b/a.jpg"
-    shown = [ending(f"s3://a-bucket/with/a/long/prefix/train-000{n}.tar#member-{n}.jpg") for n in range(2)]
+    assert short_name("s3://b/a.jpg", 34) == "s3://b/a.jpg"
+    shown = [short_name(f"s3://a-bucket/with/a/long/prefix/train-000{n}.tar#member-{n}.jpg", 34) for n in range(2)]
     assert shown == ["…refix/train-0000.tar#member-0.jpg", "…refix/train-0001.tar#member-1.jpg"]
-    assert {len(name) for name in shown} == {34}
