@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pipeline.progress import Progress
 
 _PLAIN_EVERY_S = 10.0
+# Of a shorter run the rate is that over its whole time, start-up included, which says nothing of a longer one.
+_LEAST_RUN_S = 2.0
 _PHASES = {
     "model": "reading the model",
     "listing": "listing the sources",
@@ -164,7 +166,9 @@ def _summary_rows(summary: "Summary", report: str | None, attention: str | None)
     rows = [("images", f"{summary.images:,} of {summary.rows:,}"), ("failures", f"{summary.failures:,}")]
     if attempt.rows_planned and attempt.wall_s is not None:
         done = attempt.images + attempt.failures
-        pace = f"{done:,} rows in {duration(attempt.wall_s)}, {attempt.images_per_s or 0:,.1f}/s once all ran"
+        pace = f"{done:,} rows in {duration(attempt.wall_s)}"
+        if attempt.startup_s is not None and attempt.wall_s - attempt.startup_s >= _LEAST_RUN_S:
+            pace += f", {attempt.images_per_s or 0:,.1f}/s once all ran"
         work = attempt.stage_seconds.model_dump().items()
         rows.append(("this attempt", pace))
         rows.append(("work by stage", ", ".join(f"{name} {duration(value)}" for name, value in work)))

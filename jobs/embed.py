@@ -130,7 +130,7 @@ def job(
 
 def _values(given: dict[str, Any], task: str) -> dict[str, Any]:
     """Keys and values of the spec: the config file's, overlaid with the options that were given."""
-    from schemas.spec import read_config
+    from schemas.spec import JobSpec, read_config
 
     values = read_config(given["config"]) if given["config"] else {}
     values.setdefault("task", task)
@@ -152,7 +152,9 @@ def _values(given: dict[str, Any], task: str) -> dict[str, Any]:
         if isinstance(lines, str):
             values[name] = read_lines(lines, option, storage_options)
     missing = [name for name in ("sources", "model", "out") if not values.get(name)]
-    if missing and not (missing == ["model"] and values.get("backend") == "null"):
+    # Where the file has a key that there is not, that is most likely the missing one: the spec tells of it.
+    mistyped = set(values) - set(JobSpec.model_fields)
+    if missing and not mistyped and not (missing == ["model"] and values.get("backend") == "null"):
         shown = {"sources": "SOURCE", "model": "--model", "out": "--out"}
         raise SpecError(
             f"{' and '.join(shown[name] for name in missing)} not given; "

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.opening import ask, open_directory, reopen
-from pipeline.record import require_record
+from pipeline.record import as_known, require_record
 from pipeline.sinks import attempts, compaction, intervals
 from pipeline.sinks.ledger import Ledger, pending, read_ledger, settled_ledger
 from pipeline.sinks.parts import Part, gone, read_columns
@@ -36,6 +36,7 @@ def status(out: str, storage_options: Options) -> dict[str, Any]:
     opened = reopen(out, record, storage_options)
     ledger = settled_ledger(out, storage_options)
     left = pending(ledger, 0, record.manifest_rows, opened.superseded)
+    tried = as_known(attempts.read_attempts(out, storage_options))
     return {
         "out": redact(out),
         "run_id": record.run_id,
@@ -49,7 +50,7 @@ def status(out: str, storage_options: Options) -> dict[str, Any]:
         "pending": intervals.count(left),
         "parts": len(ledger.parts),
         "bytes": sum(part.size for part in ledger.parts),
-        "attempts": [attempt.model_dump(mode="json") for attempt in attempts.read_attempts(out, storage_options)],
+        "attempts": [attempt.model_dump(mode="json") for attempt in tried],
     }
 
 

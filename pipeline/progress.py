@@ -12,6 +12,8 @@ Phase = Literal["model", "listing", "starting", "running", "finishing"]
 
 _WINDOW_S = 15.0
 _SILENT_S = 300.0
+# Over less than this a rate is noise: small blocks that were finished one after the other arrive together.
+_LEAST_S = 1.0
 
 
 class Progress(NamedTuple):
@@ -61,11 +63,11 @@ class Meter:
 
     @property
     def rate_mean(self) -> float:
-        """Images per second since every call gave its first rows; until more came, over the whole time."""
+        """Images per second since every call gave its first rows; until a second later, over the whole time."""
         return self._rate(time.monotonic())
 
     def _rate(self, until: float) -> float:
-        if self._base and self.done > self._base[1] and until > self._base[0]:
+        if self._base and self.done > self._base[1] and until - self._base[0] >= _LEAST_S:
             return (self.done - self._base[1]) / (until - self._base[0])
         return (self.done - self._before) / max(time.monotonic() - self._started, 1e-9)
 

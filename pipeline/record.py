@@ -3,9 +3,10 @@
 import importlib.metadata
 import json
 import platform
+import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from fsspec import AbstractFileSystem
 from pydantic import ValidationError
 
-from pipeline.lock import Held, locked
+from pipeline.lock import Held, is_running, locked
 from pipeline.storage import (
     Options,
     absolute,
@@ -32,7 +33,7 @@ from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
 from schemas.release import VERSION
 from schemas.run import ModelRecord, RunRecord, difference
-from schemas.spec import PLACE_FIELDS, RECORDED_FIELDS, RESULT_FIELDS, JobSpec
+from schemas.spec import PLACE_FIELDS, RECORDED_FIELDS, RESULT_FIELDS, JobSpec, Shard
 from schemas.tables import FeatureSize
 
 # For how long a rewrite of parts is waited for, and how often it is looked whether it has ended.
@@ -85,6 +86,34 @@ def read_attempt(fs: AbstractFileSystem, place: str) -> AttemptRecord | None:
             f"{redact(place)} is not the record of an attempt ({str(error).splitlines()[0]}); if no job "
             "runs there, remove it: parts do not depend on it"
         ) from error
+
+
+def as_known(records: Sequence[AttemptRecord]) -> list[AttemptRecord]:
+    """The records, oldest first, but `died` or `taken over` in place of a `running` that is known to be over: its
+    process is gone from this host, or a later attempt works on its rows."""
+    found = []
+    for position, record in enumerate(records):
+        if record.status == "running":
+            later = any(shares_rows(record, other) for other in records[position + 1 :])
+            if record.host == socket.gethostname() and not is_alive(record):
+                record = record.model_copy(update={"status": "died"})
+            elif later:
+                record = record.model_copy(update={"status": "taken over"})
+        found.append(record)
+    return found
+
+
+def shares_rows(record: AttemptRecord, other: AttemptRecord | Shard) -> bool:
+    """Whether two shards, [i/n, (i+1)/n) each, share rows; in whole numbers, so that equal borders do not."""
+    index, count = (other.index, other.count) if isinstance(other, Shard) else (other.shard_index, other.shard_count)
+    mine = index * record.shard_count, (index + 1) * record.shard_count
+    theirs = record.shard_index * count, (record.shard_index + 1) * count
+    return mine[0] < theirs[1] and theirs[0] < mine[1]
+
+
+def is_alive(record: AttemptRecord) -> bool:
+    """Whether the process that opened the attempt still runs here, and is not a later one of the same number."""
+    return is_running(record.pid, datetime.fromisoformat(record.started).timestamp() + 1)
 
 
 def manifest_error(place: str, error: Exception) -> OutputError:

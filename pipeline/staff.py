@@ -5,12 +5,15 @@ book three quarters of every core they compute on, decoding tasks a quarter of o
 divides the time, and neither waits for the other.
 """
 
+import logging
 import math
 from typing import NamedTuple
 
 from schemas.errors import ClusterError
 from schemas.machines import Machines
 from schemas.spec import ActorRange
+
+_log = logging.getLogger(__name__)
 
 _DECODE_CPUS = 0.25
 _ACTOR_CPUS_A_CORE = 0.75
@@ -50,8 +53,13 @@ def on_gpus(machines: Machines, actors: ActorRange | None, gpus_per_actor: float
 
 
 def on_cpus(machines: Machines, actors: ActorRange | None, by_memory: int, one_call: bool) -> Staff:
-    """Actors on the cores, never more of them than `by_memory`; with `one_call` an actor takes one at a time."""
+    """Actors on the cores, never more of them than `by_memory`; with `one_call` an actor takes one at a time.
+    More than there are cores are not made: they would take minutes to start, and memory."""
     nodes = [max(1, int(cores)) for cores in machines.node_cpus] or [max(1, int(machines.cpus))]
+    room = sum(nodes)
+    if actors and actors.min > room and not one_call and not machines.may_grow:
+        _log.warning("--actors %d: there are %d cores and so many actors; more would only wait", actors.min, room)
+        actors = ActorRange(min=room, max=room)
     cores, now = _share(nodes, actors, by_memory, one_call=one_call)
     calls = 1 if one_call else _calls(cores)
     chosen = actors or ActorRange(min=now, max=now)

@@ -9,7 +9,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 AttemptDevice = Literal["cpu", "gpu", "triton"]
-AttemptStatus = Literal["running", "done", "interrupted", "failed"]
+# The last two are said of a record that still has `running`; no attempt writes them of itself.
+AttemptStatus = Literal["running", "done", "interrupted", "failed", "died", "taken over"]
 
 
 class StageSeconds(BaseModel):

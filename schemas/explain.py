@@ -1,6 +1,7 @@
 """What is wrong with a spec, in words that may be printed: the value at fault is told, a credential never."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -9,12 +10,14 @@ from pydantic import BaseModel
 from schemas.redaction import redact
 
 Model = type[BaseModel]
+_KIND = re.compile(r"-int$|\[.*\]$")
 
 
 def explain(item: Any, spec: Model) -> str:
     """One of the errors of a pydantic ValidationError over `spec`: the key, the rule it broke, the value."""
     location = [str(part) for part in item["loc"]]
-    name = ".".join(location)
+    # Of a value that may be of several kinds, pydantic names the kind that it tried.
+    name = ".".join(part for part in location if location[0] == "storage_options" or not _KIND.search(part))
     if item["type"] == "extra_forbidden":
         return f"unknown key `{name}` in the spec; {_hint(location, spec)}"
     rule = redact(item["msg"].removeprefix("Value error, "))

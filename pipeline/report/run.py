@@ -11,7 +11,7 @@ from fsspec import AbstractFileSystem
 from pydantic import ValidationError
 
 from pipeline.columns import is_damage, open_columns
-from pipeline.record import read_attempt
+from pipeline.record import as_known, read_attempt
 from pipeline.storage import filesystem, join, read_error, read_json, redact
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
@@ -65,7 +65,7 @@ def open_run(out: str, storage_options: Mapping[str, Any]) -> RunDirectory:
     found = (read_attempt(fs, path) for path in list_files(fs, join(root, "attempts"), ".json"))
     attempts = [attempt for attempt in found if attempt is not None]
     attempts.sort(key=lambda attempt: (attempt.started, attempt.attempt, attempt.shard_index))
-    return RunDirectory(out, fs, root, record, tuple(attempts), storage_options)
+    return RunDirectory(out, fs, root, record, tuple(as_known(attempts)), storage_options)
 
 
 def list_files(fs: AbstractFileSystem, folder: str, suffix: str) -> list[str]:

@@ -13,8 +13,7 @@ from datetime import UTC, datetime
 
 from fsspec import AbstractFileSystem
 
-from pipeline.lock import is_running
-from pipeline.record import read_attempt
+from pipeline.record import is_alive, read_attempt, shares_rows
 from pipeline.storage import Options, create_bytes, filesystem, is_local, join, put_bytes, reading, redact
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
@@ -48,7 +47,7 @@ class Fence:
             record = _read(fs, path, newer)
             if record is None:
                 return  # just being made, so not yet writing; the next check sees it whole
-            if _overlap(record, self.shard):
+            if shares_rows(record, self.shard):
                 raise OutputError(
                     f"{redact(self.out)}: attempt {newer} (process {record.pid} on {record.host}) has taken over "
                     f"from attempt {self.number}, which therefore stops. Only one may write the same rows"
@@ -67,12 +66,12 @@ def claim(
     fs, path = filesystem(out, storage_options)
     unfinished = False
     for record in read_attempts(out, storage_options):
-        if not _overlap(record, shard):
+        if not shares_rows(record, shard):
             continue
         # One that was stopped may have left writes behind, as one that was killed.
         unfinished |= record.status != "done" and _ended_lately(record)
         if record.status == "running":
-            if record.host == socket.gethostname() and record.pid != os.getpid() and _alive(record):
+            if record.host == socket.gethostname() and record.pid != os.getpid() and is_alive(record):
                 raise OutputError(
                     f"{redact(out)}: process {record.pid} has been writing there since {record.started}. "
                     "Wait for it or stop it first; two runs must not write the same rows"
@@ -169,18 +168,6 @@ def _read(fs: AbstractFileSystem, path: str, number: int) -> AttemptRecord | Non
 
 def _path(path: str, number: int) -> str:
     return join(path, "attempts", f"{number:06d}.json")
-
-
-def _overlap(record: AttemptRecord, shard: Shard) -> bool:
-    """Whether two shards, [i/n, (i+1)/n) each, share rows; in whole numbers, so that equal borders do not."""
-    mine = shard.index * record.shard_count, (shard.index + 1) * record.shard_count
-    theirs = record.shard_index * shard.count, (record.shard_index + 1) * shard.count
-    return mine[0] < theirs[1] and theirs[0] < mine[1]
-
-
-def _alive(record: AttemptRecord) -> bool:
-    """Whether the process that opened the attempt still runs, and is not a later one with the same number."""
-    return is_running(record.pid, datetime.fromisoformat(record.started).timestamp() + 1)
 
 
 def _now() -> str:

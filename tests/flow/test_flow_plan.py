@@ -105,6 +105,16 @@ def test_actors_of_one_call_are_one_for_each_of_two_cores() -> None:
     assert (placement.actors.max, placement.actor_calls, placement.threads) == (2, 1, 1)
 
 
+def test_no_more_actors_than_cores_are_made(caplog: pytest.LogCaptureFixture) -> None:
+    many = ActorRange(min=99, max=99)
+    assert placed(actors=many).actors == ActorRange(min=2, max=2)
+    assert "--actors 99: there are 2 cores and so many actors" in caplog.text
+    caplog.clear()
+    assert placed(LAPTOP._replace(may_grow=True), actors=many).actors == many
+    assert placed(actors=many, one_call=True).actors == many, "they wait for a server"
+    assert not caplog.text
+
+
 def test_gpus_decide_the_number_of_actors() -> None:
     placement = placed(GPU_BOX, gpus_per_actor=1.0)
     assert (placement.actors.min, placement.actors.max, placement.actor_gpus) == (1, 4, 1.0)

@@ -25,7 +25,7 @@ from schemas.errors import TooManyFailures
 def attempt() -> AttemptRecord:
     return AttemptRecord(
         attempt=1, shard_index=0, shard_count=1, started="2026-01-01T00:00:00+00:00", host="h", pid=1, status="done",
-        command="embed", rows_planned=3, images=2, failures=1, wall_s=1.5, images_per_s=2.0,
+        command="embed", rows_planned=3, images=2, failures=1, startup_s=1.0, wall_s=4.5, images_per_s=2.0,
     )  # fmt: skip
 
 
@@ -38,11 +38,16 @@ def test_places_are_printed_as_they_are(capsys: pytest.CaptureFixture[str], out:
     lines = capsys.readouterr().out.splitlines()
     told = {line[:15].rstrip(): line[16:] for line in lines[:-1]}
     assert told["images"] == f"{3 - failures} of 3"
-    assert told["this attempt"] == "3 rows in 1.5 s, 2.0/s once all ran"
+    assert told["this attempt"] == "3 rows in 4.5 s, 2.0/s once all ran"
     assert told["dataset"] == f"{out}/images/*.parquet"
     assert told["report"] == f"{out}/report.html"
     assert told["attention maps"] == f"{out}/maps"
     assert out in lines[-1]
+
+
+def test_a_run_of_a_moment_has_no_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    print_summary(Summary("o", 3, 2, 1, attempt().model_copy(update={"startup_s": 4.4})), None, None)
+    assert "3 rows in 4.5 s\n" in capsys.readouterr().out
 
 
 def test_a_job_that_has_yet_to_begin_says_for_how_long(capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,6 +73,9 @@ def test_an_unknown_key_names_the_nearest(capsys: pytest.CaptureFixture[str], fo
     shown = refused(capsys, "embed", folder, "--model", MODEL, "--out", tmp_path / "o", "--config", config)
     assert "unknown key `modle` in the spec; did you mean `model`?" in shown
     assert "unknown key `fetch.concurency` in the spec; did you mean `concurrency`?" in shown
+    config.write_text('modle = "x"\n')
+    shown = refused(capsys, "embed", folder, "--out", tmp_path / "o", "--config", config)
+    assert "unknown key `modle` in the spec; did you mean `model`?" in shown
 
 
 @pytest.mark.parametrize(

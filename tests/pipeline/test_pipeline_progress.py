@@ -60,6 +60,14 @@ def test_blocks_that_arrive_together_are_no_rate(clock: dict[str, float]) -> Non
     assert recorded(ours)["images_per_s"] == 1.0
 
 
+def test_small_blocks_that_follow_at_once_are_no_rate(clock: dict[str, float]) -> None:
+    ours = meter(total=5)
+    for at, rows in ((110.0, 2), (110.001, 2), (110.0012, 1)):
+        clock["s"] = at
+        ours.received(rows)
+    assert recorded(ours)["images_per_s"] == pytest.approx(0.5, rel=0.01)
+
+
 def test_a_job_that_stalls_slows_down_while_one_looks_at_it(clock: dict[str, float]) -> None:
     ours = meter()
     for at, rows in ((110.0, 5), (110.0, 5), (115.0, 50)):

@@ -53,6 +53,8 @@ def test_no_credential_is_told(values: dict[str, Any], message: str) -> None:
         ({"fetch": {"attempts": 0}}, "fetch.attempts: Input should be greater than or equal to 1 (given: 0)"),
         ({"triton": {"url": "grpc://h:1", "outage_s": -1.5}}, "(given: -1.5)"),
         ({"out": None}, "(given: None)"),
+        ({"batch_size": 0}, "batch_size: Input should be greater than or equal to 1 (given: 0)"),
+        ({"image_size": 0}, "image_size: expected a list (given: 0)"),
         ({"triton": {"urll": "grpc://h:1"}}, "unknown key `triton.urll` in the spec; did you mean `url`?"),
         ({"max_pixels": 4}, "unknown key `max_pixels` in the spec; did you mean `fetch.max_pixels`?"),
         ({"timeout": 4}, "unknown key `timeout` in the spec; did you mean `fetch.timeout_s`?"),

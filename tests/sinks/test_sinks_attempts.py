@@ -1,9 +1,12 @@
 """Who may write: the newest attempt on the same rows, and none that would end a living one by accident."""
 
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,9 @@ from fsspec.implementations.local import LocalFileSystem
 from support.faults import WRITES, Rule
 from support.flaky_proxy import FlakyProxy
 
+from pipeline.record import as_known
 from pipeline.sinks import attempts
+from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
 from schemas.spec import Shard
 
@@ -26,6 +31,23 @@ def test_the_newest_attempt_wins(tmp_path: Path) -> None:
     new.check()
     with pytest.raises(OutputError, match=r"attempt 2 .* has taken over from attempt 1"):
         old.check()
+
+
+def test_what_is_known_to_be_over_does_not_run(tmp_path: Path) -> None:
+    def opened(number: int, shard: int, **more: object) -> AttemptRecord:
+        values = {"attempt": number, "shard_index": shard, "shard_count": 2, "started": "2026-01-01T00:00:00+00:00"}
+        return AttemptRecord.model_validate({**values, "host": "elsewhere", "pid": 1, **more})
+
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    records = [
+        opened(1, 0, host=socket.gethostname(), pid=ended.pid),
+        opened(2, 1),
+        opened(3, 1),
+        opened(4, 0, status="done"),
+        opened(5, 0, host=socket.gethostname(), pid=os.getpid(), started=datetime.now(UTC).isoformat()),
+    ]
+    assert [record.status for record in as_known(records)] == ["died", "taken over", "running", "done", "running"]
 
 
 def test_a_directory_that_was_begun_anew_is_not_the_old_ones(tmp_path: Path) -> None:
