@@ -4,7 +4,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 from schemas.errors import Interrupted
@@ -67,12 +67,14 @@ def heeding_signals(work: Callable[[], T], interrupt: Callable[[], None]) -> T:
     if threading.current_thread() is not threading.main_thread():
         return work()
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(work)
+        running: Future[T] | None = None
         try:
+            running = pool.submit(work)
             return running.result()
         except KeyboardInterrupt:
-            while not running.done():
-                interrupt()  # and again, for it may not have begun
+            while running is not None and not running.done():
+                with contextlib.suppress(Exception):  # DuckDB refuses to while it begins or ends a call
+                    interrupt()  # and again, for it may not have begun
                 wait([running], _AGAIN_S)
             raise
 

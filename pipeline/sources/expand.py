@@ -3,6 +3,7 @@
 import logging
 import os
 import tarfile
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -117,7 +118,8 @@ def _parquet_rows(entry: Entry, spec: JobSpec, *, named: bool) -> Tables:
         raise SourceError(f"{redact(entry.uri)} is not a Parquet file")
     if kind is not None and kind.images is not None:
         if kind.left_out:
-            _tell_left_out(kind.images, kind.left_out)
+            with _telling:
+                _tell_left_out(kind.images, kind.left_out)
         return list(_chosen(read_image_table(entry, kind, spec.storage_options), entry, spec))
     # What an earlier run wrote names images too, but is asked for only where it is named.
     if kind is not None and kind.uris is not None and (named or not kind.ours):
@@ -128,6 +130,10 @@ def _parquet_rows(entry: Entry, spec: JobSpec, *, named: bool) -> Tables:
             "image bytes; name it with --uri-column or --image-column"
         )
     return [_plain_table([entry])] if wanted(entry.uri, spec.include, spec.exclude) else []
+
+
+# Tables are listed in several threads, and a cache alone lets two of them in at once.
+_telling = threading.Lock()
 
 
 @cache  # once, not for every table of a data set

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.models import inspect_model
 from pipeline.record import read_record
-from pipeline.signals import interruptible
+from pipeline.signals import heeding_signals, interruptible
 from pipeline.sources.listing import list_source
 from pipeline.sources.reading import open_object
 from pipeline.storage import create_bytes, put_bytes
@@ -67,3 +69,28 @@ def test_what_ray_makes_of_a_signal_keeps_its_number() -> None:
         as_ray_does()
     assert stopped.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_work_that_refuses_to_be_interrupted_is_asked_again() -> None:
+    """DuckDB does, while a connection begins or ends a call."""
+    asked: list[int] = []
+    ended = threading.Event()
+
+    def work() -> None:
+        time.sleep(0.5)  # by then it is waited for
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        assert ended.wait(60)
+
+    def interrupt() -> None:
+        asked.append(1)
+        if len(asked) == 1:
+            raise RuntimeError("connection is busy with another call")
+        ended.set()
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            heeding_signals(work, interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(asked) == 2
