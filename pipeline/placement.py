@@ -33,15 +33,17 @@ _UNKNOWN = 1 << 30
 
 
 class Placement(NamedTuple):
-    """Resources for each stage. An actor has `actor_calls` at once, on CPUs of `threads` threads each. `batch_size` is
-    the model's; `block_rows` is what travels between stages at once; `task_rows` is the most that a decoding task has,
-    of which `decoders` run side by side. `stream_bytes` may be on the way between stages, in the whole cluster."""
+    """Resources for each stage. An actor has `actor_calls` at once, on CPUs of `threads` threads each, and computes
+    `actor_lanes` of them side by side: on a GPU calls take turns. `batch_size` is the model's; `block_rows` is what
+    travels between stages at once; `task_rows` is the most that a decoding task has, of which `decoders` run side by
+    side. `stream_bytes` may be on the way between stages, in the whole cluster."""
 
     actors: ActorRange
     actor_cpus: float
     actor_gpus: float
     actor_memory_bytes: int
     actor_calls: int
+    actor_lanes: int
     threads: int
     decode_cpus: float
     batch_size: int
@@ -49,11 +51,6 @@ class Placement(NamedTuple):
     task_rows: int
     decoders: int
     stream_bytes: float
-
-    @property
-    def actor_lanes(self) -> int:
-        """Blocks that an actor computes side by side: on CPUs one for each call; on a GPU calls take turns."""
-        return 1 if self.actor_gpus else self.actor_calls
 
     @property
     def lanes(self) -> int:
@@ -99,9 +96,13 @@ def place(
     )
     chosen, lanes, cpus = staff.actors, staff.lanes, max(1, int(machines.cpus))
     row_bytes = max(pixel_bytes, output_bytes)
-    batch = batch_size or _automatic_batch(256 if gpus_per_actor else 8, row_bytes)
-    if batch_size is None and not gpus_per_actor and not one_call:
-        batch = _cpu_batch(batch, image_gflop / staff.threads, rows // (staff.now * lanes))
+    most = [_LARGEST_BLOCK_BYTES / max(1, row_bytes)]
+    if not gpus_per_actor and not one_call:
+        # Its threads are done soon, and every lane gets one. Small ones are hardly slower: of ViT-B/16, 1.07 (float32)
+        # to 0.87 (bfloat16) times the images/s of eight one by one.
+        in_time = _CPU_BATCH_S * _GFLOPS_A_THREAD * staff.threads / image_gflop if image_gflop else float("inf")
+        most += [in_time, rows // (staff.now * lanes)]
+    batch = batch_size or _automatic_batch(256 if gpus_per_actor else 8, *most)
     if actors is None:
         # More actors than batches would only load weights.
         useful = max(1, min(chosen.max, -(-rows // (batch * lanes))))
@@ -127,6 +128,7 @@ def place(
         actor_gpus=gpus_per_actor,
         actor_memory_bytes=model_bytes,
         actor_calls=staff.calls,
+        actor_lanes=lanes,
         threads=staff.threads,
         decode_cpus=staff.decode_cpus,
         batch_size=batch,
@@ -174,17 +176,9 @@ def _carried_by_memory(machines: Machines, model_bytes: int, gpus_per_actor: flo
     return 1
 
 
-def _automatic_batch(usual: int, row_bytes: int) -> int:
-    """Half as often as it takes for a batch to fit into the largest block."""
+def _automatic_batch(usual: int, *most: float) -> int:
+    """`usual`, or half of it as often as it takes to be no more than each of `most`; at least one."""
     batch = usual
-    while batch > 1 and batch * row_bytes > _LARGEST_BLOCK_BYTES:
-        batch //= 2
-    return batch
-
-
-def _cpu_batch(batch: int, thread_gflop: float, rows_a_lane: int) -> int:
-    """`batch`, or half of it as often as it takes for its threads to be done soon, and for every lane to get one. Small
-    ones are hardly slower: of ViT-B/16, 1.07 (float32) to 0.87 (bfloat16) times the images/s of eight one by one."""
-    while batch > 1 and (batch * thread_gflop > _CPU_BATCH_S * _GFLOPS_A_THREAD or batch > rows_a_lane):
+    while batch > max(1, min(most)):
         batch //= 2
     return batch
