@@ -83,12 +83,13 @@ def _run(spec: JobSpec, connect: Connect, listen: Listener) -> Summary:
     try:
         recover(spec.out, spec.storage_options)
         first, stop = shard_rows(opened.record.manifest_rows, spec.shard.index, spec.shard.count)
-        rest = pending(read_ledger(spec.out, spec.storage_options), first, stop, opened.superseded)
+        ledger = read_ledger(spec.out, spec.storage_options)
+        rest = pending(ledger, first, stop, opened.superseded)
         attempt.rows_planned = intervals.count(rest)
         if attempt.rows_planned:
             listen(Progress("starting"))
             with connect() as machines:
-                _work(question, opened, machines, fence, attempt, rest, listen)
+                _work(question, opened, machines, fence, attempt, ledger, listen)
         listen(Progress("finishing"))
         _finish(spec, opened, first, stop)
         ledger = _complete_ledger(spec, opened, first, stop)
@@ -114,14 +115,16 @@ def _work(
     machines: Machines,
     fence: Fence,
     attempt: AttemptRecord,
-    rest: Spans,
+    ledger: Ledger,
     listen: Listener,
 ) -> None:
-    """Predict and commit `rest`, in as many passes as it takes."""
+    """Predict and commit what `ledger` lacks, in as many passes as it takes."""
     spec = question.spec
     first, stop = shard_rows(opened.record.manifest_rows, spec.shard.index, spec.shard.count)
+    rest = pending(ledger, first, stop, opened.superseded)
     placement = place_job(question, machines, intervals.count(rest))
-    meter = Meter(stop - first, stop - first - intervals.count(rest), 0, placement, spec.fetch.concurrency)
+    failures = intervals.count(intervals.intersect(ledger.failures, first, stop))
+    meter = Meter(stop - first, stop - first - intervals.count(rest), failures, placement, spec.fetch.concurrency)
     attempt.device = "triton" if spec.backend == "triton" else "gpu" if spec.gpus_per_actor else "cpu"
     job = WriteJob(fence, opened.schema, opened.record.part_metadata(), opened.record.run_id)
 

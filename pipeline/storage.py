@@ -116,7 +116,10 @@ def is_local(fs: AbstractFileSystem) -> bool:
 
 def absolute(url: str) -> str:
     """`url` in a form that means the same place in every process of this machine: local paths become absolute, read as
-    `filesystem` reads them (`~`, `file:`, `local:`)."""
+    `filesystem` reads them (`~`, `file:`, `local:`), also where another file system lies in a local file."""
+    if is_chained(url):
+        inside, mark, place = url.rpartition("::")
+        return url if "://" in place else f"{inside}{mark}{absolute(place)}"
     return os.path.abspath(LocalFileSystem._strip_protocol(url)) if scheme(url) == "file" else url
 
 
@@ -240,17 +243,18 @@ def read_json(fs: AbstractFileSystem, path: str) -> Any:
         return None
 
 
+_ELSEWHERE = "choose another --out"
 _CAUSES = {
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "the quota is used up; free some space",
     errno.EFBIG: "the file is larger than the limit for files here; raise it, or lower the size of a part",
-    errno.EROFS: "the file system is read-only; choose another --out",
+    errno.EROFS: f"the file system is read-only; {_ELSEWHERE}",
     errno.EACCES: "writing there is denied; check the permissions and the credentials",
     errno.EPERM: "writing there is denied; check the permissions and the credentials",
     errno.ENOENT: "the folder or bucket does not exist (any more)",
-    errno.ENOTDIR: "a file stands where a folder is needed; choose another --out",
-    errno.EEXIST: "a file stands where a folder is needed; choose another --out",
-    errno.EISDIR: "a folder stands where the file should go; choose another --out",
+    errno.ENOTDIR: f"a file stands where a folder is needed; {_ELSEWHERE}",
+    errno.EEXIST: f"a file stands where a folder is needed; {_ELSEWHERE}",
+    errno.EISDIR: f"a folder stands where the file should go; {_ELSEWHERE}",
     errno.EBUSY: "the store kept asking to slow down; go on later, or with a lower fetch.concurrency",
 }
 
@@ -260,9 +264,9 @@ def write_error(path: str, error: Exception) -> OutputError:
     cause = _CAUSES.get(error_number(error), "")
     message = redact(str(error)) or type(error).__name__
     detail = f"{cause} ({message})" if cause else f"{type(error).__name__}: {message}"
-    return OutputError(
-        f"cannot write {redact(path)}: {detail}. What was committed stays; the same command goes on from there."
-    )
+    # In another folder there is nothing to go on from.
+    stays = "" if cause.endswith(_ELSEWHERE) else ". What was committed stays; the same command goes on from there."
+    return OutputError(f"cannot write {redact(path)}: {detail}{stays}")
 
 
 def read_error(path: str, error: Exception) -> OutputError:

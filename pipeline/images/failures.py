@@ -71,7 +71,7 @@ def _likely_kind(data: bytes) -> str:
     if data[4:8] == b"ftyp":
         return f"an ISO media file of brand {data[8:12]!r}, which no image decoder here reads (a video?)"
     if data[257:262] == b"ustar":
-        return "not an image but a tar archive"
+        return "not an image but a tar archive (a .tar among the failures is one that cannot be listed to its end)"
     if not any(data[:256]):
         return "not an image but zeros"
     return "no known image format"

@@ -37,6 +37,11 @@ class Example:
     value: str
     minus: bool = False
 
+    @property
+    def option(self) -> str:
+        """How it was, or could have been, given on the command line."""
+        return f"--minus {self.kind}={self.value}" if self.minus else f"--{self.kind} {self.value}"
+
 
 @dataclass(frozen=True)
 class Query:
@@ -89,56 +94,57 @@ def check_examples(store: FeatureStore, feature: str, examples: Sequence[Example
         raise SpecError("nothing to search for: give --image, --row, --uri, --vector or --text at least once")
     for example in examples:
         if example.kind == "row":
-            _row_id(example.value)
+            _row_id(example)
         elif example.kind == "vector":
-            _read_vector(example.value, store, feature)
+            _read_vector(example, store, feature)
 
 
 def _vector(store: FeatureStore, feature: str, example: Example, rows: list[int]) -> Floats:
     if example.kind == "vector":
-        return _read_vector(example.value, store, feature)
-    row = _row_id(example.value) if example.kind == "row" else _row_of_uri(store, example.value)
+        return _read_vector(example, store, feature)
+    row = _row_id(example) if example.kind == "row" else _row_of_uri(store, example)
     position = int(store.load(feature).positions_of(np.array([row]))[0])
     if position < 0:
         raise SpecError(
-            f"--row {row}: no such row in images/ (it has {len(store)} rows between {store.load(feature).rows.min()} "
-            f"and {store.load(feature).rows.max()}; a failed image has no vector)"
+            f"{example.option}: no such row in images/ (it has {len(store)} rows between "
+            f"{store.load(feature).rows.min()} and {store.load(feature).rows.max()}; a failed image has no vector)"
         )
     rows.append(row)
     return store.load(feature).take(np.array([position])).reshape(-1)
 
 
-def _row_id(text: str) -> int:
+def _row_id(example: Example) -> int:
     try:
-        return int(text)
+        return int(example.value)
     except ValueError:
-        raise SpecError(f"--row {text}: not a number") from None
+        raise SpecError(f"{example.option}: not a number") from None
 
 
-def _row_of_uri(store: FeatureStore, uri: str) -> int:
-    wanted = pads.field("uri") == redact(uri)  # as it is stored
+def _row_of_uri(store: FeatureStore, example: Example) -> int:
+    wanted = pads.field("uri") == redact(example.value)  # as it is stored
     found = store.reread(lambda: store.dataset().to_table(columns=["row"], filter=wanted)).column("row").to_numpy()
     if not len(found):
         sample = store.dataset().head(1, columns=["uri"]).column("uri")[0].as_py()
-        raise SpecError(f"--uri {redact(uri)}: no image of this address in images/; addresses look like {sample}")
+        raise SpecError(f"{redact(example.option)}: no image of this address in images/; addresses look like {sample}")
     # Of several versions of one object the newest has the highest row.
     return int(found.max())
 
 
-def _read_vector(path: str, store: FeatureStore, feature: str) -> Floats:
+def _read_vector(example: Example, store: FeatureStore, feature: str) -> Floats:
+    path = example.value
     dim = store.check_feature(feature)
     if not Path(path).is_file():
-        raise SpecError(f"--vector {path}: no such file")
+        raise SpecError(f"{example.option}: no such file")
     try:
         array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError, BadZipFile) as error:
-        raise SpecError(f"--vector {path}: not a .npy array ({error})") from None
+        raise SpecError(f"{example.option}: not a .npy array ({error})") from None
     if not isinstance(array, np.ndarray):
-        raise SpecError(f"--vector {path}: an archive of several arrays; save one with numpy.save")
+        raise SpecError(f"{example.option}: an archive of several arrays; save one with numpy.save")
     if array.ndim not in (1, 2) or array.size != dim or array.dtype.kind not in "fiu":
         raise SpecError(
-            f"--vector {path}: an array of shape {array.shape} and type {array.dtype}, but `{feature}` of this run has "
-            f"{dim} numbers; vectors of another model cannot be compared with these"
+            f"{example.option}: an array of shape {array.shape} and type {array.dtype}, but `{feature}` of this run "
+            f"has {dim} numbers; vectors of another model cannot be compared with these"
         )
     vector: Floats = array.reshape(dim).astype(np.float32)
     return vector
@@ -147,7 +153,7 @@ def _read_vector(path: str, store: FeatureStore, feature: str) -> Floats:
 def _direction(vector: Floats, prepare: Preparation, example: Example) -> Floats:
     direction: Floats = unit(prepare.apply(np.asarray(vector, np.float32)[None])).reshape(-1)
     if not (np.isfinite(direction).all() and np.any(direction)):
-        raise SpecError(f"--{example.kind} {example.value}: its vector is zero or not finite, so nothing is like it")
+        raise SpecError(f"{example.option}: its vector is zero or not finite, so nothing is like it")
     return direction
 
 

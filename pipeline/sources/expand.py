@@ -126,8 +126,8 @@ def _parquet_rows(entry: Entry, spec: JobSpec, *, named: bool) -> Tables:
         return _chosen(read_uri_table(entry.uri, kind.uris, spec.storage_options), entry, spec)
     if named:
         raise SourceError(
-            f"{redact(entry.uri)} has neither a column `{spec.uri_column}` with addresses nor one column with "
-            "image bytes; name it with --uri-column or --image-column"
+            f"{redact(entry.uri)} has neither a column `{spec.uri_column}` with addresses nor one column with image "
+            f"bytes (`{spec.image_column}` is none); name the right one with --uri-column or --image-column"
         )
     return [_plain_table([entry])] if wanted(entry.uri, spec.include, spec.exclude) else []
 

@@ -10,7 +10,7 @@ from fsspec import AbstractFileSystem
 
 from pipeline.sources.reading import source_error
 from pipeline.sources.stores import Entry, crawl, list_gcs, list_s3, local_entry, walk_any, walk_local
-from pipeline.storage import CACHES, Options, exists, is_local, open_filesystem, scheme
+from pipeline.storage import CACHES, Options, absolute, exists, is_local, open_filesystem, scheme
 from schemas.errors import SourceError
 
 _LIST_KEYS: dict[str, Callable[[AbstractFileSystem, str, str], Iterator[Entry]]] = {"s3": list_s3, "gs": list_gcs}
@@ -108,7 +108,7 @@ def _list_http(fs: AbstractFileSystem, source: str) -> Iterator[Entry]:
 
 
 def _list_any(fs: AbstractFileSystem, path: str, source: str) -> Iterator[Entry]:
-    place, mark, after = source.partition("::")
+    place, mark, after = absolute(source).partition("::")
     known = address_of(fs, path, place)
 
     def address(name: str) -> str:

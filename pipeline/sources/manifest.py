@@ -43,9 +43,10 @@ def read_sources(spec: JobSpec) -> Iterator[pa.Table]:
     Raises SourceError when nothing matches.
     """
     left = spec.limit
-    found = 0
+    found = empty = 0
     for source in spec.sources:
         for table in expand(source, spec):
+            empty += not table.num_rows
             if left is not None:
                 table = table.slice(0, left)
                 left -= table.num_rows
@@ -56,9 +57,11 @@ def read_sources(spec: JobSpec) -> Iterator[pa.Table]:
                 return
     if not found:
         names = ", ".join(redact(source) for source in spec.sources)
+        chosen = bool(spec.include or spec.exclude)
         raise SourceError(
             f"no image matches {names}"
-            + (" with the given --include/--exclude" if spec.include or spec.exclude else "")
+            + (" with the given --include/--exclude" if chosen else "")
+            + ("; the tables there have no rows" if empty and not chosen else "")
             + "; give a file, a folder, a glob, a prefix, a table with a `uri` column or .tar shards"
         )
 

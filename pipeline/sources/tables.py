@@ -19,6 +19,7 @@ from pipeline.sources.stores import Entry
 from pipeline.sources.text import TEXT_SUFFIXES, read_text
 from pipeline.storage import CACHES, Options, is_chained, redact, scheme
 from schemas.errors import SourceError
+from schemas.spec import JobSpec
 from schemas.tables import METADATA_KEY
 
 BATCH_ROWS = 16_384
@@ -115,8 +116,8 @@ def _version(entry: Entry) -> str | None:
 def parquet_kind(source: str, uri_column: str, image_column: str, storage_options: Options) -> ParquetKind | None:
     """What the Parquet file `source` is to us; None when it is no Parquet file.
 
-    Bytes in the column `image_column` go before addresses; bytes elsewhere count where there are no addresses and no
-    other column holds any. Raises SourceError when the file cannot be reached.
+    Bytes in the column `image_column` go before addresses; bytes elsewhere count where no other name was asked for,
+    there are no addresses, and no other column holds any. Raises SourceError when the file cannot be reached.
     """
     with open_object(source, storage_options) as file:
         try:
@@ -126,7 +127,8 @@ def parquet_kind(source: str, uri_column: str, image_column: str, storage_option
     uris = uri_column if uri_column in schema.names else None
     candidates = [field.name for field in schema if _holds_images(field.type)]
     images = image_column if image_column in candidates else None
-    if uris is None and images is None and len(candidates) == 1:
+    asked = image_column != JobSpec.model_fields["image_column"].default
+    if uris is None and images is None and not asked and len(candidates) == 1:
         images = candidates[0]
     pictures = [field.name for field in schema if _holds_images(_value_type(field.type)) and field.name != images]
     return ParquetKind(uris, images, METADATA_KEY in (schema.metadata or {}), tuple(pictures) if images else ())

@@ -18,6 +18,7 @@ from support.testdata import TESTDATA, needs_testdata, photos, trained_vit
 from pipeline import flow, maintenance
 from pipeline.flow import Connect, run
 from pipeline.predictors.null import null_features
+from pipeline.progress import Progress
 from schemas.errors import CheckpointError, ClusterError, OutputError
 from schemas.release import release
 from schemas.spec import JobSpec, build_spec
@@ -134,6 +135,12 @@ def test_mended_files_are_tried_again(tmp_path: Path, connect: Connect, pictures
     assert maintenance.status(spec.out, {})["pending"] == 2
     summary = run(build_spec(values), connect)
     assert (summary.images, summary.failures, summary.attempt.rows_planned) == (2, 1, 2)
+
+    (folder / "d.jpg").write_bytes(good.read_bytes())
+    looks: list[Progress] = []
+    run(build_spec({**values, "update": True}), connect, looks.append)
+    # What failed before is among the rows that are done.
+    assert {look.failures for look in looks if look.phase == "running"} == {1}
 
 
 @needs_testdata

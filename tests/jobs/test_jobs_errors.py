@@ -115,7 +115,9 @@ def test_a_config_file_takes_what_the_options_take(tmp_path: Path, monkeypatch: 
 
 def test_a_demo_where_none_can_be(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    assert f"cannot write {tmp_path}/file: a file stands" in refused(capsys, "demo", "--out", tmp_path / "file")
+    said = refused(capsys, "demo", "--out", tmp_path / "file")
+    assert f"cannot write {tmp_path}/file: a file stands" in said
+    assert "committed" not in said  # nothing was
     for count in (0, -4, 24):  # fewer than there are kinds to tell apart
         assert "--pictures" in refused(capsys, "demo", "--out", tmp_path / "new", "--pictures", count)
     assert len(draw.CLASSES) == 25

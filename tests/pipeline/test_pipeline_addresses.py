@@ -94,7 +94,8 @@ def test_an_absolute_address_is_where_files_go(set_env: SetEnv, tmp_path: Path, 
 def test_addresses_that_are_absolute_already(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert absolute("./out/../in") == absolute("in") == f"{tmp_path}/in"
-    for url in ("s3://b/~/k", "memory://k", "zip://a::/b", "https://h/~me/k"):
+    assert absolute("zip://a.png::x.zip") == f"zip://a.png::{tmp_path}/x.zip"
+    for url in ("s3://b/~/k", "memory://k", "zip://a::/b", "zip://a::file:///b", "s3://b/a::c", "https://h/~me/k"):
         assert absolute(url) == url
 
 

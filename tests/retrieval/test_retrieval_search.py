@@ -132,6 +132,19 @@ def test_examples_that_are_not_there(store: FeatureStore, example: Example, mess
         ask(store, example)
 
 
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (Example("row", "3000", minus=True), "^--minus row=3000: no such row"),
+        (Example("uri", "x=3", minus=True), "^--minus uri=x=3: no image"),
+        (Example("vector", "/nowhere.npy", minus=True), "^--minus vector=/nowhere.npy: no such file"),
+    ],
+)
+def test_an_unwanted_example_is_named_by_its_option(store: FeatureStore, example: Example, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        ask(store, Example("row", "3"), example)
+
+
 def test_vector_of_another_model(store: FeatureStore, tmp_path: Path) -> None:
     np.save(tmp_path / "q.npy", np.ones(48, np.float32))
     with pytest.raises(SpecError, match=r"shape \(48,\).*`cls` of this run has 32"):

@@ -199,6 +199,13 @@ def test_of_several_byte_columns_one_must_be_named(tmp_path: Path) -> None:
     assert len(uris(path, image_column="left")) == 3
 
 
+def test_bytes_of_another_column_than_the_one_asked_for_are_not_taken(tmp_path: Path) -> None:
+    path = images(tmp_path / "t.parquet", "jpg")
+    assert len(uris(path)) == 3
+    with pytest.raises(SourceError, match=r"nor one column with image bytes .`jpeg` is none.; name"):
+        read(path, image_column="jpeg")
+
+
 def test_other_pictures_of_a_row_do_not_ride_along(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """They would make the manifest a copy of the table. Told once, not for each table."""
     picture, row = {"bytes": b"m", "path": None}, {"image": b"1", "label": 7, "embedding": [0.5], "box": {"x": 1}}

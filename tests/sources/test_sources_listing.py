@@ -172,7 +172,7 @@ def test_an_unknown_scheme_is_an_error() -> None:
         listed("floppy://a/b")
 
 
-def test_chained_addresses_keep_their_chain(tmp_path: Path) -> None:
+def test_chained_addresses_keep_their_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("in/a.jpg", b"A")
         archive.writestr("in/b.png", b"B")
@@ -181,6 +181,8 @@ def test_chained_addresses_keep_their_chain(tmp_path: Path) -> None:
     assert listed(f"zip://in::{chain}") == [f"zip://in/a.jpg::{chain}", f"zip://in/b.png::{chain}"]
     with fsspec.open(f"zip://in/b.png::{chain}") as file:
         assert file.read() == b"B"
+    monkeypatch.chdir(tmp_path)  # where the workers are not
+    assert listed("zip://in/*.jpg::x.zip") == [f"zip://in/a.jpg::{tmp_path}/x.zip"]
 
 
 class _Hosted(MemoryFileSystem):
