@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from sections import SECTIONS
-from tables import ROOT, Result
+from tables import ROOT, Result, computes_bfloat16
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -62,15 +62,41 @@ def load(folder: Path) -> dict[str, Result]:
 
 def compose(results: dict[str, Result]) -> str:
     """The page for `results`."""
-    parts = [HEAD]
+    parts = [HEAD, *in_short(results)]
     for kind, section in SECTIONS.items():
-        parts += [section(name, found) for name, found in results.items() if found.get("benchmark") == kind]
+        mine = [(name, found) for name, found in results.items() if found.get("benchmark") == kind]
+        # What a job takes by itself first.
+        mine.sort(key=lambda item: not computes_bfloat16(item[1]))
+        parts += [section(name, found) for name, found in mine]
     if not any(found.get("benchmark") == "gpu" for found in results.values()):
         parts.append(NO_GPU)
     others = [name for name, found in results.items() if found.get("benchmark") not in SECTIONS]
     if others:
         parts.append("## Other results\n\n" + "\n".join(f"- `benchmarks/results/{name}`" for name in others) + "\n")
     return "\n".join(parts)
+
+
+def in_short(results: dict[str, Result]) -> list[str]:
+    """What a CPU with bfloat16 units gives, in a line each; nothing where none was measured."""
+    found = {item["benchmark"]: item for item in results.values() if computes_bfloat16(item)}
+    said = []
+    if "end_to_end" in found:
+        said.append(f"- A whole job reaches {found['end_to_end']['share_of_ideal']:.0%} of decoding plus bare forward.")
+    if "peers" in found:
+        peers = found["peers"]
+        ratios = {
+            peer: row["patchstream_over_it"] for peer, row in peers["results"].items() if "patchstream" not in peer
+        }
+        told = ", ".join(f"{ratio:.1f} ({peer})" for peer, ratio in ratios.items())
+        said.append(f"- Over {peers['images']} photos, start-up included, times the images/s of others: {told}.")
+    if "ceilings" in found:
+        rows = found["ceilings"].get("forward", [])
+        said.append("- Bare forward, times transformers: " + ", ".join(_bare(row) for row in rows) + ".")
+    return ["## In short, on a CPU with bfloat16 units\n\n" + "\n".join(said) + "\n"] if said else []
+
+
+def _bare(row: Result) -> str:
+    return f"{row['ratio']:.2f} ({row['model']} in {row['dtype']}, batch {row['batch']})"
 
 
 if __name__ == "__main__":

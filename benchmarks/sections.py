@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 
-from tables import ROOT, Result, computes_bfloat16, figure, origin, table
+from tables import ROOT, Result, computes_bfloat16, figure, kind_of_cpu, origin, table
 
 _CLS_COLUMNS = (("cls_ms", 0), ("cls_ratio", 2))
 _FACTS = ("recall_at_10", "ms_a_query", "accuracy")
 
 
 def ceilings(name: str, found: Result) -> str:
-    parts = [f"## Ceilings\n\n{origin(name, found)}"]
+    models = ", ".join(dict.fromkeys(f"{row['model']} in {row['dtype']}" for row in found.get("forward", [])))
+    parts = [f"## Ceilings: {models or 'no model'}, {kind_of_cpu(found)}\n\n{origin(name, found)}"]
     if "product_gflop_per_s" in found:
         products = ", ".join(f"{dtype} {value:,.0f}" for dtype, value in found["product_gflop_per_s"].items())
         laid_out = " with the weight laid out once, as the model's are" if found.get("product_packed") else ""
@@ -74,7 +75,8 @@ def peers(name: str, found: Result) -> str:
         else "This CPU does not compute in bfloat16, which is where `auto` gains most: it is emulated. "
     )
     return (
-        f"## Peers\n\n{origin(name, found)}\n{found['images']} photos, ViT-B/16, the same weights, each a process of "
+        f"## Peers: patchstream in {found['dtype']}, {kind_of_cpu(found)}\n\n{origin(name, found)}\n"
+        f"{found['images']} photos, ViT-B/16, the same weights, each a process of "
         f"its own from start to end, in turn, {found['rounds']} round(s); ours with `--dtype {found['dtype']}`. {slow}"
         "Start-up is in the figures: Ray's processes make ours the longest, and weigh less in a longer job."
         + (f" {found['note']}" if found.get("note") else "")
@@ -92,7 +94,8 @@ def preflight(name: str, found: Result) -> str:
         )
         for source, row in found["results"].items()
     ]  # fmt: skip
-    head = ("input", "predicted images/s", "real images/s", "predicted / real (each round)", "bottleneck")
+    ratio = "predicted / real: median of the rounds (each)"
+    head = ("input", "predicted images/s", "real images/s", ratio, "bottleneck")
     note = f" {found['note']}" if found.get("note") else ""
     return f"## Preflight\n\n{origin(name, found)}\nModel: {found['model']}.{note}\n\n" + table(head, rows)
 
@@ -127,7 +130,8 @@ def end_to_end(name: str, found: Result) -> str:
         f"{found['decode_core_s'] * 1e3:.1f} ms and the bare forward pass {found['forward_core_s'] * 1e3:.1f} ms of a "
         f"core for each image, which makes an ideal of {found['ideal_images_per_s']:.1f} images/s; the "
         f"job ran at {found['steady_images_per_s']:.1f} in its steady "
-        f"state, {found['share_of_ideal']:.0%} of it{above}.{started} Within the job, "
+        "state (medians); of the ideal of its own round it reached "
+        f"{found['share_of_ideal']:.0%} in the median{above}.{started} Within the job, "
         f"milliseconds of a worker for each image: {each}.\n"
     )
 

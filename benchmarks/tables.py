@@ -27,6 +27,11 @@ def computes_bfloat16(found: Result) -> bool:
     return bool({"amx_bf16", "avx512_bf16"} & set(found["environment"].get("flags", [])))
 
 
+def kind_of_cpu(found: Result) -> str:
+    """For titles, where the same was measured on several machines."""
+    return "CPU with bfloat16 units" if computes_bfloat16(found) else "CPU without bfloat16 units"
+
+
 def figure(value: float | str) -> str:
     """What could not be measured is a text in the results."""
     return "-" if isinstance(value, str) else f"{value:,.1f}"

@@ -86,7 +86,7 @@ def job(
     triton_header: Annotated[list[str] | None, typer.Option(help="NAME: VALUE sent with each request.")] = None,
     actors: Annotated[str | None, typer.Option(help="Model replicas: N or MIN:MAX.")] = None,
     gpus_per_actor: Annotated[
-        float | None, typer.Option(help="1, or a fraction: several replicas share a GPU.")
+        float | None, typer.Option(help="1, or a fraction: several replicas share a GPU. 0, the default: CPUs.")
     ] = None,
     shard: Annotated[str | None, typer.Option(help="I/N: only the I-th of N equal parts of the manifest.")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to use (default: RAY_ADDRESS, else local).")] = None,
@@ -134,8 +134,6 @@ def _values(given: dict[str, Any], task: str) -> dict[str, Any]:
 
     values = read_config(given["config"]) if given["config"] else {}
     values.setdefault("task", task)
-    if task == "classify":
-        values.setdefault("labels", 5)
     values |= {key: given[key] for key in _SPEC_KEYS if given[key] is not None}
     for key, option in (("sources", "source"), ("include", "include"), ("exclude", "exclude")):
         value = given[option] or values.get(key)

@@ -1,6 +1,7 @@
 """Run a job for a person: spec, session, progress, report, summary, exit code. `run` is the same for Python."""
 
 import json
+import logging
 import shlex
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,13 +15,23 @@ from schemas.spec import JobSpec, build_spec
 if TYPE_CHECKING:
     from pipeline.flow import Summary
 
+_log = logging.getLogger(__name__)
 
-def run(spec: JobSpec, *, address: str | None = None) -> Any:
-    """Run `spec` from Python and return its `pipeline.flow.Summary`. Errors are those of `schemas.errors`."""
+
+def run(spec: JobSpec, *, address: str | None = None, report: bool = True) -> Any:
+    """Run `spec` from Python, write its report, and return its `pipeline.flow.Summary`.
+
+    Errors are those of `schemas.errors`, as for the command: also TooManyFailures, once every row is accounted for.
+    """
     from cluster.session import ray_session
     from pipeline.flow import run as run_flow
+    from pipeline.storage import options_for
 
-    return run_flow(spec, partial(ray_session, address))
+    summary = run_flow(spec, partial(ray_session, address))
+    if report:
+        _report(summary.out, spec, _log.warning)
+    _check_rate(summary, spec.max_failure_rate, options_for(summary.out, spec.storage_options))
+    return summary
 
 
 def run_job(
@@ -46,7 +57,7 @@ def run_job(
     connect = partial(ray_session, address, verbose=verbose, bundles=_bundles(spec), wait_s=wait_s)
     with native_messages_aside(verbose), Screen(quiet=json_output) as screen:
         summary = run_flow(spec, connect, screen.show)
-    page = _report(summary.out, spec, screen) if report else None
+    page = _report(summary.out, spec, screen.warn) if report else None
     needed = options_for(summary.out, spec.storage_options)
     maps = None
     try:
@@ -75,14 +86,14 @@ def _bundles(spec: JobSpec) -> list[dict[str, float]]:
     return [{"GPU": spec.gpus_per_actor, "CPU": 1.0} if spec.gpus_per_actor else {"CPU": 1.0}] * least
 
 
-def _report(out: str, spec: JobSpec, screen: Screen) -> str | None:
+def _report(out: str, spec: JobSpec, warn: Callable[[str], None]) -> str | None:
     """Write report.html. A picture of the result is not the result: if it fails, the run has still succeeded."""
     from pipeline.report import write_report
 
     try:
         return write_report(out, storage_options=spec.storage_options)
     except Exception as error:  # noqa: BLE001  whatever it is, the summary and the exit code are the run's
-        screen.warn(f"report.html was not written: {str(error) or type(error).__name__}")
+        warn(f"report.html was not written: {str(error) or type(error).__name__}")
         return None
 
 

@@ -17,6 +17,8 @@ def place_job(question: Question, machines: Machines, rows: int) -> Placement:
     on_cpus = spec.backend == "torch" and not spec.gpus_per_actor
     if on_cpus and (warning := misfit(spec.dtype, question.dtype, machines.node_cpu_flags)):
         log.warning("%s", warning)
+    if on_cpus and machines.gpus:
+        log.warning("the model runs on CPUs; of the %g GPUs here none was asked for: --gpus-per-actor 1", machines.gpus)
     return place(
         machines,
         rows=rows,

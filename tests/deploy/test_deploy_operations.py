@@ -66,13 +66,15 @@ def test_an_alert_on_images_fires_where_every_one_fails() -> None:
         assert "ray_patchstream_images_total" not in rest
 
 
-def test_each_heading_of_the_contents_exists() -> None:
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_each_heading_of_the_contents_exists(page: Path) -> None:
+    text = page.read_text()
     headings = {
-        re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).strip().replace(" ", "-")
-        for line in TEXT.splitlines()
+        re.sub(r"[^\w\- ]", "", line.lstrip("#").lower()).strip().replace(" ", "-")
+        for line in text.splitlines()
         if line.startswith("#")
     }
-    assert set(re.findall(r"\]\(#([^)]+)\)", TEXT)) <= headings
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings
 
 
 def test_secrets_and_namespace_are_those_of_the_manifests() -> None:

@@ -3,6 +3,7 @@
 import copy
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,12 @@ def test_the_server_is_confined() -> None:
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     volumes = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"]}
     assert volumes[mounts["/dev/shm"]]["medium"] == "Memory"
+
+
+def test_the_image_is_of_this_release() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    (container,) = resources()["Deployment", "patchstream-triton"]["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == f"registry.example.com/patchstream-triton:{version}"
 
 
 def test_workers_and_server_are_let_together() -> None:

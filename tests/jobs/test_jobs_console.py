@@ -15,11 +15,12 @@ from support.runs import RunContent, write_run
 from jobs.cli import run_command
 from jobs.console import Screen, print_summary
 from jobs.directory import with_options
-from jobs.run import _check_rate
+from jobs.run import _check_rate, run
 from pipeline.flow import Summary
 from pipeline.progress import Progress
 from schemas.attempt import AttemptRecord
 from schemas.errors import TooManyFailures
+from schemas.spec import build_spec
 
 
 def attempt() -> AttemptRecord:
@@ -69,6 +70,17 @@ def test_the_command_that_shows_why_all_failed_works(capsys: pytest.CaptureFixtu
         assert run_command([*shlex.split(str(told.value).partition("patchstream ")[2]), "--json"]) == 0
         (line,) = json.loads(capsys.readouterr().out)
         assert line == {"stage": "decode", "error": "Denied", "count_star()": 1}
+
+
+def test_a_run_from_python_in_which_all_failed_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = write_run(tmp_path / "out", RunContent({"cls": np.ones((2, 4), np.float32)}, failed={2: "Denied"}))
+    ends = iter([Summary(str(out), 3, 2, 1, attempt()), Summary(str(out), 3, 0, 3, attempt())])
+    monkeypatch.setattr("pipeline.flow.run", lambda spec, connect: next(ends))
+    spec = build_spec({"sources": ["x"], "model": "null", "backend": "null", "out": str(out)})
+    assert run(spec).images == 2
+    assert (out / "report.html").exists()
+    with pytest.raises(TooManyFailures, match="3 of 3 images failed"):
+        run(spec, report=False)
 
 
 @pytest.mark.parametrize(

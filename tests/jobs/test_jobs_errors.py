@@ -113,6 +113,18 @@ def test_a_config_file_takes_what_the_options_take(tmp_path: Path, monkeypatch: 
     assert (spec.features, spec.labels) == ((), 5)
 
 
+@pytest.mark.parametrize(("given", "labels"), [("", 5), ("labels = 2\n", 2), ("labels = 0\n", 0)])
+def test_the_task_of_a_config_file_goes_before_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, labels: int
+) -> None:
+    config = tmp_path / "job.toml"
+    config.write_text(f'task = "classify"\nsources = "in"\nmodel = "{MODEL}"\nout = "o"\n{given}')
+    asked: list[Any] = []
+    monkeypatch.setattr("jobs.run.run_job", lambda values, **_: asked.append(build_spec(values)) or 0)
+    assert run_command(["embed", "--config", str(config)]) == 0
+    assert (asked[0].task, asked[0].labels) == ("classify", labels)
+
+
 def test_a_demo_where_none_can_be(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     said = refused(capsys, "demo", "--out", tmp_path / "file")

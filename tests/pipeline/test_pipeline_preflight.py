@@ -89,3 +89,13 @@ def test_only_files_that_were_tried_count_as_failed(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("pipeline.preflight.DECODE_S", 0.0)
     _, pixels, failed = measure_decode(asked, [b"no picture", *good])
     assert (len(pixels["exact"]), failed) == (1, 1)
+
+
+@pytest.mark.parametrize(("gpus", "asked", "told"), [(4, 0, True), (4, 1, False), (0, 0, False)])
+def test_gpus_that_stand_by_are_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, gpus: int, asked: int, told: bool
+) -> None:
+    model = make_checkpoint(tmp_path / "vit", "vit-classifier", image_size=32, hidden_size=64, num_attention_heads=2)
+    machines = MACHINES._replace(cpus=8, gpus=gpus, node_cpus=(8.0,))
+    place_job(question(model, gpus_per_actor=asked, dtype="float32"), machines, 1000)
+    assert ("none was asked for: --gpus-per-actor 1" in caplog.text) == told
