@@ -202,8 +202,8 @@ def read_lines(path: str, option: str, storage_options: Mapping[str, Any]) -> li
     fs, inside = filesystem(path, storage_options)
     try:
         text = fs.cat_file(inside).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else error
+    except Exception as error:  # noqa: BLE001  each driver has errors of its own
+        reason = "no such file" if isinstance(error, FileNotFoundError) else redact(str(error))
         raise SpecError(f"{option} {redact(path)}: cannot be read as text in UTF-8 ({reason})") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
 

@@ -1,5 +1,6 @@
 """The decoding task: ranges of manifest rows in, decoded tables out. It runs in Ray's workers."""
 
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -17,6 +18,7 @@ from pipeline.images.stage import fetch_and_decode
 from pipeline.predictors.null import no_pixels
 from pipeline.sinks.intervals import Spans
 from pipeline.sources.manifest import ManifestPart, read_rows
+from schemas.errors import ClusterError
 from schemas.preprocessing import Preprocessing
 from schemas.release import Release, check_release
 from schemas.spec import FetchSpec
@@ -58,7 +60,7 @@ def decode_rows(ranges: pa.Table, job: DecodeJob) -> Iterator[pa.Table]:
     if job.null:
         yield from no_pixels(manifest, job.block_rows)
         return
-    with closing(CrashGuard(_notes_folder(job.run_id))) as guard:
+    with closing(_guard(job.run_id)) as guard:
         yield from fetch_and_decode(
             manifest,
             preprocessing=job.preprocessing,
@@ -71,6 +73,17 @@ def decode_rows(ranges: pa.Table, job: DecodeJob) -> Iterator[pa.Table]:
             fetched_bytes=partial(metrics.count, "patchstream_bytes_total"),
         )
     logs.event("decoded", rows=manifest.num_rows)
+
+
+def _guard(run_id: str) -> CrashGuard:
+    folder = _notes_folder(run_id)
+    try:
+        return CrashGuard(folder)
+    except OSError as error:
+        raise ClusterError(
+            f"{socket.gethostname()}: no file can be put into {folder} ({error.strerror}), by which a decoder that "
+            "crashes is found; make room there, or name another folder for temporary files with TMPDIR"
+        ) from None
 
 
 def forget_crashes(run_id: str) -> None:

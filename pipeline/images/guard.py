@@ -103,7 +103,8 @@ def _open_note(folder: Path) -> tuple[Path, mmap.mmap]:
     pid = os.getpid()
     path = folder / f"{pid}-{_started(pid)}.note"
     with _created(path) as file:
-        file.truncate(_NOTE.size)
+        # Not a hole, as `truncate` makes one: on a full disk what is written to it through the map is a SIGBUS.
+        os.posix_fallocate(file.fileno(), 0, _NOTE.size)
         note = mmap.mmap(file.fileno(), _NOTE.size)
     _NOTE.pack_into(note, 0, _NOTHING, 0.0)
     return path, note

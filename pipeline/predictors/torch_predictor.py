@@ -72,6 +72,7 @@ class TorchPredictor:
         self._shape = (*info.preprocessing.output_size, 3)
         self._plan: GpuPlan | None = None
         self._runner: Runner | None = None
+        self._lost: Exception | None = None
         if cuda:
             self._plan = plan_gpu(
                 describe_hardware(cuda=True),
@@ -120,11 +121,17 @@ class TorchPredictor:
 
     def _handed_over(self, pixels: npt.NDArray[np.uint8]) -> Underway | None:
         """To the runner, a smaller one if need be; None where there is none."""
+        if self._lost is not None:
+            raise self._lost
         while self._runner is not None:
             # Handled behind the block: until then the traceback holds what lay on the device.
             with suppress(torch.OutOfMemoryError):
                 return self._runner.start(pixels)
-            self._runner = self._smaller()
+            try:
+                self._runner = self._smaller()
+            except Exception as error:
+                self._lost = error  # for the call that waits for its turn, and would compute without a runner
+                raise
         return None
 
     def _seconds_since(self, started: float) -> float:

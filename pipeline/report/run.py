@@ -64,8 +64,10 @@ def open_run(out: str, storage_options: Mapping[str, Any]) -> RunDirectory:
         raise OutputError(f"{redact(out)} was written by another version of patchstream: {error}") from error
     found = (read_attempt(fs, path) for path in list_files(fs, join(root, "attempts"), ".json"))
     attempts = [attempt for attempt in found if attempt is not None]
+    # By number, for the clocks of several hosts may disagree.
+    attempts = as_known(sorted(attempts, key=lambda attempt: attempt.attempt))
     attempts.sort(key=lambda attempt: (attempt.started, attempt.attempt, attempt.shard_index))
-    return RunDirectory(out, fs, root, record, tuple(as_known(attempts)), storage_options)
+    return RunDirectory(out, fs, root, record, tuple(attempts), storage_options)
 
 
 def list_files(fs: AbstractFileSystem, folder: str, suffix: str) -> list[str]:

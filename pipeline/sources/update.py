@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,7 @@ import pyarrow.compute as pc
 from pipeline.signals import heeding_signals
 from pipeline.sources.manifest import ManifestPart, read_columns
 from pipeline.storage import Options
+from schemas.errors import OutputError
 
 if TYPE_CHECKING:
     import duckdb
@@ -23,6 +25,7 @@ Done = Callable[[np.ndarray], np.ndarray]
 
 # Beyond it DuckDB goes on on the disk, in the same temporary folder.
 _MEMORY = "512MiB"
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 # Parameters that sign a URL, by the one that shows that it is signed in this way: S3 and Google Cloud Storage (v4),
 # both in their older form and CloudFront, Azure (SAS).
@@ -60,8 +63,25 @@ def new_and_changed(
 
     A changed row carries the row it replaces in `replaces`. What is listed waits on the local disk until all of it
     is there, and DuckDB compares it there: neither side need fit into memory.
+    Raises OutputError where that disk has no room.
     """
     import duckdb  # here, because every job imports this file and few update
+
+    try:
+        yield from _compared(tables, out, parts, done, storage_options)
+    except (duckdb.Error, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_ROOM:
+            raise
+        raise OutputError(
+            f"the listing could not be compared with the manifest: {error}. Both lie in {tempfile.gettempdir()} "
+            "meanwhile: make room there, or name another folder with TMPDIR"
+        ) from None
+
+
+def _compared(
+    tables: Iterable[pa.Table], out: str, parts: list[ManifestPart], done: Done, storage_options: Options
+) -> Iterator[pa.Table]:
+    import duckdb
 
     with tempfile.TemporaryDirectory(prefix="patchstream-update-") as folder:
         with duckdb.connect(f"{folder}/compare.duckdb", config={"memory_limit": _MEMORY}) as database:

@@ -1,9 +1,11 @@
 """An image that kills its process costs one worker, never the run; innocent images are not blamed for it."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,7 +13,9 @@ import pytest
 from PIL import Image
 from support.manifests import decode_all, manifest_of
 
+from pipeline import decoding
 from pipeline.images.guard import CrashGuard
+from schemas.errors import ClusterError
 
 ROOT = Path(__file__).parents[2]
 # Decodes the files named on the command line under a guard. A file that begins with DIE, HANG or KILL does that to
@@ -191,3 +195,15 @@ def test_a_file_in_the_place_of_the_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "notes").touch()
     with pytest.raises(NotADirectoryError):
         CrashGuard(tmp_path / "notes")
+
+
+def test_a_full_disk_is_told_and_does_not_kill_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written through a map of a file with holes it would be a signal. Here the size of files is what is limited."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, limits[1]))
+    try:
+        with pytest.raises(ClusterError, match=f"no file can be put into {tmp_path}/patchstream-r .*TMPDIR"):
+            decoding._guard("r")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

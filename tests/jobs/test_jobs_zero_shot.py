@@ -142,6 +142,16 @@ def test_label_file_that_cannot_be_read(tmp_path: Path, model: Path) -> None:
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\xfd")
     with pytest.raises(SpecError, match="as text in UTF-8"):
         read_lines(str(tmp_path / "bytes"), "--zero-shot", {})
+    nobody = {
+        "s3": {
+            "key": "k",
+            "secret": "s",
+            "endpoint_url": "http://127.0.0.1:9",
+            "config_kwargs": {"retries": {"max_attempts": 0}},
+        }
+    }
+    with pytest.raises(SpecError, match=r"s3://bucket/words.txt: cannot be read .*Could not connect"):
+        read_lines("s3://bucket/words.txt", "--zero-shot", nobody)
 
 
 def test_long_lists_are_cut_where_two_runs_differ() -> None:

@@ -216,5 +216,8 @@ def test_without_memory_the_batch_is_halved_and_nothing_is_lost(
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(predictor, "_forward", none)
-    with pytest.raises(ClusterError, match="batch of one image"):
-        predictor._smaller()
+    monkeypatch.setattr(runner, "start", none)
+    predictor._batch, predictor._runner = 1, runner
+    for _ in range(2):  # the call behind it is told the same, and does not compute as if there were no device
+        with pytest.raises(ClusterError, match="batch of one image"):
+            predictor.predict(pixels)

@@ -1,5 +1,6 @@
 """What `report` and `explore` say of a directory with damaged files: which one it is, and what helps."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,15 @@ def test_report_without_the_record_of_an_attempt_that_was_just_begun(directory: 
     add_attempts(directory)
     (directory / "attempts" / "2.json").write_bytes(b"")
     assert [attempt.attempt for attempt in open_run(str(directory), {}).attempts] == [1]
+
+
+def test_the_last_attempt_is_at_work_whatever_the_clock_of_its_host_says(directory: Path) -> None:
+    add_attempts(directory)
+    for number, started in ((1, "2026-01-01T10:00:00+00:00"), (2, "2026-01-01T09:58:00+00:00")):
+        path = directory / "attempts" / f"{number}.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "status": "running", "started": started}))
+    found = {attempt.attempt: attempt.status for attempt in open_run(str(directory), {}).attempts}
+    assert found == {1: "taken over", 2: "running"}
 
 
 @pytest.mark.parametrize(("folder", "column"), [("manifest", "replaces"), ("images", "width")])

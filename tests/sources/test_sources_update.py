@@ -1,6 +1,7 @@
 """`--update`: which of the rows listed now are new or changed."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from pipeline.sources.columns import content_table
 from pipeline.sources.manifest import ManifestPart, read_sources, write_manifest
 from pipeline.sources.update import new_and_changed, superseded_rows, unsigned
+from schemas.errors import OutputError
 from schemas.spec import JobSpec, build_spec
 
 Item = tuple[str, str | None, int | None]
@@ -189,6 +191,21 @@ def test_tables_and_shards(tmp_path: Path) -> None:
         *(("/c.jpg", None), (f"{tars[1]}#b.jpg", 5), (f"{tars[1]}#c.jpg", None), (f"{tars[1]}#a.jpg", 4)),
         *((f"{bytes_table}#0", 6), (f"{bytes_table}#1", 7), (f"{bytes_table}#2", None)),
     ]
+
+
+@pytest.mark.parametrize("most", [0, 8192, 400_000])
+def test_a_temporary_folder_without_room_is_told(tmp_path: Path, most: int) -> None:
+    """As on a full disk: here it is the size of files that is limited."""
+    count = 60_000
+    table = content_table([f"s3://b/{number:07d}" for number in range(count)], {"size": range(count)})
+    frozen = Frozen(tmp_path, table)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        with pytest.raises(OutputError, match="make room there, or name another folder with TMPDIR"):
+            list(new_and_changed([table], frozen.out, frozen.parts, lambda rows: rows < 0, {}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_many_rows_over_many_batches(tmp_path: Path) -> None:
