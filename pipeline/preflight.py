@@ -7,6 +7,7 @@ machine does not count double; wall time where something is waited for.
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ DECODE_S = 5.0
 FORWARD_S = 3.0
 CPU_BATCHES = (1, 4, 16)
 GPU_BATCHES = (64, 128, 512)
+GPU_CALLS = 4
 Pixels = npt.NDArray[np.uint8]
 
 
@@ -195,7 +197,9 @@ def measure_forward(
         outputs["fast"] = vectors(predictor, job, pixels["fast"])
     for size in GPU_BATCHES if cuda else CPU_BATCHES:
         if size != placement.batch_size and not budget.spent:
-            block_rows = max(1, placement.block_rows // placement.batch_size) * size
+            # As a job with it would have them: no more of its batches than now, nor images.
+            batches = min(placement.block_rows // placement.batch_size, placement.block_rows // size)
+            block_rows = max(1, batches) * size
             other = job._replace(batch_size=size, block_rows=block_rows)
             with suppress(PatchstreamError, RuntimeError):
                 found.append(timed_forward(build_predictor(other), other, pixels["exact"]))
@@ -231,17 +235,19 @@ def timed_forward(predictor: Any, job: ActorJob, pixels: Pixels) -> Forward:
     """Median seconds of full batches, divided by their images; at least two batches, for up to FORWARD_S.
 
     A batch before them does not count: the first one lays out the weights. On a GPU it is a block of several batches
-    at a time, as in a job: the copies of one hide behind the computing of another.
+    at a time, and the next handed over while one computes, as in a job: copies hide behind computing.
     """
-    images = max(job.batch_size, job.block_rows) if job.cuda else job.batch_size
+    images, calls = (max(job.batch_size, job.block_rows), GPU_CALLS) if job.cuda else (job.batch_size, 1)
     batch = np.resize(pixels, (images, *pixels.shape[1:]))
     predictor.predict(batch)
     seconds: list[float] = []
-    while len(seconds) < 2 or (sum(seconds) < FORWARD_S and len(seconds) < 50):
-        started = time.perf_counter()
-        predictor.predict(batch)
-        seconds.append(time.perf_counter() - started)
-    image_s = float(np.median(seconds)) / images
+    with ThreadPoolExecutor(2) as threads:
+        run = threads.map if job.cuda else map
+        while len(seconds) < 2 or (sum(seconds) < FORWARD_S and len(seconds) < 50):
+            started = time.perf_counter()
+            list(run(predictor.predict, [batch] * calls))
+            seconds.append(time.perf_counter() - started)
+    image_s = float(np.median(seconds)) / (images * calls)
     # On a GPU it may have taken a smaller batch than it was asked for.
     return Forward(job.dtype, getattr(predictor, "batch_size", job.batch_size), job.threads, image_s, [])
 

@@ -48,7 +48,7 @@ def on_gpus(machines: Machines, actors: ActorRange | None, gpus_per_actor: float
     fit = sum(int(gpus / gpus_per_actor) for gpus in machines.node_gpus or (machines.gpus,))
     chosen = actors or ActorRange(min=1, max=max(1, fit))
     now = min(chosen.max, fit)
-    actor_cpus, decode_cpus = _book_beside_gpus(machines, now)
+    actor_cpus, decode_cpus = _book_beside_gpus(machines, gpus_per_actor, now)
     return Staff(chosen, now, _GPU_CALLS, 1, 0, actor_cpus, decode_cpus)
 
 
@@ -114,15 +114,21 @@ def _book(nodes: list[int], cores: int, now: int, *, grows: bool) -> float:
     return max(booked, keeps_out) if grows and keeps_out * fit <= beside else booked
 
 
-def _book_beside_gpus(machines: Machines, now: int) -> tuple[float, float]:
+def _book_beside_gpus(machines: Machines, gpus_per_actor: float, now: int) -> tuple[float, float]:
     """CPUs that a GPU actor and a decoding task book, for `now` actors: one each where there are plenty.
 
-    Where the actors would book more than half of a node's cores, they book half, or in the end none is left on which
-    anything could be decoded, and the job stands still.
+    Where the actors would book more than half of a GPU node's cores, they book half, or in the end none is left on
+    which anything could be decoded, and the job stands still.
     """
-    nodes = [max(1.0, cores) for cores in machines.node_cpus] or [max(1.0, machines.cpus)]
-    cores, each = min(nodes), -(-max(1, now) // len(nodes))
-    return (1.0, 1.0) if 2 * each <= cores else (0.5 * cores / each, min(1.0, 0.5 * cores))
+    nodes = [max(1.0, cores) for cores in machines.node_cpus or (machines.cpus,)]
+    # Where it is not known which nodes have the GPUs, all have some.
+    here = [int(gpus / gpus_per_actor) for gpus in machines.node_gpus] or [-(-max(1, now) // len(nodes))] * len(nodes)
+    tight = [
+        (cores, min(fit, now)) for cores, fit in zip(nodes, here, strict=True) if fit and 2 * min(fit, now) > cores
+    ]
+    if not tight:
+        return 1.0, 1.0
+    return min(0.5 * cores / actors for cores, actors in tight), min(1.0, *(0.5 * cores for cores, _ in tight))
 
 
 def _check_gpus(machines: Machines, actors: ActorRange | None, gpus_per_actor: float) -> None:

@@ -19,7 +19,7 @@ from pipeline.models.layers import attend
 from pipeline.models.precision import FLOAT8_SINCE_SM, describe_hardware, torch_dtype
 from pipeline.models.quantised import quantise_float8, scaled_product
 
-# Kernels shorter than a millisecond are timed this many at a time, or the wait for each would be in the figure.
+# Kernels are timed this many at a time, or the launch and the wait for each would be in the figure.
 _AT_ONCE = 8
 _BRIEFLY_S = 0.2
 _WARM_S = 0.5
@@ -77,10 +77,10 @@ class Bench:
             taken.append(time.perf_counter() - started)
         return float(np.median(taken))
 
-    def brief_seconds(self, work: Callable[[], Any]) -> float:
+    def seconds_among(self, work: Callable[[], Any], measure_s: float) -> float:
         """Of one call among several that follow each other."""
         several = lambda: [work() for _ in range(_AT_ONCE)]  # noqa: E731
-        return self.seconds(several, min(_BRIEFLY_S, self.measure_s)) / _AT_ONCE
+        return self.seconds(several, measure_s) / _AT_ONCE
 
     def wait(self) -> None:
         if self.cuda:
@@ -103,7 +103,7 @@ def environment(bench: Bench, commit: str | None) -> dict[str, Any]:
 def rate(work: float, bench: Bench, call: Callable[[], Any], *, briefly: bool = True) -> float | str:
     """`work` over the seconds of a call, or what it raises: one kernel that fails must not cost the other figures."""
     try:
-        return work / (bench.brief_seconds(call) if briefly else bench.seconds(call))
+        return work / bench.seconds_among(call, min(_BRIEFLY_S, bench.measure_s) if briefly else bench.measure_s)
     except Exception as error:  # noqa: BLE001  an older torch lacks a name, a check of shapes is a ValueError
         return f"{type(error).__name__}: {error}"[:200]
 

@@ -9,8 +9,9 @@ images/s, the first network at the largest batch first. `model_only`: the forwar
 `end_to_end`: from pixels in the host's memory to features in the host's memory, in eight calls of as many images as an
 actor gets, two of them on their way at once, as in an actor; `one_call`: a single one, whose first and last copies lie
 open. `ceiling_share`: the floating-point operations of the forward pass over the large product in the same precision.
-`least_cosine`: of the code that was timed to the network called directly in the same precision; a row where it is too
-low stands in `wrong`, and the exit code is 1. Weights are random, sizes published.
+`least_cosine`: of the code that was timed to the network called directly in the same precision. Where it is too low, or
+where that network is too far from float32, a line stands in `wrong`, and the exit code is 1, as it is where there is
+not one rate. Weights are random, sizes published; torch 2.6 or later.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from device import SIZES, TINY_SIZES, Bench, attention_kernels, block_products, ceilings, environment
 from networks import Weights, networks, weights
-from rates import LEAST, Subject
+from rates import LEAST, LEAST_TO_FLOAT32, Subject
 
 from pipeline.models.cost import forward_flop
 from pipeline.models.gpu import Compiled, has_compiler
@@ -114,7 +115,10 @@ def measure(step: Step, subject: Subject, report: Report, bench: Bench) -> None:
     """One network in one precision at every batch size."""
     known = {(row["model"], row["dtype"]) for row in report.found["correctness"]}
     if (step.name, step.dtype) not in known:
-        report.add("correctness", {"model": step.name, "dtype": step.dtype, **subject.correctness})
+        found = {"model": step.name, "dtype": step.dtype, **subject.correctness}
+        report.add("correctness", found)
+        if not all(cosine >= LEAST_TO_FLOAT32[step.dtype] for cosine in subject.correctness.values()):
+            report.add("wrong", f"{step}: {found}, at least {LEAST_TO_FLOAT32[step.dtype]} to float32 was expected")
     for batch in step.batches:
         if bench.late(compiled=step.compiled != "nothing" and bench.cuda):
             report.add("left_out", f"{step} batch {batch}: time is up")
@@ -203,6 +207,8 @@ def main() -> None:
             report.add("left_out", f"{step}: {type(error).__name__}: {error}"[:500])
     if report.found["wrong"]:
         raise SystemExit("wrong results: " + "; ".join(report.found["wrong"]))
+    if not report.found["rates"]:
+        raise SystemExit("not one rate: " + "; ".join(report.found["left_out"]))
 
 
 if __name__ == "__main__":

@@ -125,7 +125,9 @@ class Runner:
         return Underway(found, fetched)
 
     def _warm_up(self, graphs: bool) -> None:
-        """Each kernel of `attention` that raises is dropped, but for the last one."""
+        """Each kernel of `attention` that raises is dropped. Where the last one raises too it is not for want of a
+        kernel, and what the first one raised is raised."""
+        failed: list[tuple[str, RuntimeError]] = []
         while True:
             try:
                 for _ in range(_WARM_UPS):
@@ -133,15 +135,19 @@ class Runner:
                         self._run_forward(slot)
                 if self._cuda:
                     torch.cuda.synchronize()  # what a kernel raises comes here, and not with a later batch
-                self._graphs = [self._capture(slot) for slot in range(SLOTS)] if graphs else []
-                return
+                self._graphs = self._captured() if graphs else []
+                break
             except RuntimeError as error:
                 # Kinds of it are other things: no memory, a device that is lost, a compiler that fails after a minute.
-                if type(error) is not RuntimeError or _lacks_memory(error) or len(self.attention) < 2:
+                if type(error) is not RuntimeError or _lacks_memory(error):
                     raise
-                _log.warning("attention by %s fails here, so it goes without: %s", self.attention[0], error)
+                if len(self.attention) < 2:
+                    raise (failed[0][1] if failed else error) from None
+                failed.append((self.attention[0], error.with_traceback(None)))
             self.attention = self.attention[1:]
             torch.compiler.reset()  # what was compiled has the kernel in it
+        for name, reason in failed:
+            _log.warning("attention by %s fails here, so it goes without: %s", name, reason)
 
     def _run_forward(self, slot: int) -> None:
         with self._kernels():
@@ -180,11 +186,18 @@ class Runner:
                 target.copy_(result[: len(target)], non_blocking=True)
             self._record(self._fetched[slot], self._out)
 
-    def _capture(self, slot: int) -> Any:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._run_forward(slot)
-        return graph
+    def _captured(self) -> list[Any]:
+        """A graph of the forward pass for each slot.
+
+        On a stream on which no other runner captures: cuBLAS has one workspace for each stream, in the memory of the
+        first graph there. It would go with that runner, and still stand in the graphs of the others.
+        """
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        graphs = [torch.cuda.CUDAGraph() for _ in range(SLOTS)]
+        for slot, graph in enumerate(graphs):
+            with torch.cuda.graph(graph, stream=stream):
+                self._run_forward(slot)
+        return graphs
 
     def _event(self) -> Any:
         return torch.cuda.Event() if self._cuda else None  # type: ignore[no-untyped-call]

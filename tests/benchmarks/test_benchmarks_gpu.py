@@ -100,6 +100,29 @@ def test_results_that_are_not_those_of_a_plain_call_are_wrong(
     assert len(found["wrong"]) == len(found["rates"]) == 4
 
 
+def test_a_network_that_is_far_from_float32_is_wrong(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is timed and what it is held against multiply in the same way."""
+    product = gpu.rates.direct
+
+    def far(model: Any, *arguments: Any) -> Any:
+        return tuple(result.roll(1, dims=1) for result in product(model, *arguments))
+
+    monkeypatch.setattr(gpu.rates, "direct", far)
+    with pytest.raises(SystemExit, match=r"to float32 was expected"):
+        started(gpu, monkeypatch, "--json", str(tmp_path / "gpu.json"))
+
+
+def test_a_run_without_one_rate_is_no_success(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise TypeError("sdpa_kernel() got an unexpected keyword argument")
+
+    monkeypatch.setattr(gpu.rates, "Runner", refuse)
+    with pytest.raises(SystemExit, match=r"not one rate: .*unexpected keyword"):
+        started(gpu, monkeypatch)
+
+
 def test_not_a_number_is_wrong(gpu: SimpleNamespace) -> None:
     fine, broken = torch.ones(2, 4), torch.full((2, 4), torch.nan)
     for ours in ((fine, broken), (broken, fine)):
@@ -148,7 +171,8 @@ def test_what_is_left_out_is_said(
     with pytest.raises(SystemExit):
         started(gpu, monkeypatch, "--models", "VIT-L/16")
     assert "--models VIT-L/16: unknown; there are tiny ViT, tiny BEiT" in capsys.readouterr().err
-    started(gpu, monkeypatch, "--minutes", "0")
+    with pytest.raises(SystemExit, match=r"not one rate: .*time is up"):
+        started(gpu, monkeypatch, "--minutes", "0")
     assert "left out: tiny ViT bfloat16: time is up" in capsys.readouterr().out
 
 

@@ -134,6 +134,23 @@ def test_actors_on_gpus_leave_cores_to_decode_on(node_cpus: tuple[int, ...], gpu
     assert here * placement.actor_cpus + placement.decode_cpus <= min(node_cpus)
 
 
+@pytest.mark.parametrize(
+    ("node_cpus", "node_gpus", "each"),
+    [((3, 16, 16, 16, 16), (1, 0, 0, 0, 0), 0.25), ((6, 15, 15), (1, 0, 0), 0.125), ((16, 4, 8), (0, 2, 1), 0.25)],
+)
+def test_actors_that_share_a_gpu_fit_on_its_node(
+    node_cpus: tuple[int, ...], node_gpus: tuple[int, ...], each: float
+) -> None:
+    """Nodes without one carry none of them, and leave them no cores."""
+    memory = (64e9,) * len(node_cpus)
+    nodes = {"nodes": len(node_cpus), "node_cpus": node_cpus, "node_gpus": node_gpus, "node_memory": memory}
+    machines = GPU_BOX._replace(cpus=sum(node_cpus), gpus=sum(node_gpus), **nodes)
+    placement = placed(machines, gpus_per_actor=each)
+    assert placement.actors.max == sum(node_gpus) / each
+    for cores, gpus in zip(node_cpus, node_gpus, strict=True):
+        assert gpus / each * placement.actor_cpus + placement.decode_cpus <= cores
+
+
 def test_gpus_that_are_not_there() -> None:
     with pytest.raises(ClusterError, match=r"needs 8 GPUs, the cluster has 4 GPUs and 64 CPUs"):
         placed(GPU_BOX, gpus_per_actor=2.0, actors=ActorRange(min=4, max=4))

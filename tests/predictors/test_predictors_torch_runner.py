@@ -10,6 +10,7 @@ import torch
 from support.checkpoints import make_checkpoint
 
 from pipeline.models import inspect_model
+from pipeline.predictors import torch_predictor
 from pipeline.predictors.batches import Predictions, Wanted
 from pipeline.predictors.torch_predictor import TorchPredictor
 from pipeline.predictors.torch_runner import Runner
@@ -88,6 +89,18 @@ def test_an_attention_kernel_that_fails_is_left_out(monkeypatch: pytest.MonkeyPa
     assert all(allowed == {"flash"} for allowed in tried[1:])
     with pytest.raises(RuntimeError, match="no execution plans"):
         made("CUDNN_ATTENTION")
+
+
+def test_what_fails_with_every_kernel_is_not_told_as_theirs(caplog: pytest.LogCaptureFixture) -> None:
+    said = iter(["CUBLAS_STATUS_NOT_SUPPORTED", "the same again", "and again"])
+
+    def fails(batch: torch.Tensor) -> Sequence[torch.Tensor]:
+        raise RuntimeError(next(said))
+
+    kernels = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+    with pytest.raises(RuntimeError, match="CUBLAS_STATUS_NOT_SUPPORTED"):
+        Runner(fails, batch=8, shape=SHAPE, device=torch.device("cpu"), graphs=False, attention=kernels)
+    assert not caplog.records
 
 
 def masked() -> RuntimeError:
@@ -221,3 +234,14 @@ def test_without_memory_the_batch_is_halved_and_nothing_is_lost(
     for _ in range(2):  # the call behind it is told the same, and does not compute as if there were no device
         with pytest.raises(ClusterError, match="batch of one image"):
             predictor.predict(pixels)
+
+
+def test_a_gpu_without_float8_products_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch_predictor._check_float8("this CPU", "cpu")
+
+    def refuse(*arguments: object) -> torch.Tensor:
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmulAlgoGetHeuristic")
+
+    monkeypatch.setattr(torch_predictor, "scaled_product", refuse)
+    with pytest.raises(ClusterError, match=r"float8 .* on NVIDIA X .*NOT_SUPPORTED.*use --dtype bfloat16"):
+        torch_predictor._check_float8("NVIDIA X", "cpu")

@@ -140,7 +140,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return machine
 
 
-def made(machine: Machine) -> Runner:
+def made(machine: Machine, *, graphs: bool = False) -> Runner:
     """Its forward pass gives the sum of a picture, in one place for each buffer of pixels, as a graph's is."""
     places: dict[int, Buffer] = {}
 
@@ -150,7 +150,7 @@ def made(machine: Machine) -> Runner:
         place.values[:] = pixels.values.sum(axis=(1, 2, 3))
         return [place]
 
-    return Runner(forward, batch=BATCH, shape=SHAPE, device=torch.device("cuda"), graphs=False)
+    return Runner(forward, batch=BATCH, shape=SHAPE, device=torch.device("cuda"), graphs=graphs)
 
 
 def three_calls(machine: Machine) -> None:
@@ -210,3 +210,22 @@ def test_each_wait_is_needed(
     change(monkeypatch)
     with pytest.raises(Race):
         three_calls(machine)
+
+
+def test_each_runner_captures_on_a_stream_of_its_own(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS has one workspace for each stream, which goes with the first graph that was captured on it."""
+    on: list[Stream] = []
+
+    @contextmanager
+    def graph(graph: Any, *, stream: Stream) -> Iterator[None]:
+        on.append(stream)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: Stream(machine, "one of many"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    for _ in range(2):
+        made(machine, graphs=True)
+    assert on[0] is on[1]
+    assert on[2] is on[3]
+    assert on[0] is not on[2]
