@@ -1,5 +1,6 @@
 """One source string to the manifest rows behind it, whatever it turns out to be."""
 
+import itertools
 import logging
 import os
 import tarfile
@@ -120,6 +121,9 @@ def _parquet_rows(entry: Entry, spec: JobSpec, *, named: bool) -> Tables:
         if kind.left_out:
             with _telling:
                 _tell_left_out(kind.images, kind.left_out)
+        rows, held = kind.group
+        if rows >= _MANY_ROWS and held >= _MANY_BYTES:
+            _tell_large_groups(rows, redact(entry.uri))
         return list(_chosen(read_image_table(entry, kind, spec.storage_options), entry, spec))
     # What an earlier run wrote names images too, but is asked for only where it is named.
     if kind is not None and kind.uris is not None and (named or not kind.ours):
@@ -130,6 +134,26 @@ def _parquet_rows(entry: Entry, spec: JobSpec, *, named: bool) -> Tables:
             f"bytes (`{spec.image_column}` is none); name the right one with --uri-column or --image-column"
         )
     return [_plain_table([entry])] if wanted(entry.uri, spec.include, spec.exclude) else []
+
+
+# From here on each image is read twice, and it is felt.
+_MANY_ROWS = 4 * 1024
+_MANY_BYTES = 256 << 20
+
+
+_large_groups_seen = itertools.count()
+
+
+def _tell_large_groups(rows: int, table: str) -> None:
+    """Once, not for every table of a data set."""
+    if next(_large_groups_seen) == 0:
+        _log.warning(
+            "%s has row groups of up to %s rows, and a decoding task reads its own from the beginning: images are read "
+            "about %d times. Written anew with row_group_size=1000 they are read once (docs/sources.md)",
+            table,
+            f"{rows:,}",
+            rows // 2048,
+        )
 
 
 # Tables are listed in several threads, and a cache alone lets two of them in at once.

@@ -39,6 +39,8 @@ class ParquetKind(NamedTuple):
     images: str | None
     ours: bool
     left_out: tuple[str, ...] = ()
+    # Rows, and bytes of images, of the row group with the most rows.
+    group: tuple[int, int] = (0, 0)
 
 
 def suffix(source: str) -> str:
@@ -121,7 +123,8 @@ def parquet_kind(source: str, uri_column: str, image_column: str, storage_option
     """
     with open_object(source, storage_options) as file:
         try:
-            schema = pq.read_schema(file)
+            metadata = pq.read_metadata(file)
+            schema = metadata.schema.to_arrow_schema()
         except (pa.ArrowException, OSError):
             return None
     uris = uri_column if uri_column in schema.names else None
@@ -131,7 +134,16 @@ def parquet_kind(source: str, uri_column: str, image_column: str, storage_option
     if uris is None and images is None and not asked and len(candidates) == 1:
         images = candidates[0]
     pictures = [field.name for field in schema if _holds_images(_value_type(field.type)) and field.name != images]
-    return ParquetKind(uris, images, METADATA_KEY in (schema.metadata or {}), tuple(pictures) if images else ())
+    ours = METADATA_KEY in (schema.metadata or {})
+    if images is None:
+        return ParquetKind(uris, None, ours)
+    return ParquetKind(uris, images, ours, tuple(pictures), _largest_group(metadata, images))
+
+
+def _largest_group(metadata: pq.FileMetaData, column: str) -> tuple[int, int]:
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    largest = max(groups, key=lambda group: group.num_rows, default=None)
+    return (0, 0) if largest is None else (largest.num_rows, _held(largest, [column]))
 
 
 def _value_type(kind: pa.DataType) -> pa.DataType:
@@ -167,12 +179,16 @@ def _read_parquet(source: str, storage_options: Options) -> Iterator[pa.Table]:
 
 def _batch_rows(parquet: pq.ParquetFile, columns: list[str]) -> int:
     """How many rows of `columns`, which may be fields of a column (`image.path`), make a batch."""
-    metadata, inside = parquet.metadata, tuple(f"{column}." for column in columns)
-    places = range(metadata.num_columns)
-    read = [place for place in places if f"{metadata.schema.column(place).path}.".startswith(inside)]
-    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
-    held = sum(group.column(place).total_uncompressed_size for group in groups for place in read)
+    metadata = parquet.metadata
+    held = sum(_held(metadata.row_group(number), columns) for number in range(metadata.num_row_groups))
     return int(max(1, min(BATCH_ROWS, _BATCH_BYTES * metadata.num_rows // max(1, held))))
+
+
+def _held(group: pq.RowGroupMetaData, columns: list[str]) -> int:
+    """Bytes of these columns, or fields of columns, in a row group."""
+    inside = tuple(f"{column}." for column in columns)
+    chunks = (group.column(place) for place in range(group.num_columns))
+    return sum(chunk.total_uncompressed_size for chunk in chunks if f"{chunk.path_in_schema}.".startswith(inside))
 
 
 def _addresses(source: str, column: pa.ChunkedArray) -> list[str | None]:

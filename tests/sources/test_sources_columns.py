@@ -1,5 +1,6 @@
 """The user's own columns, and tables that hold the image bytes."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from support.manifests import decode_all
 from support.shards import listed, png, shades
 from support.source_rows import FIXED, read, spec_of, uris, write
 
+from pipeline.sources import expand
 from pipeline.sources.columns import content_table
 from pipeline.sources.manifest import read_schema, read_sources, write_manifest
 from schemas.errors import SourceError
@@ -216,6 +218,24 @@ def test_other_pictures_of_a_row_do_not_ride_along(tmp_path: Path, caplog: pytes
     assert [record.message.count("`mask`, `edited`, `views`, `pages`") for record in caplog.records] == [1]
     assert read(tmp_path, image_column="mask").column_names == [*FIXED, "label", "embedding", "box"]
     assert "images are those of column `mask`" in caplog.records[-1].message
+
+
+def test_row_groups_that_are_read_again_and_again_are_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(expand, "_MANY_BYTES", 1 << 20)
+    monkeypatch.setattr(expand, "_large_groups_seen", itertools.count())
+    for name, rows, size in (("many", 5000, 300), ("small", 5000, 20), ("few", 3000, 1000)):
+        bytes_ = [bytes([row % 256]) * size for row in range(rows)]
+        table = pa.table({"image": [{"bytes": one, "path": None} for one in bytes_], "n": range(rows)})
+        pq.write_table(table, tmp_path / f"{name}.parquet", use_dictionary=False)
+    read(tmp_path / "few.parquet", tmp_path / "small.parquet")
+    assert not caplog.records
+    for _ in range(2):
+        read(tmp_path)
+    (told,) = [record.message for record in caplog.records]
+    assert f"{tmp_path}/many.parquet has row groups of up to 5,000 rows" in told
+    assert "about 2 times. Written anew with row_group_size=1000" in told
 
 
 @pytest.mark.parametrize("column", ["image", "uri"])
