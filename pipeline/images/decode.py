@@ -18,7 +18,7 @@ from pipeline.images.jpeg import decode_jpeg, refuse_early_end, refuse_endless_s
 from pipeline.images.limits import DECODE_LIMIT_S, DecodeTimeoutError, quiet_stderr, time_limit
 from pipeline.images.modes import to_rgb
 from pipeline.images.tiff import tile_pixels
-from pipeline.images.transform import Pixels, resize_and_crop, resized_size
+from pipeline.images.transform import Box, Pixels, resize_and_crop, resized_size
 from schemas.errors import ImageError
 from schemas.preprocessing import Preprocessing
 
@@ -34,6 +34,9 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS = frozenset({5, 6, 7, 8})
+# Those that bring the right or the bottom of the stored picture to the left, and those that bring one to the top.
+_TO_THE_LEFT = frozenset({2, 3, 6, 7})
+_TO_THE_TOP = frozenset({3, 4, 7, 8})
 _JPEG_FORMATS = frozenset({"JPEG", "MPO"})
 
 
@@ -111,7 +114,8 @@ def _decode_opened(image: Image.Image, data: bytes, out: Pixels, spec: DecodeSpe
     if orientation in _TURNS:
         picture = picture.transpose(_TURNS[orientation])
     target = resized_size(width, height, spec.preprocessing)
-    resize_and_crop(picture, (width / denominator, height / denominator), target, spec.preprocessing, out)
+    box = _box(picture.size, (width / denominator, height / denominator), orientation)
+    resize_and_crop(picture, box, target, spec.preprocessing, out)
     return ImageFacts(width, height, name)
 
 
@@ -129,6 +133,14 @@ def _orientation(image: Image.Image) -> int:
 def _jpeg_scale(size: tuple[int, int], orientation: int, preprocessing: Preprocessing) -> int:
     target = resized_size(*_upright(size, orientation), preprocessing)
     return scale_denominator(size, _upright(target, orientation))
+
+
+def _box(size: tuple[int, int], extent: tuple[float, float], orientation: int) -> Box:
+    """Where the picture lies in `size` upright pixels. A scaled decode fills up the last column and row as they are
+    stored, and turning moves these."""
+    left = size[0] - extent[0] if orientation in _TO_THE_LEFT else 0
+    top = size[1] - extent[1] if orientation in _TO_THE_TOP else 0
+    return left, top, left + extent[0], top + extent[1]
 
 
 def _upright(size: tuple[int, int], orientation: int) -> tuple[int, int]:

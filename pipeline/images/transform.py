@@ -11,6 +11,8 @@ from PIL import Image
 from schemas.preprocessing import Preprocessing
 
 Pixels = NDArray[np.uint8]
+# Left, top, right and bottom in pixels, fractions included.
+Box = tuple[float, float, float, float]
 
 # Above this many pixels an intermediate (a 1 × 60,000 strip whose short edge is to become 256) would take
 # gigabytes; only the part that the crop keeps is computed then.
@@ -37,18 +39,18 @@ def resized_size(width: int, height: int, preprocessing: Preprocessing) -> tuple
 
 
 def resize_and_crop(
-    image: Image.Image, extent: tuple[float, float], size: tuple[int, int], preprocessing: Preprocessing, out: Pixels
+    image: Image.Image, box: Box, size: tuple[int, int], preprocessing: Preprocessing, out: Pixels
 ) -> None:
     """Write `image` (mode RGB, upright) into `out`, uint8 of shape (height, width, 3).
 
-    The picture takes up `extent` (width, height) of `image`: all of it, or a fraction of a pixel less when it was
-    decoded at a smaller scale. `size` is its width and height after the resize.
+    The picture takes up `box` of `image`: all of it, or a fraction of a pixel less when it was decoded at a smaller
+    scale. `size` is its width and height after the resize.
     """
     resample = Image.Resampling(preprocessing.resample)
     if preprocessing.crop is not None and size[0] * size[1] > MAX_INTERMEDIATE_PIXELS:
-        image = _resize_window(image, extent, size, preprocessing, resample)
-    elif size != image.size or extent != image.size:
-        image = image.resize(size, resample, box=(0, 0, *extent))
+        image = _resize_window(image, box, size, preprocessing, resample)
+    elif size != image.size or box != (0, 0, *image.size):
+        image = image.resize(size, resample, box=box)
     pixels = np.asarray(image)
     if pixels.shape == out.shape:
         out[:] = pixels
@@ -58,7 +60,7 @@ def resize_and_crop(
 
 def _resize_window(
     image: Image.Image,
-    extent: tuple[float, float],
+    box: Box,
     size: tuple[int, int],
     preprocessing: Preprocessing,
     resample: Image.Resampling,
@@ -67,9 +69,10 @@ def _resize_window(
     height, width = preprocessing.output_size
     kept = min(size[0], width), min(size[1], height)
     left, top = (_margin(size[axis] - kept[axis], preprocessing) for axis in (0, 1))
-    scale_x, scale_y = extent[0] / size[0], extent[1] / size[1]
-    box = (left * scale_x, top * scale_y, (left + kept[0]) * scale_x, (top + kept[1]) * scale_y)
-    return image.resize(kept, resample, box=box)
+    scale_x, scale_y = (box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1]
+    right, bottom = left + kept[0], top + kept[1]
+    window = (box[0] + left * scale_x, box[1] + top * scale_y, box[0] + right * scale_x, box[1] + bottom * scale_y)
+    return image.resize(kept, resample, box=window)
 
 
 def _centre_crop(source: Pixels, out: Pixels, preprocessing: Preprocessing) -> None:

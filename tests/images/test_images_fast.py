@@ -63,6 +63,23 @@ def test_the_picture_is_the_same_and_in_the_same_place(size, preprocessing, mode
     assert np.abs(fast - exact).mean() < 1.0
 
 
+@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("preprocessing", PREPROCESSINGS)
+@pytest.mark.parametrize("size", [(641, 483), (1021, 353)])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_picture_is_in_the_same_place(orientation, size, preprocessing, window, monkeypatch):
+    """A scaled decode ends with a part of a pixel, at the right and the bottom of the picture as it is stored."""
+    if window:
+        monkeypatch.setattr("pipeline.images.transform.MAX_INTERMEDIATE_PIXELS", 0)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = jpeg(smooth(*size), exif=exif.tobytes())
+    facts, fast = decoded(data, "fast", preprocessing)
+    _, exact = decoded(data, "exact", preprocessing)
+    assert (facts.width, facts.height) == (size if orientation < 5 else size[::-1])
+    assert np.abs(fast - exact).mean() < 1.0
+
+
 def test_a_scaled_decode_is_really_used():
     data = jpeg(smooth(1600, 1200))
     picture = decode_jpeg(data, (1600, 1200), 4)

@@ -53,6 +53,6 @@ def test_odd_margins_round_as_in_torchvision(spare: int) -> None:
         cuts[rounding] = np.empty((32, 32, 3), np.uint8)
         preprocessing = Preprocessing(crop=(32, 32), crop_rounding=rounding)
         size = (32 + spare, 32)
-        resize_and_crop(Image.fromarray(noise), size, size, preprocessing, cuts[rounding])
+        resize_and_crop(Image.fromarray(noise), (0, 0, *size), size, preprocessing, cuts[rounding])
     np.testing.assert_array_equal(cuts["even"], theirs)
     assert (cuts["down"] == theirs).all() == (spare % 4 != 3)

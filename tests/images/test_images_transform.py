@@ -23,7 +23,7 @@ def reference(processor, image):
 
 def ours(image, preprocessing):
     out = np.full((*preprocessing.output_size, 3), 77, np.uint8)
-    resize_and_crop(image, image.size, resized_size(*image.size, preprocessing), preprocessing, out)
+    resize_and_crop(image, (0, 0, *image.size), resized_size(*image.size, preprocessing), preprocessing, out)
     return out
 
 
