@@ -189,7 +189,7 @@ def open_directory(question: Question) -> Opened:
         with freezing(spec.out, spec.storage_options) as mine:
             if mine:
                 listed = True
-                parts = write_manifest(read_sources(spec), spec.out, spec.storage_options)
+                parts = write_manifest(read_sources(spec), spec.out, spec.storage_options, check=mine.check)
                 mine.check()
                 write_record(spec.out, _with_parts(wanted, parts, base=len(parts)), spec.storage_options)
         found = read_record(spec.out, spec.storage_options)
@@ -222,7 +222,9 @@ def _update(question: Question) -> RunRecord:
         done = partial(intervals.contains, images)
         fresh = new_and_changed(read_sources(spec), spec.out, known, done, spec.storage_options)
         schema = read_schema(spec.out, known[0], spec.storage_options)
-        added = write_manifest(fresh, spec.out, spec.storage_options, first_row=record.manifest_rows, schema=schema)
+        added = write_manifest(
+            fresh, spec.out, spec.storage_options, first_row=record.manifest_rows, schema=schema, check=mine.check
+        )
         if not added:
             return record
         updated = _with_parts(record, [*known, *added], base=record.base_parts)

@@ -1,7 +1,8 @@
 """The manifest: one row per image, frozen when a run starts, read back in slices by the workers."""
 
 import re
-from collections.abc import Iterable, Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -26,7 +27,8 @@ GROUP_ROWS = 1 << 14
 GROUP_BYTES = 16 << 20
 _BATCH_ROWS = 131_072
 
-_PART_NAME = re.compile(r"manifest-\d+-\d+\.parquet")
+# An earlier version had no last number, that of the freeze.
+_PART_NAME = re.compile(r"manifest-\d+-\d+(-[0-9a-f]{8})?\.parquet")
 
 
 class ManifestPart(NamedTuple):
@@ -73,40 +75,46 @@ def write_manifest(
     *,
     first_row: int = 0,
     schema: pa.Schema | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> list[ManifestPart]:
     """Number the rows from `first_row` and write them as `manifest/*.parquet` under `out`.
 
     All parts have the same columns: those of `schema` where one is given, else whatever the sources carry together.
     The parts count only once the run record names them; what a freeze that was cut short left behind is removed first.
+    `check` is called before each file is removed or stored, and may raise. No two freezes give a part the same name:
+    one that lost its lock while it stored a part does not replace that of another.
     Raises SourceError where the sources disagree on a column, OutputError where they carry one that `schema` lacks.
     """
     fs, path = filesystem(out, storage_options)
-    _remove_leftovers(fs, path, first_row)
+    _remove_leftovers(fs, path, first_row, check)
+    freeze = uuid.uuid4().hex[:8]
     parts: list[ManifestPart] = []
     schemas: list[pa.Schema] = []
     for rows in _chunks(tables):
         table = _number(rows, parts[-1].stop if parts else first_row)
         if schema is not None:
             table = _fitted(table, schema, out)
-        parts.append(_write(fs, path, table))
+        parts.append(_write(fs, path, table, freeze, check))
         schemas.append(table.schema)
     whole = schema or (_typed(unified(schemas)) if schemas else None)
     for part, written in zip(parts, schemas, strict=True):
         if not written.equals(whole):
             with fs.open(join(path, "manifest", part.name), "rb") as file:
                 table = pq.read_table(file)
-            _write(fs, path, conformed(table, whole))
+            _write(fs, path, conformed(table, whole), freeze, check)
     return parts
 
 
-def _remove_leftovers(fs: AbstractFileSystem, path: str, first_row: int) -> None:
-    """Delete parts that no record names: all that begin at `first_row` or behind it."""
+def _remove_leftovers(fs: AbstractFileSystem, path: str, first_row: int, check: Callable[[], None]) -> None:
+    """Delete parts that no record names: all that begin at `first_row` or behind it. They are listed before `check`,
+    so that there is none among them of a job that took over."""
     try:
         found = fs.ls(join(path, "manifest"), detail=False, refresh=True)
     except (FileNotFoundError, NotADirectoryError):
         return
     for name in (str(place).rpartition("/")[2] for place in found):
         if _PART_NAME.fullmatch(name) and part_named(name).first >= first_row:
+            check()
             fs.rm_file(join(path, "manifest", name))
 
 
@@ -132,8 +140,8 @@ def _typed(schema: pa.Schema) -> pa.Schema:
 
 
 def part_named(name: str) -> ManifestPart:
-    """The part behind a file name such as `manifest-000000000000-000001048576.parquet`."""
-    _, first, stop = name.removesuffix(".parquet").split("-")
+    """The part behind a file name such as `manifest-000000000000-000001048576-5f0c3a1e.parquet`."""
+    _, first, stop, *_ = name.removesuffix(".parquet").split("-")
     return ManifestPart(name, int(first), int(stop))
 
 
@@ -233,11 +241,13 @@ def _number(table: pa.Table, first: int) -> pa.Table:
     return numbered.cast(manifest_schema(user_fields(numbered.schema)))
 
 
-def _write(fs: AbstractFileSystem, out: str, table: pa.Table) -> ManifestPart:
+def _write(fs: AbstractFileSystem, out: str, table: pa.Table, freeze: str, check: Callable[[], None]) -> ManifestPart:
     first = table["row"][0].as_py()
-    part = ManifestPart(f"manifest-{first:012d}-{first + table.num_rows:012d}.parquet", first, first + table.num_rows)
+    stop = first + table.num_rows
+    part = ManifestPart(f"manifest-{first:012d}-{stop:012d}-{freeze}.parquet", first, stop)
     sink = pa.BufferOutputStream()
     group_rows = max(1, min(GROUP_ROWS, GROUP_BYTES * table.num_rows // table.nbytes))
     pq.write_table(table, sink, row_group_size=group_rows, compression="zstd", write_page_checksum=True)
+    check()
     put_bytes(fs, join(out, "manifest", part.name), sink.getvalue().to_pybytes())
     return part

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.sources import manifest
 from pipeline.sources.columns import content_table
-from pipeline.sources.manifest import ManifestPart, check_parts, part_named, read_rows, read_schema, write_manifest
+from pipeline.sources.manifest import check_parts, part_named, read_rows, read_schema, write_manifest
 from pipeline.sources.update import superseded_rows
 from schemas.errors import OutputError, SourceError
 from schemas.tables import MANIFEST_FIELDS
@@ -84,6 +84,23 @@ def test_all_parts_have_the_same_columns(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_parts")
+def test_before_each_change_it_is_asked_whether_it_may_be_made(tmp_path: Path) -> None:
+    for name in ("manifest-000000000000-000000000100.parquet", "manifest-000000000100-000000000150-0a1b2c3d.parquet"):
+        (tmp_path / "manifest").mkdir(exist_ok=True)
+        (tmp_path / "manifest" / name).write_text("left behind")
+    seen: list[dict[str, bytes]] = []
+
+    def look() -> None:
+        seen.append({path.name: path.read_bytes() for path in (tmp_path / "manifest").iterdir()})
+
+    parts = write_manifest([rows(0, 100), rows(100, 210, n=[1] * 110)], str(tmp_path), {}, check=look)
+    look()
+    changes = [{name for name, _ in before.items() ^ after.items()} for before, after in pairwise(seen)]
+    assert [len(names) for names in changes] == [1] * 6, "two removed, three stored, one given a column more"
+    assert set(seen[-1]) == {part.name for part in parts}
+
+
+@pytest.mark.usefixtures("small_parts")
 def test_what_a_freeze_that_was_cut_short_left_is_gone(tmp_path: Path) -> None:
     def breaks_off() -> Iterator[pa.Table]:
         yield rows(0, 250)
@@ -93,9 +110,10 @@ def test_what_a_freeze_that_was_cut_short_left_is_gone(tmp_path: Path) -> None:
         write_manifest(breaks_off(), str(tmp_path), {})
     assert len(list((tmp_path / "manifest").iterdir())) > 0
     (tmp_path / "manifest" / "notes.txt").write_text("not ours")
-    write_manifest([rows(0, 70)], str(tmp_path), {})
+    (part,) = write_manifest([rows(0, 70)], str(tmp_path), {})
     names = sorted(path.name for path in (tmp_path / "manifest").iterdir())
-    assert names == ["manifest-000000000000-000000000070.parquet", "notes.txt"]
+    assert names == [part.name, "notes.txt"]
+    assert re.fullmatch(r"manifest-000000000000-000000000070-[0-9a-f]{8}\.parquet", part.name)
 
 
 def test_leftovers_of_an_update_go_and_the_record_stays(tmp_path: Path) -> None:
@@ -103,7 +121,8 @@ def test_leftovers_of_an_update_go_and_the_record_stays(tmp_path: Path) -> None:
     write_manifest([rows(50, 80)], str(tmp_path), {}, first_row=50)
     second = write_manifest([rows(50, 60)], str(tmp_path), {}, first_row=50)
     assert [*first, *second] == [part_named(path.name) for path in sorted((tmp_path / "manifest").iterdir())]
-    assert second == [ManifestPart("manifest-000000000050-000000000060.parquet", 50, 60)]
+    assert [part[1:] for part in second] == [(50, 60)]
+    assert second[0].name.startswith("manifest-000000000050-000000000060-")
 
 
 def test_later_parts_keep_to_the_schema_of_the_first(tmp_path: Path) -> None:
@@ -149,6 +168,7 @@ def test_a_part_that_cannot_be_read_is_named(tmp_path: Path, damage: str) -> Non
 
 def test_rows_under_the_name_of_others_are_noticed(tmp_path: Path) -> None:
     (part,) = write_manifest([rows(0, 5)], str(tmp_path), {})
-    (tmp_path / "manifest" / part.name).rename(tmp_path / "manifest" / "manifest-000000000000-000000000006.parquet")
-    (problem,) = check_parts(str(tmp_path), [part._replace(name=part.name.replace("5", "6"), stop=6)], {})
+    other = "manifest-000000000000-000000000006.parquet"
+    (tmp_path / "manifest" / part.name).rename(tmp_path / "manifest" / other)
+    (problem,) = check_parts(str(tmp_path), [part_named(other)], {})
     assert problem.endswith("-000000000006.parquet: the rows in it are not those that its name stands for")
