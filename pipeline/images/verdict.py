@@ -7,6 +7,7 @@ status code, `errno` and class name. Nothing that reaches a message holds a cred
 import errno
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.storage import redact
 from schemas.errors import ImageError
@@ -56,6 +57,12 @@ _TRANSIENT_STATUS = {
     503: "Throttled",
     504: "ServerError",
 }
+
+# S3 gives these with 400 or 403, though the object is as good as ever: new credentials, or a clock that was set, and it
+# is read. The third is of the service that gives out tokens.
+_CREDENTIAL_CODES = frozenset(
+    {"ExpiredToken", "InvalidToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestTimeTooSkewed"}
+)
 
 # Looked up along the class hierarchy, most derived class first.
 _BY_CLASS_NAME = {
@@ -108,6 +115,8 @@ def changed(url: str) -> ImageError:
 def judge(error: BaseException) -> Verdict:
     """The verdict on an exception that an attempt to read raised."""
     error = _reason(error)
+    if _response(error).get("Error", {}).get("Code") in _CREDENTIAL_CODES:
+        return _NO_CREDENTIALS
     status, wait_s = answered(error)
     if status is not None:
         return _judge_status(status, wait_s)
@@ -152,12 +161,18 @@ def answered(error: BaseException) -> tuple[int | None, float | None]:
     for link in (error, error.__cause__):
         if isinstance(link, HttpStatusError):
             return link.status, link.retry_after_s
+    metadata = _response(error).get("ResponseMetadata", {})
+    headers = metadata.get("HTTPHeaders", {})
+    return _whole(metadata.get("HTTPStatusCode")), retry_after_s(headers.get("retry-after"))
+
+
+def _response(error: BaseException) -> dict[str, Any]:
+    """What botocore made of an answer; empty where there is none."""
+    for link in (error, error.__cause__):
         response = getattr(link, "response", None)
         if isinstance(response, dict) and "ResponseMetadata" in response:
-            metadata = response["ResponseMetadata"]
-            headers = metadata.get("HTTPHeaders", {})
-            return _whole(metadata.get("HTTPStatusCode")), retry_after_s(headers.get("retry-after"))
-    return None, None
+            return response
+    return {}
 
 
 def _whole(value: object) -> int | None:
