@@ -195,7 +195,10 @@ def _labels(
     return pa.ListArray.from_arrays(pa.array(offsets), values, mask=pa.array(missing))
 
 
-def top_labels(scores: Floats, k: int) -> tuple[Floats, npt.NDArray[np.intp]]:
-    """The `k` best of each row: scores (n, k) and their indices (n, k), best first, ties by lower index."""
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+def top_labels(logits: Floats, scores: Floats, k: int) -> tuple[Floats, npt.NDArray[np.intp]]:
+    """The `k` best of each row: scores (n, k) and their indices (n, k), best first, ties by lower index.
+
+    Logits decide: all scores behind one that is almost certain may be 0 in float32.
+    """
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores, order, axis=1), order

@@ -207,8 +207,9 @@ class TorchPredictor:
         if self._wanted.labels:
             logits = outputs.logits.float()
             scores = torch.sigmoid(logits) if self._wanted.multi_label else torch.softmax(logits, dim=-1)
-            best = torch.topk(scores, self._wanted.labels, dim=-1)
-            tensors += [best.values, best.indices]
+            # By logits: all scores behind one that is almost certain may be 0 in float32.
+            best = torch.topk(logits, self._wanted.labels, dim=-1).indices
+            tensors += [scores.gather(-1, best), best]
         return tuple(tensors)
 
     def _collect(self, done: list[tuple[torch.Tensor, ...]]) -> Predictions:

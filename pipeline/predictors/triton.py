@@ -165,7 +165,7 @@ class TritonPredictor:
         if not self._wanted.labels:
             return Predictions(features)
         scores = probabilities(columns[LOGITS], multi_label=self._wanted.multi_label)
-        return Predictions(features, *top_labels(scores, self._wanted.labels))
+        return Predictions(features, *top_labels(columns[LOGITS], scores, self._wanted.labels))
 
     def _mixed_table(
         self, decoded: pa.Table, failed: Mapping[int, Failed], predictions: Predictions, seconds: float

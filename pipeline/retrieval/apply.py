@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from pipeline.retrieval.arrays import Floats, Ints, Mask, lengths
 from pipeline.retrieval.head import HeadRecord, load_head
-from pipeline.retrieval.logistic import Linear
+from pipeline.retrieval.logistic import Linear, softmax
 from pipeline.retrieval.matrix import Matrix
 from pipeline.retrieval.output import staged
 from pipeline.retrieval.parts import Part, list_parquet, open_parquet
@@ -167,11 +167,12 @@ def _labels(linear: Linear, block: Any, names: list[str], top_k: int) -> pa.Arra
     vectors: Floats = block.astype(np.float32, copy=False)
     norms = lengths(vectors)
     good: Mask = np.isfinite(norms) & (norms > 0)
-    probabilities = linear.probabilities(np.where(good[:, None], vectors, 0) if not good.all() else vectors)
-    best: Ints = np.argpartition(-probabilities, top_k - 1, axis=1)[:, :top_k]
-    chosen = np.take_along_axis(probabilities, best, 1)
-    order = np.argsort(-chosen, axis=1, kind="stable")
-    best, chosen = np.take_along_axis(best, order, 1)[good], np.take_along_axis(chosen, order, 1)[good]
+    logits = linear.logits(np.where(good[:, None], vectors, 0) if not good.all() else vectors)
+    # By logits, not by scores: all those behind a label that is almost certain may be 0 in float32.
+    best: Ints = np.argpartition(-logits, top_k - 1, axis=1)[:, :top_k]
+    order = np.argsort(-np.take_along_axis(logits, best, 1), axis=1, kind="stable")
+    best = np.take_along_axis(best, order, 1)[good]
+    chosen = np.take_along_axis(softmax(logits)[good], best, 1)
     items = pa.StructArray.from_arrays(
         [
             pa.array(best.ravel().astype(np.int32)),

@@ -41,11 +41,15 @@ class Linear:
 
     def probabilities(self, vectors: Floats) -> Floats:
         """Softmax of the logits, (n, C)."""
-        logits = self.logits(vectors)
-        logits -= logits.max(axis=1, keepdims=True)
-        np.exp(logits, out=logits)
-        shares: Floats = logits / logits.sum(axis=1, keepdims=True)
-        return shares
+        return softmax(self.logits(vectors))
+
+
+def softmax(logits: Floats) -> Floats:
+    """Probabilities (n, C), in the place of `logits` (n, C)."""
+    logits -= logits.max(axis=1, keepdims=True)
+    np.exp(logits, out=logits)
+    logits /= logits.sum(axis=1, keepdims=True)
+    return logits
 
 
 class TrainingSet:

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.predictors.batches import Predictions, Wanted, predicted_table
+from pipeline.predictors.batches import Predictions, Wanted, predicted_table, top_labels
 from schemas.tables import decoded_schema
 
 ROWS = 5
@@ -32,3 +32,10 @@ def test_a_patch_that_is_not_finite_fails_its_image_alone(bad: float) -> None:
     assert table["visual_tokens"].to_pylist()[4] == tokens[3].tolist()
     np.testing.assert_array_equal(np.array(table["patches"].to_pylist()[4], np.float16), patches[3])
     assert str(table.schema.field("patches").type) == str(wanted.fields[0].type)
+
+
+def test_labels_are_ranked_where_the_scores_of_all_but_the_first_are_zero() -> None:
+    logits = np.array([[-900, 0, -300, -300]], np.float32)
+    scores, indices = top_labels(logits, np.array([[0, 1, 0, 0]], np.float32), 3)
+    assert indices.tolist() == [[1, 2, 3]]
+    assert scores.tolist() == [[1, 0, 0]]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.checkpoints import make_checkpoint
 
-from pipeline.models import inspect_model
+from pipeline.models import inspect_model, with_head
 from pipeline.predictors import torch_predictor
 from pipeline.predictors.batches import Predictions, Wanted
 from pipeline.predictors.torch_predictor import TorchPredictor
@@ -174,6 +174,16 @@ def test_calls_in_several_threads_give_what_they_give_alone(tmp_path: Path, dtyp
         for name in ("cls", "pooled"):
             np.testing.assert_allclose(mine.features[name], theirs.features[name], rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(mine.indices, theirs.indices)
+
+
+def test_labels_are_ranked_where_the_scores_of_all_but_the_first_are_zero(tmp_path: Path) -> None:
+    plain = inspect_model(str(make_checkpoint(tmp_path / "vit", "vit-classifier")))
+    bias = np.array([-900, 0, -300, -600], np.float32)
+    info = with_head(plain, tuple("abcd"), np.zeros((4, plain.hidden_size), np.float32), bias, "cls", "")
+    predictor = TorchPredictor(info, wanting(info), dtype="float32", batch_size=2)
+    found = predictor.predict(np.zeros((2, 224, 224, 3), np.uint8))
+    np.testing.assert_array_equal(found.indices, [[1, 2, 3]] * 2)
+    np.testing.assert_array_equal(found.scores, [[1, 0, 0]] * 2)
 
 
 def wanting(info: object) -> Wanted:
