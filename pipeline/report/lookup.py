@@ -45,7 +45,8 @@ def _piece(path: str, metadata: pq.RowGroupMetaData, group: int) -> Piece:
         column = metadata.column(index)
         name = column.path_in_schema.partition(".")[0]
         sizes[name] = sizes.get(name, 0) + column.total_compressed_size
-        if name == "row" and column.statistics is not None and column.statistics.has_min_max:
+        # A column of the user's may be called `row.id`.
+        if column.path_in_schema == "row" and column.statistics is not None and column.statistics.has_min_max:
             low, high = column.statistics.min, column.statistics.max
     return Piece(path, group, low, high, sizes)
 

@@ -133,7 +133,8 @@ def encode(table: pa.Table, metadata: bytes) -> bytes:
     """
     compression = {}
     for column in pq.ParquetFile(_probe(table.schema)).schema:
-        is_feature = column.path.split(".")[0] in {"cls", "pooled", "patches"}
+        # Not by what stands before the first dot: a column of the user's may be called `cls.note`.
+        is_feature = column.path.replace(".list.element", "") in {"cls", "pooled", "patches"}
         compression[column.path] = "none" if is_feature else "zstd"
     sink = pa.BufferOutputStream()
     pq.write_table(

@@ -18,6 +18,7 @@ from report.html_page import Page
 from support.s3 import S3Server
 
 from pipeline.report import write_report
+from pipeline.report.lookup import RowLookup
 from pipeline.report.page import _choose
 from pipeline.report.run import open_run
 from pipeline.report.scan import scan_images
@@ -242,6 +243,14 @@ def test_report_on_an_object_store(tmp_path: Path, s3_server: S3Server) -> None:
     assert {"clusters", "duplicates", "map"} <= page.ids()
     with pytest.raises(OutputError, match=r"run\.json"):
         write_report(f"{url}/images", storage_options=options)
+
+
+@pytest.mark.parametrize("values", [[f"note {row}" for row in range(20)], [900 + row for row in range(20)]])
+def test_report_of_a_table_with_a_column_of_a_dotted_name(tmp_path: Path, values: list[str | int]) -> None:
+    run = Album(tmp_path, count=20, failed={}).write(user={"row.note": values})
+    assert sorted(set(page_of(run).rows())) == list(range(20))
+    found = RowLookup(open_run(str(run), {}), "images", ["row", "row.note"]).get([3, 19])
+    assert {row: record["row.note"] for row, record in found.items()} == {3: values[3], 19: values[19]}
 
 
 def test_report_of_no_run(tmp_path: Path) -> None:
