@@ -11,11 +11,12 @@ from fsspec import AbstractFileSystem
 from pydantic import ValidationError
 
 from pipeline.columns import is_damage, open_columns
-from pipeline.record import as_known, read_attempt
-from pipeline.storage import filesystem, join, read_error, read_json, redact
+from pipeline.record import as_known, read_attempt, until_settled
+from pipeline.storage import exists, filesystem, join, read_error, read_json, redact
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
 from schemas.run import RunRecord
+from schemas.tables import SWAP_PLAN
 
 BATCH_ROWS = 65_536
 
@@ -32,11 +33,21 @@ class RunDirectory:
     storage_options: Mapping[str, Any]
 
     def parts(self, folder: str) -> list[str]:
-        """Paths of the visible Parquet parts under `folder`, sorted; the manifest's are those of the record."""
+        """Paths of the visible Parquet parts under `folder`, sorted; the manifest's are those of the record.
+
+        It waits while parts are being rewritten. Raises OutputError where that lasts.
+        """
         if folder == "manifest":
             names = [name.rpartition("/")[2] for name in self.record.manifest_parts]
             return [join(self.root, "manifest", name) for name in names]
-        return list_files(self.fs, join(self.root, folder), ".parquet")
+        for _ in until_settled(self.url):
+            before = list_files(self.fs, join(self.root, folder), ".parquet")
+            if not exists(self.fs, join(self.root, SWAP_PLAN)):
+                found = list_files(self.fs, join(self.root, folder), ".parquet")
+                # A swap that began since the look for its plan would have taken parts away.
+                if set(before).issubset(found):
+                    return found
+        raise AssertionError("unreachable")
 
     def features(self) -> dict[str, int]:
         """The feature columns of `images/` and their lengths, `cls` first; empty where there is no part yet."""

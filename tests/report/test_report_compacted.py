@@ -1,0 +1,63 @@
+"""`report` and `explore` of a run whose parts are put in the place of others meanwhile, or when that was cut short."""
+
+import json
+from pathlib import Path
+
+import pytest
+from report.album import Album
+from report.explore_client import Client, serving
+from report.html_page import Page
+
+from pipeline.report import write_report
+from pipeline.report.explore_state import open_exploration
+from pipeline.report.run import open_run
+from pipeline.sinks import compaction
+from schemas.errors import OutputError
+
+pytestmark = pytest.mark.timeout(120)
+
+FAILED = {5: "Truncated", 11: "NotAnImage", 12: "NotAnImage"}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """60 rows, 3 of them failures; two parts of images."""
+    return Album(tmp_path, count=60, failed=FAILED).write()
+
+
+def swap_half_done(run: Path, folder: str) -> None:
+    """What a swap leaves that was killed between removing the old part and moving the new one in."""
+    part = sorted((run / folder).glob("*.parquet"))[0]
+    (run / "_swap" / folder).mkdir(parents=True)
+    part.rename(run / "_swap" / folder / part.name)
+    plan = {"remove": [], "add": [f"{folder}/{part.name}"]}
+    (run / "_swap" / "plan.json").write_text(json.dumps(plan))
+
+
+@pytest.mark.parametrize("folder", ["images", "failures"])
+def test_report_of_a_swap_that_was_cut_short_is_refused_until_it_is_finished(
+    run: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    swap_half_done(run, folder)
+    monkeypatch.setattr("pipeline.record._SWAP_S", 0.3)
+    with pytest.raises(OutputError, match=r"are being rewritten[\s\S]*`patchstream compact DIR` finishes"):
+        write_report(str(run))
+    assert not (run / "report.html").exists()
+    compaction.recover(str(run), {})
+    assert "57 images, 3 failures, 0 pending." in Page(Path(write_report(str(run))).read_text()).text
+
+
+@pytest.mark.parametrize("folder", ["images", "failures"])
+def test_report_waits_for_a_swap_under_way(run: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    swap_half_done(run, folder)
+    monkeypatch.setattr("time.sleep", lambda _: compaction.recover(str(run), {}))
+    assert "57 images, 3 failures, 0 pending." in Page(Path(write_report(str(run))).read_text()).text
+
+
+def test_report_explore_without_features_waits_for_a_swap_under_way(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    swap_half_done(run, "images")
+    with monkeypatch.context() as patched:
+        patched.setattr("time.sleep", lambda _: compaction.recover(str(run), {}))
+        exploration = open_exploration(open_run(str(run), {}), None)
+    with serving(exploration) as server:
+        assert "57 pictures" in Client(server).page("/").text
