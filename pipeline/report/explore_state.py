@@ -110,7 +110,7 @@ class Uploads:
 
 @dataclass(frozen=True)
 class Exploration:
-    """One run, opened for looking through. Parts and groups that appear later are seen after a restart."""
+    """One run, opened for looking through. Rows and groups that appear later are seen after a restart."""
 
     run: RunDirectory
     scan: ImageScan

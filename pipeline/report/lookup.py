@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from pipeline.report.run import RunDirectory, open_part
+from pipeline.report.run import PartGone, RunDirectory, open_part
 
 _EVERY = (-(2**63), 2**63 - 1)
 _READERS = 16
@@ -59,6 +60,7 @@ class RowLookup:
 
     def __init__(self, run: RunDirectory, folder: str, columns: Sequence[str], cached_groups: int = 4) -> None:
         self._run = run
+        self._folder = folder
         self._columns = list(columns)
         self._pieces = pieces(run, folder)
         self._cached_groups = cached_groups
@@ -66,8 +68,19 @@ class RowLookup:
         self._lock = threading.Lock()
 
     def get(self, rows: Iterable[int]) -> dict[int, dict[str, Any]]:
-        """The records of those `rows` that exist, by row."""
+        """The records of those `rows` that exist, by row.
+
+        Where a compaction took parts away, from those that replaced them. Raises OutputError if that is another run.
+        """
         wanted = np.unique(np.fromiter(rows, np.int64))
+        try:
+            return self._find(wanted)
+        except PartGone:
+            self._run.check_same()
+            self._pieces = pieces(self._run, self._folder)
+            return self._find(wanted)
+
+    def _find(self, wanted: NDArray[np.int64]) -> dict[int, dict[str, Any]]:
         value_set = pa.array(wanted)
         holding = [piece for piece in self._pieces if np.any((wanted >= piece.low) & (wanted <= piece.high))]
 

@@ -21,6 +21,10 @@ from schemas.tables import SWAP_PLAN
 BATCH_ROWS = 65_536
 
 
+class PartGone(OutputError):
+    """A part that was listed is there no more: it was compacted meanwhile, or the run was replaced."""
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """An output directory. `root` is its path on `fs`; `url` is what the user gave."""
@@ -48,6 +52,11 @@ class RunDirectory:
                 if set(before).issubset(found):
                     return found
         raise AssertionError("unreachable")
+
+    def check_same(self) -> None:
+        """Raise OutputError if another run stands in the place of this one."""
+        if (read_json(self.fs, join(self.root, "run.json")) or {}).get("run_id") != self.record.run_id:
+            raise OutputError(f"the run in {redact(self.url)} became another while it was read; run the command again")
 
     def features(self) -> dict[str, int]:
         """The feature columns of `images/` and their lengths, `cls` first; empty where there is no part yet."""
@@ -93,13 +102,13 @@ def list_files(fs: AbstractFileSystem, folder: str, suffix: str) -> list[str]:
 
 @contextmanager
 def open_part(fs: AbstractFileSystem, path: str) -> Iterator[pq.ParquetFile]:
-    """The Parquet file at `path`, for the block to read. Raises OutputError if it is gone (compacted meanwhile),
+    """The Parquet file at `path`, for the block to read. Raises PartGone if it is there no more, OutputError if it is
     damaged or not Parquet."""
     try:
         with open_columns(fs, path) as file, pq.ParquetFile(file) as part:
             yield part
     except FileNotFoundError as error:
-        raise OutputError(f"{redact(path)} went away while it was read; run the command again.") from error
+        raise PartGone(f"{redact(path)} went away while it was read; run the command again.") from error
     except Exception as error:
         if not is_damage(error):
             raise

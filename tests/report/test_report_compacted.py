@@ -61,3 +61,23 @@ def test_report_explore_without_features_waits_for_a_swap_under_way(run: Path, m
         exploration = open_exploration(open_run(str(run), {}), None)
     with serving(exploration) as server:
         assert "57 pictures" in Client(server).page("/").text
+
+
+def test_report_explore_shows_pictures_after_a_compaction(run: Path) -> None:
+    with serving(open_exploration(open_run(str(run), {}), None)) as server:
+        client = Client(server)
+        before = client.page("/picture", row=3)
+        assert compaction.compact(str(run), 1 << 30, {}) == 2
+        assert client.page("/picture", row=3).text == before.text
+        assert "uri " in client.page("/picture", row=50).text
+        assert client.request("/thumbnail?row=50")[1]["content-type"] == "image/webp"
+
+
+def test_report_explore_does_not_mix_in_another_run(run: Path) -> None:
+    with serving(open_exploration(open_run(str(run), {}), None)) as server:
+        for part in (run / "images").iterdir():
+            part.unlink()
+        Album(run.parent, count=60, failed=FAILED).write(parts=1, image_column="other")
+        status, _, body = Client(server).request("/picture?row=3")
+    assert status == 500
+    assert "became another while it was read" in body.decode()
