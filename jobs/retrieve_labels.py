@@ -119,7 +119,7 @@ def _show_probe(summary: dict[str, Any]) -> None:
         ["linear", f"{linear['accuracy']:.2%}", f"{linear['mean_class_accuracy']:.2%}",
          f"{linear['expected_calibration_error']:.3f}", f"C = {summary['C']:g}"],
         ["k-NN", f"{knn['accuracy']:.2%}", f"{knn['mean_class_accuracy']:.2%}",
-         f"{knn['expected_calibration_error']:.3f}", f"k = {knn['k']}"],
+         f"{knn['expected_calibration_error']:.3f}", f"k = {knn['k']}, of {knn['examples']:,} test rows"],
     ]  # fmt: skip
     rows += [
         [f"{count}-shot", f"{found['mean']:.2%} ± {found['std']:.2%}", "", "", ""]

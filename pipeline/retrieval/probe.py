@@ -179,6 +179,7 @@ def _few_shot(
 
 def describe(result: ProbeResult, labelled: Labelled) -> dict[str, Any]:
     """What `probe --json` prints and `probe.json` keeps."""
+    tested, frequent = result.test.confusion.sum(axis=1), np.bincount(labelled.codes).argmax()
     return {
         "classes": len(labelled.classes),
         "labelled_rows": len(labelled.codes),
@@ -190,5 +191,5 @@ def describe(result: ProbeResult, labelled: Labelled) -> dict[str, Any]:
         "few_shot": {
             str(count): {"mean": mean, "std": deviation} for count, (mean, deviation) in result.few_shot.items()
         },
-        "majority_accuracy": float(np.bincount(labelled.codes).max() / len(labelled.codes)),
+        "majority_accuracy": float(tested[frequent] / tested.sum()),
     }

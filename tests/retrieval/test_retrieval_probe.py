@@ -11,6 +11,7 @@ from safetensors import safe_open
 from sklearn.linear_model import LogisticRegression
 from support.runs import RunContent, clustered, write_run
 
+from jobs import retrieve_labels
 from pipeline.maintenance import verify
 from pipeline.retrieval.apply import apply_head
 from pipeline.retrieval.arrays import no_progress
@@ -231,3 +232,25 @@ def test_summary_is_json(store: FeatureStore, labelled: Labelled) -> None:
     summary = json.loads(json.dumps(describe(result, small), allow_nan=False))
     assert summary["linear"]["examples"] == pytest.approx(80, abs=4)
     assert set(summary["few_shot"]) == {"2"}
+
+
+def test_the_most_frequent_class_is_judged_on_the_test_rows(store: FeatureStore) -> None:
+    # Of each class one is tested: 1 of 3, where 7 of 14 have the most frequent one.
+    codes = np.repeat([0, 1, 2], [4, 7, 3])
+    few = Labelled(np.arange(20, 34), codes, ["a", "b", "c"])
+    result = run_probe(store.load("cls"), few, progress=no_progress)
+    assert result.test.confusion.sum(axis=1).tolist() == [1, 1, 1]
+    assert describe(result, few)["majority_accuracy"] == pytest.approx(1 / 3)
+
+
+def test_the_probe_says_of_how_many_rows_each_number_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.retrieval.probe._KNN_ROWS", 30)
+    names = [f"kind {row % 4}" for row in range(400)]
+    run = write_run(tmp_path, RunContent({"cls": clustered(400, 16, 4)}, user={"kind": names}))
+    assert retrieve_labels.probe(str(run), label_column="kind") == 0
+    lines = capsys.readouterr().out.splitlines()
+    (knn,) = (line for line in lines if line.startswith("k-NN"))
+    assert knn.endswith(", of 30 test rows")
+    assert any(line.startswith("80 test rows, 4 classes") for line in lines)
