@@ -3,7 +3,8 @@
 labelled rows ─ split ─┬─ test (20%): every number that is reported
                        └─ rest ─ split ─┬─ validation (20%): chooses C and the k of k-NN
                                         └─ training
-the head that is saved gets the temperature that suits the validation rows, and is trained on all but the test rows
+the temperature is found on the validation rows, with a head of the training rows that is as little shrunken as the one
+that is saved; that one gets it, and is trained on all but the test rows
 """
 
 from collections.abc import Iterator
@@ -54,7 +55,12 @@ def run_probe(
     rest, test = split(labelled, TEST_SHARE, rng)
     check_shots(rest, max(few, default=0))
     training, validation = _halve(rest, rng)
-    strength, start, sharpness, tried = _choose_strength(matrix, training, validation, rng, progress)
+    held = _some(validation, _CHOOSING_ROWS, rng)
+    strength, start, tried = _choose_strength(matrix, _some(training, _CHOOSING_ROWS, rng), held, progress)
+    # At one C a head is shrunken the less the more rows it is trained on: the penalty on the mean loss is 1 / (C n). So
+    # the temperature is found on one that saw all training rows, and is as little shrunken as the one that is saved.
+    start = fit_logistic(TrainingSet(matrix, training), strength * len(rest.codes) / len(training.codes), start)
+    sharpness = _sharpness(matrix, start, held)
     head = fit_logistic(TrainingSet(matrix, rest), strength, start).sharpened(sharpness)
     progress("training", 1, 1)
     knn_k = _choose_k(matrix, training, _some(validation, _KNN_ROWS, rng))
@@ -83,13 +89,13 @@ def _some(labelled: Labelled, count: int, rng: np.random.Generator) -> Labelled:
 
 
 def _choose_strength(
-    matrix: Matrix, training: Labelled, validation: Labelled, rng: np.random.Generator, progress: Progress
-) -> tuple[float, Linear, float, dict[float, float]]:
-    """C of the best validation accuracy, of equals of the lowest log loss; its head, its sharpness; all accuracies.
+    matrix: Matrix, training: Labelled, held: Labelled, progress: Progress
+) -> tuple[float, Linear, dict[float, float]]:
+    """C of the best accuracy on `held`, of equals of the lowest log loss; its head; all accuracies.
 
     Each start is the solution before.
     """
-    data, held = TrainingSet(matrix, _some(training, _CHOOSING_ROWS, rng)), _some(validation, _CHOOSING_ROWS, rng)
+    data = TrainingSet(matrix, training)
     tried: dict[float, tuple[float, float]] = {}
     heads: dict[float, Linear] = {}
     linear: Linear | None = None
@@ -100,7 +106,7 @@ def _choose_strength(
         progress("choosing C", number + 1, len(STRENGTHS))
     best = max(tried, key=lambda strength: tried[strength])
     accuracies = {strength: accuracy for strength, (accuracy, _) in tried.items()}
-    return best, heads[best], _sharpness(matrix, heads[best], held), accuracies
+    return best, heads[best], accuracies
 
 
 def _sharpness(matrix: Matrix, head: Linear, held: Labelled) -> float:

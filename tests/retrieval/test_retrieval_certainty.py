@@ -41,6 +41,20 @@ def test_a_head_that_is_always_right_is_as_certain_as_its_validation_rows_are_ma
     assert probabilities[:, :-1].min() > 0, "those behind can be told apart"
 
 
+def test_the_temperature_suits_a_head_that_is_trained_on_more_rows_than_chose_its_strength(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # At one C a head is shrunken the less the more rows it is trained on: here 32 times as many.
+    monkeypatch.setattr("pipeline.retrieval.probe._CHOOSING_ROWS", 200)
+    rows = 8000
+    codes = np.arange(rows) % 4
+    noise = np.random.default_rng(0).standard_normal((rows, 64), np.float32)
+    matrix = store_of(tmp_path, np.eye(4, 64, dtype=np.float32)[codes] + np.float32(0.4) * noise).load("cls")
+    result = run_probe(matrix, Labelled(np.arange(rows), codes, NAMES), progress=no_progress)
+    assert 0.8 < result.test.accuracy < 0.95, "the data should be hard, or there is nothing to be wrong about"
+    assert result.test.calibration_error < 0.04
+
+
 def test_labels_are_ranked_where_the_scores_of_all_but_the_first_are_zero(tmp_path: Path) -> None:
     store = store_of(tmp_path / "run", clustered(6, 4, 2))
     record = HeadRecord(
