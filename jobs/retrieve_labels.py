@@ -33,6 +33,7 @@ def probe(
     as_json: AsJson = False,
 ) -> int:
     """Train a linear classifier on the features, judge it on held-out rows, and save it."""
+    from pipeline.retrieval.duplicates import same_bytes
     from pipeline.retrieval.labels import labels_from_column, labels_from_csv, locate
     from pipeline.retrieval.output import check_name
     from pipeline.retrieval.probe import describe, run_probe
@@ -50,7 +51,7 @@ def probe(
         _warn_unknown(given)
         warn_left_out(store, features)
         matrix = store.load(features)
-        found = locate(matrix, given)
+        found = locate(matrix, given, store.reread(lambda: same_bytes(store)))
         result = run_probe(matrix, found, few=few, seeds=seeds, seed=seed, progress=store.progress)
         settings = {"name": name, "feature": features, "labels_from": given.source, "seed": seed}
         summary = {**settings, **describe(result, found)}

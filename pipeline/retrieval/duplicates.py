@@ -59,7 +59,7 @@ def find_duplicates(
     do. Raises SpecError for a threshold outside (0, 1].
     """
     check_threshold(threshold)
-    rows, originals = store.reread(lambda: _same_bytes(store))
+    rows, originals = store.reread(lambda: same_bytes(store))
     if exact_only:
         return _describe(store, None, rows, originals)
     matrix = store.load(feature)
@@ -79,7 +79,7 @@ def check_threshold(threshold: float, option: str = "--threshold") -> None:
         raise SpecError(f"{option} {threshold}: a cosine above 0 and at most 1 is needed, such as {DEFAULT_THRESHOLD}")
 
 
-def _same_bytes(store: FeatureStore) -> tuple[Ints, Ints]:
+def same_bytes(store: FeatureStore) -> tuple[Ints, Ints]:
     """Ids of rows whose bytes occur more than once, and for each the lowest row of the same bytes."""
     hidden = pa.table({"row": pa.array(store.replaced, pa.int64())})
     with store.connect() as connection:

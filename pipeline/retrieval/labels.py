@@ -23,15 +23,20 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Labelled:
-    """`positions` (n,) in the matrix, ascending, and `codes` (n,) into `classes`, which are in sorted order."""
+    """`positions` (n,) in the matrix, ascending, and `codes` (n,) into `classes`, which are in sorted order.
+
+    `pictures` (n,) are equal for files of the same bytes; None: no two are known to be such.
+    """
 
     positions: Ints
     codes: Ints
     classes: list[str]
+    pictures: Ints | None = None
 
     def take(self, chosen: Ints) -> "Labelled":
         """Some of them, of the same classes."""
-        return Labelled(self.positions[chosen], self.codes[chosen], self.classes)
+        pictures = None if self.pictures is None else self.pictures[chosen]
+        return Labelled(self.positions[chosen], self.codes[chosen], self.classes, pictures)
 
     def members(self) -> list[Ints]:
         """For each class, where its examples stand, ascending. One sort, however many classes there are."""
@@ -165,8 +170,12 @@ def _names(uri: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((name, uri.partition("?")[0].rpartition("/")[2])))
 
 
-def locate(matrix: Matrix, found: RowLabels) -> Labelled:
-    """The labels of rows whose vector can be used. Raises SpecError if those are of fewer than two classes."""
+def locate(matrix: Matrix, found: RowLabels, copies: tuple[Ints, Ints] | None = None) -> Labelled:
+    """The labels of rows whose vector can be used. Raises SpecError if those are of fewer than two classes.
+
+    `copies` are ids of rows whose bytes occur more than once, and for each one row that stands for all of the same
+    bytes, as `duplicates.same_bytes` gives them.
+    """
     positions = matrix.positions_of(found.rows)
     usable = (positions >= 0) & matrix.usable[positions]
     classes = sorted({label for label, use in zip(found.labels, usable, strict=True) if use})
@@ -178,20 +187,33 @@ def locate(matrix: Matrix, found: RowLabels) -> Labelled:
     code_of = {name: code for code, name in enumerate(classes)}
     codes = np.array([code_of.get(label, -1) for label in found.labels])[usable]
     order = np.argsort(positions[usable], kind="stable")
-    return Labelled(positions[usable][order], codes[order], classes)
+    kept = positions[usable][order]
+    if copies is None:
+        return Labelled(kept, codes[order], classes)
+    at, pictures = matrix.positions_of(copies[0]), matrix.rows.copy()
+    known = at >= 0  # parts that were compacted meanwhile may hold newer rows
+    pictures[at[known]] = copies[1][known]
+    return Labelled(kept, codes[order], classes, pictures[kept])
 
 
 def split(labelled: Labelled, share: float, rng: np.random.Generator) -> tuple[Labelled, Labelled]:
-    """Two parts, the second with about `share` of each class, but never the last example of one.
+    """Two parts, the second with about `share` of the pictures of each class, but never the last one of a class.
 
-    Raises SpecError if the second would be empty.
+    Files of the same bytes are one picture: in both parts, they would be known before they are asked for. Raises
+    SpecError if the second would be empty.
     """
     second = np.zeros(len(labelled.codes), np.bool_)
     for examples in labelled.members():
         members = rng.permutation(examples)
-        second[members[: min(len(members) - 1, max(1, round(share * len(members))))]] = True
+        names = members if labelled.pictures is None else labelled.pictures[members]
+        _, first, number = np.unique(names, return_index=True, return_inverse=True)
+        place = np.argsort(np.argsort(first))[number]  # of its picture, as pictures turn up in `members`
+        second[members[place < min(len(first) - 1, max(1, round(share * len(first))))]] = True
     if not second.any():
-        raise SpecError("every class has a single example: nothing is left to test on; label a few more rows")
+        raise SpecError(
+            "every class has a single example, with files of the same bytes counted once: nothing is left to test on; "
+            "label a few more rows"
+        )
     return labelled.take(np.flatnonzero(~second)), labelled.take(np.flatnonzero(second))
 
 

@@ -129,14 +129,14 @@ def test_rows_that_an_update_replaced_meanwhile_are_in_no_group(
     store = FeatureStore.open(str(run))
     before = find_duplicates(store, 0.9999, exact_only=exact_only)
     assert sorted(before.row) == [*range(10), *range(190, 200)]
-    same_bytes = duplicates._same_bytes
+    same_bytes = duplicates.same_bytes
 
     def then_update(*arguments: Any) -> Any:
         found = same_bytes(*arguments)
         update(run, [2, 197])
         return found
 
-    monkeypatch.setattr(duplicates, "_same_bytes", then_update)
+    monkeypatch.setattr(duplicates, "same_bytes", then_update)
     found = find_duplicates(store, 0.9999, exact_only=exact_only)
     assert sorted(found.row) == sorted({*range(10), *range(190, 200)} - {2, 192, 7, 197})
     assert found.groups == 8

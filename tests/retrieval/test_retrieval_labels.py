@@ -1,5 +1,6 @@
 """Labels for a probe: from a column, and from a CSV that names rows by number, address or file name."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 from support.runs import RunContent, clustered, write_run
 
+from jobs import retrieve_labels
+from pipeline.retrieval.duplicates import same_bytes
 from pipeline.retrieval.labels import Labelled, labels_from_column, labels_from_csv, locate, shots, split
 from pipeline.retrieval.store import FeatureStore
 from schemas.errors import SpecError
@@ -171,3 +174,38 @@ def test_draws_go_over_the_labels_once_however_many_classes(monkeypatch: pytest.
     rng = np.random.default_rng(1)
     chosen = [rng.choice(np.flatnonzero(codes == code), 2, replace=False) for code in range(50)]
     assert few.positions.tolist() == sorted(np.concatenate(chosen).tolist())
+
+
+def test_files_of_the_same_bytes_are_on_one_side_of_a_split(tmp_path: Path) -> None:
+    # 40 pictures of two classes, each of which is listed three times under as many names.
+    codes = np.arange(120) % 2
+    digests = [f"{row % 40:064x}" for row in range(120)]
+    content = RunContent({"cls": clustered(120, 8, 2)}, user={"kind": [f"k{code}" for code in codes]}, sha256=digests)
+    store = FeatureStore.open(str(write_run(tmp_path, content)))
+    labelled = locate(store.load("cls"), labels_from_column(store, "kind"), same_bytes(store))
+    rest, test = split(labelled, 0.2, np.random.default_rng(0))
+    rest, validation = split(rest, 0.2, np.random.default_rng(0))
+    sides = [{row % 40 for row in side.positions.tolist()} for side in (rest, validation, test)]
+    assert sum(map(len, sides)) == len(set.union(*sides)) == 40
+    assert [len(side.positions) for side in (rest, validation, test)] == [3 * 26, 3 * 6, 3 * 8]
+    assert np.bincount(test.codes).tolist() == [12, 12]
+
+
+def test_a_class_of_one_picture_is_not_tested(tmp_path: Path) -> None:
+    digests = [f"{max(row, 5):064x}" for row in range(16)]
+    content = RunContent({"cls": clustered(16, 8, 2)}, user={"kind": ["a"] * 6 + ["b"] * 10}, sha256=digests)
+    store = FeatureStore.open(str(write_run(tmp_path, content)))
+    labelled = locate(store.load("cls"), labels_from_column(store, "kind"), same_bytes(store))
+    assert np.bincount(split(labelled, 0.2, np.random.default_rng(0))[1].codes).tolist() == [0, 2]
+    with pytest.raises(SpecError, match="every class has a single example"):
+        split(labelled.take(np.arange(7)), 0.2, np.random.default_rng(0))
+
+
+def test_copies_of_pictures_do_not_teach_what_is_tested(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Nothing can be learned from these vectors but by having seen the very picture.
+    rng = np.random.default_rng(0)
+    vectors = np.repeat(rng.standard_normal((150, 8), np.float32), 2, axis=0)
+    kinds = [f"k{code}" for code in np.repeat(rng.integers(0, 2, 150), 2)]
+    content = RunContent({"cls": vectors}, user={"kind": kinds}, sha256=[f"{row // 2:064x}" for row in range(300)])
+    assert retrieve_labels.probe(str(write_run(tmp_path, content)), label_column="kind", as_json=True) == 0
+    assert json.loads(capsys.readouterr().out)["knn"]["accuracy"] < 0.7
