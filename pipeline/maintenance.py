@@ -85,10 +85,17 @@ def reopen_failures(
 
     `changes`: values of the spec that differ from those of the run: how hard it is tried, and where. Returns how many
     rows, and the values of the spec that runs them. Should that run be cut short, they simply stay pending. Raises
-    NothingToRetry when no row qualifies, OutputError while a run is writing there (as `compact`), and, with nothing
-    taken out, whatever would keep such a run from beginning: SpecError, CheckpointError, OutputError or ClusterError.
+    NothingToRetry when no row qualifies, OutputError while a run is writing there (as `compact`) and for what `apply`
+    wrote, and, with nothing taken out, whatever would keep such a run from beginning: SpecError, CheckpointError,
+    OutputError or ClusterError.
     """
     record = require_record(out, storage_options)
+    if record.applied:
+        raise OutputError(
+            f"{redact(out)}: `apply` labelled the rows of run {record.applied.run_id} here, and its failures are those "
+            f"of that run: retry that run, then `patchstream apply DIR --probe {record.applied.probe} --out …` as "
+            "before takes up what it gained"
+        )
     values = {**_changed(_same_again(record), changes), "out": out, "storage_options": dict(storage_options)}
     spec = build_spec(values)  # wrong options are wrong where nothing is to be done as well
     compaction.recover(out, storage_options)  # in the midst of a swap rows are out of sight

@@ -36,6 +36,19 @@ class ModelRecord(BaseModel):
     label_digest: str | None = None
 
 
+class AppliedHead(BaseModel):
+    """A probe that `apply` labelled the rows of run `run_id` with: its name there, the SHA-256 of its file, the feature
+    that it reads, and the run that it was trained on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    probe: str
+    digest: str
+    feature: str
+    trained_on: str
+    run_id: str
+
+
 class RunRecord(BaseModel):
     """The content of `run.json`."""
 
@@ -51,20 +64,21 @@ class RunRecord(BaseModel):
     manifest_rows: int
     manifest_parts: list[str]
     base_parts: int = 0  # the first so many parts are the first freeze; `--update` added the others
+    applied: AppliedHead | None = None  # where the labels come from, if no image was read for them
 
     def part_metadata(self) -> bytes:
         """JSON for the Parquet metadata of a part, so that a part found alone says what it is."""
-        return json.dumps(
-            {
-                "schema_version": self.schema_version,
-                "run_id": self.run_id,
-                "created": self.created,
-                "spec": self.spec,
-                "model": self.model.model_dump(mode="json"),
-                "versions": self.versions,
-            },
-            sort_keys=True,
-        ).encode()
+        content = {
+            "schema_version": self.schema_version,
+            "run_id": self.run_id,
+            "created": self.created,
+            "spec": self.spec,
+            "model": self.model.model_dump(mode="json"),
+            "versions": self.versions,
+        }
+        if self.applied:
+            content["applied"] = self.applied.model_dump(mode="json")
+        return json.dumps(content, sort_keys=True).encode()
 
     def describes(self, metadata: bytes | None) -> bool:
         """Whether the metadata of a part is that of this run, also if an earlier version wrote it."""

@@ -18,11 +18,13 @@ from pipeline.retrieval.parts import Part, list_parquet, open_parquet
 from pipeline.retrieval.store import FeatureStore
 from pipeline.storage import Options, exists, filesystem, join, put_bytes, read_json, redact
 from schemas.errors import OutputError, SpecError
-from schemas.run import RunRecord, difference
+from schemas.run import AppliedHead, RunRecord, difference
 from schemas.spec import FEATURE_NAMES
 from schemas.tables import LABEL, METADATA_KEY
 
 _NAMED_ROWS = 20
+# Keys of the spec that say how the run came to labels of its own.
+_OF_OTHER_LABELS = ("zero_shot", "templates", "vocabulary", "label_file", "head")
 
 
 def apply_head(
@@ -63,10 +65,24 @@ def apply_head(
 
 def _new_record(store: FeatureStore, head: HeadRecord, digest: str, top_k: int) -> RunRecord:
     kept = store.record
-    provenance = {"name": head.name, "digest": digest, "feature": head.feature, "run_id": head.run_id}
-    spec = {**kept.spec, "features": [], "labels": top_k, "head": provenance}
-    model = kept.model.model_copy(update={"num_labels": len(head.labels), "multi_label": False})
-    changes = {"run_id": f"{kept.run_id}-{digest[:8]}-{top_k}", "spec": spec, "model": model, "feature_dims": {}}
+    applied = AppliedHead(
+        probe=head.name, digest=digest, feature=head.feature, trained_on=head.run_id, run_id=kept.run_id
+    )
+    changes = {
+        "run_id": f"{kept.run_id}-{digest[:8]}-{top_k}",
+        "spec": {**kept.spec, **dict.fromkeys(_OF_OTHER_LABELS), "features": [], "labels": top_k},
+        "model": kept.model.model_copy(
+            update={
+                "num_labels": len(head.labels),
+                "multi_label": False,
+                "zero_shot": None,
+                "label_digest": None,
+                "head": digest,
+            }
+        ),
+        "feature_dims": {},
+        "applied": applied,
+    }
     return kept.model_copy(update=changes)
 
 

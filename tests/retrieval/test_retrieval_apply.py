@@ -1,5 +1,6 @@
 """`apply` begun before, cut short, or done before the run got more pictures."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.runs import RunContent, clustered, write_run
 
-from pipeline.maintenance import verify
+from pipeline.maintenance import reopen_failures, verify
 from pipeline.retrieval import apply
 from pipeline.retrieval.apply import apply_head
 from pipeline.retrieval.head import HeadRecord, save_head
@@ -109,3 +110,31 @@ def test_a_run_with_less_than_was_labelled_is_another(run: Path, tmp_path: Path)
     (run / "run.json").write_text(before)
     with pytest.raises(OutputError, match=r"holds another result:[\s\S]*manifest_parts"):
         label(run, tmp_path / "out")
+
+
+def test_the_record_says_where_the_labels_come_from(run: Path, tmp_path: Path) -> None:
+    """Also where the run had labels of its own: by words, from a file, by another head."""
+    before = json.loads((run / "run.json").read_text())
+    before["spec"] |= {"zero_shot": ["a cat", "a dog"], "templates": ["{}"], "label_file": "/l.txt", "head": "/other"}
+    before["model"] |= {"zero_shot": "1" * 64, "label_digest": "2" * 64, "head": "3" * 64, "multi_label": True}
+    (run / "run.json").write_text(json.dumps(before))
+    label(run, tmp_path / "out")
+    after = json.loads((tmp_path / "out" / "run.json").read_text())
+    digest = hashlib.sha256((run / "probes" / "main" / "head.safetensors").read_bytes()).hexdigest()
+    assert after["model"] == before["model"] | {
+        "num_labels": 2, "multi_label": False, "zero_shot": None, "label_digest": None, "head": digest,
+    }  # fmt: skip
+    for name in ("zero_shot", "templates", "vocabulary", "label_file", "head"):
+        assert after["spec"][name] is None
+    assert (after["spec"]["labels"], after["spec"]["features"]) == (1, [])
+    assert after["applied"] == {
+        "probe": "main", "digest": digest, "feature": "cls", "trained_on": before["run_id"], "run_id": before["run_id"],
+    }  # fmt: skip
+    (part, *_) = (tmp_path / "out" / "images").iterdir()
+    assert json.loads(pq.read_schema(part).metadata[b"patchstream"])["applied"] == after["applied"]
+
+
+def test_failures_are_retried_where_they_happened(run: Path, tmp_path: Path) -> None:
+    label(run, tmp_path / "out")
+    with pytest.raises(OutputError, match=r"`apply`[\s\S]*retry that run, then `patchstream apply DIR --probe main"):
+        reopen_failures(str(tmp_path / "out"), True, {})
