@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipeline.encoding import encode
 from pipeline.retrieval.arrays import Floats, Ints, Mask, lengths
 from pipeline.retrieval.head import HeadRecord, load_head
 from pipeline.retrieval.logistic import Linear, softmax
@@ -158,9 +158,7 @@ def _copy_failures(store: FeatureStore, fs: Any, root: str, record: RunRecord) -
 
 
 def _write(fs: Any, path: str, table: pa.Table, record: RunRecord) -> None:
-    metadata = {METADATA_KEY: record.part_metadata()}
-    with staged(fs, path) as local:
-        pq.write_table(table.replace_schema_metadata(metadata), local, compression="zstd")
+    put_bytes(fs, path, encode(table, record.part_metadata()))
 
 
 def _labelled_part(

@@ -17,13 +17,13 @@ import numpy as np
 import pyarrow as pa
 from fsspec import AbstractFileSystem
 
+from pipeline.encoding import encode
 from pipeline.lock import Held, locked
 from pipeline.sinks import intervals
 from pipeline.sinks.intervals import Spans
 from pipeline.sinks.parts import (
     FOLDERS,
     Part,
-    encode,
     gone,
     is_there,
     list_parts,

@@ -24,13 +24,17 @@ ADDED = "manifest-000000000060-000000000070.parquet"
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     run = write_run(tmp_path / "run", RunContent({"cls": VECTORS[:60]}))
+    add_head(run, 8)
+    return run
+
+
+def add_head(run: Path, dim: int) -> None:
     store = FeatureStore.open(str(run))
     record = HeadRecord(
-        name="main", feature="cls", dim=8, labels=["a", "b"], model=store.record.model, run_id=store.record.run_id,
+        name="main", feature="cls", dim=dim, labels=["a", "b"], model=store.record.model, run_id=store.record.run_id,
         label_source="", strength=0.1, seed=0, training_rows=10, accuracy=0.5,
     )  # fmt: skip
-    save_head(store, f"{run}/probes/main", Linear(np.eye(2, 8, dtype=np.float32), np.zeros(2, np.float32)), record)
-    return run
+    save_head(store, f"{run}/probes/main", Linear(np.eye(2, dim, dtype=np.float32), np.zeros(2, np.float32)), record)
 
 
 def label(run: Path, out: Path) -> list[int]:
@@ -138,3 +142,22 @@ def test_failures_are_retried_where_they_happened(run: Path, tmp_path: Path) -> 
     label(run, tmp_path / "out")
     with pytest.raises(OutputError, match=r"`apply`[\s\S]*retry that run, then `patchstream apply DIR --probe main"):
         reopen_failures(str(tmp_path / "out"), True, {})
+
+
+def test_parts_are_written_as_those_of_a_run(tmp_path: Path) -> None:
+    """In row groups that a reader of one row can afford, and with checksums that tell damage."""
+    content = RunContent({"cls": clustered(20_000, 2, 2)}, failed={7: "Truncated"}, parts=1)
+    run, out = write_run(tmp_path / "run", content), tmp_path / "out"
+    add_head(run, 2)
+    label(run, out)
+    (part,) = (out / "images").iterdir()
+    metadata = pq.read_metadata(part)
+    assert [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)] == [1 << 14, 3616]
+    for folder in ("images", "failures"):
+        (part,) = (out / folder).iterdir()
+        group = pq.read_metadata(part).row_group(0)
+        chunk = next(found for found in map(group.column, range(group.num_columns)) if found.path_in_schema == "uri")
+        data = bytearray(part.read_bytes())
+        data[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 1
+        part.write_bytes(data)
+        assert "checksum" in str(verify(str(out), {}).problems)

@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.sinks.parts import encode
+from pipeline.encoding import encode
 from schemas.tables import feature_field, patches_field
 
 
