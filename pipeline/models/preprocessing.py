@@ -3,7 +3,8 @@
 From the files of Hugging Face image processors, old and new (`processor_config.json` where that holds one, else
 `preprocessor_config.json`), or from timm's `pretrained_cfg`. Old Hugging Face files say `feature_extractor_type` and
 give sizes as one number; new ones say `image_processor_type` and give {height, width} or {shortest_edge}. What one
-number means, and what holds where a key is absent, is set by the processor's class: the table below.
+number means, and what holds where a key is absent, is set by the processor's class: the table below. Where no class is
+named, it is the one of the model's type.
 """
 
 from collections.abc import Callable, Mapping
@@ -44,6 +45,18 @@ PROCESSORS: Mapping[str, Processor] = {
     "Bit": Processor({"shortest_edge": 224}, BICUBIC, square=False, crop=224, mean=CLIP_MEAN, std=CLIP_STD),
     "CLIP": Processor({"shortest_edge": 224}, BICUBIC, square=False, crop=224, mean=CLIP_MEAN, std=CLIP_STD),
     "Siglip": Processor({"height": 224, "width": 224}, BICUBIC, square=False),
+}
+# By the `model_type` of config.json, for files that name no class: those of the first ViT on the hub (160 bytes of
+# google/vit-base-patch16-224) are older than the key. transformers 5.23 does the same (`IMAGE_PROCESSOR_MAPPING`).
+USUAL_PROCESSORS: Mapping[str, str] = {
+    "vit": "ViT",
+    "vit_mae": "ViT",
+    "deit": "DeiT",
+    "beit": "Beit",
+    "data2vec-vision": "Beit",
+    "clip": "CLIP",
+    "siglip": "Siglip",
+    "dinov2": "Bit",
 }
 SUFFIXES = ("ImageProcessorFast", "ImageProcessorPil", "ImageProcessor", "FeatureExtractor")
 
@@ -139,7 +152,8 @@ def _from_timm(config: Mapping[str, Any], path: Path, image_size: int | Size | N
 
 
 def _defaults(config: Mapping[str, Any], path: Path) -> Processor:
-    name = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
+    given = config.get("image_processor_type") or config.get("feature_extractor_type")
+    name = str(given or _usual_processor(path.with_name("config.json")))
     for suffix in SUFFIXES:
         name = name.removesuffix(suffix)
     if name not in PROCESSORS:
@@ -148,6 +162,12 @@ def _defaults(config: Mapping[str, Any], path: Path) -> Processor:
             f"{path}: image_processor_type is {name or 'absent'!r}; known are {known}. Set the one that is meant"
         )
     return PROCESSORS[name]
+
+
+def _usual_processor(config_path: Path) -> str:
+    if not config_path.is_file():
+        return ""
+    return USUAL_PROCESSORS.get(str(read_json(config_path).get("model_type")), "")
 
 
 def _channels(value: Any) -> Any:

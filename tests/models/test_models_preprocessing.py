@@ -13,6 +13,7 @@ from support import checkpoints  # noqa: F401  (declares what transformers' imag
 
 from pipeline.images.transform import resized_size
 from pipeline.models import read_preprocessing
+from pipeline.models.preprocessing import USUAL_PROCESSORS
 from schemas.errors import CheckpointError
 from schemas.preprocessing import Preprocessing
 
@@ -136,6 +137,33 @@ def test_refused(tmp_path: Path, values: dict[str, Any], said: str) -> None:
     with pytest.raises(CheckpointError, match=r"preprocessor_config\.json") as caught:
         read_preprocessing(write(tmp_path, **values))
     assert said in str(caught.value)
+
+
+# All that stands in preprocessor_config.json of google/vit-base-patch16-224.
+OLDEST = {"do_normalize": True, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 224}
+
+
+@pytest.mark.parametrize("values", [OLDEST, {}])
+@pytest.mark.parametrize(
+    "config",
+    [transformers.ViTConfig, transformers.ViTMAEConfig, transformers.DeiTConfig, transformers.BeitConfig,
+     transformers.Data2VecVisionConfig, transformers.CLIPConfig, transformers.SiglipConfig, transformers.Dinov2Config],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+def test_a_file_that_names_no_processor_is_of_the_usual_one(
+    tmp_path: Path, config: type[transformers.PretrainedConfig], values: dict[str, Any]
+) -> None:
+    if config is transformers.SiglipConfig:  # which takes one number for a shortest edge, and crops nothing
+        values = {key: value for key, value in values.items() if key != "size"}
+    config().save_pretrained(tmp_path)
+    write(tmp_path, **values)
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)
+    found = read_preprocessing(tmp_path)
+    assert type(theirs).__name__.startswith(USUAL_PROCESSORS[config.model_type])
+    theirs.save_pretrained(tmp_path / "saved")
+    assert found == read_preprocessing(tmp_path / "saved")
+    if config is transformers.ViTConfig and values:
+        assert (found.resize, found.resample, found.mean) == ((224, 224), 2, (0.5, 0.5, 0.5))
 
 
 def test_a_processor_of_images_and_texts_in_one_file(tmp_path: Path) -> None:
