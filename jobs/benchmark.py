@@ -122,7 +122,7 @@ def look(
 
 def result(measured: "Measured", shape: "Shape", placement: "Placement", together: "Rehearsal") -> dict[str, Any]:
     """All figures as JSON-ready values; rates in images/s."""
-    from pipeline.advice import advise, bottleneck, cpus_for_a_gpu, ideal_rate, stage_costs
+    from pipeline.advice import advise, bottleneck, cpus_for_a_gpu, doubts, ideal_rate, stage_costs
 
     costs = stage_costs(measured, shape)
     ideal = ideal_rate(costs, shape)
@@ -143,7 +143,7 @@ def result(measured: "Measured", shape: "Shape", placement: "Placement", togethe
         "startup_s": together.startup_s,
         "bottleneck": bottleneck(costs, shape),
         "cpus_for_each_gpu": cpus_for_a_gpu(measured, shape) if shape.gpus else None,
-        "advice": advise(measured, shape),
+        "advice": [*doubts(together.images_per_s / ideal), *advise(measured, shape)],
         "measured": measured._asdict() | {"forward": [item._asdict() for item in measured.forward]},
     }
 

@@ -106,11 +106,9 @@ def _line(progress: "Progress") -> Text:
     if progress.phase != "running":
         return Text("  ·  ".join(filter(None, [f"… {_PHASES[progress.phase]}", progress.note])))
     share = progress.done / progress.total if progress.total else 1.0
-    parts = [
-        f"{progress.done:,}/{progress.total:,} ({share:.0%})",
-        f"{progress.rate_now:,.1f} images/s now, {progress.rate_mean:,.1f} on average",
-        f"{progress.failures:,} failed",
-    ]
+    parts = [f"{progress.done:,}/{progress.total:,} ({share:.0%})", f"{progress.failures:,} failed"]
+    if progress.left_s is not None:  # before, rates are those of the start-up
+        parts.insert(1, f"{progress.rate_now:,.1f} images/s now, {progress.rate_mean:,.1f} on average")
     if progress.bottleneck:
         parts.append(f"held up by {progress.bottleneck}")
     if progress.left_s is not None:

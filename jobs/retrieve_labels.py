@@ -150,7 +150,7 @@ def apply(
     if as_json:
         print_json(summary)
         return 0
-    emit(f"{summary['rows']:,} rows with {summary['labels']} labels in {out}/")
+    emit(f"{summary['rows']:,} rows with the best {top_k} of {summary['labels']} labels in {out}/")
     if summary["unlabelled"]["count"]:
         rows = ", ".join(str(row) for row in summary["unlabelled"]["rows"])
         emit(

@@ -119,13 +119,10 @@ def thumbnails(
 
 
 def write_page(path: str, page: str) -> None:
-    """Write an HTML page. Raises OutputError naming the path if that fails."""
-    from pathlib import Path
+    """Write an HTML page, which appears whole or not at all. Raises OutputError naming the path if that fails."""
+    from pipeline.retrieval.output import staged
+    from pipeline.storage import filesystem
 
-    from pipeline.storage import write_error
-
-    try:
-        Path(path).expanduser().write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise write_error(path, error) from error
+    with staged(*filesystem(path, {})) as local:
+        local.write_text(page, encoding="utf-8")
     sys.stderr.write(f"wrote {path}\n")

@@ -8,6 +8,8 @@ from pipeline.models.precision import LEAST_MEDIAN
 # Below these gains a change is not worth a word; measurements on a machine in use scatter by a few percent.
 WORTH = 1.08
 LIKE_ENOUGH = 0.995
+# A rehearsal of some seconds scatters by a few percent.
+MOST_OF_IDEAL = 1.1
 
 
 class Forward(NamedTuple):
@@ -106,6 +108,16 @@ def advise(measured: Measured, shape: Shape) -> list[str]:
         *_about_decoding(measured, shape),
     ]
     return found or [f"nothing to change: {held_up} is what the time goes to, and no option tried here makes it faster"]
+
+
+def doubts(share: float) -> list[str]:
+    """What goes before all advice where a job ran at a `share` of the ideal that cannot be."""
+    if share > MOST_OF_IDEAL:
+        return [
+            f"the job ran at {share:.0%} of what its stages would allow: the machine was busier while they were "
+            "measured alone. Repeat it before you take what follows"
+        ]
+    return []
 
 
 def cpus_for_a_gpu(measured: Measured, shape: Shape) -> float:

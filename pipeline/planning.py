@@ -20,6 +20,8 @@ BLOCKS_PER_CALL = 3
 # Ray gives its object store this share of a machine's memory.
 OBJECT_STORE_SHARE = 0.3
 WORKER_BYTES = 1 << 30
+# Of ViT-B/16 at 224 it is 35 GFLOP; ViT-S has 9.
+SMALL_FLOP = 20e9
 
 
 class Device(NamedTuple):
@@ -101,14 +103,16 @@ def make_plan(
     if hours is not None:
         devices = math.ceil(images / (rate * hours * 3600))
     fleet = _fleet(costs, device, rate, devices, hours, images)
-    cores = fleet[-1].value
-    throughput = _throughput(images, costs, device, rate, devices, cores if cpus is None else cpus)
+    if cpus is not None and device.is_gpu:
+        fleet[-1] = Step("cores", cpus, "cores", f"as asked for; {fleet[-1].value:,.0f} keep the devices busy")
+    cores = fleet[-1].value if cpus is None else cpus
+    throughput = _throughput(images, costs, device, rate, devices, cores)
     return Plan(
         (
             *speed,
             *fleet,
             *throughput,
-            *_memory(images, costs, device, devices, cores if cpus is None else cpus),
+            *_memory(images, costs, device, devices, cores),
             *_traces(images, costs),
         )
     )
@@ -120,6 +124,8 @@ def _speed(costs: Costs, device: Device) -> list[Step]:
     flop = Step("forward pass", costs.model_flop / 1e9, "GFLOP", "2 × multiplications of the network")
     sustained = device.tflops * device.share
     text = f"{device.name}: {device.tflops:g} TFLOP/s × {device.share:g} ÷ {costs.model_flop / 1e9:.4g} GFLOP"
+    if device.is_gpu and costs.model_flop < SMALL_FLOP:
+        text += "; at most: so small a network does not fill it"
     rate = sustained * 1e12 / costs.model_flop
     if not device.is_gpu:
         rate = 1 / (1 / rate + costs.decode_s)

@@ -66,8 +66,11 @@ class Meter:
         """Images per second since every call gave its first rows; until a second later, over the whole time."""
         return self._rate(time.monotonic())
 
+    def _is_steady(self, until: float) -> bool:
+        return bool(self._base and self.done > self._base[1] and until - self._base[0] >= _LEAST_S)
+
     def _rate(self, until: float) -> float:
-        if self._base and self.done > self._base[1] and until - self._base[0] >= _LEAST_S:
+        if self._base and self._is_steady(until):
             return (self.done - self._base[1]) / (until - self._base[0])
         return (self.done - self._before) / max(time.monotonic() - self._started, 1e-9)
 
@@ -99,7 +102,8 @@ class Meter:
         since, count = self._recent[0]
         rate_now = (self.done - count) / max(now - since, 1e-9)
         rate = self.rate_mean
-        left = (self.total - self.done) / rate if self.done > self._before and rate > 0 else None
+        # Before, it would be reckoned with the start-up in it.
+        left = (self.total - self.done) / rate if self._is_steady(now) else None
         return Progress(
             phase="running" if self._blocks else "starting",
             done=self.done,

@@ -26,6 +26,7 @@ LISTED = 1000
 DECODED = 64
 # Where nothing gives a size: the mean of ImageNet's files.
 TYPICAL_FILE_BYTES = 110_000.0
+_LEAST_RUN_S = 2.0
 
 
 class Sample(NamedTuple):
@@ -108,7 +109,7 @@ def from_run(out: str, storage_options: dict[str, Any]) -> tuple[Sample, Device]
         predict_s=predict_s,
         uri_bytes=statistics.fmean(len(uri) for uri in manifest["uri"].to_pylist()),
     )
-    origin = f"{len(attempts)} attempts of {storage.redact(out)}, {images:,} images"
+    origin = f"{len(attempts)} attempt{'s' * (len(attempts) > 1)} of {storage.redact(out)}, {images:,} images"
     if file_bytes is None:
         origin += "; its listing gave no sizes of files, so a usual one is assumed"
     return Sample(costs, record.model.name, origin), device
@@ -117,16 +118,24 @@ def from_run(out: str, storage_options: dict[str, Any]) -> tuple[Sample, Device]
 def _measured(attempts: list[AttemptRecord]) -> tuple[Device, float]:
     """What ran the model, and its seconds for an image: an actor's, or a core's with decoding, which shares the cores.
 
-    On CPUs the stages' own seconds would count twice, because each also waits for cores that the other has.
+    On CPUs the stages' own seconds count up to twice, because each also waits for cores that the other has. They do
+    where no attempt ran for long enough to have a rate: that of a shorter one is mostly start-up.
     """
-    rates = [(a.images, a.decode_tasks / a.images_per_s) for a in attempts if a.decode_tasks and a.images_per_s]
-    if len(rates) == len(attempts) and all(attempt.device == "cpu" for attempt in attempts):
-        seconds = sum(images * core_s for images, core_s in rates)
-        device = Device("a core as in that run", 0.0, is_gpu=False)
-    else:
+    if not all(attempt.device == "cpu" for attempt in attempts):
         seconds = sum(attempt.stage_seconds.predict for attempt in attempts)
-        device = Device("an actor as in that run", 0.0)
+        return Device("an actor as in that run", 0.0), seconds / sum(attempt.images for attempt in attempts)
+    device = Device("a core as in that run", 0.0, is_gpu=False)
+    ran = [attempt for attempt in attempts if _ran_s(attempt) >= _LEAST_RUN_S]
+    rates = [(a.images, a.decode_tasks / a.images_per_s) for a in ran if a.decode_tasks and a.images_per_s]
+    if rates:
+        return device, sum(images * core_s for images, core_s in rates) / sum(images for images, _ in rates)
+    seconds = sum(attempt.stage_seconds.decode + attempt.stage_seconds.predict for attempt in attempts)
     return device, seconds / sum(attempt.images for attempt in attempts)
+
+
+def _ran_s(attempt: AttemptRecord) -> float:
+    """Seconds behind the start-up; 0 where they are not known."""
+    return attempt.wall_s - attempt.startup_s if attempt.wall_s and attempt.startup_s else 0.0
 
 
 def _spread(table: pa.Table, count: int) -> pa.Table:

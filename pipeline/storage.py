@@ -259,13 +259,14 @@ _CAUSES = {
 }
 
 
-def write_error(path: str, error: Exception) -> OutputError:
-    """An OutputError that names the path, the cause, and what stays."""
+def write_error(path: str, error: Exception, *, resumable: bool = True) -> OutputError:
+    """An OutputError that names the path, the cause, and, of a run, what stays."""
     cause = _CAUSES.get(error_number(error), "")
     message = redact(str(error)) or type(error).__name__
     detail = f"{cause} ({message})" if cause else f"{type(error).__name__}: {message}"
     # In another folder there is nothing to go on from.
-    stays = "" if cause.endswith(_ELSEWHERE) else ". What was committed stays; the same command goes on from there."
+    goes_on = resumable and not cause.endswith(_ELSEWHERE)
+    stays = ". What was committed stays; the same command goes on from there." if goes_on else ""
     return OutputError(f"cannot write {redact(path)}: {detail}{stays}")
 
 

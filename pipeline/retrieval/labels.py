@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.retrieval.arrays import Ints
 from pipeline.retrieval.matrix import Matrix
@@ -17,7 +18,8 @@ from pipeline.retrieval.store import FeatureStore
 from pipeline.storage import redact
 from schemas.errors import SpecError
 
-_KEYS = ("row", "uri", "name")
+# The first of them that a file has names its rows: an address is no other table's, a number may be.
+_KEYS = ("uri", "row", "name")
 _SHOWN = 5
 
 
@@ -63,6 +65,9 @@ def labels_from_column(store: FeatureStore, column: str) -> RowLabels:
     """Labels in a column of `images/`. Raises SpecError if there is no such column."""
     if column not in store.schema.names:
         raise SpecError(f"--label-column {column}: images/ has the columns {', '.join(store.schema.names)}")
+    kind = store.schema.field(column).type
+    if pa.types.is_nested(kind):
+        raise SpecError(f"--label-column {column}: holds {kind}, which is no label; name a column of texts or numbers")
     label = quote(store.sql_name(column))
     # An empty cell of a CSV is an empty text, and no class.
     found = store.sql(
@@ -72,7 +77,7 @@ def labels_from_column(store: FeatureStore, column: str) -> RowLabels:
 
 
 def labels_from_csv(store: FeatureStore, path: str) -> RowLabels:
-    """Labels in a CSV with the column `label` and one of `row`, `uri` or `name` (the last part of the uri).
+    """Labels in a CSV with the column `label` and `uri`, `row` or `name` (the last part of the uri).
 
     Raises SpecError if the file is no such table, contradicts itself, names no row of the run, or goes by a name that
     several pictures have.
@@ -105,6 +110,11 @@ def _read_csv(path: str) -> tuple[str, dict[str, str]]:
             if key is None or "label" not in fields:
                 raise SpecError(
                     f"--labels {path}: needs a column `label` and one of {', '.join(_KEYS)}; it has {', '.join(fields)}"
+                )
+            if key == "row" and "name" in fields:
+                raise SpecError(
+                    f"--labels {path}: has both `row` and `name`, and a `row` of another table would name other "
+                    "pictures; leave one of them out"
                 )
             return key, _labels_by_name(path, reader, key)
     except FileNotFoundError:

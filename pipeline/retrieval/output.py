@@ -57,7 +57,7 @@ def staged(fs: AbstractFileSystem, path: str) -> Iterator[Path]:
             else:
                 fs.put_file(str(local), path)
     except OSError as error:
-        raise write_error(path, error) from error
+        raise write_error(path, error, resumable=False) from error
 
 
 def write_table(fs: AbstractFileSystem, path: str, table: pa.Table) -> None:
@@ -85,7 +85,7 @@ def replacing(fs: AbstractFileSystem, home: str, name: str) -> Iterator[str]:
         try:
             _put_in_place(fs, staging, home, name)
         except OSError as error:
-            raise write_error(join(home, name), error) from error
+            raise write_error(join(home, name), error, resumable=False) from error
     finally:
         # What cannot be removed now goes with a later command.
         with suppress(Exception):

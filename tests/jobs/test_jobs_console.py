@@ -51,6 +51,14 @@ def test_a_run_of_a_moment_has_no_rate(capsys: pytest.CaptureFixture[str]) -> No
     assert "3 rows in 4.5 s\n" in capsys.readouterr().out
 
 
+def test_rates_are_shown_once_they_are_not_those_of_the_start(capsys: pytest.CaptureFixture[str]) -> None:
+    for left_s in (None, 9.0):
+        Screen().show(Progress("running", 8, 80, rate_now=0.2, rate_mean=0.2, left_s=left_s))
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "8/80 (10%)  ·  0 failed"
+    assert second == "8/80 (10%)  ·  0.2 images/s now, 0.2 on average  ·  0 failed  ·  9.0 s left"
+
+
 def test_a_job_that_has_yet_to_begin_says_for_how_long(capsys: pytest.CaptureFixture[str]) -> None:
     screen = Screen()
     for note in ("", "", "nothing has come for 5 minutes", "nothing has come for 5 minutes"):

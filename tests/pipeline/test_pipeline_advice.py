@@ -4,7 +4,17 @@ from itertools import pairwise
 
 import pytest
 
-from pipeline.advice import Forward, Measured, Shape, advise, bottleneck, cpus_for_a_gpu, ideal_rate, stage_costs
+from pipeline.advice import (
+    Forward,
+    Measured,
+    Shape,
+    advise,
+    bottleneck,
+    cpus_for_a_gpu,
+    doubts,
+    ideal_rate,
+    stage_costs,
+)
 from pipeline.preflight import stretches
 from pipeline.rehearsal import steady_rate
 
@@ -116,3 +126,8 @@ def test_the_rate_leaves_out_start_and_tail() -> None:
     assert steady_rate(seen, 16, 16) == pytest.approx(32 / 7.1)
     assert steady_rate([(1.0, 5)], 0, 5) == 0.0
     assert steady_rate([], 0, 5) == 0.0
+
+
+def test_more_than_the_ideal_is_doubted() -> None:
+    assert doubts(0.5) == doubts(1.05) == []
+    assert "139% of what its stages would allow" in doubts(1.39)[0]

@@ -97,6 +97,15 @@ def test_too_few_cores_hold_it_up() -> None:
     (step,) = [step for step in plan.steps if step.name == "throughput"]
     assert "decoding holds it up" in step.arithmetic
     assert "2,000" in step.arithmetic
+    (cores,) = [step for step in plan.steps if step.name == "cores"]
+    assert (cores.value, cores.arithmetic) == (3, "as asked for; 6 keep the devices busy")
+
+
+@pytest.mark.parametrize(("gflop", "told"), [(123, False), (2.5, True)])
+def test_a_small_network_is_told_not_to_fill_a_gpu(gflop: float, told: bool) -> None:
+    plan = make_plan(1000, COSTS._replace(model_flop=gflop * 1e9), DEVICES["h100"])
+    (step,) = [step for step in plan.steps if step.name == "images/s a device"]
+    assert ("at most: so small a network does not fill it" in step.arithmetic) == told
 
 
 def test_cores_share_decoding_and_the_model() -> None:

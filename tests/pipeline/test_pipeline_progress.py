@@ -70,7 +70,8 @@ def test_small_blocks_that_follow_at_once_are_no_rate(clock: dict[str, float]) -
 
 def test_a_job_that_stalls_slows_down_while_one_looks_at_it(clock: dict[str, float]) -> None:
     ours = meter()
-    for at, rows in ((110.0, 5), (110.0, 5), (115.0, 50)):
+    for at, rows in ((110.0, 5), (110.0, 5), (110.5, 1), (115.0, 49)):
+        assert ours.look().left_s is None, "start-up would be in it"
         clock["s"] = at
         ours.received(rows)
     assert ours.look().rate_mean == 10.0

@@ -48,6 +48,12 @@ def test_labels_from_csv(store: FeatureStore, tmp_path: Path, header: str, line:
     assert 17 not in found.positions
 
 
+def test_an_address_goes_before_a_row_number_of_another_table(store: FeatureStore, tmp_path: Path) -> None:
+    lines = [f"{row + 5},memory://photo-{row:07d}.jpg,class {row % 2}" for row in range(20, 30)]
+    found = labels_from_csv(store, write_csv(tmp_path / "l.csv", "row,uri,label", lines))
+    assert found.rows.tolist() == list(range(20, 30))
+
+
 def test_labels_of_signed_addresses(tmp_path: Path) -> None:
     signed = [f"https://h/x{row}.jpg?X-Amz-Signature=a/{row}" for row in range(4)] + ["https://h/one?id=4"]
     content = RunContent({"cls": clustered(5, 8, 2)}, uris=[redact(uri) for uri in signed])
@@ -73,7 +79,8 @@ def test_labels_that_match_no_row_show_both_sides(store: FeatureStore, tmp_path:
 @pytest.mark.parametrize(
     ("header", "lines", "message"),
     [
-        ("file,label", ["a,b"], "needs a column `label` and one of row, uri, name; it has file, label"),
+        ("file,label", ["a,b"], "needs a column `label` and one of uri, row, name; it has file, label"),
+        ("row,label,name", ["1,x,a"], "has both `row` and `name`.*leave one of them out"),
         ("row,label", ["1,x", "2,x"], "only the class `x`; a probe needs at least two"),
         ("row,label", ["17,x", "18,y"], "only the class `y`"),
     ],
@@ -87,6 +94,10 @@ def test_bad_label_files(store: FeatureStore, tmp_path: Path, header: str, lines
         labels_from_csv(store, str(tmp_path))
     with pytest.raises(SpecError, match=r"--label-column colour: images/ has the columns row, uri, cls"):
         labels_from_column(store, "colour")
+    with pytest.raises(
+        SpecError, match=r"--label-column cls: holds fixed_size_list.*, which is no label; name a column"
+    ):
+        labels_from_column(store, "cls")
 
 
 def test_empty_cells_are_no_class(tmp_path: Path) -> None:

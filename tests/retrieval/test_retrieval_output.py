@@ -16,6 +16,7 @@ import pytest
 from support.runs import RunContent, clustered, write_run
 
 from jobs.retrieve_labels import _save
+from jobs.retrieve_screen import write_page
 from pipeline.report.groups import load_clusterings
 from pipeline.report.run import open_run
 from pipeline.retrieval import index as indexes
@@ -67,6 +68,15 @@ def full_disk() -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_full_disk_leaves_the_earlier_page(tmp_path: Path) -> None:
+    page = tmp_path / "hits.html"
+    write_page(str(page), "small")
+    with full_disk(), pytest.raises(OutputError, match=f"cannot write {page}") as told:
+        write_page(str(page), "large" * 10_000)
+    assert "committed" not in str(told.value)
+    assert files(tmp_path) == {"hits.html": b"small"}
 
 
 @pytest.mark.parametrize(
