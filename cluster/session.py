@@ -29,6 +29,9 @@ _STORE_SHARE = 0.2
 _SHARED_MEMORY = "/dev/shm"
 _KNOCK_S = 10.0
 _LOOK_S = 1.0
+_SLOW_START_S = 120.0
+
+_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -64,7 +67,7 @@ def ray_session(
 @contextlib.contextmanager
 def _connected(address: str | None, verbose: bool, cpus: int | None) -> Iterator[None]:
     try:
-        with _keeping_handlers():
+        with _keeping_handlers(), _telling_of_a_slow_start():
             ray.init(**(_attach(address) if address else _start(cpus)), **_logging(verbose))
     except SystemExit as told:  # by Ray's own handler, with the signal's number
         if told.code != signal.SIGTERM:
@@ -94,6 +97,22 @@ def _keeping_handlers() -> Iterator[None]:
     finally:
         if callable(before) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _telling_of_a_slow_start() -> Iterator[None]:
+    """Ray waits without end, and deaf to Ctrl-C, where a process that it started was killed before it was ready."""
+    advice = (
+        "Ray has not started for %d s. On a busy machine it may yet; where it ran out of memory it waits without end: "
+        "`kill %d` then ends this, and the same command goes on from there"
+    )
+    timer = threading.Timer(_SLOW_START_S, _log.warning, (advice, _SLOW_START_S, os.getpid()))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _wait_for_machines(bundles: Sequence[Mapping[str, float]], wait_s: float) -> None:

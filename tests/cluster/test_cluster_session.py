@@ -5,12 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from ray._private.utils import get_num_cpus
 from ray._raylet import AuthenticationTokenLoader
 
+from cluster import session
 from cluster.session import _start, ray_session
 from pipeline.signals import interruptible
 from schemas.errors import ClusterError, Interrupted
@@ -149,3 +152,22 @@ def test_an_error_without_words_is_told_by_its_name(monkeypatch: pytest.MonkeyPa
     for address, message in ((None, "on this machine: TimeoutError"), ("127.0.0.1", r"127.0.0.1 \(TimeoutError\)")):
         with pytest.raises(ClusterError, match=message), ray_session(address):
             pass
+
+
+def test_a_start_without_an_end_is_told_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """It hears no Ctrl-C: then at least it is said what ends it."""
+    timers: list[threading.Timer] = []
+
+    def start(**_: object) -> None:
+        timers[:] = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+        while session._SLOW_START_S < 1 and not caplog.records:
+            time.sleep(0.01)
+        raise RuntimeError("none")
+
+    monkeypatch.setattr("ray.init", start)
+    for slow_s, told in ((3600.0, []), (0.01, [f"`kill {os.getpid()}` then ends this"])):
+        monkeypatch.setattr(session, "_SLOW_START_S", slow_s)
+        with pytest.raises(ClusterError), ray_session(cpus=1):
+            pass
+        assert all(timer.finished.is_set() for timer in timers)
+        assert all(words in record.message for words, record in zip(told, caplog.records, strict=True))
