@@ -22,7 +22,7 @@ import pipeline
 import schemas
 from pipeline import storage
 from pipeline.models import ModelInfo
-from pipeline.models.resolve import SMALL_FILES
+from pipeline.models.hub import SMALL_FILES
 from pipeline.models.weights import Weights, find_weights
 from pipeline.predictors.triton_protocol import INPUT_NAME, default_model_name, identity
 from schemas.errors import OutputError, SpecError

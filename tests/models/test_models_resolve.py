@@ -20,7 +20,7 @@ from support.http_server import HttpServer
 from support.s3 import S3Server
 
 from pipeline.models import inspect_model, load_model, load_text
-from pipeline.models.resolve import SMALL_FILES
+from pipeline.models.hub import SMALL_FILES
 from pipeline.predictors.triton_repository import Serving, export_triton
 from schemas.errors import CheckpointError
 

@@ -1,0 +1,94 @@
+"""Models by their hub names, through huggingface_hub and its cache. HF_HUB_OFFLINE is honoured."""
+
+from pathlib import Path
+
+from pipeline.models.weights import ADAPTER_CONFIG, SAFETENSORS, TORCH
+from schemas.errors import CheckpointError
+
+# The last of them says of an adapter which model it belongs to.
+SMALL_FILES = ("config.json", "preprocessor_config.json", "processor_config.json", ADAPTER_CONFIG)
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model")
+# Of a hub model with safetensors. The files of one without are looked at when they are found in its folder.
+_PREFERRED = [*SMALL_FILES, *TEXT_FILES, *SAFETENSORS, "model-*-of-*.safetensors"]
+
+
+def from_hub(name: str, revision: str | None) -> Path:
+    """The model's folder in the hub's cache, fetched if need be; it goes by the name of its commit.
+
+    Raises CheckpointError for an unknown model or revision, or a hub that cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is re-exported
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        # By the branch, which huggingface_hub keeps with its commit for a time without a network.
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_on_the_hub(name, revision)))
+    except HFValidationError:
+        raise CheckpointError(nowhere(name)) from None
+    except GatedRepoError as error:  # one of those below, to huggingface_hub
+        raise CheckpointError(
+            f"{name}: the hub gives this model to those alone who accepted its terms. Accept them at "
+            f"https://huggingface.co/{name}, then log in here (hf auth login)"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{name}: no such folder here and no such model on the hub. Check the spelling; a private model needs a "
+            "token (hf auth login)."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{name}: the hub has the model, but no revision {revision!r}") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status != 429 and status < 500:
+            raise CheckpointError(f"{name}: the hub refuses: {error}") from error
+        said = str(error).partition("\n")[0]
+        folder = _fetched_before(name, revision, f"the hub answers: {said}. Try again later, or fetch it elsewhere")
+    except (HTTPError, OSError):
+        folder = _fetched_before(name, revision, "the hub cannot be reached. Fetch it where there is a network")
+    return folder
+
+
+def nowhere(model: str) -> str:
+    """The refusal of what names no model at all."""
+    return f"{model}: no such folder; a model is a folder, an object-store prefix or a hub name"
+
+
+def _fetched_before(name: str, revision: str | None, why: str) -> Path:
+    """The model's folder in the hub's cache. Raises CheckpointError where files are lacking, and `why`."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        # Of the whole repository, which huggingface_hub remembers by its list of files, no more was ever fetched.
+        return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=_PREFERRED))
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(_unreachable(name, why)) from error
+
+
+def _on_the_hub(name: str, revision: str | None) -> list[str]:
+    """The files to fetch: safetensors where the model has them, else `.bin`."""
+    from huggingface_hub import HfApi
+
+    info = HfApi().model_info(name, revision=revision)
+    names = {sibling.rfilename for sibling in info.siblings or []}
+    if any(each in names for each in SAFETENSORS):
+        return _PREFERRED
+    return [*SMALL_FILES, *TEXT_FILES, *TORCH, "pytorch_model-*-of-*.bin"]
+
+
+def _unreachable(name: str, why: str) -> str:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        why = "HF_HUB_OFFLINE is set. Fetch it where there is a network"
+    return (
+        f"{name}: no such folder here, not in the hub's cache ({constants.HF_HUB_CACHE}), and {why} "
+        f"(hf download {name}) and give its folder as --model."
+    )
