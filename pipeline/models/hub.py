@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pipeline.models.weights import ADAPTER_CONFIG, SAFETENSORS, TORCH
+from pipeline.storage import redact
 from schemas.errors import CheckpointError
 
 # The last of them says of an adapter which model it belongs to.
@@ -17,7 +18,6 @@ def from_hub(name: str, revision: str | None) -> Path:
 
     Raises CheckpointError for an unknown model or revision, or a hub that cannot be reached.
     """
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is re-exported
         GatedRepoError,
         HfHubHTTPError,
@@ -28,8 +28,7 @@ def from_hub(name: str, revision: str | None) -> Path:
     )
 
     try:
-        # By the branch, which huggingface_hub keeps with its commit for a time without a network.
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_on_the_hub(name, revision)))
+        return _fetch(name, revision)
     except HFValidationError:
         raise CheckpointError(nowhere(name)) from None
     except GatedRepoError as error:  # one of those below, to huggingface_hub
@@ -49,10 +48,11 @@ def from_hub(name: str, revision: str | None) -> Path:
         if status != 429 and status < 500:
             raise CheckpointError(f"{name}: the hub refuses: {error}") from error
         said = str(error).partition("\n")[0]
-        folder = _fetched_before(name, revision, f"the hub answers: {said}. Try again later, or fetch it elsewhere")
+        why = f"the hub answers: {said}. Try again later, or fetch it elsewhere"
+        return _fetched_before(name, revision, _unreachable(name, why))
     except (HTTPError, OSError):
-        folder = _fetched_before(name, revision, "the hub cannot be reached. Fetch it where there is a network")
-    return folder
+        why = "the hub cannot be reached. Fetch it where there is a network"
+        return _fetched_before(name, revision, _unreachable(name, why))
 
 
 def nowhere(model: str) -> str:
@@ -60,8 +60,21 @@ def nowhere(model: str) -> str:
     return f"{model}: no such folder; a model is a folder, an object-store prefix or a hub name"
 
 
-def _fetched_before(name: str, revision: str | None, why: str) -> Path:
-    """The model's folder in the hub's cache. Raises CheckpointError where files are lacking, and `why`."""
+def _fetch(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = _on_the_hub(name, revision)
+    try:
+        # By the branch, which huggingface_hub keeps with its commit for a time without a network.
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except RuntimeError as error:  # hf_xet's, of its storage as of the disk
+        said = redact(str(error))
+        why = f"{said}. Try again later; with HF_HUB_DISABLE_XET=1 it is fetched without hf_xet"
+        return _fetched_before(name, revision, f"{name}: cannot be fetched: {why}")
+
+
+def _fetched_before(name: str, revision: str | None, otherwise: str) -> Path:
+    """The model's folder in the hub's cache. Raises CheckpointError, that says `otherwise`, where files are lacking."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -69,7 +82,7 @@ def _fetched_before(name: str, revision: str | None, why: str) -> Path:
         # Of the whole repository, which huggingface_hub remembers by its list of files, no more was ever fetched.
         return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=_PREFERRED))
     except LocalEntryNotFoundError as error:
-        raise CheckpointError(_unreachable(name, why)) from error
+        raise CheckpointError(otherwise) from error
 
 
 def _on_the_hub(name: str, revision: str | None) -> list[str]:

@@ -1,8 +1,10 @@
 """A model of the hub, fetched by several processes of one machine, and found again without a network."""
 
 import json
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,23 +12,28 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import make_checkpoint
+from support.ports import free_port
 
 from pipeline.models import inspect_model, load_model
 from schemas.errors import CheckpointError
 
 COMMIT = "3f49326eb077187dfe1c2a2bb15fbd74e6ab91e3"
 NAME = "somebody/vit"
+TOKENS = f"/api/models/{NAME}/xet-read-token/"
 
 
 @dataclass
 class Hub:
-    """A hub with one model. `snapshot` is where huggingface_hub keeps it on this machine."""
+    """A hub with one model. `snapshot` is where huggingface_hub keeps it on this machine. With `storage` the weights
+    lie there, behind a Xet server of that address."""
 
     folder: Path
     snapshot: Path
     asked: list[str]
     gated: bool = False
     status: int | None = None
+    storage: str = ""
+    url: str = ""
 
 
 @pytest.fixture
@@ -38,6 +45,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     cache = tmp_path / "hub"
     found = Hub(folder, cache / "models--somebody--vit/snapshots" / COMMIT, [])
     with _serving(found) as url:
+        found.url = url
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, url)
@@ -62,25 +70,32 @@ def _serving(hub: Hub) -> Iterator[str]:
                 return
             path = self.path.partition("?")[0]
             files = sorted(hub.folder.iterdir())
-            if path.startswith(f"/api/models/{NAME}/tree/"):
+            if path.startswith(TOKENS):
+                access = {"Cas-Url": hub.storage, "Access-Token": "token", "Token-Expiration": "9999999999"}
+                self.answer(b"{}", **{f"X-Xet-{name}": value for name, value in access.items()})
+            elif path.startswith(f"/api/models/{NAME}/tree/"):
                 tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name} for f in files]
                 self.answer(json.dumps(tree).encode())
             elif path.startswith(f"/api/models/{NAME}"):
                 siblings = [{"rfilename": file.name} for file in files]
                 self.answer(json.dumps({"id": NAME, "sha": COMMIT, "siblings": siblings}).encode())
             elif (hub.folder / Path(path).name).is_file():
-                self.answer((hub.folder / Path(path).name).read_bytes())
+                xet = {"X-Xet-Hash": "a" * 64, "Link": f'<{hub.url}{TOKENS}>; rel="xet-auth"'}
+                stored = hub.storage and path.endswith(".safetensors")
+                self.answer((hub.folder / Path(path).name).read_bytes(), **xet if stored else {})
             else:
                 self.send_error(404)
 
         do_HEAD = do_GET
 
-        def answer(self, body: bytes) -> None:
+        def answer(self, body: bytes, **headers: str) -> None:
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Content-Type", "application/json")
             self.send_header("X-Repo-Commit", COMMIT)
             self.send_header("ETag", f'"{len(body)}"')
+            for name, value in headers.items():
+                self.send_header(name, value)
             self.end_headers()
             if self.command == "GET":
                 self.wfile.write(body)
@@ -153,3 +168,44 @@ def test_a_hub_that_refuses_is_not_one_that_is_out_of_order(hub: Hub) -> None:
     hub.status = 403
     with pytest.raises(CheckpointError, match=r"(?s)the hub refuses: .*403"):
         inspect_model(NAME)
+
+
+ASK = """
+import sys
+from pipeline.models import inspect_model
+from schemas.errors import CheckpointError
+try:
+    print(inspect_model(sys.argv[1]).revision)
+except CheckpointError as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def ask(hub: Hub, isolated_env: Callable[[Mapping[str, str]], dict[str, str]]) -> Callable[[], str]:
+    """What another process, with the same cache, says of the model."""
+
+    def run() -> str:
+        variables = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(hub.snapshot.parents[2]), "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", ASK, NAME],
+            env=isolated_env({**variables, "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1"}),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_a_storage_behind_the_hub_that_cannot_be_reached(hub: Hub, ask: Callable[[], str]) -> None:
+    """hf_xet has one error for it all."""
+    hub.storage = f"http://127.0.0.1:{free_port()}"
+    said = ask()
+    assert f"{NAME}: cannot be fetched: " in said
+    assert hub.storage in said
+    assert "with HF_HUB_DISABLE_XET=1 it is fetched without hf_xet" in said
+    hub.storage = ""
+    assert ask() == f"{COMMIT}\n"
