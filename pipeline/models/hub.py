@@ -1,5 +1,6 @@
 """Models by their hub names, through huggingface_hub and its cache. HF_HUB_OFFLINE is honoured."""
 
+import errno
 from pathlib import Path
 
 from pipeline.models.weights import ADAPTER_CONFIG, SAFETENSORS, TORCH
@@ -11,6 +12,9 @@ SMALL_FILES = ("config.json", "preprocessor_config.json", "processor_config.json
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model")
 # Of a hub model with safetensors. The files of one without are looked at when they are found in its folder.
 _PREFERRED = [*SMALL_FILES, *TEXT_FILES, *SAFETENSORS, "model-*-of-*.safetensors"]
+
+# What no network says: it is the disk of the hub's cache that refuses.
+_UNKEPT = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EACCES", "EPERM", "ENOTDIR")}
 
 
 def from_hub(name: str, revision: str | None) -> Path:
@@ -61,7 +65,7 @@ def nowhere(model: str) -> str:
 
 
 def _fetch(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     wanted = _on_the_hub(name, revision)
     try:
@@ -71,6 +75,11 @@ def _fetch(name: str, revision: str | None) -> Path:
         said = redact(str(error))
         why = f"{said}. Try again later; with HF_HUB_DISABLE_XET=1 it is fetched without hf_xet"
         return _fetched_before(name, revision, f"{name}: cannot be fetched: {why}")
+    except OSError as error:
+        if error.errno not in _UNKEPT:
+            raise
+        why = f"{error.strerror}. Make room there and see that it can be written, or name another folder with HF_HOME"
+        return _fetched_before(name, revision, f"{name}: cannot be kept in {constants.HF_HUB_CACHE}: {why}")
 
 
 def _fetched_before(name: str, revision: str | None, otherwise: str) -> Path:

@@ -171,9 +171,11 @@ def test_a_hub_that_refuses_is_not_one_that_is_out_of_order(hub: Hub) -> None:
 
 
 ASK = """
-import sys
+import resource, signal, sys
 from pipeline.models import inspect_model
 from schemas.errors import CheckpointError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))
 try:
     print(inspect_model(sys.argv[1]).revision)
 except CheckpointError as error:
@@ -182,13 +184,13 @@ except CheckpointError as error:
 
 
 @pytest.fixture
-def ask(hub: Hub, isolated_env: Callable[[Mapping[str, str]], dict[str, str]]) -> Callable[[], str]:
-    """What another process, with the same cache, says of the model."""
+def ask(hub: Hub, isolated_env: Callable[[Mapping[str, str]], dict[str, str]]) -> Callable[..., str]:
+    """What another process, with the same cache, says of the model. It can write files of `room` bytes."""
 
-    def run() -> str:
+    def run(room: int = -1) -> str:
         variables = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(hub.snapshot.parents[2]), "HF_HUB_OFFLINE": "0"}
         done = subprocess.run(
-            [sys.executable, "-c", ASK, NAME],
+            [sys.executable, "-c", ASK, NAME, str(room)],
             env=isolated_env({**variables, "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1"}),
             capture_output=True,
             text=True,
@@ -200,7 +202,7 @@ def ask(hub: Hub, isolated_env: Callable[[Mapping[str, str]], dict[str, str]]) -
     return run
 
 
-def test_a_storage_behind_the_hub_that_cannot_be_reached(hub: Hub, ask: Callable[[], str]) -> None:
+def test_a_storage_behind_the_hub_that_cannot_be_reached(hub: Hub, ask: Callable[..., str]) -> None:
     """hf_xet has one error for it all."""
     hub.storage = f"http://127.0.0.1:{free_port()}"
     said = ask()
@@ -209,3 +211,16 @@ def test_a_storage_behind_the_hub_that_cannot_be_reached(hub: Hub, ask: Callable
     assert "with HF_HUB_DISABLE_XET=1 it is fetched without hf_xet" in said
     hub.storage = ""
     assert ask() == f"{COMMIT}\n"
+
+
+def test_a_cache_of_the_hub_that_cannot_be_written(
+    hub: Hub, ask: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no lack of a network."""
+    said = ask(room=20_000)
+    assert f"{NAME}: cannot be kept in {hub.snapshot.parents[2]}: File too large. Make room there" in said
+    assert "name another folder with HF_HOME" in said
+    (tmp_path / "a file").touch()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "a file"))
+    with pytest.raises(CheckpointError, match=r"cannot be kept in .*/a file: Not a directory\. .*HF_HOME"):
+        inspect_model(NAME)
