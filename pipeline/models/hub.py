@@ -1,6 +1,8 @@
 """Models by their hub names, through huggingface_hub and its cache. HF_HUB_OFFLINE is honoured."""
 
 import errno
+import os
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.models.weights import ADAPTER_CONFIG, SAFETENSORS, TORCH
@@ -67,10 +69,10 @@ def nowhere(model: str) -> str:
 def _fetch(name: str, revision: str | None) -> Path:
     from huggingface_hub import constants, snapshot_download
 
-    wanted = _on_the_hub(name, revision)
+    commit, wanted = _on_the_hub(name, revision)
     try:
-        # By the branch, which huggingface_hub keeps with its commit for a time without a network.
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        # By the commit, of which huggingface_hub does not ask again, as it would without a time limit.
+        folder = Path(snapshot_download(name, revision=commit, allow_patterns=wanted))
     except RuntimeError as error:  # hf_xet's, of its storage as of the disk
         said = redact(str(error))
         why = f"{said}. Try again later; with HF_HUB_DISABLE_XET=1 it is fetched without hf_xet"
@@ -80,6 +82,21 @@ def _fetch(name: str, revision: str | None) -> Path:
             raise
         why = f"{error.strerror}. Make room there and see that it can be written, or name another folder with HF_HOME"
         return _fetched_before(name, revision, f"{name}: cannot be kept in {constants.HF_HUB_CACHE}: {why}")
+    if revision != commit:
+        _remember(folder, revision or constants.DEFAULT_REVISION)
+    return folder
+
+
+def _remember(folder: Path, branch: str) -> None:
+    """Keep the commit of a branch or tag where huggingface_hub does, for a time without a network."""
+    ref = folder.parents[1] / "refs" / branch
+    if ref.is_file() and ref.read_text() == folder.name:
+        return
+    with suppress(OSError):  # a cache that is filled but read-only
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        partial = ref.with_name(f"{ref.name}.{os.getpid()}.partial")
+        partial.write_text(folder.name)
+        partial.rename(ref)
 
 
 def _fetched_before(name: str, revision: str | None, otherwise: str) -> Path:
@@ -94,15 +111,15 @@ def _fetched_before(name: str, revision: str | None, otherwise: str) -> Path:
         raise CheckpointError(otherwise) from error
 
 
-def _on_the_hub(name: str, revision: str | None) -> list[str]:
-    """The files to fetch: safetensors where the model has them, else `.bin`."""
-    from huggingface_hub import HfApi
+def _on_the_hub(name: str, revision: str | None) -> tuple[str | None, list[str]]:
+    """The commit, and the files to fetch: safetensors where the model has them, else `.bin`."""
+    from huggingface_hub import HfApi, constants
 
-    info = HfApi().model_info(name, revision=revision)
+    info = HfApi().model_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     names = {sibling.rfilename for sibling in info.siblings or []}
     if any(each in names for each in SAFETENSORS):
-        return _PREFERRED
-    return [*SMALL_FILES, *TEXT_FILES, *TORCH, "pytorch_model-*-of-*.bin"]
+        return info.sha, _PREFERRED
+    return info.sha, [*SMALL_FILES, *TEXT_FILES, *TORCH, "pytorch_model-*-of-*.bin"]
 
 
 def _unreachable(name: str, why: str) -> str:

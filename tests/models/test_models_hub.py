@@ -6,11 +6,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from support.checkpoints import make_checkpoint
 from support.ports import free_port
 
@@ -25,7 +26,7 @@ TOKENS = f"/api/models/{NAME}/xet-read-token/"
 @dataclass
 class Hub:
     """A hub with one model. `snapshot` is where huggingface_hub keeps it on this machine. With `storage` the weights
-    lie there, behind a Xet server of that address."""
+    lie there, behind a Xet server of that address. It answers once `talks` is set."""
 
     folder: Path
     snapshot: Path
@@ -34,6 +35,8 @@ class Hub:
     status: int | None = None
     storage: str = ""
     url: str = ""
+    commit: str = COMMIT
+    talks: threading.Event = field(default_factory=threading.Event)
 
 
 @pytest.fixture
@@ -46,12 +49,14 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     found = Hub(folder, cache / "models--somebody--vit/snapshots" / COMMIT, [])
     with _serving(found) as url:
         found.url = url
+        found.talks.set()
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "ENDPOINT", url)
         yield found
+        found.talks.set()
 
 
 @contextmanager
@@ -61,6 +66,7 @@ def _serving(hub: Hub) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             hub.asked.append(self.path)
+            hub.talks.wait()
             if hub.gated or hub.status:
                 self.send_response(hub.status or 403)
                 if hub.gated:
@@ -78,7 +84,7 @@ def _serving(hub: Hub) -> Iterator[str]:
                 self.answer(json.dumps(tree).encode())
             elif path.startswith(f"/api/models/{NAME}"):
                 siblings = [{"rfilename": file.name} for file in files]
-                self.answer(json.dumps({"id": NAME, "sha": COMMIT, "siblings": siblings}).encode())
+                self.answer(json.dumps({"id": NAME, "sha": hub.commit, "siblings": siblings}).encode())
             elif (hub.folder / Path(path).name).is_file():
                 xet = {"X-Xet-Hash": "a" * 64, "Link": f'<{hub.url}{TOKENS}>; rel="xet-auth"'}
                 stored = hub.storage and path.endswith(".safetensors")
@@ -92,7 +98,7 @@ def _serving(hub: Hub) -> Iterator[str]:
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Content-Type", "application/json")
-            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("X-Repo-Commit", hub.commit)
             self.send_header("ETag", f'"{len(body)}"')
             for name, value in headers.items():
                 self.send_header(name, value)
@@ -224,3 +230,38 @@ def test_a_cache_of_the_hub_that_cannot_be_written(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "a file"))
     with pytest.raises(CheckpointError, match=r"cannot be kept in .*/a file: Not a directory\. .*HF_HOME"):
         inspect_model(NAME)
+
+
+@pytest.mark.timeout(60)
+def test_a_hub_that_never_answers(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 1)
+    info = inspect_model(NAME)
+    hub.asked.clear()
+    assert inspect_model(NAME) == info
+    assert hub.asked == [f"/api/models/{NAME}"]
+    hub.talks.clear()
+    assert inspect_model(NAME) == info
+    (hub.snapshot / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="the hub cannot be reached"):
+        inspect_model(NAME)
+
+
+@pytest.mark.parametrize("revision", [None, "v1/small", COMMIT])
+def test_a_revision_is_found_again_without_a_network(
+    hub: Hub, revision: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = inspect_model(NAME, revision=revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert inspect_model(NAME, revision=revision) == info
+
+
+def test_what_was_fetched_stands_until_its_successor_is_there(hub: Hub, ask: Callable[..., str]) -> None:
+    weights = hub.folder / "model.safetensors"
+    assert ask() == f"{COMMIT}\n"
+    save_file(load_file(weights), weights, metadata={"made": "anew, so that it is longer"})
+    hub.commit, hub.storage = "b" * 40, f"http://127.0.0.1:{free_port()}"
+    assert ask() == f"{COMMIT}\n"
+    hub.storage = ""
+    assert ask() == f"{hub.commit}\n"
+    hub.status = 503
+    assert ask() == f"{hub.commit}\n"
