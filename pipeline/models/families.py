@@ -1,5 +1,8 @@
 """The table of everything that loads. A new format is one file in `formats/` and one row here."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from pipeline.models.formats import (
     hf_beit,
     hf_clip,
@@ -78,6 +81,19 @@ def recognise(config: Config, shapes: Shapes, where: str) -> tuple[Format, str]:
     raise CheckpointError(
         f"{where}: this checkpoint is of a family that is not supported ({given}). Supported are: {known}."
     )
+
+
+@contextmanager
+def described_as(family: str, where: str) -> Iterator[None]:
+    """What the description of a checkpoint stumbles over in the block, such as an array of another rank, is a fault of
+    the checkpoint: raises CheckpointError in its place."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{where}: its tensors or its config are not those of {family} ({type(error).__name__}: {error}). Fetch it "
+            "again, or convert it again from where it came"
+        ) from error
 
 
 def recognise_text(config: Config, shapes: Shapes) -> tuple[TextFormat, str] | None:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.models.architecture import Architecture, parameter_count, tensor_shapes
-from pipeline.models.families import recognise
+from pipeline.models.families import described_as, recognise
 from pipeline.models.formats import npz_vit
 from pipeline.models.formats.format import Config, Shapes
 from pipeline.models.labels import config_labels, read_label_file
 from pipeline.models.preprocessing import read_preprocessing
-from pipeline.models.remap import Plan, check, plan
+from pipeline.models.remap import Plan, check, plan, require_depth
 from pipeline.models.resolve import resolve
 from pipeline.models.weights import Weights, find_weights, read_json, read_shapes
 from schemas.errors import CheckpointError, SpecError
@@ -102,14 +102,17 @@ def inspect_model(
         image_size = _sides(image_size)
     place = resolve(model, revision, storage_options)
     weights = find_weights(place.folder)
-    config, shapes = _described(weights)
-    config = {**config, "beit_final_norm": beit_final_norm}
-    row, reason = recognise(config, shapes, place.name)
+    with described_as("a model", place.name):
+        config, shapes = _described(weights)
+        config = {**config, "beit_final_norm": beit_final_norm}
+        row, reason = recognise(config, shapes, place.name)
     if beit_final_norm and row.family != "beit":
         raise CheckpointError(f"{place.name}: --beit-final-norm is for BEiT checkpoints; {reason}")
-    network = row.architecture(config, shapes)
-    wanted = plan(network, row.spell(network, shapes))
-    check(wanted, shapes, row.ignored, f"{place.name}: taken for {row.family} in {row.layout} layout, as {reason}")
+    with described_as(row.family, place.name):
+        network = row.architecture(config, shapes)
+        require_depth(network.depth, shapes, place.name)
+        wanted = plan(network, row.spell(network, shapes))
+        check(wanted, shapes, row.ignored, f"{place.name}: taken for {row.family} in {row.layout} layout, as {reason}")
     if weights.kind == "npz":
         preprocessing = Preprocessing(resize=_sides(image_size or network.trained_size))
     else:
@@ -119,19 +122,22 @@ def inspect_model(
         file = read_label_file(label_file, network.num_labels, storage_options)
     _require_whole_patches(preprocessing.output_size, network, place.name)
     problem = config.get("problem_type")
+    with described_as(row.family, place.name):
+        title = _architecture_name(config, row.family)
+        labels = file.names if file else config_labels(config, network.num_labels, place.name)
     return ModelInfo(
         name=place.name,
         revision=place.revision,
         folder=str(place.folder),
         family=row.family,
         layout=row.layout,
-        architecture=_architecture_name(config, row.family),
+        architecture=title,
         digest=digest_of(weights),
         hidden_size=network.width,
         pooled_size=network.feature_width,
         has_cls=network.class_token,
         num_labels=network.num_labels,
-        labels=file.names if file else config_labels(config, network.num_labels, place.name),
+        labels=labels,
         # A softmax over one logit is 1 for every image; transformers takes the sigmoid as well.
         multi_label=problem == "multi_label_classification" or (network.num_labels == 1 and problem != "regression"),
         pooled=network.pooled,

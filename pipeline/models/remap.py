@@ -85,6 +85,15 @@ def check(wanted: Plan, found: Shapes, ignored: tuple[str, ...], assumed: str) -
         raise CheckpointError("\n".join([f"{assumed}, but its tensors do not fit:", *lines]))
 
 
+def require_depth(depth: int, found: Shapes, where: str) -> None:
+    """Raise CheckpointError for more blocks than there are tensors, before each tensor of each block is listed."""
+    if depth > len(found):
+        raise CheckpointError(
+            f"{where}: {depth} blocks, but {len(found)} tensors, and a block has several; correct num_hidden_layers in "
+            "config.json, or fetch config and weights again"
+        )
+
+
 def _plain(shape: Shape) -> Shape:
     """`shape` without leading axes of length 1, by which libraries differ: a CLS token is (D,) or (1, 1, D)."""
     while len(shape) > 1 and shape[0] == 1:

@@ -203,7 +203,7 @@ def _safetensors_shapes(path: Path) -> dict[str, Shape]:
             end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
             shapes = {str(name): tuple(int(side) for side in entry["shape"]) for name, entry in header.items()}
             dtypes = {str(name): str(entry["dtype"]) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, ArithmeticError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path}: not a safetensors file; its header cannot be read ({error})") from error
     expected = 8 + length + end
     if actual != expected:
@@ -236,17 +236,19 @@ def _load_torch(path: Path) -> dict[str, "Tensor"]:
 
     import torch
 
-    _refuse_compressed(path)
     try:
+        _refuse_compressed(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: loading it would run code stored in the file (pickle), which is refused. Convert it once where "
             "you trust it: model.save_pretrained('folder') with transformers, with timm "
             "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # what damaged bytes lead to has no end
         raise CheckpointError(
             f"{path}: not a state dict that torch can read, or truncated ({path.stat().st_size} bytes): {error}"
         ) from error

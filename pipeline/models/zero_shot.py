@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.models.families import recognise_text
+from pipeline.models.families import described_as, recognise_text
 from pipeline.models.formats import npz_vit
 from pipeline.models.formats.format import Config, Shapes
 from pipeline.models.inspect import ModelInfo, ZeroShot, stand_ins
 from pipeline.models.npz import read_npz
-from pipeline.models.remap import Plan, check, plan_shapes, remap
+from pipeline.models.remap import Plan, check, plan_shapes, remap, require_depth
 from pipeline.models.text_architecture import TextArchitecture, TextFormat, text_shapes
 from pipeline.models.tokenizing import Tokenizer, file_digest, find_vocabulary, load_tokenizer
 from pipeline.models.weights import Weights, find_weights, read_json, read_shapes, read_tensors
@@ -47,13 +47,16 @@ def inspect_text(info: ModelInfo) -> TextInfo | None:
     another shape.
     """
     weights = find_weights(Path(info.folder))
-    config, shapes = _described(weights)
-    found = recognise_text(config, shapes)
+    with described_as("a model", info.name):
+        config, shapes = _described(weights)
+        found = recognise_text(config, shapes)
     if found is None:
         return None
     row, reason = found
-    network = row.architecture(config, shapes)
-    wanted = plan_shapes(text_shapes(network), row.spell(network, shapes))
+    with described_as(row.family, info.name):
+        network = row.architecture(config, shapes)
+        require_depth(network.depth, shapes, info.name)
+        wanted = plan_shapes(text_shapes(network), row.spell(network, shapes))
     names = (*row.prefix, row.scale, row.bias)
     own = {name: shape for name, shape in shapes.items() if name.startswith(row.prefix) or name in names}
     assumed = f"{info.name}: its text tower taken for {row.family} in {row.layout} layout, as {reason}"

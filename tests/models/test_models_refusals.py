@@ -5,10 +5,12 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.checkpoints import make_checkpoint
+from support.npz import arrays_of, mixer_arrays_of
 
 from pipeline.models import inspect_model, load_model
 from schemas.errors import CheckpointError
@@ -94,3 +96,74 @@ def test_a_mean_over_cls_too(tmp_path: Path) -> None:
     assert "pool_include_prefix" in refusal(tmp_path)
     edit(tmp_path / "config.json", model_args={**arguments, "pool_include_prefix": False})
     assert inspect_model(str(tmp_path)).pooled == "layernormed_mean_patch_tokens"
+
+
+@pytest.mark.parametrize(
+    ("zipped", "whole", "damaged"),
+    [
+        (True, b"PK\x01\x02", b"????"),
+        (True, b"QK\x00Kd", b"QJ\x00Kd"),
+        (False, b"QK\x00Kd", b"QJ\x00Kd"),
+        (False, b"\x80\x02\x8a", b"\x81\x02\x8a"),
+    ],
+)
+def test_a_bin_with_damaged_bytes(folder: Path, zipped: bool, whole: bytes, damaged: bytes) -> None:
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    torch.save({"vit.weight": torch.zeros(100)}, path, _use_new_zipfile_serialization=zipped)
+    data = path.read_bytes()
+    assert whole in data
+    path.write_bytes(data.replace(whole, damaged))
+    assert f"{path}: not a state dict that torch can read, or truncated" in refusal(folder)
+
+
+@pytest.mark.parametrize("entry", ['"shape":[1],"data_offsets":[0]', '"shape":[Infinity],"data_offsets":[0,4]'])
+def test_a_header_of_another_form(folder: Path, entry: str) -> None:
+    text = f'{{"a":{{"dtype":"F32",{entry}}}}}'.encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+    assert "not a safetensors file; its header cannot be read" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"hidden_act": []}, "config.json: hidden_act [] is not supported"),
+        ({"architectures": 1}, "its tensors or its config are not those of vit (TypeError: "),
+        ({"architectures": {"a": 1}}, "its tensors or its config are not those of vit (KeyError: "),
+        ({"num_hidden_layers": 1000}, ": 1000 blocks, but "),
+    ],
+)
+def test_a_config_of_another_form(folder: Path, values: dict[str, Any], said: str) -> None:
+    edit(folder / "config.json", **values)
+    assert said in refusal(folder)
+
+
+def drop(part: str) -> Any:
+    return lambda arrays: {name: array for name, array in arrays.items() if part not in name}
+
+
+def flatten(part: str) -> Any:
+    return lambda arrays: {name: array.ravel() if part in name else array for name, array in arrays.items()}
+
+
+@pytest.mark.parametrize(
+    ("network", "damage"),
+    [
+        ("vit_tiny_patch16_224", drop("pos_embedding")),
+        ("vit_tiny_patch16_224", drop("query")),
+        ("vit_tiny_patch16_224", flatten("embedding/kernel")),
+        ("vit_tiny_patch16_224", flatten("query/kernel")),
+        ("vit_tiny_r_s16_p8_224", lambda arrays: {**arrays, "conv_root/kernel": np.float32(0)}),
+        ("mixer_s16_224", flatten("stem/kernel")),
+        ("mixer_s16_224", lambda arrays: {**drop("MixerBlock")(arrays), "MixerBlock_x": np.zeros(1, np.float32)}),
+    ],
+)
+def test_an_npz_of_other_arrays(tmp_path: Path, network: str, damage: Any) -> None:
+    import timm
+
+    model = timm.create_model(network, pretrained=False, num_classes=3)
+    arrays = mixer_arrays_of(model) if "mixer" in network else arrays_of(model)
+    np.savez(tmp_path / "mine.npz", **damage(arrays))
+    found = refusal(tmp_path)
+    assert str(tmp_path) in found
+    assert "its tensors or its config are not those of" in found

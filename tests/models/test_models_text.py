@@ -171,6 +171,25 @@ def test_broken_towers_are_listed(tmp_path: Path) -> None:
         load_text(inspect_model(str(tmp_path / "whole")))
 
 
+def test_a_depth_that_the_tensors_do_not_have(tmp_path: Path) -> None:
+    make(tmp_path, "clip", max_position_embeddings=24)
+    info = inspect_model(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 1000
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=": 1000 blocks, but "):
+        load_text(info)
+
+
+def test_a_text_config_of_another_form(tmp_path: Path) -> None:
+    make(tmp_path, "clip", max_position_embeddings=24)
+    info = inspect_model(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "text_config": [1]}))
+    with pytest.raises(CheckpointError, match=r"config are not those of clip text \(TypeError: "):
+        load_text(info)
+
+
 def test_default_template_is_that_of_clip(tmp_path: Path) -> None:
     make(tmp_path, "clip", max_position_embeddings=24)
     info = inspect_model(str(tmp_path))

@@ -49,7 +49,7 @@ ACTIVATION_NAMES: dict[str, Activation] = {
 def activation(config: Config) -> Activation:
     """The MLP's activation. Raises CheckpointError for one that is not implemented."""
     name = config["hidden_act"]
-    if name not in ACTIVATION_NAMES:
+    if not isinstance(name, str) or name not in ACTIVATION_NAMES:
         raise CheckpointError(
             f"config.json: hidden_act {name!r} is not supported; known are {', '.join(sorted(ACTIVATION_NAMES))}"
         )
