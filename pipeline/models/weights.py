@@ -240,7 +240,7 @@ def _load_torch(path: Path) -> dict[str, "Tensor"]:
         _refuse_compressed(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except CheckpointError:
+    except (CheckpointError, MemoryError):
         raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(

@@ -37,7 +37,6 @@ from schemas.tables import FAILURES_SCHEMA, manifest_schema, user_fields
 if TYPE_CHECKING:
     import pandas as pd
 
-
 _TABLES = ("images", "manifest", "failures")
 T = TypeVar("T")
 
@@ -45,8 +44,7 @@ T = TypeVar("T")
 class FeatureStore:
     """A run's directory, opened for reading. Parts that appear after `open` are not seen: open it again.
 
-    Where a compaction takes parts away meanwhile, what is looked up by row or by SQL is read from those that replaced
-    them; they may hold newer rows too.
+    What a compaction takes away meanwhile is read from the parts that replaced it, which may hold newer rows too.
 
     `features` maps each feature's name to its dimension. Rows come in the order of the parts' names everywhere, so
     `matrix(name)[i]` belongs to `rows()[i]` and to `table()[i]`.
