@@ -135,7 +135,7 @@ class _Feed:
                         return
             self._put(("end", None))
         except BaseException as error:  # noqa: BLE001 - handed over to the caller's thread, which raises it
-            self._put(("error", error))
+            self._put(("error", _without_frames(error)))
 
     def _put(self, item: tuple[str, Any]) -> bool:
         while not self._stopped.is_set():
@@ -160,6 +160,17 @@ class _Feed:
     def stop(self) -> None:
         self._stopped.set()
         self._thread.join(_STOP_S)
+
+
+def _without_frames(error: BaseException) -> BaseException:
+    """`error` and its causes without their tracebacks: Ray Data's frames hold handles of actors, which would stay, with
+    the CPUs that they booked, for as long as somebody keeps the error. The worker's own traceback is in its text.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        seen.__traceback__ = None
+        seen = seen.__cause__ or seen.__context__
+    return error
 
 
 class _Writes:

@@ -1,5 +1,6 @@
 """Told to stop while a write fails: the signal is what ends the job, and what the other writes made visible counts."""
 
+import gc
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -50,3 +51,30 @@ def test_a_last_write_that_fails_hides_neither_the_signal_nor_the_other_writes(
             events.throw(told())
     assert [committed.images for committed in late] == [2]
     assert "its rows stay pending: cannot write /out: the disk is full" in caplog.text
+
+
+class Actor:
+    """In the place of an actor's handle, which Ray Data's frames hold."""
+
+
+def failed_below() -> None:
+    handle = Actor()
+    try:
+        raise ValueError(f"of {handle!r}")
+    except ValueError as error:
+        raise RuntimeError("the stream failed") from error
+
+
+@pytest.mark.slow
+def test_an_error_of_the_stream_keeps_no_actor_alive() -> None:
+    """The next job of the process would wait for the CPUs that it has booked."""
+
+    def bundles() -> Generator[Any, None, None]:
+        yield from ()
+        failed_below()
+
+    job: Any = None
+    with ray_session(cpus=1), pytest.raises(RuntimeError) as told:
+        list(commit_stream(bundles(), job, SinkSpec(), print))
+    assert "of <" in str(told.value.__cause__)
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, Actor)]
