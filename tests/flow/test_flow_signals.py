@@ -24,7 +24,7 @@ def test_stopped_and_resumed(tmp_path: Path, pictures: Path, checkpoint: Path, n
     driver = start(*job, log=log)
     try:
         deadline = time.monotonic() + 200
-        while "images/s" not in log.read_text():
+        while " failed" not in log.read_text():  # the first line with counts
             assert driver.poll() is None, log.read_text()
             assert time.monotonic() < deadline, "the job did not come to its first batch"
             time.sleep(0.1)
