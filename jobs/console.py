@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from pipeline.progress import Progress
 
 _PLAIN_EVERY_S = 10.0
-# Of a shorter run the rate is that over its whole time, start-up included, which says nothing of a longer one.
-_LEAST_RUN_S = 2.0
 _PHASES = {
     "model": "reading the model",
     "listing": "listing the sources",
@@ -165,7 +163,7 @@ def _summary_rows(summary: "Summary", report: str | None, attention: str | None)
     if attempt.rows_planned and attempt.wall_s is not None:
         done = attempt.images + attempt.failures
         pace = f"{done:,} rows in {duration(attempt.wall_s)}"
-        if attempt.startup_s is not None and attempt.wall_s - attempt.startup_s >= _LEAST_RUN_S:
+        if attempt.has_rate:
             pace += f", {attempt.images_per_s or 0:,.1f}/s once all ran"
         work = attempt.stage_seconds.model_dump().items()
         rows.append(("this attempt", pace))

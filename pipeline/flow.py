@@ -85,11 +85,12 @@ def _run(spec: JobSpec, connect: Connect, listen: Listener) -> Summary:
         first, stop = shard_rows(opened.record.manifest_rows, spec.shard.index, spec.shard.count)
         ledger = read_ledger(spec.out, spec.storage_options)
         rest = pending(ledger, first, stop, opened.superseded)
+        failed = intervals.count(intervals.intersect(ledger.failures, first, stop))
         attempt.rows_planned = intervals.count(rest)
         if attempt.rows_planned:
             listen(Progress("starting"))
             with connect() as machines:
-                _work(question, opened, machines, fence, attempt, ledger, listen)
+                _work(question, opened, machines, fence, attempt, rest, failed, listen)
         listen(Progress("finishing"))
         _finish(spec, opened, first, stop)
         ledger = _complete_ledger(spec, opened, first, stop)
@@ -115,16 +116,15 @@ def _work(
     machines: Machines,
     fence: Fence,
     attempt: AttemptRecord,
-    ledger: Ledger,
+    rest: Spans,
+    failed: int,
     listen: Listener,
 ) -> None:
-    """Predict and commit what `ledger` lacks, in as many passes as it takes."""
+    """Predict and commit `rest`, in as many passes as it takes. `failed` rows have come to their end as failures."""
     spec = question.spec
     first, stop = shard_rows(opened.record.manifest_rows, spec.shard.index, spec.shard.count)
-    rest = pending(ledger, first, stop, opened.superseded)
     placement = place_job(question, machines, intervals.count(rest))
-    failures = intervals.count(intervals.intersect(ledger.failures, first, stop))
-    meter = Meter(stop - first, stop - first - intervals.count(rest), failures, placement, spec.fetch.concurrency)
+    meter = Meter(stop - first, stop - first - intervals.count(rest), failed, placement, spec.fetch.concurrency)
     attempt.device = "triton" if spec.backend == "triton" else "gpu" if spec.gpus_per_actor else "cpu"
     job = WriteJob(fence, opened.schema, opened.record.part_metadata(), opened.record.run_id)
 

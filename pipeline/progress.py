@@ -66,13 +66,13 @@ class Meter:
         """Images per second since every call gave its first rows; until a second later, over the whole time."""
         return self._rate(time.monotonic())
 
-    def _is_steady(self, until: float) -> bool:
-        return bool(self._base and self.done > self._base[1] and until - self._base[0] >= _LEAST_S)
+    def _steady(self, until: float) -> float | None:
+        if self._base and self.done > self._base[1] and until - self._base[0] >= _LEAST_S:
+            return (self.done - self._base[1]) / (until - self._base[0])
+        return None
 
     def _rate(self, until: float) -> float:
-        if self._base and self._is_steady(until):
-            return (self.done - self._base[1]) / (until - self._base[0])
-        return (self.done - self._before) / max(time.monotonic() - self._started, 1e-9)
+        return self._steady(until) or (self.done - self._before) / max(time.monotonic() - self._started, 1e-9)
 
     def received(self, rows: int) -> None:
         """One block of `rows` arrived."""
@@ -101,9 +101,7 @@ class Meter:
         now = time.monotonic()
         since, count = self._recent[0]
         rate_now = (self.done - count) / max(now - since, 1e-9)
-        rate = self.rate_mean
-        # Before, it would be reckoned with the start-up in it.
-        left = (self.total - self.done) / rate if self._is_steady(now) else None
+        steady = self._steady(now)
         return Progress(
             phase="running" if self._blocks else "starting",
             done=self.done,
@@ -111,8 +109,9 @@ class Meter:
             failures=self.failures,
             committed=self._before + self.images + self.failed,
             rate_now=rate_now,
-            rate_mean=rate,
-            left_s=left,
+            rate_mean=self._rate(now),
+            # Before, it would be reckoned with the start-up in it.
+            left_s=(self.total - self.done) / steady if steady else None,
             bottleneck=self.bottleneck(),
             note=self._silence(now),
         )

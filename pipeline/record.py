@@ -6,11 +6,11 @@ import platform
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fsspec import AbstractFileSystem
 from pydantic import ValidationError
@@ -34,7 +34,9 @@ from schemas.errors import OutputError
 from schemas.release import VERSION
 from schemas.run import ModelRecord, RunRecord, difference
 from schemas.spec import PLACE_FIELDS, RECORDED_FIELDS, RESULT_FIELDS, JobSpec, Shard
-from schemas.tables import FeatureSize
+from schemas.tables import SWAP_PLAN, FeatureSize
+
+T = TypeVar("T")
 
 # For how long a rewrite of parts is waited for, and how often it is looked whether it has ended.
 _SWAP_S = 10.0
@@ -136,6 +138,18 @@ def until_settled(out: str) -> Iterator[None]:
         "command at work there. If there is none, it was cut short, and `patchstream compact DIR` finishes what it "
         "began"
     )
+
+
+def settled_listing(out: str, fs: AbstractFileSystem, root: str, listed: Callable[[], list[T]]) -> Iterator[list[T]]:
+    """What `listed` gives of the parts of `out` (`root` on `fs`) while none are being rewritten; again, later, for one
+    who could not use it. Raises as `until_settled`, which names `out`."""
+    for _ in until_settled(out):
+        before = listed()
+        if not exists(fs, join(root, SWAP_PLAN)):
+            found = listed()
+            # A swap that began since the look for its plan would have taken parts away. More parts may well have come.
+            if set(before).issubset(found):
+                yield found
 
 
 def new_record(spec: JobSpec, model: ModelRecord, feature_dims: dict[str, FeatureSize]) -> RunRecord:

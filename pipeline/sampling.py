@@ -26,7 +26,6 @@ LISTED = 1000
 DECODED = 64
 # Where nothing gives a size: the mean of ImageNet's files.
 TYPICAL_FILE_BYTES = 110_000.0
-_LEAST_RUN_S = 2.0
 
 
 class Sample(NamedTuple):
@@ -125,17 +124,12 @@ def _measured(attempts: list[AttemptRecord]) -> tuple[Device, float]:
         seconds = sum(attempt.stage_seconds.predict for attempt in attempts)
         return Device("an actor as in that run", 0.0), seconds / sum(attempt.images for attempt in attempts)
     device = Device("a core as in that run", 0.0, is_gpu=False)
-    ran = [attempt for attempt in attempts if _ran_s(attempt) >= _LEAST_RUN_S]
+    ran = [attempt for attempt in attempts if attempt.has_rate]
     rates = [(a.images, a.decode_tasks / a.images_per_s) for a in ran if a.decode_tasks and a.images_per_s]
     if rates:
         return device, sum(images * core_s for images, core_s in rates) / sum(images for images, _ in rates)
     seconds = sum(attempt.stage_seconds.decode + attempt.stage_seconds.predict for attempt in attempts)
     return device, seconds / sum(attempt.images for attempt in attempts)
-
-
-def _ran_s(attempt: AttemptRecord) -> float:
-    """Seconds behind the start-up; 0 where they are not known."""
-    return attempt.wall_s - attempt.startup_s if attempt.wall_s and attempt.startup_s else 0.0
 
 
 def _spread(table: pa.Table, count: int) -> pa.Table:

@@ -8,6 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+# Of a shorter run the rate is that over its whole time, start-up included.
+_LEAST_RUN_S = 2.0
 AttemptDevice = Literal["cpu", "gpu", "triton"]
 # The last two are said of a record that still has `running`; no attempt writes them of itself.
 AttemptStatus = Literal["running", "done", "interrupted", "failed", "died", "taken over"]
@@ -67,3 +69,10 @@ class AttemptRecord(BaseModel):
     bottleneck: str | None = None
     message: str | None = None
     distance: Distance | None = None  # for the 8-bit precisions
+
+    @property
+    def has_rate(self) -> bool:
+        """Whether it ran for long enough behind its start-up for `images_per_s` to say something of a longer run."""
+        if self.wall_s is None or self.startup_s is None:
+            return False
+        return self.wall_s - self.startup_s >= _LEAST_RUN_S

@@ -11,12 +11,11 @@ from fsspec import AbstractFileSystem
 from pydantic import ValidationError
 
 from pipeline.columns import is_damage, open_columns
-from pipeline.record import as_known, read_attempt, until_settled
-from pipeline.storage import exists, filesystem, join, read_error, read_json, redact
+from pipeline.record import as_known, read_attempt, settled_listing
+from pipeline.storage import filesystem, join, read_error, read_json, redact
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
 from schemas.run import RunRecord
-from schemas.tables import SWAP_PLAN
 
 BATCH_ROWS = 65_536
 
@@ -44,14 +43,8 @@ class RunDirectory:
         if folder == "manifest":
             names = [name.rpartition("/")[2] for name in self.record.manifest_parts]
             return [join(self.root, "manifest", name) for name in names]
-        for _ in until_settled(self.url):
-            before = list_files(self.fs, join(self.root, folder), ".parquet")
-            if not exists(self.fs, join(self.root, SWAP_PLAN)):
-                found = list_files(self.fs, join(self.root, folder), ".parquet")
-                # A swap that began since the look for its plan would have taken parts away.
-                if set(before).issubset(found):
-                    return found
-        raise AssertionError("unreachable")
+        place = join(self.root, folder)
+        return next(settled_listing(self.url, self.fs, self.root, lambda: list_files(self.fs, place, ".parquet")))
 
     def check_same(self) -> None:
         """Raise OutputError if another run stands in the place of this one."""

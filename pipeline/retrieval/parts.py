@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from pipeline.columns import open_columns
-from pipeline.record import until_settled
+from pipeline.record import settled_listing
 from pipeline.retrieval.arrays import Ints
 from pipeline.storage import exists, is_local, join, read_error, read_json, redact
 from schemas.errors import OutputError
 from schemas.run import RunRecord, difference, part_model
-from schemas.tables import METADATA_KEY, SWAP_PLAN, images_schema, output_fields, user_fields
+from schemas.tables import METADATA_KEY, images_schema, output_fields, user_fields
 
 # Path and size of a part to its schema and number of rows.
 Footers = dict[tuple[str, int], tuple[pa.Schema, int]]
@@ -102,17 +102,12 @@ def settled_parts(fs: AbstractFileSystem, root: str, record: RunRecord) -> tuple
     part was computed by another model than `run.json` names.
     """
     footers: Footers = {}
-    for _ in until_settled(root):
-        before = list_parquet(fs, join(root, "images"))
-        if not exists(fs, join(root, SWAP_PLAN)):
-            found = list_parquet(fs, join(root, "images"))
-            # A swap that began since the look for its plan would have taken parts away. More parts may well have come.
-            if set(before).issubset(found):
-                try:
-                    return _with_schema(fs, root, record, found, footers)
-                except OutputError:
-                    if set(found).issubset(list_parquet(fs, join(root, "images"))):
-                        raise  # else a part went while footers were read
+    for found in settled_listing(root, fs, root, lambda: list_parquet(fs, join(root, "images"))):
+        try:
+            return _with_schema(fs, root, record, found, footers)
+        except OutputError:
+            if set(found).issubset(list_parquet(fs, join(root, "images"))):
+                raise  # else a part went while footers were read
     raise AssertionError("unreachable")
 
 
