@@ -1,8 +1,10 @@
-"""Reading Parquet files on a store: how far ahead for some columns, also by libraries; what is damage."""
+"""Reading Parquet files on a store: how far ahead for some columns, also by libraries; what they hold; what is damage."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.implementations.dirfs import DirFileSystem
 
@@ -24,6 +26,18 @@ class ColumnReads(DirFileSystem):  # type: ignore[misc]  # fsspec has no types
     def open(self, path: str, *args: Any, **options: Any) -> Any:
         """As fsspec's, whatever read-ahead the caller or the driver would choose."""
         return super().open(path, *args, **options | {"block_size": READ_AHEAD_BYTES})
+
+
+def places_of(metadata: pq.FileMetaData, columns: Sequence[str]) -> list[int]:
+    """Where the leaves of `columns`, which may be fields of a column (`image.path`), stand in each row group."""
+    inside = tuple(f"{column}." for column in columns)
+    places = range(metadata.num_columns)
+    return [place for place in places if f"{metadata.schema.column(place).path}.".startswith(inside)]
+
+
+def held_bytes(group: pq.RowGroupMetaData, places: Sequence[int]) -> int:
+    """What a row group holds of them, uncompressed."""
+    return sum(group.column(place).total_uncompressed_size for place in places)
 
 
 def is_damage(error: Exception) -> bool:

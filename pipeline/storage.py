@@ -243,6 +243,8 @@ def read_json(fs: AbstractFileSystem, path: str) -> Any:
         return None
 
 
+# What a disk of this machine says that has no room; no store answers so.
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _ELSEWHERE = "choose another --out"
 _CAUSES = {
     errno.ENOSPC: "the disk is full; free some space",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.columns import held_bytes, places_of
 from pipeline.images.reader import Reader
 from pipeline.images.table_file import TableFile, open_table
 from pipeline.images.verdict import scrub
@@ -123,13 +124,12 @@ def _batches(
     file: TableFile, parquet: pq.ParquetFile, column: str, wanted: tuple[int, ...]
 ) -> Iterator[tuple[int, pa.Array]]:
     """(first row, values) of the batches of those row groups that hold wanted rows. A batch may come again, smaller."""
-    first = 0
+    first, places = 0, places_of(parquet.metadata, [column])
     for group in range(parquet.num_row_groups):
         metadata = parquet.metadata.row_group(group)
         stop = first + metadata.num_rows
         if _any_within(wanted, first, stop):
-            chunks = [metadata.column(i) for i in range(metadata.num_columns)]
-            held = sum(chunk.total_uncompressed_size for chunk in chunks if _belongs(chunk.path_in_schema, column))
+            held = held_bytes(metadata, places)
             rows = max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES * metadata.num_rows // max(held, 1)))
             read = functools.partial(parquet.iter_batches, row_groups=[group], columns=[column])
             yield from _up_to_damage(file, read, rows, range(first, stop), wanted)
@@ -160,10 +160,6 @@ def _up_to_damage(
 def _any_within(rows: tuple[int, ...], start: int, stop: int) -> bool:
     place = bisect.bisect_left(rows, start)
     return place < len(rows) and rows[place] < stop
-
-
-def _belongs(path: str, column: str) -> bool:
-    return path == column or path.startswith(f"{column}.")
 
 
 def _value(scalar: pa.Scalar) -> Value:

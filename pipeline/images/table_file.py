@@ -1,7 +1,6 @@
 """The file behind a Parquet table, as Arrow reads it: by ranges, or whole where a web server gives none."""
 
 import contextlib
-import errno
 import functools
 import os
 import tempfile
@@ -15,12 +14,11 @@ from fsspec.callbacks import Callback
 
 from pipeline.images.reader import Reader, real_name, same_size, same_version
 from pipeline.images.verdict import changed
-from pipeline.storage import CACHES, is_local, redact, scheme
+from pipeline.storage import CACHES, NO_ROOM, is_local, redact, scheme
 from schemas.errors import ImageError
 
 _READ_BYTES = 4 << 20
 _SILENCE_S = 60.0  # of a web server that sends a whole table
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class TableFile:
@@ -102,7 +100,7 @@ def _copied(fs: AbstractFileSystem, path: str, url: str, progress: Callable[[], 
             sync(fs.loop, get, path, file, callback=_Progress(progress))
             file.flush()
         except OSError as error:
-            if error.errno not in _FULL:
+            if error.errno not in NO_ROOM:
                 raise
             message = (
                 f"{redact(url)}: its server gives no byte ranges, and {tempfile.gettempdir()} has no room for a copy; "

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline.models.weights import ADAPTER_CONFIG, SAFETENSORS, TORCH
-from pipeline.storage import redact
+from pipeline.storage import NO_ROOM, redact
 from schemas.errors import CheckpointError
 
 # The last of them says of an adapter which model it belongs to.
@@ -16,7 +16,7 @@ TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.mo
 _PREFERRED = [*SMALL_FILES, *TEXT_FILES, *SAFETENSORS, "model-*-of-*.safetensors"]
 
 # What no network says: it is the disk of the hub's cache that refuses.
-_UNKEPT = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EACCES", "EPERM", "ENOTDIR")}
+_UNKEPT = NO_ROOM | {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
 
 def from_hub(name: str, revision: str | None) -> Path:

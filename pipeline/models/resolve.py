@@ -24,7 +24,7 @@ from fsspec import AbstractFileSystem
 
 from pipeline.models.hub import SMALL_FILES, TEXT_FILES, from_hub, nowhere
 from pipeline.models.weights import WEIGHT_SUFFIXES, is_weight_file
-from pipeline.storage import exists, filesystem, redact, scheme
+from pipeline.storage import NO_ROOM, exists, filesystem, redact, scheme
 from schemas.errors import CheckpointError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -34,7 +34,7 @@ _VERSION_KEYS = (
     *("last_modified", "blob_id", "xet_hash", "modificationTime", "modify", "created"),
 )
 # What a store never answers: it is our own disk that refuses.
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+_REFUSED = NO_ROOM | {errno.EROFS}
 
 
 class Place(NamedTuple):
@@ -132,7 +132,7 @@ def _get_file(fs: AbstractFileSystem, path: str, target: Path) -> None:
     try:
         fs.get_file(path, str(target))
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        if isinstance(error, OSError) and error.errno in _REFUSED:
             raise
         raise CheckpointError(f"{redact(path)}: cannot be read: {_named(error)}") from error
 

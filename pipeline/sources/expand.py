@@ -1,6 +1,5 @@
 """One source string to the manifest rows behind it, whatever it turns out to be."""
 
-import itertools
 import logging
 import os
 import tarfile
@@ -8,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -119,8 +118,7 @@ def _parquet_rows(entry: Entry, spec: JobSpec, *, named: bool) -> Tables:
         raise SourceError(f"{redact(entry.uri)} is not a Parquet file")
     if kind is not None and kind.images is not None:
         if kind.left_out:
-            with _telling:
-                _tell_left_out(kind.images, kind.left_out)
+            _tell_left_out(kind.images, kind.left_out)
         rows, held = kind.group
         if rows >= _MANY_ROWS and held >= _MANY_BYTES:
             _tell_large_groups(rows, redact(entry.uri))
@@ -141,33 +139,37 @@ _MANY_ROWS = 4 * 1024
 _MANY_BYTES = 256 << 20
 
 
-_large_groups_seen = itertools.count()
+# Tables are listed in several threads.
+_telling = threading.Lock()
+_told: set[tuple[str, ...]] = set()
+
+
+def _tell_once(key: tuple[str, ...], message: str, *values: object) -> None:
+    """Not for every table of a data set."""
+    with _telling:
+        if key not in _told:
+            _told.add(key)
+            _log.warning(message, *values)
 
 
 def _tell_large_groups(rows: int, table: str) -> None:
-    """Once, not for every table of a data set."""
-    if next(_large_groups_seen) == 0:
-        _log.warning(
-            "%s has row groups of up to %s rows, and a decoding task reads its own from the beginning: images are read "
-            "about %d times. Written anew with row_group_size=1000 they are read once (docs/sources.md)",
-            table,
-            f"{rows:,}",
-            rows // 2048,
-        )
+    _tell_once(
+        ("large groups",),
+        "%s has row groups of up to %s rows, and a decoding task reads its own from the beginning: images are read "
+        "about %d times. Written anew with row_group_size=1000 they are read once (docs/sources.md)",
+        table,
+        f"{rows:,}",
+        rows // 2048,
+    )
 
 
-# Tables are listed in several threads, and a cache alone lets two of them in at once.
-_telling = threading.Lock()
-
-
-@cache  # once, not for every table of a data set
 def _tell_left_out(images: str, columns: tuple[str, ...]) -> None:
-    names = ", ".join(f"`{name}`" for name in columns)
-    _log.warning(
+    _tell_once(
+        (images, *columns),
         "the images are those of column `%s`; other columns that hold bytes do not ride along: %s. "
         "--image-column names the one to take",
         images,
-        names,
+        ", ".join(f"`{name}`" for name in columns),
     )
 
 

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.columns import held_bytes, places_of
 from pipeline.sources.columns import content_table
 from pipeline.sources.reading import open_object
 from pipeline.sources.stores import Entry
@@ -143,7 +144,7 @@ def parquet_kind(source: str, uri_column: str, image_column: str, storage_option
 def _largest_group(metadata: pq.FileMetaData, column: str) -> tuple[int, int]:
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     largest = max(groups, key=lambda group: group.num_rows, default=None)
-    return (0, 0) if largest is None else (largest.num_rows, _held(largest, [column]))
+    return (0, 0) if largest is None else (largest.num_rows, held_bytes(largest, places_of(metadata, [column])))
 
 
 def _value_type(kind: pa.DataType) -> pa.DataType:
@@ -179,16 +180,9 @@ def _read_parquet(source: str, storage_options: Options) -> Iterator[pa.Table]:
 
 def _batch_rows(parquet: pq.ParquetFile, columns: list[str]) -> int:
     """How many rows of `columns`, which may be fields of a column (`image.path`), make a batch."""
-    metadata = parquet.metadata
-    held = sum(_held(metadata.row_group(number), columns) for number in range(metadata.num_row_groups))
+    metadata, places = parquet.metadata, places_of(parquet.metadata, columns)
+    held = sum(held_bytes(metadata.row_group(number), places) for number in range(metadata.num_row_groups))
     return int(max(1, min(BATCH_ROWS, _BATCH_BYTES * metadata.num_rows // max(1, held))))
-
-
-def _held(group: pq.RowGroupMetaData, columns: list[str]) -> int:
-    """Bytes of these columns, or fields of columns, in a row group."""
-    inside = tuple(f"{column}." for column in columns)
-    chunks = (group.column(place) for place in range(group.num_columns))
-    return sum(chunk.total_uncompressed_size for chunk in chunks if f"{chunk.path_in_schema}.".startswith(inside))
 
 
 def _addresses(source: str, column: pa.ChunkedArray) -> list[str | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +13,7 @@ import pyarrow.compute as pc
 
 from pipeline.signals import heeding_signals
 from pipeline.sources.manifest import ManifestPart, read_columns
-from pipeline.storage import Options
+from pipeline.storage import NO_ROOM, Options
 from schemas.errors import OutputError
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ Done = Callable[[np.ndarray], np.ndarray]
 
 # Beyond it DuckDB goes on on the disk, in the same temporary folder.
 _MEMORY = "512MiB"
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 # Parameters that sign a URL, by the one that shows that it is signed in this way: S3 and Google Cloud Storage (v4),
 # both in their older form and CloudFront, Azure (SAS).
@@ -70,7 +68,7 @@ def new_and_changed(
     try:
         yield from _compared(tables, out, parts, done, storage_options)
     except (duckdb.Error, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_ROOM:
+        if isinstance(error, OSError) and error.errno not in NO_ROOM:
             raise
         raise OutputError(
             f"the listing could not be compared with the manifest: {error}. Both lie in {tempfile.gettempdir()} "
