@@ -1,4 +1,4 @@
-"""Reading Parquet files on a store: how far ahead for some columns, also by libraries; what they hold; what is damage."""
+"""Reading Parquet files on a store: how far ahead for some columns, what they hold, and what is damage in them."""
 
 from collections.abc import Sequence
 from typing import Any
