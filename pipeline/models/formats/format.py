@@ -18,9 +18,10 @@ Spelling = Mapping[str, str | tuple[str | None, ...]]
 class Format(NamedTuple):
     """One family in one layout.
 
-    `recognise` gives the reason why a checkpoint is of this family, or "" if it is not. `spell` gives the spelling for
-    an architecture and the names that are there. `ignored` are regular expressions of tensors that the forward pass
-    has no use for. `labels` reads class names from the config. `convert` brings an array into our axis order.
+    `examples` and `test` are for the page on checkpoints. `recognise` gives the reason why a checkpoint is of this
+    family, or "" if it is not. `architecture` raises CheckpointError for what is not implemented. `spell` gives the
+    spelling for an architecture and the names that are there. `ignored` are regular expressions of tensors that the
+    forward pass has no use for.
     """
 
     family: str
