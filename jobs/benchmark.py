@@ -85,8 +85,9 @@ def look(
     from pipeline.advice import Shape, ideal_rate, stage_costs
     from pipeline.opening import ask
     from pipeline.predicting import place_job
-    from pipeline.preflight import LISTED, measure
+    from pipeline.preflight import measure
     from pipeline.rehearsal import rehearse
+    from pipeline.sampling import LISTED
 
     question = ask(spec)
     connect = partial(ray_session, address, verbose=verbose)

@@ -27,18 +27,14 @@ from pipeline.opening import Question
 from pipeline.placement import Placement
 from pipeline.predicting import actor_job
 from pipeline.predictors.actor import ActorJob, build_predictor
+from pipeline.sampling import sample_rows
 from pipeline.sinks.parts import split, write_part
-from pipeline.sources.columns import concatenated
-from pipeline.sources.manifest import read_sources
 from pipeline.storage import filesystem
 from schemas.errors import ImageError, PatchstreamError, SourceError, SpecError
 from schemas.spec import DTypeName
 from schemas.tables import decoded_schema, images_schema, user_fields
 
-LISTED = 1000
 SAMPLED = 48
-# Rows next to each other travel in one read where they lie in one tar shard, so the sample is taken in stretches.
-STRETCH = 8
 DECODE_S = 5.0
 FORWARD_S = 3.0
 CPU_BATCHES = (1, 4, 16)
@@ -58,26 +54,6 @@ class Budget:
         return time.monotonic() > self._until
 
 
-def sample(question: Question) -> tuple[pa.Table, int]:
-    """SAMPLED manifest rows in stretches over the first LISTED of the source, and how many were listed.
-
-    Raises SourceError when nothing matches.
-    """
-    limit = min(question.spec.limit or LISTED, LISTED)
-    listed = concatenated(list(read_sources(question.spec.model_copy(update={"limit": limit}))))
-    listed = listed.add_column(0, "row", pa.array(range(listed.num_rows), pa.int64()))
-    return listed.take(pa.array(stretches(listed.num_rows, SAMPLED, STRETCH))), listed.num_rows
-
-
-def stretches(rows: int, count: int, length: int) -> list[int]:
-    """About `count` of the numbers below `rows`: runs of `length` neighbours, evenly spread."""
-    if rows <= count:
-        return list(range(rows))
-    runs = max(1, count // length)
-    starts = [int(i * (rows - length) / max(1, runs - 1)) for i in range(runs)]
-    return sorted({start + step for start in starts for step in range(length)})
-
-
 def measure(question: Question, placement: Placement, *, seconds: float = 20.0) -> Measured:
     """Every stage alone, in the order in which an image meets them; about `seconds` in all.
 
@@ -87,7 +63,7 @@ def measure(question: Question, placement: Placement, *, seconds: float = 20.0) 
     if info is None:
         raise SourceError("a benchmark needs a model: --backend null computes nothing")
     prepare_process()
-    chosen, listed = sample(question)
+    chosen, listed = sample_rows(question.spec, SAMPLED)
     fetched, fetch_s, fetch_core_s = measure_fetch(question, chosen)
     files = [item.result for item in fetched if isinstance(item.result, bytes)]
     decode_s, pixels, undecoded = measure_decode(question, files)
@@ -97,7 +73,7 @@ def measure(question: Question, placement: Placement, *, seconds: float = 20.0) 
     forward, outputs, predict = measure_forward(question, placement, pixels, Budget(seconds - DECODE_S))
     return Measured(
         sampled=chosen.num_rows,
-        listed=listed,
+        listed=listed.num_rows,
         failed=len(fetched) - len(files) + undecoded,
         file_bytes=float(np.mean([len(data) for data in files])),
         fetch_s=fetch_s,

@@ -24,6 +24,8 @@ from schemas.spec import JobSpec
 
 LISTED = 1000
 DECODED = 64
+# Rows next to each other travel in one read where they lie in one tar shard, so a sample is taken in stretches.
+STRETCH = 8
 # Where nothing gives a size: the mean of ImageNet's files.
 TYPICAL_FILE_BYTES = 110_000.0
 
@@ -36,6 +38,26 @@ class Sample(NamedTuple):
     origin: str
 
 
+def sample_rows(spec: JobSpec, count: int) -> tuple[pa.Table, pa.Table]:
+    """About `count` manifest rows in stretches over the first LISTED of the sources, and all that were listed.
+
+    Raises SourceError when nothing matches.
+    """
+    limit = min(spec.limit or LISTED, LISTED)
+    listed = concatenated(list(read_sources(spec.model_copy(update={"limit": limit}))))
+    listed = listed.add_column(0, "row", pa.array(range(listed.num_rows), pa.int64()))
+    return listed.take(pa.array(stretches(listed.num_rows, count, STRETCH))), listed
+
+
+def stretches(rows: int, count: int, length: int) -> list[int]:
+    """About `count` of the numbers below `rows`: runs of `length` neighbours, evenly spread."""
+    if rows <= count:
+        return list(range(rows))
+    runs = max(1, count // length)
+    starts = [int(i * (rows - length) / max(1, runs - 1)) for i in range(runs)]
+    return sorted({start + step for start in starts for step in range(length)})
+
+
 def from_source(spec: JobSpec) -> Sample:
     """Costs of `spec` by listing up to LISTED images of its sources and decoding DECODED of them on one core here.
 
@@ -44,10 +66,7 @@ def from_source(spec: JobSpec) -> Sample:
     question = ask(spec)
     if question.info is None:
         raise SourceError("a plan needs a model: --backend null computes nothing")
-    listed = concatenated(list(read_sources(spec.model_copy(update={"limit": LISTED}))))
-    listed = listed.slice(0, LISTED)
-    listed = listed.add_column(0, "row", pa.array(range(listed.num_rows), pa.int64()))
-    chosen = _spread(listed, DECODED)
+    chosen, listed = sample_rows(spec, DECODED)
     decode = partial(
         fetch_and_decode,
         preprocessing=question.info.preprocessing,
@@ -130,12 +149,6 @@ def _measured(attempts: list[AttemptRecord]) -> tuple[Device, float]:
         return device, sum(images * core_s for images, core_s in rates) / sum(images for images, _ in rates)
     seconds = sum(attempt.stage_seconds.decode + attempt.stage_seconds.predict for attempt in attempts)
     return device, seconds / sum(attempt.images for attempt in attempts)
-
-
-def _spread(table: pa.Table, count: int) -> pa.Table:
-    """About `count` rows, evenly spread."""
-    step = max(1, table.num_rows // count)
-    return table.take(pa.array(range(0, table.num_rows, step)[:count]))
 
 
 def _file_bytes(manifest: pa.Table) -> float | None:

@@ -15,8 +15,8 @@ from pipeline.advice import (
     ideal_rate,
     stage_costs,
 )
-from pipeline.preflight import stretches
 from pipeline.rehearsal import steady_rate
+from pipeline.sampling import stretches
 
 LAPTOP = Shape(cpus=2, gpus=0, lanes=2, decode="exact")
 GPU_BOX = Shape(cpus=8, gpus=1, lanes=1, decode="exact")
