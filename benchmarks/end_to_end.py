@@ -25,10 +25,10 @@ def decode_core_seconds(photos: list[str], model: Path) -> float:
     """CPU seconds to fetch and decode one photo, in one process."""
     import pyarrow as pa
 
-    from pipeline.images.stage import fetch_and_decode
+    from pipeline.images.stage import Reading, fetch_and_decode
     from pipeline.models import inspect_model
     from pipeline.sources.expand import expand
-    from schemas.spec import FetchSpec, build_spec
+    from schemas.spec import build_spec
     from schemas.tables import MANIFEST_FIELDS
 
     spec = build_spec({"sources": photos, "model": "-", "out": "/nonexistent"})
@@ -37,11 +37,7 @@ def decode_core_seconds(photos: list[str], model: Path) -> float:
     preprocessing = inspect_model(str(model)).preprocessing
 
     def decode(rows: pa.Table) -> int:
-        decoded = fetch_and_decode(
-            rows, preprocessing=preprocessing, fetch=FetchSpec(), decode="exact", image_column="image",
-            storage_options={}, batch_rows=32,
-        )  # fmt: skip
-        return sum(table.num_rows for table in decoded)
+        return sum(table.num_rows for table in fetch_and_decode(rows, Reading(preprocessing), batch_rows=32))
 
     decode(manifest.slice(0, 8))  # what is imported at the first photo is start-up
     started = time.process_time()

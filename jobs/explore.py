@@ -125,8 +125,7 @@ def _decoded(data: bytes, record: "RunRecord") -> Any:
 
     import pyarrow as pa
 
-    from pipeline.images.stage import fetch_and_decode
-    from schemas.spec import FetchSpec
+    from pipeline.images.stage import Reading, fetch_and_decode
     from schemas.tables import MANIFEST_FIELDS
 
     with tempfile.NamedTemporaryFile(prefix="patchstream-") as file:
@@ -135,11 +134,7 @@ def _decoded(data: bytes, record: "RunRecord") -> Any:
         row = {"row": 0, "uri": file.name, "size": len(data)}
         (decoded,) = fetch_and_decode(
             pa.Table.from_pylist([row], pa.schema(MANIFEST_FIELDS)),
-            preprocessing=record.model.preprocessing,
-            fetch=FetchSpec(),
-            decode=record.spec.get("decode", "exact"),
-            image_column="image",
-            storage_options={},
+            Reading(record.model.preprocessing, decode=record.spec.get("decode", "exact")),
             batch_rows=1,
         )
     failed = decoded.select(["stage", "error", "message"]).to_pylist()[0]

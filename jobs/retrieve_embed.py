@@ -100,25 +100,18 @@ def _embed(
 ) -> Any:
     import numpy as np
 
-    from pipeline.images.stage import fetch_and_decode
+    from pipeline.images.stage import Reading, fetch_and_decode
     from pipeline.predictors.batches import Wanted
     from pipeline.predictors.torch_predictor import TorchPredictor
-    from schemas.spec import FetchSpec
 
     dim = store.check_feature(feature)
     wanted = Wanted((feature,), (dim,), "float32", 0, (), False)
     dtype = store.record.model.dtype
     predict = TorchPredictor(info, wanted, dtype=dtype, batch_size=min(8, len(images)), cuda=False)
     found = []
-    for decoded in fetch_and_decode(
-        _manifest(images),
-        preprocessing=info.preprocessing,
-        fetch=FetchSpec(),
-        decode=store.record.spec.get("decode", "exact"),
-        image_column="image",
-        storage_options=storage_options,
-        batch_rows=32,
-    ):
+    decode = store.record.spec.get("decode", "exact")
+    reading = Reading(info.preprocessing, decode=decode, storage_options=storage_options)
+    for decoded in fetch_and_decode(_manifest(images), reading, batch_rows=32):
         table = predict(decoded)
         for item in table.select(["uri", "error", "message"]).to_pylist():
             if item["error"]:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.images.stage import fetch_and_decode
+from pipeline.images.stage import Reading, fetch_and_decode
 from pipeline.models import ModelInfo, inspect_model
 from pipeline.models.attention import Rollout, rollout_origin
 from pipeline.opening import reopen
@@ -98,13 +98,7 @@ def _decoded(out: str, spec: JobSpec, info: ModelInfo, rows: npt.NDArray[np.int6
     manifest = list(read_rows(out, opened.parts, intervals.from_rows(rows), spec.storage_options))
     if manifest:
         yield from fetch_and_decode(
-            pa.concat_tables(manifest),
-            preprocessing=info.preprocessing,
-            fetch=spec.fetch,
-            decode=spec.decode,
-            image_column=spec.image_column,
-            storage_options=spec.storage_options,
-            batch_rows=_BATCH_IMAGES,
+            pa.concat_tables(manifest), Reading.of(spec, info.preprocessing), batch_rows=_BATCH_IMAGES
         )
 
 

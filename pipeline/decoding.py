@@ -7,21 +7,19 @@ from contextlib import closing
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline import logs, metrics
 from pipeline.images.guard import CrashGuard, forget
-from pipeline.images.stage import fetch_and_decode
+from pipeline.images.stage import Reading, fetch_and_decode
 from pipeline.predictors.null import no_pixels
 from pipeline.sinks.intervals import Spans
 from pipeline.sources.manifest import ManifestPart, read_rows
 from schemas.errors import ClusterError
-from schemas.preprocessing import Preprocessing
 from schemas.release import Release, check_release
-from schemas.spec import FetchSpec
 
 
 class DecodeJob(NamedTuple):
@@ -29,11 +27,7 @@ class DecodeJob(NamedTuple):
 
     out: str
     parts: list[ManifestPart]
-    preprocessing: Preprocessing
-    fetch: FetchSpec
-    decode: Any
-    image_column: str
-    storage_options: dict[str, Any]
+    reading: Reading
     block_rows: int
     run_id: str
     driver: Release
@@ -56,18 +50,14 @@ def decode_rows(ranges: pa.Table, job: DecodeJob) -> Iterator[pa.Table]:
     check_release(job.driver)
     spans = np.stack([ranges["start"].to_numpy(), ranges["stop"].to_numpy()], axis=1)
     logs.working_on(job.run_id, "decode", spans[0, 0], spans[-1, 1] - 1)
-    manifest = pa.concat_tables(read_rows(job.out, job.parts, spans, job.storage_options))
+    manifest = pa.concat_tables(read_rows(job.out, job.parts, spans, job.reading.storage_options))
     if job.null:
         yield from no_pixels(manifest, job.block_rows)
         return
     with closing(_guard(job.run_id)) as guard:
         yield from fetch_and_decode(
             manifest,
-            preprocessing=job.preprocessing,
-            fetch=job.fetch,
-            decode=job.decode,
-            image_column=job.image_column,
-            storage_options=job.storage_options,
+            job.reading,
             batch_rows=job.block_rows,
             guard=guard,
             fetched_bytes=partial(metrics.count, "patchstream_bytes_total"),

@@ -19,6 +19,7 @@ import ray
 
 from pipeline.decoding import DecodeJob, cut, decode_rows, forget_crashes
 from pipeline.distance import IMAGES, measure_distance
+from pipeline.images.stage import Reading
 from pipeline.models.precision import MEASURED
 from pipeline.opening import Opened, Question, ask, open_directory
 from pipeline.placement import Placement
@@ -172,11 +173,7 @@ def _decode_job(question: Question, opened: Opened, placement: Placement) -> Dec
     return DecodeJob(
         out=spec.out,
         parts=opened.parts,
-        preprocessing=question.preprocessing,
-        fetch=spec.fetch,
-        decode=spec.decode,
-        image_column=spec.image_column,
-        storage_options=spec.storage_options,
+        reading=Reading.of(spec, question.preprocessing),
         block_rows=placement.block_rows,
         run_id=opened.record.run_id,
         driver=release(),

@@ -21,7 +21,7 @@ from pipeline.distance import cosines, vectors_only
 from pipeline.images.decode import DecodeMode, DecodeSpec, decode_into
 from pipeline.images.fetch import Fetched, fetch_rows
 from pipeline.images.formats import prepare_process
-from pipeline.images.stage import fetch_and_decode
+from pipeline.images.stage import Reading, fetch_and_decode
 from pipeline.models import choose_dtype
 from pipeline.opening import Question
 from pipeline.placement import Placement
@@ -252,18 +252,8 @@ def measure_write(question: Question, predicted: pa.Table) -> float:
 
 
 def _decoded(question: Question, chosen: pa.Table) -> pa.Table:
-    spec = question.spec
-    tables = list(
-        fetch_and_decode(
-            chosen,
-            preprocessing=question.preprocessing,
-            fetch=spec.fetch,
-            decode=spec.decode,
-            image_column=spec.image_column,
-            storage_options=spec.storage_options,
-            batch_rows=SAMPLED,
-        )
-    )
+    reading = Reading.of(question.spec, question.preprocessing)
+    tables = list(fetch_and_decode(chosen, reading, batch_rows=SAMPLED))
     return pa.concat_tables(tables) if tables else decoded_schema(user_fields(chosen.schema)).empty_table()
 
 

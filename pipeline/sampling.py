@@ -2,7 +2,6 @@
 
 import statistics
 import time
-from functools import partial
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -10,7 +9,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.images.fetch import fetch_rows
-from pipeline.images.stage import fetch_and_decode
+from pipeline.images.stage import Reading, fetch_and_decode
 from pipeline.models.cost import forward_flop
 from pipeline.opening import ask
 from pipeline.planning import Costs, Device, row_bytes
@@ -67,19 +66,11 @@ def from_source(spec: JobSpec) -> Sample:
     if question.info is None:
         raise SourceError("a plan needs a model: --backend null computes nothing")
     chosen, listed = sample_rows(spec, DECODED)
-    decode = partial(
-        fetch_and_decode,
-        preprocessing=question.info.preprocessing,
-        fetch=spec.fetch,
-        decode=spec.decode,
-        image_column=spec.image_column,
-        storage_options=spec.storage_options,
-        batch_rows=DECODED,
-    )
+    reading = Reading.of(spec, question.info.preprocessing)
     # Once for what the first image loads, then for the clock; CPU time, so that a busy machine does not count double.
-    list(decode(chosen.slice(0, 2)))
+    list(fetch_and_decode(chosen.slice(0, 2), reading, batch_rows=DECODED))
     started = time.process_time()
-    rows = pa.concat_tables(decode(chosen))
+    rows = pa.concat_tables(fetch_and_decode(chosen, reading, batch_rows=DECODED))
     decode_s = (time.process_time() - started) / rows.num_rows
     if rows["pixels"].null_count == rows.num_rows:
         raise SourceError(f"none of {rows.num_rows} sampled images could be decoded: {rows['message'][0].as_py()}")

@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import pyarrow as pa
 
@@ -17,17 +17,29 @@ from pipeline.images.isolated import decode_isolated
 from pipeline.images.transform import Pixels
 from schemas.errors import ImageError
 from schemas.preprocessing import Preprocessing
-from schemas.spec import FetchSpec
+from schemas.spec import FetchSpec, JobSpec
+
+
+class Reading(NamedTuple):
+    """How images come in: what the model wants of them, how they are fetched and decoded, the column of tables that
+    holds them, and the options of the stores."""
+
+    preprocessing: Preprocessing
+    fetch: FetchSpec = FetchSpec()
+    decode: DecodeMode = "exact"
+    image_column: str = "image"
+    storage_options: Mapping[str, Any] = {}
+
+    @classmethod
+    def of(cls, spec: JobSpec, preprocessing: Preprocessing) -> Self:
+        """As the job reads them."""
+        return cls(preprocessing, spec.fetch, spec.decode, spec.image_column, spec.storage_options)
 
 
 def fetch_and_decode(
     manifest: pa.Table,
+    reading: Reading,
     *,
-    preprocessing: Preprocessing,
-    fetch: FetchSpec,
-    decode: DecodeMode,
-    image_column: str,
-    storage_options: Mapping[str, Any],
     batch_rows: int,
     guard: CrashGuard | None = None,
     fetched_bytes: Callable[[int], None] = lambda count: None,
@@ -39,10 +51,12 @@ def fetch_and_decode(
     of files arrived, batch by batch.
     """
     prepare_process()
-    height, width = preprocessing.output_size
+    height, width = reading.preprocessing.output_size
     batch_rows = max(1, min(batch_rows, MAX_PIXEL_BYTES // (height * width * 3)))
-    spec = DecodeSpec(preprocessing, decode, fetch.max_pixels)
-    fetched = fetch_rows(manifest, fetch=fetch, image_column=image_column, storage_options=storage_options)
+    spec = DecodeSpec(reading.preprocessing, reading.decode, reading.fetch.max_pixels)
+    fetched = fetch_rows(
+        manifest, fetch=reading.fetch, image_column=reading.image_column, storage_options=reading.storage_options
+    )
     for start in range(0, manifest.num_rows, batch_rows):
         rows = manifest.slice(start, batch_rows)
         builder = BatchBuilder(rows.num_rows, height, width)

@@ -33,7 +33,7 @@ def spec_for(out: Path, **values: object) -> JobSpec:
 def test_through_ray_or_called_directly_is_the_same(
     tmp_path: Path, connect: Connect, pictures: Path, checkpoint: Path
 ) -> None:
-    from pipeline.images.stage import fetch_and_decode
+    from pipeline.images.stage import Reading, fetch_and_decode
     from pipeline.models import inspect_model
     from pipeline.predictors.batches import Wanted
     from pipeline.predictors.torch_predictor import TorchPredictor
@@ -49,10 +49,7 @@ def test_through_ray_or_called_directly_is_the_same(
     (manifest_file,) = (tmp_path / "o" / "manifest").glob("*.parquet")
     part = ManifestPart(manifest_file.name, 0, summary.rows)
     manifest = pa.concat_tables(read_rows(spec.out, [part], np.array([[0, summary.rows]]), {}))
-    decoded = fetch_and_decode(
-        manifest, preprocessing=info.preprocessing, fetch=spec.fetch, decode="exact", image_column="image",
-        storage_options={}, batch_rows=16,
-    )  # fmt: skip
+    decoded = fetch_and_decode(manifest, Reading(info.preprocessing), batch_rows=16)
     predict = TorchPredictor(info, wanted, dtype="float32", batch_size=16)
     direct = pa.concat_tables(predict(batch) for batch in decoded).sort_by("row")
     good = direct.filter(pa.compute.is_null(direct["error"]))

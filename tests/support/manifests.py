@@ -6,9 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.images.stage import fetch_and_decode
+from pipeline.images.stage import Reading, fetch_and_decode
 from schemas.preprocessing import Preprocessing
-from schemas.spec import FetchSpec
 from schemas.tables import manifest_schema
 
 SMALL = Preprocessing(resize=(32, 32))
@@ -35,12 +34,5 @@ def decode_all(manifest: pa.Table, **options: Any) -> pa.Table:
 
 def decode_batches(manifest: pa.Table, **options: Any) -> Iterator[pa.Table]:
     """The tables of `fetch_and_decode` one by one."""
-    settings: dict[str, Any] = {
-        "preprocessing": SMALL,
-        "fetch": FetchSpec(),
-        "decode": "exact",
-        "image_column": "image",
-        "storage_options": {},
-        "batch_rows": 16,
-    }
-    return fetch_and_decode(manifest, **{**settings, **options})
+    reading = {name: options.pop(name) for name in Reading._fields if name in options}
+    return fetch_and_decode(manifest, Reading(**{"preprocessing": SMALL, **reading}), **{"batch_rows": 16, **options})
