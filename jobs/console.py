@@ -20,6 +20,7 @@ from jobs.directory import emit, show_rows, with_options
 if TYPE_CHECKING:
     from pipeline.flow import Summary
     from pipeline.progress import Progress
+    from schemas.attempt import Distance
 
 _PLAIN_EVERY_S = 10.0
 _PHASES = {
@@ -157,6 +158,13 @@ def print_summary(
     emit(typer.style(f"next: {told}", bold=True))
 
 
+def _precision(off: "Distance") -> str:
+    if not off.images:
+        return f"{off.dtype}: not compared with float32, for no image that was tried gave features"
+    distance = f"cosine to float32 {off.median:.5f} in the median, {off.least:.5f} at least"
+    return f"{off.dtype}: {distance}, over {off.images} of these images"
+
+
 def _summary_rows(summary: "Summary", report: str | None, attention: str | None) -> list[tuple[str, str]]:
     attempt = summary.attempt
     rows = [("images", f"{summary.images:,} of {summary.rows:,}"), ("failures", f"{summary.failures:,}")]
@@ -169,9 +177,7 @@ def _summary_rows(summary: "Summary", report: str | None, attention: str | None)
         rows.append(("this attempt", pace))
         rows.append(("work by stage", ", ".join(f"{name} {duration(value)}" for name, value in work)))
         if attempt.distance:
-            off = attempt.distance
-            distance = f"cosine to float32 {off.median:.5f} in the median, {off.least:.5f} at least"
-            rows.append(("precision", f"{off.dtype}: {distance}, over {off.images} of these images"))
+            rows.append(("precision", _precision(attempt.distance)))
     else:
         rows.append(("this attempt", "nothing was left to do"))
     places = (("report", report), ("attention maps", attention))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import ray
 
 from pipeline.decoding import DecodeJob, cut, decode_rows, forget_crashes
-from pipeline.distance import IMAGES, measure_distance
+from pipeline.distance import known_distance, measure_distance, rows_to_measure, warn_of_nothing
 from pipeline.images.stage import Reading
 from pipeline.models.precision import MEASURED
 from pipeline.opening import Opened, Question, ask, open_directory
@@ -135,6 +135,7 @@ def _work(
     try:
         if question.dtype in MEASURED:
             attempt.distance = _distance(question, opened, placement, rest)
+            attempts.note(spec.out, attempt, spec.storage_options)  # now, for whoever goes on after a kill
         for _ in range(_MAX_PASSES):
             dataset = build(question, opened, placement, rest)
             with closing(commit_stream(_bundles(dataset), job, spec.sink, late=count)) as events:
@@ -160,11 +161,16 @@ def _work(
     )
 
 
-def _distance(question: Question, opened: Opened, placement: Placement, rest: Spans) -> Distance | None:
-    """How far this precision is from float32, measured where an actor would run."""
+def _distance(question: Question, opened: Opened, placement: Placement, rest: Spans) -> Distance:
+    """How far this precision is from float32: as an earlier attempt found, else measured where an actor would run."""
+    spec = question.spec
+    if known := known_distance(attempts.read_attempts(spec.out, spec.storage_options), question.dtype):
+        return known
+    looks = rows_to_measure(rest)
     measure = ray.remote(num_cpus=placement.actor_cpus, num_gpus=placement.actor_gpus)(measure_distance)
     decode = _decode_job(question, opened, placement)
-    found: Distance | None = ray.get(measure.remote(question, placement, next(cut(rest, [IMAGES])), decode))
+    found: Distance = ray.get(measure.remote(question, placement, looks, decode))
+    warn_of_nothing(found, looks)
     return found
 
 

@@ -27,14 +27,15 @@ class StageSeconds(BaseModel):
 
 
 class Distance(BaseModel):
-    """Cosine of the features in `dtype` to those in float32, over `images` of the run's own."""
+    """Cosine of the features in `dtype` to those in float32, over `images` of the run's own; of none where all rows
+    that were tried failed."""
 
     model_config = ConfigDict(extra="forbid")
 
     dtype: str
     images: int
-    median: float
-    least: float
+    median: float | None = None
+    least: float | None = None
 
 
 class AttemptRecord(BaseModel):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.distance import compare, cosines
+from pipeline.distance import compare, cosines, rows_to_measure
 from schemas.errors import SpecError
 
 GOOD = np.array([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
@@ -39,3 +39,17 @@ def test_the_lesser_of_several_vectors_counts() -> None:
     found = compare("int8", {"cls": turned, "pooled": GOOD}, {"cls": GOOD, "pooled": GOOD}, "m")
     assert found is not None
     assert found.median == pytest.approx(0.999, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "first", "tried"), [(5, 5, 5), (16, 16, 16), (40, 16, 40), (300, 16, 256), (10**9, 16, 256)]
+)
+def test_pictures_are_looked_for_in_front_and_all_over(rows: int, first: int, tried: int) -> None:
+    rest = np.array([[7, 7 + rows // 2], [10 + rows // 2, 10 + rows]])
+    looks = [[(span["start"], span["stop"]) for span in look.to_pylist()] for look in rows_to_measure(rest)]
+    spans = [span for look in looks for span in look]
+    assert sum(stop - start for start, stop in looks[0]) == first
+    assert spans[0][0] == 7
+    assert sum(stop - start for start, stop in spans) == tried
+    assert spans == sorted(spans)
+    assert spans[-1][1] > 7 + 0.9 * rows
