@@ -87,9 +87,11 @@ def predicted_table(
 ) -> pa.Table:
     """The predicted table for a decoded one; `predictions` belong to the rows `good`.
 
-    A row whose features or scores are not finite becomes a failure. `predict_s` is shared out over good rows.
+    A row whose features, as they are stored, or scores are not finite becomes a failure. `predict_s` is shared out over
+    good rows.
     """
     rows = decoded.num_rows
+    predictions = predictions._replace(features=_as_stored(predictions.features, wanted))
     finite = _finite(predictions, len(good))
     columns = {name: decoded[name] for name in decoded.column_names if name not in {"pixels", "predict_s"}}
     if not finite.all():
@@ -125,6 +127,13 @@ def failed_table(
     return pa.table([columns[name] for name in schema.names], schema=schema)
 
 
+def _as_stored(features: Mapping[str, Numbers], wanted: Wanted) -> dict[str, Numbers]:
+    """`features` in the types of their fields: of what float16 cannot hold, infinity is left."""
+    kinds = {field.name: _leaf(field.type).to_pandas_dtype() for field in wanted.fields}
+    with np.errstate(over="ignore"):
+        return {name: np.asarray(values, kinds[name]) for name, values in features.items()}
+
+
 def _finite(predictions: Predictions, count: int) -> npt.NDArray[np.bool_]:
     finite = np.ones(count, bool)
     for values in predictions.features.values():
@@ -156,11 +165,10 @@ def _mark_failed(
 
 def _feature(values: Numbers, kept: npt.NDArray[np.intp], rows: int, field: pa.Field) -> pa.Array:
     """Fixed-size lists, nested as `field` says; null in rows that are not in `kept`."""
-    numpy_type = _leaf(field.type).to_pandas_dtype()
     if len(kept) == rows:
-        items = _lists(np.ascontiguousarray(values, numpy_type).reshape(-1), field.type.value_type)
+        items = _lists(np.ascontiguousarray(values).reshape(-1), field.type.value_type)
         return pa.FixedSizeListArray.from_arrays(items, type=field.type)
-    spread = np.zeros((rows, *values.shape[1:]), numpy_type)
+    spread = np.zeros((rows, *values.shape[1:]), values.dtype)
     spread[kept] = values
     missing = np.ones(rows, bool)
     missing[kept] = False

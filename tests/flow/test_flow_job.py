@@ -63,6 +63,22 @@ def test_through_ray_or_called_directly_is_the_same(
     assert best == [[label["index"] for label in labels] for labels in good["labels"].to_pylist()]
 
 
+def test_features_in_float16(tmp_path: Path, connect: Connect, pictures: Path) -> None:
+    """A final norm that gives more than 65,504: in float32 an image like others."""
+    folder = make_checkpoint(tmp_path / "model", "vit")
+    weights = load_file(folder / "model.safetensors")
+    values = {"sources": [str(pictures)], "model": str(folder), "limit": 4, "feature_dtype": "float16"}
+    assert run(spec_for(tmp_path / "small", **values), connect).images == 4
+    written = table(tmp_path / "small")
+    assert str(written["cls"].type.value_type) == str(written["pooled"].type.value_type) == "halffloat"
+    assert np.isfinite(np.array(written["cls"].to_pylist())).all()
+    weights["layernorm.bias"][0] = 70_000
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    summary = run(spec_for(tmp_path / "large", **values), connect)
+    assert (summary.images, summary.failures) == (0, 4)
+    assert set(table(tmp_path / "large", "failures")["error"].to_pylist()) == {"NotFinite"}
+
+
 def test_a_run_is_not_repeated_and_not_mixed(
     tmp_path: Path, connect: Connect, pictures: Path, checkpoint: Path
 ) -> None:

@@ -34,6 +34,19 @@ def test_a_patch_that_is_not_finite_fails_its_image_alone(bad: float) -> None:
     assert str(table.schema.field("patches").type) == str(wanted.fields[0].type)
 
 
+def test_a_vector_that_float16_cannot_hold_fails_its_image_alone() -> None:
+    vectors = np.full((4, 3), 65_504, np.float32)
+    vectors[1, 2] = 65_520  # the least that is rounded to infinity
+    wanted = Wanted(("cls",), (3,), "float16", 0, (), False)
+    table = predicted_table(decoded(), np.array([0, 1, 3, 4]), Predictions({"cls": vectors}), wanted, 1.0)
+    assert table["error"].to_pylist() == [None, "NotFinite", None, None, None]
+    assert table["cls"].is_valid().to_pylist() == [True, False, False, True, True]
+    assert table["cls"].to_pylist()[4] == [65_504] * 3
+    wide = wanted._replace(feature_dtype="float32")
+    table = predicted_table(decoded(), np.array([0, 1, 3, 4]), Predictions({"cls": vectors}), wide, 1.0)
+    assert table["error"].null_count == len(table)
+
+
 def test_labels_are_ranked_where_the_scores_of_all_but_the_first_are_zero() -> None:
     logits = np.array([[-900, 0, -300, -300]], np.float32)
     scores, indices = top_labels(logits, np.array([[0, 1, 0, 0]], np.float32), 3)
