@@ -167,3 +167,16 @@ def test_an_npz_of_other_arrays(tmp_path: Path, network: str, damage: Any) -> No
     found = refusal(tmp_path)
     assert str(tmp_path) in found
     assert "its tensors or its config are not those of" in found
+
+
+@pytest.mark.parametrize("kind", ["vit", "deit"])
+def test_a_pooler_with_another_activation(tmp_path: Path, kind: str) -> None:
+    folder = make_checkpoint(tmp_path / kind, kind, **SMALL)
+    assert inspect_model(str(folder)).pooled == "pooler"
+    edit(folder / "config.json", pooler_act="gelu")
+    assert "pooler_act 'gelu' is not supported; only tanh is" in refusal(folder)
+
+
+def test_without_a_pooler_its_activation_does_not_matter(folder: Path) -> None:
+    edit(folder / "config.json", pooler_act="gelu")
+    assert inspect_model(str(folder)).pooled == "mean_patch_tokens"

@@ -2,7 +2,16 @@
 
 from pipeline.models.architecture import Architecture, HeadInput
 from pipeline.models.formats.format import Config, Format, Shapes, Spelling
-from pipeline.models.formats.hugging_face import DEFAULTS, by_model_type, classes, common, has, prefixed, spelling
+from pipeline.models.formats.hugging_face import (
+    DEFAULTS,
+    by_model_type,
+    classes,
+    common,
+    has,
+    pooling,
+    prefixed,
+    spelling,
+)
 
 
 def architecture(config: Config, shapes: Shapes) -> Architecture:
@@ -10,15 +19,13 @@ def architecture(config: Config, shapes: Shapes) -> Architecture:
     config = {**DEFAULTS, **config}
     both = has(shapes, "distillation_classifier.weight")
     labels = classes(config, shapes, "cls_classifier" if both else "classifier")
-    pooler = has(shapes, "pooler.dense.weight", "deit.pooler.dense.weight")
     head_input: HeadInput = "cls_and_distillation" if both else "cls"
     return Architecture(
         network="vit",
         **common(config),
         qkv_bias="all" if config["qkv_bias"] else "none",
         distillation_token=True,
-        pooled="pooler" if pooler else "mean_patch_tokens",
-        projection_width=int(config.get("pooler_output_size") or 0) if pooler else 0,
+        **pooling(config, shapes, "deit."),
         head_input=head_input if labels else "none",
         num_labels=labels,
     )

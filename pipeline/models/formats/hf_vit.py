@@ -2,23 +2,18 @@
 
 from pipeline.models.architecture import Architecture
 from pipeline.models.formats.format import Config, Format, Shapes, Spelling
-from pipeline.models.formats.hugging_face import DEFAULTS, by_model_type, classes, common, has, prefixed, spelling
-from schemas.errors import CheckpointError
+from pipeline.models.formats.hugging_face import DEFAULTS, by_model_type, classes, common, pooling, prefixed, spelling
 
 
 def architecture(config: Config, shapes: Shapes) -> Architecture:
-    """The classifier reads CLS; `pooled` is the trained pooler if there is one, else the mean of the patch tokens."""
+    """The classifier reads CLS."""
     config = {**DEFAULTS, **config}
-    pooler = has(shapes, "pooler.dense.weight", "vit.pooler.dense.weight")
-    if pooler and config.get("pooler_act", "tanh") != "tanh":
-        raise CheckpointError(f"config.json: pooler_act {config['pooler_act']!r} is not supported; only tanh is")
     labels = classes(config, shapes)
     return Architecture(
         network="vit",
         **common(config),
         qkv_bias="all" if config["qkv_bias"] else "none",
-        pooled="pooler" if pooler else "mean_patch_tokens",
-        projection_width=int(config.get("pooler_output_size") or 0) if pooler else 0,
+        **pooling(config, shapes, "vit."),
         head_input="cls" if labels else "none",
         num_labels=labels,
     )

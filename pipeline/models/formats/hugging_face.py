@@ -92,6 +92,18 @@ def common(config: Config) -> dict[str, Any]:
     }
 
 
+def pooling(config: Config, shapes: Shapes, prefix: str) -> dict[str, Any]:
+    """Fields of `Architecture` for `pooled`: the trained pooler if there is one, else the mean of the patch tokens.
+
+    Raises CheckpointError for a pooler with another activation than tanh.
+    """
+    if not has(shapes, "pooler.dense.weight", f"{prefix}pooler.dense.weight"):
+        return {"pooled": "mean_patch_tokens"}
+    if config.get("pooler_act", "tanh") != "tanh":
+        raise CheckpointError(f"config.json: pooler_act {config['pooler_act']!r} is not supported; only tanh is")
+    return {"pooled": "pooler", "projection_width": int(config.get("pooler_output_size") or 0)}
+
+
 def has(shapes: Shapes, *names: str) -> bool:
     """Whether one of the tensors is there."""
     return any(name in shapes for name in names)
