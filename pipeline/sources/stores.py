@@ -1,12 +1,15 @@
 """The objects of a store, page by page: local disks, S3, Google Cloud Storage, web servers' index pages, any other."""
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from fsspec import AbstractFileSystem
+from fsspec.asyn import sync
 
 from pipeline.sources.reading import patiently
 
@@ -115,11 +118,38 @@ def crawl(fs: AbstractFileSystem, url: str, enter: Enter = lambda path: True) ->
         stack += reversed(folders)
 
 
-def _links(fs: AbstractFileSystem, page: str) -> list[str]:
-    found: list[str] = patiently(page, lambda: fs.ls(page, detail=False))
-    return [
-        link for link in found if link.startswith(page) and not urlsplit(link).query and not urlsplit(link).fragment
-    ]
+async def _text_of(fs: Any, page: str) -> str:
+    session = await fs.set_session()
+    async with session.get(fs.encode_url(page), **fs.kwargs) as response:
+        fs._raise_not_found_for_status(response, page)
+        kind = response.headers.get("Content-Type", "text/html").partition(";")[0]
+        return str(await response.text(errors="ignore")) if kind == "text/html" else ""
+
+
+class _Anchors(HTMLParser):
+    """What the `href` of each `<a>` says, its character references (`&amp;`) resolved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hrefs: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "a":
+            self.hrefs += [value.strip() for name, value in attrs if name == "href" and value]
+
+
+def _links(fs: AbstractFileSystem, page: str) -> set[str]:
+    anchors = _Anchors()
+    anchors.feed(patiently(page, lambda: sync(fs.loop, _text_of, fs, page)))
+    anchors.close()
+    folder, found = urljoin(page, "."), set()
+    for href in anchors.hrefs:
+        with contextlib.suppress(ValueError):  # brackets that are no host's: it leads nowhere
+            link = urljoin(page, href)
+            if link.startswith(folder) and not urlsplit(link).query and not urlsplit(link).fragment:
+                # Joining tidies what is above (`//`, `..`); the server is asked as the page was named.
+                found.add(page + link.removeprefix(folder))
+    return found
 
 
 def walk_any(fs: AbstractFileSystem, base: str, address: Callable[[str], str]) -> Iterator[Entry]:

@@ -158,6 +158,34 @@ def test_links_that_sort_the_index_anew_are_no_files(tmp_path: Path, http_server
     assert listed(f"{server.url}/photos/") == [f"{server.url}/photos/x.jpg"]
 
 
+def test_a_link_is_read_as_a_browser_reads_it(tmp_path: Path, http_server: Callable[..., HttpServer]) -> None:
+    """Apache writes `&amp;` for the `&` of a name, and quotes no apostrophe."""
+
+    def page(path: str, *hrefs: str) -> Rule:
+        links = "".join(f"<li><a class='x' href={href}>link</a>" for href in hrefs)
+        return Rule("status", path=path, status=200, body=f"<html><!-- <a href='no.jpg'> --><ul>{links}</ul></html>")
+
+    names = ['"Tom%20&amp;%20Jerry.jpg"', '"it\'s.jpg"', "'say&quot;a&quot;.jpg'", "bare.jpg"]
+    folders = ['"Bob\'s/"', '"R&amp;D/"']
+    outside = ('"../"', '"Bob\'s/../../q/y.jpg"', '"//h.example/p/z.jpg"', '"mailto:me@h.example"', "'http://[::/'")
+    server = http_server(
+        tmp_path,
+        [
+            page("/p/", *names, *folders, *outside, '"x.jpg?C=M&amp;O=A"'),
+            page("/p/Bob's/", '"1.jpg"', '"./a:b.jpg"'),
+            page("/p/R&D/", '"R&amp;D.jpg"', '"/p/R&amp;D/2.jpg"'),
+        ],
+    )
+    assert listed(f"{server.url}/p/", below=f"{server.url}/p") == [
+        *("Tom%20&%20Jerry.jpg", "bare.jpg", "it's.jpg", 'say"a".jpg'),
+        *("Bob's/1.jpg", "Bob's/a:b.jpg", "R&D/2.jpg", "R&D/R&D.jpg"),
+    ]
+    whole = f"{server.url}/p/it's.jpg"
+    server.control.set_rules(page("/p/", f'"{whole}"'))
+    assert listed(f"{server.url}/p/") == [whole]
+    assert listed(f"{server.url}//x/../p/") == [f"{server.url}//x/../p/it's.jpg"]
+
+
 def test_an_index_that_is_not_there(tmp_path: Path, http_server: Callable[..., HttpServer]) -> None:
     server = http_server(tmp_path, [Rule("status", path="/closed/", status=403)])
     with pytest.raises(SourceError, match="/none/: no such file"):
