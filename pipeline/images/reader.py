@@ -88,7 +88,7 @@ class Reader:
         fs = self._file_systems.get(kind)
         if fs is None:
             with self._opening:
-                fs = self._file_systems.get(kind) or self._open(kind, url)
+                fs = self._file_systems.get(kind) or self._open(kind)
                 self._file_systems[kind] = fs
         return fs, url if kind == "http" else str(fs._strip_protocol(url))
 
@@ -105,8 +105,9 @@ class Reader:
             except Exception:  # noqa: BLE001  the row's own read meets the same error and reports it
                 return
 
-    def _open(self, kind: str, url: str) -> AbstractFileSystem:
-        fs, _ = open_filesystem("https://" if kind == "http" else url, self._options)
+    def _open(self, kind: str) -> AbstractFileSystem:
+        # Without an address, which might name a version: the drivers would then look for one in every other.
+        fs, _ = open_filesystem("https://" if kind == "http" else f"{kind}://", self._options)
         return _single_try_s3(fs, self._concurrency) if kind == "s3" else fs
 
 
@@ -206,7 +207,8 @@ async def _read_gcs(fs: Any, path: str, extent: Extent | None, max_bytes: int, n
 
 
 async def _read_s3(fs: Any, path: str, extent: Extent | None, max_bytes: int, need: Need, etag: str | None) -> bytes:
-    bucket, key, version = fs.split_path(path)
+    bucket, key, _ = fs.split_path(path)
+    version = path.partition("?versionId=")[2]
     options = {"VersionId": version} if version else {}
     if extent is not None:
         options["Range"] = f"bytes={extent.start}-{extent.start + extent.length - 1}"

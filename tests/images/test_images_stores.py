@@ -7,6 +7,7 @@ import threading
 import zipfile
 
 import pytest
+import s3fs
 from botocore.exceptions import ClientError
 from PIL import Image
 from s3fs.errors import translate_boto_error
@@ -62,6 +63,24 @@ def test_two_colons_in_a_key_are_no_chain(store):
     table = decode_all(manifest_of(urls[::-1]), storage_options=store.storage_options)
     assert table["error"].to_pylist() == [None] * 3
     assert [pixels[0] for pixels in table["pixels"].to_pylist()] == [2, 1, 0]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_version_is_the_one_that_its_address_names_whichever_row_leads(s3_server, first):
+    bucket, fs = s3_server.make_bucket(), s3fs.S3FileSystem(**s3_server.storage_options)
+    fs.call_s3("put_bucket_versioning", Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    old, _ = [fs.call_s3("put_object", Bucket=bucket, Key="a?.png", Body=png(n))["VersionId"] for n in (1, 2)]
+    urls = [f"s3://{bucket}/a?.png?versionId={old}", f"s3://{bucket}/a?.png"]
+    table = decode_all(manifest_of([urls[first], urls[1 - first]]), storage_options=s3_server.storage_options)
+    assert shades(table) == [1 + first, 2 - first], table["message"]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_number_behind_a_hash_is_part_of_the_key_whichever_row_leads(gcs_server, first):
+    bucket = gcs_server.make_bucket()
+    urls = [gcs_server.put(bucket, name, png(n)) for n, name in enumerate(("photo", "photo#2"), 1)]
+    table = decode_all(manifest_of([urls[first], urls[1 - first]]), storage_options=gcs_server.storage_options)
+    assert shades(table) == [1 + first, 2 - first], table["message"]
 
 
 def test_one_request_for_an_object_of_known_or_unknown_size(store, filled, flaky_proxy):
@@ -262,7 +281,7 @@ def test_one_client_serves_all_threads_and_later_calls(store, filled, monkeypatc
     """Setting one up costs S3 half a second; fsspec would make one for each thread and call."""
     seen = []
     original = Reader._open
-    monkeypatch.setattr(Reader, "_open", lambda self, kind, url: seen.append(original(self, kind, url)) or seen[-1])
+    monkeypatch.setattr(Reader, "_open", lambda self, kind: seen.append(original(self, kind)) or seen[-1])
     for _ in range(3):
         table = decode_all(manifest_of(filled * 4), storage_options=store.storage_options)
         assert table["error"].null_count == 40
