@@ -193,7 +193,11 @@ def connect(info: ModelInfo, wanted: Wanted, spec: TritonSpec, connect_s: float)
     def check(config: Mapping[str, Any]) -> ServedModel:
         return check_model(config, info, wanted, name)
 
-    return Connection(spec, name, check, connect_s)
+    try:
+        return Connection(spec, name, check, connect_s)
+    except DeadlineMissed as error:
+        # No miss of a request's: whose server does not answer even this waits, as long as for one that is gone.
+        raise ServerAway(str(error)) from error
 
 
 def drop(connection: Connection | None) -> None:

@@ -3,13 +3,14 @@
 import contextlib
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from support.ports import free_port
+from support.ports import LOOPBACK, free_port
 from support.served_model import Exported, assert_same, decoded, export, predicting, with_torch
 from support.triton import LONGEST_START_S, server_folder, triton_server
 
@@ -40,6 +41,18 @@ def test_a_server_that_never_returns_makes_failures_and_not_a_hang(exported: Exp
     assert first["row"].to_pylist() == list(range(5))
     assert set(second["error"].to_pylist()) == {"ServerAway"}
     assert second["cls"].null_count == 5
+
+
+def test_rows_wait_for_a_machine_that_has_gone_silent(exported: Exported) -> None:
+    """Connections are taken and nothing is ever said: each try ends by its own limit, which is no reason to give up."""
+    with socket.create_server((LOOPBACK, 0)) as silent:
+        spec = TritonSpec(url=f"grpc://{LOOPBACK}:{silent.getsockname()[1]}", deadline_s=0.2, outage_s=5.0, in_flight=1)
+        with predicting(exported, spec) as predict:
+            started = time.monotonic()
+            result = predict(decoded(2))
+            assert 4.9 < time.monotonic() - started < 60
+    assert result["error"].to_pylist() == ["ServerAway"] * 2
+    assert result["retryable"].to_pylist() == [True] * 2
 
 
 def test_rows_wait_for_a_server_that_is_killed_and_comes_back(exported: Exported, log_dir: Path) -> None:
