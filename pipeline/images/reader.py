@@ -14,7 +14,14 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem, sync
 
 from pipeline.images.archives import Archives
-from pipeline.images.verdict import HttpStatusError, TruncatedBodyError, answered, changed, too_many_bytes
+from pipeline.images.verdict import (
+    HttpStatusError,
+    TokenRefusedError,
+    TruncatedBodyError,
+    answered,
+    changed,
+    too_many_bytes,
+)
 from pipeline.storage import is_chained, is_local, open_filesystem, scheme
 from schemas.errors import ImageError
 
@@ -185,6 +192,15 @@ async def _read_http(fs: Any, url: str, extent: Extent | None, max_bytes: int, n
 
 
 async def _read_gcs(fs: Any, path: str, extent: Extent | None, max_bytes: int, need: Need, etag: str | None) -> bytes:
+    try:
+        return await _get_gcs(fs, path, extent, max_bytes, need, etag)
+    except HttpStatusError as error:
+        if error.status == 401:
+            raise TokenRefusedError(str(error)) from None
+        raise
+
+
+async def _get_gcs(fs: Any, path: str, extent: Extent | None, max_bytes: int, need: Need, etag: str | None) -> bytes:
     from pipeline.images.http import get_bytes
 
     session = await fs._set_session()

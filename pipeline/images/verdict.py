@@ -22,6 +22,10 @@ class HttpStatusError(Exception):
         self.retry_after_s = retry_after_s
 
 
+class TokenRefusedError(Exception):
+    """Google Cloud Storage answered 401: no token, or one that is over. An object that is out of reach is a 403."""
+
+
 class TruncatedBodyError(Exception):
     """The body ended before the length that its header promised."""
 
@@ -87,6 +91,7 @@ _BY_CLASS_NAME = {
     "CredentialRetrievalError": _NO_CREDENTIALS,
     "TokenRetrievalError": _NO_CREDENTIALS,
     "GoogleAuthError": _NO_CREDENTIALS,
+    "TokenRefusedError": _NO_CREDENTIALS,
     "InvalidURL": _BAD_ADDRESS,
     "NonHttpUrlClientError": _BAD_ADDRESS,
     "TooManyRedirects": _BAD_ADDRESS,
@@ -129,6 +134,8 @@ def judge(error: BaseException) -> Verdict:
     if any(kind.__name__ == "HttpProcessingError" for kind in type(error.__cause__).__mro__):
         return _UNREADABLE
     status = _whole(getattr(error, "status", None) or getattr(error, "code", None))
+    if status == 401 and type(error).__module__.partition(".")[0] == "gcsfs":
+        return _NO_CREDENTIALS
     if status is not None and 400 <= status < 600:
         return _judge_status(status, None)
     if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO:

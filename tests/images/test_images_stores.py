@@ -8,15 +8,12 @@ import zipfile
 
 import pytest
 import s3fs
-from botocore.exceptions import ClientError
 from PIL import Image
-from s3fs.errors import translate_boto_error
 from support.faults import Rule
 from support.manifests import decode_all, manifest_of
 from support.shards import listed, shades
 
 from pipeline.images.reader import Reader
-from pipeline.images.verdict import judge
 from schemas.errors import SourceError
 from schemas.spec import FetchSpec
 
@@ -124,45 +121,6 @@ def test_a_denied_object_is_asked_for_once(store, filled, flaky_proxy):
     (row,) = decode_all(manifest_of(filled[:1]), storage_options=proxy.server.storage_options).to_pylist()
     assert (row["error"], row["retryable"], row["attempts"]) == ("Forbidden", False, 1)
     assert proxy.control.requests() == 1
-
-
-NOT_RENEWED = [
-    (400, "ExpiredToken"),
-    (400, "InvalidToken"),
-    (400, "TokenRefreshRequired"),
-    (403, "RequestTimeTooSkewed"),
-]
-
-
-@pytest.mark.parametrize(("status", "code"), NOT_RENEWED)
-def test_a_token_that_was_not_renewed_is_no_fault_of_the_object(s3_server, flaky_proxy, status, code):
-    url = s3_server.put(s3_server.make_bucket(), "a.png", png(3))
-    proxy = flaky_proxy(s3_server, [Rule("status", status=status, code=code)])
-    (row,) = decode_all(manifest_of([url]), storage_options=proxy.server.storage_options).to_pylist()
-    assert (row["error"], row["retryable"], row["attempts"]) == ("NoCredentials", True, 1)
-    assert code in row["message"]
-    proxy.control.set_rules()
-    assert shades(decode_all(manifest_of([url]), storage_options=proxy.server.storage_options)) == [3]
-
-
-@pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize(
-    ("status", "code", "error", "retryable"),
-    [
-        *((status, code, "NoCredentials", True) for status, code in NOT_RENEWED),
-        (400, "ExpiredTokenException", "NoCredentials", True),  # of the service that gives out tokens
-        (400, "InvalidArgument", "Http400", False),
-        (403, "AccessDenied", "Forbidden", False),
-        (403, "SignatureDoesNotMatch", "Forbidden", False),
-        (404, "NoSuchKey", "NotFound", False),
-        (503, "SlowDown", "Throttled", True),
-    ],
-)
-def test_what_s3_says_goes_before_its_status(status, code, error, retryable, wrapped):
-    response = {"Error": {"Code": code, "Message": ""}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    raised = ClientError(response, "GetObject")
-    verdict = judge(translate_boto_error(raised) if wrapped else raised)
-    assert (verdict.error, verdict.retryable) == (error, retryable)
 
 
 def test_a_stalled_object_times_out(store, filled, flaky_proxy):
