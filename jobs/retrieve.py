@@ -219,6 +219,7 @@ def index(
 ) -> int:
     """Build a faiss index for `search --index`, bring it up to date, or measure it."""
     from pipeline.retrieval import index as indexes
+    from pipeline.retrieval.index_kinds import check_kind
     from pipeline.retrieval.output import check_name
     from pipeline.retrieval.recall import evaluate as measure
     from pipeline.retrieval.recall import tune
@@ -226,7 +227,7 @@ def index(
     check_name(name)
     if update and (others := options_given(context, *_BUILT_WITH)):
         raise SpecError(f"--update keeps an index as it was built; leave out {others}, or build it anew")
-    checked = indexes.check_kind(kind) if kind else None
+    checked = check_kind(kind) if kind else None
     if ray is not None:
         from pipeline.retrieval.ray_index import check_in_pieces
 

@@ -1,37 +1,24 @@
 """Approximate search: a faiss index under `DIR/index/NAME/`, with a record of what it was built from.
 
-    vectors.faiss    the index; the id of a vector is the id of its row
-    index.json       kind, feature, preparation, the run, the parts, recall; written last
-
-The kind is chosen by size: exact (`flat`) where that takes milliseconds, inverted lists (`ivf-flat`) while the
-vectors fit in memory, product-quantised lists (`ivf-pq`) beyond. `hnsw` is there for the asking.
+vectors.faiss    the index; the id of a vector is the id of its row
+index.json       kind, feature, preparation, the run, the parts, recall; written last
 """
 
 import errno
 import os
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.retrieval.arrays import Floats, Ints, Preparation
+from pipeline.retrieval.index_kinds import Kind, check_kind, kind_for, new_index, train
 from pipeline.retrieval.matrix import Matrix
 from pipeline.retrieval.output import check_name, list_folders, replacing, staged, write_json
 from pipeline.retrieval.store import FeatureStore
 from pipeline.storage import is_local, join, read_json, redact
-from schemas.errors import OutputError, SpecError
-
-Kind = Literal["flat", "ivf-flat", "ivf-pq", "hnsw"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-
-_FLAT_ROWS = 20_000
-_FLAT_BYTES = 8 * 1024**3
-_SAMPLE_PER_LIST = 40
-_TRAINING_ROUNDS = 10
-_PQ_BITS = 8
-_HNSW_LINKS = 32
-_SEED = 29
+from schemas.errors import OutputError
 
 
 class IndexRecord(BaseModel):
@@ -68,59 +55,25 @@ class Index(NamedTuple):
         return Preparation(self.record.normalise, mean)
 
 
-def kind_for(rows: int, dim: int) -> Kind:
-    """The kind for so many vectors."""
-    if rows <= _FLAT_ROWS:
-        return "flat"
-    return "ivf-flat" if 4 * rows * dim <= _FLAT_BYTES else "ivf-pq"
-
-
-def new_index(kind: Kind, dim: int, rows: int) -> tuple[Any, int | None]:
-    """An empty, untrained index for inner products, and its number of lists."""
-    if kind == "flat":
-        return faiss.IndexIDMap2(faiss.IndexFlatIP(dim)), None
-    if kind == "hnsw":
-        return faiss.IndexIDMap2(faiss.IndexHNSWFlat(dim, _HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)), None
-    # About 2√N lists balance the time to find the lists with the time to look through them.
-    lists = int(np.clip(2 * np.sqrt(rows), 1, max(1, rows // _SAMPLE_PER_LIST)))
-    coarse: Any = faiss.IndexFlatIP(dim)
-    index: Any
-    if kind == "ivf-flat":
-        index = faiss.IndexIVFFlat(coarse, dim, lists, faiss.METRIC_INNER_PRODUCT)
-    else:
-        if rows < 2**_PQ_BITS:
-            raise SpecError(f"--kind ivf-pq: needs at least {2**_PQ_BITS} vectors to learn its codes; there are {rows}")
-        index = faiss.IndexIVFPQ(coarse, dim, lists, _sub_vectors(dim), _PQ_BITS, faiss.METRIC_INNER_PRODUCT)
-    coarse.this.disown()
-    index.own_fields = True
-    index.cp.spherical = True
-    index.cp.niter = _TRAINING_ROUNDS
-    index.cp.seed = _SEED
-    index.cp.max_points_per_centroid = _SAMPLE_PER_LIST
-    return index, lists
-
-
-def _sub_vectors(dim: int) -> int:
-    """Codes a vector: about one byte for eight numbers; it has to divide the dimension."""
-    return max(count for count in range(1, max(2, dim // 8 + 1)) if dim % count == 0)
-
-
-def train(index: Any, matrix: Matrix, prepare: Preparation, lists: int | None) -> None:
-    """Find the lists' centres, and the codes, from a sample."""
-    if index.is_trained:
-        return
-    usable = np.flatnonzero(matrix.usable)
-    rows = min(len(usable), max(_SAMPLE_PER_LIST * (lists or 1), 40 * 2**_PQ_BITS))
-    sample = np.sort(np.random.default_rng(_SEED).choice(usable, rows, replace=False))
-    index.train(prepare.apply(matrix.take(sample)))
-
-
 def build(
     store: FeatureStore, *, feature: str, kind: Kind | None, normalise: bool = True, centre: bool = False
 ) -> Index:
-    """An index of all usable vectors, its search parameter set so that recall@10 is about 0.97 or better.
+    """An index of all usable vectors, with a search parameter to begin with; `recall.tune` finds the right one.
 
-    Raises OutputError if there is no such feature, SpecError for an unknown kind or too few vectors.
+    Raises as `trained`.
+    """
+    index, matrix = trained(store, feature, kind, normalise, centre)
+    add(store, index.faiss, matrix, index.prepare, np.flatnonzero(matrix.usable))
+    return index
+
+
+def trained(
+    store: FeatureStore, feature: str, kind: Kind | None, normalise: bool, centre: bool
+) -> tuple[Index, Matrix]:
+    """An index with no vector in it yet, whose record is of all usable ones, and the matrix that holds them.
+
+    Raises OutputError if there is no such feature or it has no usable vector, SpecError for an unknown kind or too few
+    vectors.
     """
     matrix = store.load(feature)
     rows = int(matrix.usable.sum())
@@ -131,8 +84,7 @@ def build(
     index, lists = new_index(chosen, matrix.dim, rows)
     store.progress("training", 0, 1)
     train(index, matrix, prepare, lists)
-    add(store, index, matrix, prepare, np.flatnonzero(matrix.usable))
-    return Index(index, describe(store, matrix, chosen, prepare, lists))
+    return Index(index, describe(store, matrix, chosen, prepare, lists)), matrix
 
 
 def describe(store: FeatureStore, matrix: Matrix, kind: Kind, prepare: Preparation, lists: int | None) -> IndexRecord:
@@ -153,14 +105,6 @@ def describe(store: FeatureStore, matrix: Matrix, kind: Kind, prepare: Preparati
         model_digest=store.record.model.digest,
         parts={part.name: part.bytes_ for part in store.parts},
     )
-
-
-def check_kind(kind: str) -> Kind:
-    """Raises SpecError unless `kind` is one of ours."""
-    for known in KINDS:
-        if kind == known:
-            return known
-    raise SpecError(f"--kind {kind}: choose one of {', '.join(KINDS)}, or leave it out")
 
 
 def add(store: FeatureStore, index: Any, matrix: Matrix, prepare: Preparation, positions: Ints) -> None:

@@ -7,11 +7,12 @@ search by the index does.
 import faiss
 import numpy as np
 
-from pipeline.retrieval.index import Index, Kind, check_kind, describe, kind_for, new_index, train
+from pipeline.retrieval.index import Index, trained
+from pipeline.retrieval.index_kinds import Kind
 from pipeline.retrieval.parts import Part
 from pipeline.retrieval.ray_parts import PartReader, over_parts
 from pipeline.retrieval.store import FeatureStore
-from schemas.errors import OutputError, SpecError
+from schemas.errors import SpecError
 
 
 def check_in_pieces(kind: str | None) -> None:
@@ -25,24 +26,16 @@ def build_on_ray(
 ) -> Index:
     """What `index.build` builds. Ray has to be connected.
 
-    Raises SpecError for `hnsw`, whose graph cannot be put together from pieces.
+    Raises as `index.build`, SpecError also for `hnsw`, whose graph cannot be put together from pieces.
     """
     check_in_pieces(kind)
-    matrix = store.load(feature)
-    rows = int(matrix.usable.sum())
-    if rows == 0:
-        raise OutputError(f"`{feature}` has no usable vector: all {len(matrix)} are zero or not finite")
-    chosen = check_kind(kind) if kind else kind_for(rows, matrix.dim)
-    prepare = store.preparation(feature, normalise=normalise, centre=centre)
-    index, lists = new_index(chosen, matrix.dim, rows)
-    store.progress("training", 0, 1)
-    train(index, matrix, prepare, lists)
-    reader = PartReader(store.fs, feature, matrix.dim, prepare, store.replaced)
-    empty = faiss.serialize_index(index)
+    index, matrix = trained(store, feature, kind, normalise, centre)
+    reader = PartReader(store.fs, feature, matrix.dim, index.prepare, store.replaced)
+    empty = faiss.serialize_index(index.faiss)
     for number, (_, filled) in enumerate(over_parts(_fill, store.parts, reader, empty)):
-        index.merge_from(faiss.deserialize_index(filled), 0)
+        index.faiss.merge_from(faiss.deserialize_index(filled), 0)
         store.progress("indexing", number + 1, len(store.parts))
-    return Index(index, describe(store, matrix, chosen, prepare, lists))
+    return index
 
 
 def _fill(part: Part, reader: PartReader, empty: np.ndarray) -> np.ndarray:

@@ -9,7 +9,8 @@ from support.runs import RunContent, clustered, write_run
 
 from pipeline.retrieval import index as indexes
 from pipeline.retrieval.arrays import Preparation
-from pipeline.retrieval.index import Index, Kind
+from pipeline.retrieval.index import Index
+from pipeline.retrieval.index_kinds import Kind, check_kind, kind_for
 from pipeline.retrieval.nearest import top_k
 from pipeline.retrieval.recall import evaluate, tune
 from pipeline.retrieval.search import Example, build_query, search
@@ -94,11 +95,11 @@ def test_an_index_that_finds_fewer_invents_none(store: FeatureStore) -> None:
 
 
 def test_kind_follows_size() -> None:
-    assert indexes.kind_for(5000, 1024) == "flat"
-    assert indexes.kind_for(1_000_000, 384) == "ivf-flat"
-    assert indexes.kind_for(50_000_000, 1024) == "ivf-pq"
+    assert kind_for(5000, 1024) == "flat"
+    assert kind_for(1_000_000, 384) == "ivf-flat"
+    assert kind_for(50_000_000, 1024) == "ivf-pq"
     with pytest.raises(SpecError, match="--kind lsh: choose one of flat, ivf-flat, ivf-pq, hnsw"):
-        indexes.check_kind("lsh")
+        check_kind("lsh")
 
 
 def test_stale_is_refused_and_update_adds(tmp_path: Path) -> None:
