@@ -42,6 +42,8 @@ T = TypeVar("T")
 _SWAP_S = 10.0
 _LOOK_S = 0.2
 _RECORDED_VERSIONS = ("torch", "ray", "pyarrow", "pillow", "pi-heif", "simplejpeg", "numpy")
+# So many of the files in a directory that is not a run's are named.
+_NAMED = 8
 # What must agree between two runs on one directory; the rest of the model record follows from these.
 _MODEL_IDENTITY = ("digest", "dtype", "pooled", "preprocessing", "label_digest", "zero_shot", "head")
 
@@ -57,19 +59,27 @@ def read_record(out: str, storage_options: Options) -> RunRecord | None:
         return None if content is None else RunRecord.model_validate(content)
     except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise OutputError(
-            f"{redact(out)}/run.json is not a run record of this version ({str(error).splitlines()[0]}); "
-            "choose another --out"
+            f"{redact(out)}/run.json is not a run record of this version ({str(error).splitlines()[0]}): "
+            "give the directory of a run, or another --out"
         ) from error
     except Exception as error:  # each driver has errors of its own, not all of them an OSError
         raise read_error(join(out, "run.json"), error) from error
 
 
 def require_record(out: str, storage_options: Options) -> RunRecord:
-    """The record under `out`. Raises OutputError when there is none."""
+    """The record under `out`. Raises OutputError as `read_record` does, and when there is none."""
     record = read_record(out, storage_options)
-    if record is None:
-        raise OutputError(f"{redact(out)} holds no run: there is no run.json in it. Give the --out of an earlier run")
-    return record
+    if record is not None:
+        return record
+    fs, path = filesystem(out, storage_options)
+    with reading(out):
+        if not exists(fs, path):
+            raise OutputError(f"{redact(out)}: no such directory")
+        names = _names(fs, path)[:_NAMED]
+    raise OutputError(
+        f"{redact(out)} is not the directory of a run: it has no run.json (it holds: {', '.join(names) or 'nothing'}). "
+        "Give the --out of `patchstream embed` or `classify`"
+    )
 
 
 def read_attempt(fs: AbstractFileSystem, place: str) -> AttemptRecord | None:

@@ -8,11 +8,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
-from pydantic import ValidationError
 
 from pipeline.columns import is_damage, open_columns
-from pipeline.record import as_known, read_attempt, settled_listing
-from pipeline.storage import filesystem, join, read_error, read_json, redact
+from pipeline.record import as_known, read_attempt, require_record, settled_listing
+from pipeline.storage import filesystem, join, read_json, redact
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
 from schemas.run import RunRecord
@@ -62,19 +61,8 @@ class RunDirectory:
 
 def open_run(out: str, storage_options: Mapping[str, Any]) -> RunDirectory:
     """Read `run.json` and `attempts/` of `out`. Raises OutputError if `out` is not the output of a run."""
+    record = require_record(out, storage_options)
     fs, root = filesystem(out, storage_options)
-    try:
-        content = read_json(fs, join(root, "run.json"))
-    except Exception as error:  # each driver has errors of its own, not all of them an OSError
-        raise read_error(join(out, "run.json"), error) from error
-    if content is None:
-        raise OutputError(
-            f"{redact(out)} is not the output of a run: it has no run.json. Give the --out of embed or classify."
-        )
-    try:
-        record = RunRecord.model_validate(content)
-    except ValidationError as error:
-        raise OutputError(f"{redact(out)} was written by another version of patchstream: {error}") from error
     found = (read_attempt(fs, path) for path in list_files(fs, join(root, "attempts"), ".json"))
     attempts = [attempt for attempt in found if attempt is not None]
     # By number, for the clocks of several hosts may disagree.

@@ -12,12 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from pipeline.columns import open_columns
 from pipeline.record import settled_listing
 from pipeline.retrieval.arrays import Ints
-from pipeline.storage import exists, is_local, join, read_error, read_json, redact
+from pipeline.storage import is_local, join, read_json, redact
 from schemas.errors import OutputError
 from schemas.run import RunRecord, difference, part_model
 from schemas.tables import METADATA_KEY, images_schema, output_fields, user_fields
@@ -69,30 +68,6 @@ def open_parquet(fs: AbstractFileSystem, path: str) -> pq.ParquetFile:
 def _not_there(fs: AbstractFileSystem, path: str) -> str:
     shared = ". With --ray, a local folder has to be one that all nodes share" if is_local(fs) else ""
     return f"{redact(path)} is not there (any more); if the run was compacted meanwhile, run the command again{shared}"
-
-
-def read_record(fs: AbstractFileSystem, root: str, directory: str) -> RunRecord:
-    """The record of the run in `root`. Raises OutputError, naming it `directory`, if it is not a run's."""
-    try:
-        content = read_json(fs, join(root, "run.json"))
-    except Exception as error:  # each driver has errors of its own, not all of them an OSError
-        raise read_error(f"{directory}/run.json", error) from error
-    if content is None:
-        raise OutputError(_not_a_run(fs, root, directory))
-    try:
-        return RunRecord.model_validate(content)
-    except ValidationError as error:
-        raise OutputError(f"{redact(root)}/run.json is not a run's record: {error}") from None
-
-
-def _not_a_run(fs: AbstractFileSystem, root: str, directory: str) -> str:
-    if not exists(fs, root):
-        return f"{redact(str(directory))}: no such directory"
-    names = sorted(str(path).rstrip("/").rpartition("/")[2] for path in fs.ls(root, detail=False))[:8]
-    return (
-        f"{redact(str(directory))} is not the directory of a run: it has no run.json "
-        f"(it holds: {', '.join(names) or 'nothing'}). Give the --out of `patchstream embed` or `classify`."
-    )
 
 
 def settled_parts(fs: AbstractFileSystem, root: str, record: RunRecord) -> tuple[list[Part], pa.Schema]:

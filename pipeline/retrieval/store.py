@@ -12,7 +12,7 @@ from fsspec import AbstractFileSystem
 from numpy.typing import NDArray
 
 from pipeline.columns import ColumnReads
-from pipeline.record import manifest_error
+from pipeline.record import manifest_error, require_record
 from pipeline.results import list_results
 from pipeline.retrieval.arrays import Floats, Ints, Preparation, Progress, no_progress
 from pipeline.retrieval.matrix import Matrix, map_matrix, prepare_matrix
@@ -22,7 +22,6 @@ from pipeline.retrieval.parts import (
     fingerprint,
     list_parquet,
     parts_instead,
-    read_record,
     schema_to_be,
     settled_parts,
     stream_part,
@@ -73,9 +72,9 @@ class FeatureStore:
         Raises OutputError if it is not a run's, holds no part yet or parts of several models, or if a rewrite of
         parts there was cut short.
         """
+        record = require_record(str(directory), storage_options or {})
         fs, root = filesystem(str(directory), storage_options or {})
         root = root.rstrip("/") or root
-        record = read_record(fs, root, directory)
         try:
             parts, schema = settled_parts(fs, root, record)
         except NoParts:

@@ -154,7 +154,7 @@ def test_an_output_of_something_else(capsys: pytest.CaptureFixture[str], folder:
     (tmp_path / "p" / "run.json").write_text(json.dumps({"hello": 1}))
     assert "not a run record" in refused(capsys, "embed", folder, "--model", MODEL, "--out", tmp_path / "p")
     for command in ("status", "verify", "compact", "retry"):
-        assert "holds no run" in refused(capsys, command, tmp_path)
+        assert "is not the directory of a run" in refused(capsys, command, tmp_path)
     for size in (0, -5):
         assert "--target-mib" in refused(capsys, "compact", tmp_path, "--target-mib", size)
 

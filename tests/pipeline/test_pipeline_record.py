@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 from support.runs import RunContent, run_record
 
 from pipeline import lock
-from pipeline.record import freezing, read_record
+from pipeline.record import freezing, read_record, require_record
+from pipeline.report.run import open_run
+from pipeline.retrieval.store import FeatureStore
 from schemas.errors import OutputError, SourceError
 
 NOBODY = {"endpoint_url": "http://127.0.0.1:1", "key": "hidden", "secret": "hidden"}
@@ -91,8 +94,24 @@ def test_a_store_that_cannot_be_asked_is_told_in_words(options: dict[str, object
     assert "hidden" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe\x00run", b"{", b"[]"])
-def test_a_file_that_is_no_record(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("read", [read_record, FeatureStore.open, open_run])
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00run", b"{", b"[]", b'{"schema_version": 1}'])
+def test_a_file_that_is_no_record(tmp_path: Path, read: Callable[..., object], content: bytes) -> None:
     (tmp_path / "run.json").write_bytes(content)
-    with pytest.raises(OutputError, match="not a run record of this version"):
-        read_record(str(tmp_path), {})
+    with pytest.raises(OutputError, match=r"run\.json is not a run record of this version") as error:
+        read(str(tmp_path), {})
+    assert "give the directory of a run, or another --out" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("read", [require_record, FeatureStore.open, open_run])
+def test_a_place_that_is_no_run(tmp_path: Path, read: Callable[..., object]) -> None:
+    (tmp_path / "holiday.jpg").write_bytes(b"")
+    with pytest.raises(
+        OutputError, match=r"not the directory of a run: it has no run\.json \(it holds: holiday\.jpg\)"
+    ):
+        read(str(tmp_path), {})
+    with pytest.raises(OutputError, match="nowhere: no such directory"):
+        read(str(tmp_path / "nowhere"), {})
+    with pytest.raises(OutputError, match=r"cannot read s3://nowhere/out/run\.json: EndpointConnectionError"):
+        read("s3://nowhere/out", NOBODY)

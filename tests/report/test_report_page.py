@@ -254,7 +254,7 @@ def test_report_of_a_table_with_a_column_of_a_dotted_name(tmp_path: Path, values
 
 
 def test_report_of_no_run(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"not the output of a run.*run\.json"):
+    with pytest.raises(OutputError, match=r"not the directory of a run.*run\.json"):
         write_report(str(tmp_path))
 
 

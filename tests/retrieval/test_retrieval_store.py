@@ -113,7 +113,7 @@ def test_a_result_named_as_the_view_of_another_keeps_its_name(run: Path) -> None
 
 def test_a_damaged_record_is_explained(run: Path) -> None:
     (run / "run.json").write_text("{")
-    with pytest.raises(OutputError, match=r"cannot read .*run.json"):
+    with pytest.raises(OutputError, match=r"run\.json is not a run record of this version"):
         FeatureStore.open(str(run))
 
 
@@ -265,7 +265,7 @@ def test_run_on_another_store(run: Path, content: RunContent, tmp_path: Path, mo
 
 def test_unreadable_record(run: Path) -> None:
     (run / "run.json").write_text(json.dumps({"schema_version": 1}))
-    with pytest.raises(OutputError, match=r"run\.json is not a run's record"):
+    with pytest.raises(OutputError, match=r"run\.json is not a run record of this version"):
         FeatureStore.open(str(run))
 
 
