@@ -7,6 +7,7 @@ import typer
 
 from jobs.directory import Directory, Options, emit, parse_options
 from jobs.retrieve_embed import model_of
+from jobs.retrieve_screen import Features, feature_of
 from schemas.errors import ImageError, Interrupted
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def explore(
     token: Annotated[
         str | None, typer.Option(envvar="PATCHSTREAM_TOKEN", help="What a browser must know to be let in.")
     ] = None,
-    features: Annotated[str | None, typer.Option(help="cls or pooled; default: the first the run has.")] = None,
+    features: Features = None,
     storage_options: Options = None,
 ) -> int:
     """Serve a local page: browse pictures, clusters and duplicates, search by picture. Ctrl-C ends it."""
@@ -68,7 +69,7 @@ def _searcher(directory: str, run: "RunDirectory", feature: str | None, options:
     from pipeline.retrieval.store import FeatureStore
 
     store = FeatureStore.open(directory, options)
-    name = feature or next(iter(run.features()))
+    name = feature_of(store, feature)
     emit(f"reading {name} of {len(store):,} rows", to_stderr=True)
     matrix = store.load(name)
 

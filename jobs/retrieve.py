@@ -12,6 +12,7 @@ from jobs.retrieve_embed import Embedders, check_text, embedder, text_embedder
 from jobs.retrieve_screen import (
     LOCAL_RAY,
     Features,
+    feature_of,
     opened,
     print_json,
     print_table,
@@ -43,7 +44,7 @@ def search(
         typer.Option(help="Less like this: row=N, uri=U, image=FILE, vector=F.npy or text=T.", metavar="KIND=VALUE"),
     ] = None,
     k: Annotated[int | None, typer.Option("-k", min=1, help="How many; 10 if not said.")] = None,
-    features: Features = "cls",
+    features: Features = None,
     where: Annotated[
         str | None,
         typer.Option("--filter", help="SQL condition, such as \"labels[1].label like 'tench%'\".", metavar="SQL"),
@@ -74,19 +75,20 @@ def search(
     examples = [*_examples(image, row, uri, vector, text), *(_minus(value) for value in minus or ())]
     texts = [example.value for example in examples if example.kind == "text"]
     with opened(directory, storage_options) as store:
-        check_examples(store, features, examples)
+        feature = feature_of(store, features)
+        check_examples(store, feature, examples)
         if texts:
-            check_text(store, features, texts[0])
+            check_text(store, feature, texts[0])
         if k is not None and k > len(store):
             raise SpecError(f"-k {k}: {len(store)} rows are there; ask for between 1 and that")
         if where is not None:
             store.check_filter(where)
-        built = None if index is None else _load_index(store, index, features, centre)
-        warn_left_out(store, features)
+        built = None if index is None else _load_index(store, index, feature, centre)
+        warn_left_out(store, feature)
         place = (model, parse_options(storage_options))
-        embed = Embedders(embedder(store, features, *place), text_embedder(store, features, vocabulary, *place))
+        embed = Embedders(embedder(store, feature, *place), text_embedder(store, feature, vocabulary, *place))
         options = {"where": where, "keep_examples": with_examples, "device": device}
-        hits = _find(store, examples, embed, features, k, built, centre, options)
+        hits = _find(store, examples, embed, feature, k, built, centre, options)
     if html:
         _write_strip(html, directory, storage_options, hits)
     if as_json:
@@ -205,7 +207,7 @@ def index(
     directory: Directory,
     kind: Annotated[str | None, typer.Option(help="flat, ivf-flat, ivf-pq or hnsw; by size if not said.")] = None,
     name: Name = "main",
-    features: Features = "cls",
+    features: Features = None,
     centre: Annotated[bool, typer.Option("--centre", help="Take the mean away first.")] = False,
     normalise: Annotated[bool, typer.Option(help="Scale vectors to length 1, so that scores are cosines.")] = True,
     update: Annotated[bool, typer.Option("--update", help="Bring the index up to date with the parts.")] = False,
@@ -247,9 +249,10 @@ def index(
             built = tune(built, store.load(built.record.feature))
             indexes.save(store, built, name)
         else:
-            warn_left_out(store, features)
-            built = _build(store, ray, feature=features, kind=checked, normalise=normalise, centre=centre)
-            built = tune(built, store.load(features))
+            feature = feature_of(store, features)
+            warn_left_out(store, feature)
+            built = _build(store, ray, feature=feature, kind=checked, normalise=normalise, centre=centre)
+            built = tune(built, store.load(feature))
             indexes.save(store, built, name)
         record = built.record
         summary |= record.model_dump(mode="json", include={"kind", "feature", "rows", "left_out", "lists", "search"})

@@ -10,6 +10,7 @@ from jobs.directory import AsJson, Directory, Options, emit, options_given
 from jobs.retrieve_screen import (
     LOCAL_RAY,
     Features,
+    feature_of,
     name_left_out,
     opened,
     print_json,
@@ -33,7 +34,7 @@ def kmeans(
         typer.Option(help="Try several k and take the one of the best silhouette.", metavar="LOW:HIGH[:STEP]"),
     ] = None,
     name: Annotated[str | None, typer.Option(help="The name under DIR/clusters/; k24 for -k 24 if not said.")] = None,
-    features: Features = "cls",
+    features: Features = None,
     spherical: Annotated[
         bool, typer.Option("--spherical/--euclidean", help="Compare directions, or vectors as they are.")
     ] = True,
@@ -63,7 +64,8 @@ def kmeans(
     with opened(directory, storage_options) as store:
         check_label_column(store, label_column)
         _check_rows(store, k, ks)
-        settings = {"feature": features, "centre": centre, "seed": seed, "label_column": label_column}
+        feature = feature_of(store, features)
+        settings = {"feature": feature, "centre": centre, "seed": seed, "label_column": label_column}
         if ray is not None:
             summary = _kmeans_on_ray(store, k, ray, name, spherical, settings)
         else:
@@ -108,7 +110,6 @@ def _kmeans_on_ray(
     from pipeline.retrieval.ray_kmeans import kmeans_on_ray
 
     feature = settings["feature"]
-    store.check_feature(feature)
     with ray_session(None if ray in LOCAL_RAY else ray):
         summary = kmeans_on_ray(store, feature, k, name or f"k{k}", spherical=spherical, settings=settings)
     # Counted by the tasks: only they read the vectors.
@@ -171,7 +172,7 @@ def duplicates(
     directory: Directory,
     threshold: Annotated[float, typer.Option(help="Cosine from which two pictures are near-duplicates.")] = 0.88,
     name: Annotated[str, typer.Option(help="The name under DIR/duplicates/.")] = "main",
-    features: Features = "cls",
+    features: Features = None,
     exact_only: Annotated[bool, typer.Option("--exact-only", help="Only files with the same bytes.")] = False,
     around: Annotated[
         float | None,
@@ -197,13 +198,17 @@ def duplicates(
     if around is not None:
         check_threshold(around, "--around")
     with opened(directory, storage_options) as store:
-        if not exact_only:
-            warn_left_out(store, features)
-        if around is not None:
-            bands = pairs_around(store, around, feature=features)
-            return _show_bands(bands, directory, storage_options, html, as_json)
-        settings = {"feature": None if exact_only else features, "threshold": None if exact_only else threshold}
-        found = find_duplicates(store, threshold, feature=features, exact_only=exact_only)
+        if exact_only:
+            settings: dict[str, Any] = {"feature": None, "threshold": None}
+            found = find_duplicates(store, exact_only=True)
+        else:
+            feature = feature_of(store, features)
+            warn_left_out(store, feature)
+            if around is not None:
+                bands = pairs_around(store, around, feature=feature)
+                return _show_bands(bands, directory, storage_options, html, as_json)
+            settings = {"feature": feature, "threshold": threshold}
+            found = find_duplicates(store, threshold, feature=feature)
         summary = write_duplicates(store, found, name, {"name": name, **settings})
     if as_json:
         print_json(summary)

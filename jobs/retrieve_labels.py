@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.directory import AsJson, Directory, Options, emit, parse_options, with_options
-from jobs.retrieve_screen import Features, cell, opened, print_json, print_table, warn_left_out
+from jobs.retrieve_screen import Features, cell, feature_of, opened, print_json, print_table, warn_left_out
 from schemas.errors import SpecError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def probe(
     shots: Annotated[str | None, typer.Option(help="Also with so few examples a class.", metavar="1,5,10")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Random choices of the few examples.")] = 5,
     name: Annotated[str, typer.Option(help="The name under DIR/probes/.")] = "main",
-    features: Features = "cls",
+    features: Features = None,
     seed: Annotated[int, typer.Option(min=0, help="Another seed, other splits.")] = 0,
     storage_options: Options = None,
     as_json: AsJson = False,
@@ -43,17 +43,17 @@ def probe(
         raise SpecError("give either --label-column C or --labels F.csv")
     few = _shots(shots)
     with opened(directory, storage_options) as store:
-        store.check_feature(features)
+        feature = feature_of(store, features)
         if label_column is not None:
             given = labels_from_column(store, label_column)
         else:
             given = labels_from_csv(store, str(labels))
         _warn_unknown(given)
-        warn_left_out(store, features)
-        matrix = store.load(features)
+        warn_left_out(store, feature)
+        matrix = store.load(feature)
         found = locate(matrix, given, store.reread(lambda: same_bytes(store)))
         result = run_probe(matrix, found, few=few, seeds=seeds, seed=seed, progress=store.progress)
-        settings = {"name": name, "feature": features, "labels_from": given.source, "seed": seed}
+        settings = {"name": name, "feature": feature, "labels_from": given.source, "seed": seed}
         summary = {**settings, **describe(result, found)}
         _save(store, result, found, summary)
     if as_json:

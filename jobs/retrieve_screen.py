@@ -15,7 +15,10 @@ from jobs.directory import emit, parse_options
 if TYPE_CHECKING:
     from pipeline.retrieval.store import FeatureStore
 
-Features = Annotated[str, typer.Option("--features", help="Which vectors: cls or pooled.", metavar="NAME")]
+Features = Annotated[
+    str | None,
+    typer.Option("--features", help="cls or pooled; the first that the run has if not said.", metavar="NAME"),
+]
 
 # `--ray` values that mean a Ray of our own, or the one that RAY_ADDRESS names.
 LOCAL_RAY = ("local", "auto")
@@ -44,6 +47,14 @@ def opened(directory: str, storage_options: str | None, *, all_failed: bool = Fa
 
         store.progress = show
         yield store
+
+
+def feature_of(store: "FeatureStore", name: str | None) -> str:
+    """The feature that `--features` names, or the run's first: `cls` where it holds that. Raises OutputError if it does
+    not hold what is named, or none at all."""
+    feature = next(iter(store.features), "cls") if name is None else name
+    store.check_feature(feature)
+    return feature
 
 
 def warn_left_out(store: "FeatureStore", feature: str) -> None:

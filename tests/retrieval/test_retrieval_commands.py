@@ -103,6 +103,30 @@ def test_index_then_search_by_it(run: Run, directory: Path) -> None:
         run("search", directory, "--row", 42, "--index", "lists", "--centre")
 
 
+def test_a_run_without_cls_is_asked_by_the_feature_that_it_has(run: Run, tmp_path: Path) -> None:
+    """SigLIP and MLP-Mixer have no CLS token; where there is one, it is the first."""
+    vectors = clustered(60, 8, 3, seed=1)
+    kinds = [f"kind {row % 2}" for row in range(60)]
+    directory = write_run(tmp_path / "run", RunContent({"pooled": vectors}, user={"kind": kinds}))
+    hits = json.loads(run("search", directory, "--row", 3, "--json"))
+    assert hits == json.loads(run("search", directory, "--row", 3, "--json", "--features", "pooled"))
+    assert json.loads(run("index", directory, "--json"))["feature"] == "pooled"
+    assert json.loads(run("search", directory, "--row", 3, "--json", "--index", "main"))[0]["row"] == hits[0]["row"]
+    assert json.loads(run("kmeans", directory, "-k", 3, "--json"))["feature"] == "pooled"
+    assert json.loads(run("duplicates", directory, "--json"))["feature"] == "pooled"
+    assert json.loads(run("probe", directory, "--label-column", "kind", "--json"))["feature"] == "pooled"
+    with pytest.raises(OutputError, match=r"no feature `cls`; it has: pooled \(8\)"):
+        run("search", directory, "--row", 3, "--features", "cls")
+    both = write_run(tmp_path / "both", RunContent({"pooled": vectors[::-1], "cls": vectors}))
+    assert json.loads(run("search", both, "--row", 3, "--json")) == hits
+    bare = write_run(tmp_path / "bare", RunContent({"pooled": vectors}))
+    for part in (bare / "images").iterdir():
+        pq.write_table(pq.read_table(part).drop_columns(["pooled"]), part)
+    with pytest.raises(OutputError, match="it has: none"):
+        run("kmeans", bare, "-k", 3)
+    assert json.loads(run("duplicates", bare, "--exact-only", "--json"))["groups"] == 0
+
+
 def test_an_index_that_no_search_can_use_says_so(run: Run, directory: Path) -> None:
     built = run("index", directory, "--kind", "flat", "--name", "raw", "--no-normalise")
     assert "patchstream search" not in built
