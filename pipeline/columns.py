@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.implementations.dirfs import DirFileSystem
 
-from pipeline.storage import error_number
+from pipeline.store_errors import error_number
 
 # The drivers' own 5 to 50 MiB would be most of the vectors that lie between two narrow columns. A wide column is asked
 # for in large pieces whatever is read ahead.

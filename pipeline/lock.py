@@ -20,7 +20,8 @@ from typing import Any
 import psutil
 from fsspec import AbstractFileSystem
 
-from pipeline.storage import create_bytes, put_bytes, reading, redact
+from pipeline.storage import create_bytes, put_bytes, redact
+from pipeline.store_errors import reading
 from schemas.errors import OutputError
 
 _BEAT_S = 5.0

@@ -24,11 +24,10 @@ from pipeline.storage import (
     is_local,
     join,
     put_bytes,
-    read_error,
     read_json,
-    reading,
     redact,
 )
+from pipeline.store_errors import read_error, reading
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
 from schemas.release import VERSION

@@ -26,7 +26,7 @@ def demo(
     """Draw pictures, break a few, embed, label and cluster them: the whole job in a minute, without a network."""
     from jobs.run import run_job
     from pipeline.report import write_report
-    from pipeline.storage import write_error
+    from pipeline.store_errors import write_error
 
     folder = Path(out).expanduser()
     images = folder / "pictures"

@@ -14,7 +14,8 @@ from fsspec.callbacks import Callback
 
 from pipeline.images.reader import Reader, real_name, same_size, same_version
 from pipeline.images.verdict import changed
-from pipeline.storage import CACHES, NO_ROOM, is_local, redact, scheme
+from pipeline.storage import CACHES, is_local, redact, scheme
+from pipeline.store_errors import NO_ROOM
 from schemas.errors import ImageError
 
 _READ_BYTES = 4 << 20

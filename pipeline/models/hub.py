@@ -6,7 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline.models.weights import ADAPTER_CONFIG, SAFETENSORS, TORCH
-from pipeline.storage import NO_ROOM, redact
+from pipeline.storage import redact
+from pipeline.store_errors import NO_ROOM
 from schemas.errors import CheckpointError
 
 # The last of them says of an adapter which model it belongs to.

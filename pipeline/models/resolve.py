@@ -24,7 +24,8 @@ from fsspec import AbstractFileSystem
 
 from pipeline.models.hub import SMALL_FILES, TEXT_FILES, from_hub, nowhere
 from pipeline.models.weights import WEIGHT_SUFFIXES, is_weight_file
-from pipeline.storage import NO_ROOM, exists, filesystem, redact, scheme
+from pipeline.storage import exists, filesystem, redact, scheme
+from pipeline.store_errors import NO_ROOM
 from schemas.errors import CheckpointError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")

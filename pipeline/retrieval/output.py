@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
-from pipeline.storage import exists, is_local, join, put_bytes, write_error
+from pipeline.storage import exists, is_local, join, put_bytes
+from pipeline.store_errors import write_error
 from schemas.errors import SpecError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

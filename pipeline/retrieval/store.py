@@ -27,7 +27,8 @@ from pipeline.retrieval.parts import (
     stream_part,
 )
 from pipeline.retrieval.query import MEMORY, execute, literal, quote, run_query, temporary_folder, view_names
-from pipeline.storage import Options, filesystem, is_local, join, read_error, redact
+from pipeline.storage import Options, filesystem, is_local, join, redact
+from pipeline.store_errors import read_error
 from schemas.errors import OutputError, SpecError
 from schemas.run import RunRecord
 from schemas.spec import VECTOR_NAMES

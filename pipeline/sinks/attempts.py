@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 from fsspec import AbstractFileSystem
 
 from pipeline.record import is_alive, read_attempt, shares_rows
-from pipeline.storage import Options, create_bytes, filesystem, is_local, join, put_bytes, reading, redact
+from pipeline.storage import Options, create_bytes, filesystem, is_local, join, put_bytes, redact
+from pipeline.store_errors import reading
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
 from schemas.spec import Shard

@@ -39,10 +39,9 @@ from pipeline.storage import (
     join,
     put_bytes,
     read_json,
-    reading,
     redact,
-    write_error,
 )
+from pipeline.store_errors import reading, write_error
 from schemas.errors import PatchstreamError
 from schemas.tables import METADATA_KEY, SWAP_PLAN
 

@@ -19,7 +19,8 @@ from fsspec import AbstractFileSystem
 
 from pipeline.columns import is_damage, open_columns
 from pipeline.encoding import encode
-from pipeline.storage import exists, join, put_bytes, read_error, reading, redact
+from pipeline.storage import exists, join, put_bytes, redact
+from pipeline.store_errors import read_error, reading
 from schemas.errors import OutputError
 from schemas.tables import FAILURES_SCHEMA
 

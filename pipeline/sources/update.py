@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 
 from pipeline.signals import heeding_signals
 from pipeline.sources.manifest import ManifestPart, read_columns
-from pipeline.storage import NO_ROOM, Options
+from pipeline.storage import Options
+from pipeline.store_errors import NO_ROOM
 from schemas.errors import OutputError
 
 if TYPE_CHECKING:

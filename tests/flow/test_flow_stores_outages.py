@@ -109,10 +109,10 @@ def test_an_output_that_cannot_be_written_from_the_start(
     bucket = s3_server.make_bucket()
     proxy.control.deny_writes()
     spec = spec_for(addresses, f"s3://{bucket}/out", storage_options={"s3": proxy.server.storage_options})
-    with pytest.raises(OutputError, match=rf"cannot write {bucket}/out/.*denied; check the permissions"):
+    with pytest.raises(OutputError, match=rf"cannot write s3://{bucket}/out/.*denied; check the permissions"):
         run(spec, never)
     options = {"s3": s3_server.storage_options}
-    with pytest.raises(OutputError, match=r"cannot write no-such-bucket-here/out/.*does not exist"):
+    with pytest.raises(OutputError, match=r"cannot write s3://no-such-bucket-here/out/.*does not exist"):
         run(spec_for(addresses, "s3://no-such-bucket-here/out", storage_options=options), never)
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match=rf"cannot write {tmp_path}/file/out"):

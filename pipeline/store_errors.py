@@ -1,0 +1,68 @@
+"""What keeps us from reading or writing a file, in words: what it is, why, and what to do."""
+
+import contextlib
+import errno
+from collections.abc import Iterator
+
+from schemas.errors import OutputError, PatchstreamError
+from schemas.redaction import redact
+
+# What a disk of this machine says that has no room; no store answers so.
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_ELSEWHERE = "choose another --out"
+_CAUSES = {
+    errno.ENOSPC: "the disk is full; free some space",
+    errno.EDQUOT: "the quota is used up; free some space",
+    errno.EFBIG: "the file is larger than the limit for files here; raise it, or lower the size of a part",
+    errno.EROFS: f"the file system is read-only; {_ELSEWHERE}",
+    errno.EACCES: "writing there is denied; check the permissions and the credentials",
+    errno.EPERM: "writing there is denied; check the permissions and the credentials",
+    errno.ENOENT: "the folder or bucket does not exist (any more)",
+    errno.ENOTDIR: f"a file stands where a folder is needed; {_ELSEWHERE}",
+    errno.EEXIST: f"a file stands where a folder is needed; {_ELSEWHERE}",
+    errno.EISDIR: f"a folder stands where the file should go; {_ELSEWHERE}",
+    errno.EBUSY: "the store kept asking to slow down; go on later, or with a lower fetch.concurrency",
+}
+
+
+def write_error(path: str, error: Exception, *, resumable: bool = True) -> OutputError:
+    """An OutputError that names the path, the cause, and, of a run, what stays."""
+    cause = _CAUSES.get(error_number(error), "")
+    message = redact(str(error)) or type(error).__name__
+    detail = f"{cause} ({message})" if cause else f"{type(error).__name__}: {message}"
+    # In another folder there is nothing to go on from.
+    goes_on = resumable and not cause.endswith(_ELSEWHERE)
+    stays = ". What was committed stays; the same command goes on from there." if goes_on else ""
+    return OutputError(f"cannot write {redact(path)}: {detail}{stays}")
+
+
+def read_error(path: str, error: Exception) -> OutputError:
+    """An OutputError for what keeps us from reading a file of a run: no credentials, no such endpoint, no rights."""
+    message = redact(" ".join(str(error).split()))
+    return OutputError(
+        f"cannot read {redact(path)}: {type(error).__name__}: {message}. Check the address, the endpoint and the "
+        "credentials (environment, profile or --storage-options)"
+    )
+
+
+@contextlib.contextmanager
+def reading(place: str) -> Iterator[str]:
+    """`read_error` for whatever keeps us from reading `place`, unless it is not there."""
+    try:
+        yield place
+    except (FileNotFoundError, PatchstreamError):
+        raise
+    except Exception as error:  # each driver has errors of its own, not all of them an OSError
+        raise read_error(place, error) from error
+
+
+def error_number(error: Exception) -> int:
+    """The `errno` of an error, also of those that the drivers of object stores raise without one; 0 for none."""
+    number = getattr(error, "errno", None)
+    if isinstance(number, int):
+        return number
+    # gcsfs: a plain OSError for 403, and its own HttpError with the status in `code` for 401.
+    denied = str(error).startswith("Forbidden") or getattr(error, "code", None) in {401, "401"}
+    if denied or isinstance(error, PermissionError):
+        return errno.EACCES
+    return errno.ENOENT if isinstance(error, FileNotFoundError) else 0
