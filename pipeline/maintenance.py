@@ -8,8 +8,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.attempt_files import as_known
 from pipeline.opening import ask, open_directory, reopen
-from pipeline.record import as_known, require_record
+from pipeline.record import require_record
 from pipeline.sinks import attempts, compaction, intervals
 from pipeline.sinks.ledger import Ledger, pending, read_ledger, settled_ledger
 from pipeline.sinks.parts import Part, gone, read_columns

@@ -3,19 +3,17 @@
 import importlib.metadata
 import json
 import platform
-import socket
-import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fsspec import AbstractFileSystem
 from pydantic import ValidationError
 
-from pipeline.lock import Held, is_running, locked
+from pipeline.lock import Held, locked
 from pipeline.storage import (
     Options,
     absolute,
@@ -28,18 +26,12 @@ from pipeline.storage import (
     redact,
 )
 from pipeline.store_errors import read_error, reading
-from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
 from schemas.release import VERSION
 from schemas.run import ModelRecord, RunRecord, difference
-from schemas.spec import PLACE_FIELDS, RECORDED_FIELDS, RESULT_FIELDS, JobSpec, Shard
-from schemas.tables import SWAP_PLAN, FeatureSize
+from schemas.spec import PLACE_FIELDS, RECORDED_FIELDS, RESULT_FIELDS, JobSpec
+from schemas.tables import FeatureSize
 
-T = TypeVar("T")
-
-# For how long a rewrite of parts is waited for, and how often it is looked whether it has ended.
-_SWAP_S = 10.0
-_LOOK_S = 0.2
 _RECORDED_VERSIONS = ("torch", "ray", "pyarrow", "pillow", "pi-heif", "simplejpeg", "numpy")
 # So many of the files in a directory that is not a run's are named.
 _NAMED = 8
@@ -79,86 +71,6 @@ def require_record(out: str, storage_options: Options) -> RunRecord:
         f"{redact(out)} is not the directory of a run: it has no run.json (it holds: {', '.join(names) or 'nothing'}). "
         "Give the --out of `patchstream embed` or `classify`"
     )
-
-
-def read_attempt(fs: AbstractFileSystem, place: str) -> AttemptRecord | None:
-    """The record of an attempt; None where there is none, or not yet what belongs in it.
-
-    Raises OutputError when the file is not ours, or the store does not let us look.
-    """
-    try:
-        with reading(place):
-            content = fs.cat_file(place)
-        return AttemptRecord.model_validate_json(content) if content else None
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        raise OutputError(
-            f"{redact(place)} is not the record of an attempt ({str(error).splitlines()[0]}); if no job "
-            "runs there, remove it: parts do not depend on it"
-        ) from error
-
-
-def as_known(records: Sequence[AttemptRecord]) -> list[AttemptRecord]:
-    """The records, oldest first, but `died` or `taken over` in place of a `running` that is known to be over: its
-    process is gone from this host, or a later attempt works on its rows."""
-    found = []
-    for position, record in enumerate(records):
-        if record.status == "running":
-            later = any(shares_rows(record, other) for other in records[position + 1 :])
-            if record.host == socket.gethostname() and not is_alive(record):
-                record = record.model_copy(update={"status": "died"})
-            elif later:
-                record = record.model_copy(update={"status": "taken over"})
-        found.append(record)
-    return found
-
-
-def shares_rows(record: AttemptRecord, other: AttemptRecord | Shard) -> bool:
-    """Whether two shards, [i/n, (i+1)/n) each, share rows; in whole numbers, so that equal borders do not."""
-    index, count = (other.index, other.count) if isinstance(other, Shard) else (other.shard_index, other.shard_count)
-    mine = index * record.shard_count, (index + 1) * record.shard_count
-    theirs = record.shard_index * count, (record.shard_index + 1) * count
-    return mine[0] < theirs[1] and theirs[0] < mine[1]
-
-
-def is_alive(record: AttemptRecord) -> bool:
-    """Whether the process that opened the attempt still runs here, and is not a later one of the same number."""
-    return is_running(record.pid, datetime.fromisoformat(record.started).timestamp() + 1)
-
-
-def manifest_error(place: str, error: Exception) -> OutputError:
-    """For what keeps us from reading a part of a run's manifest, be it for a while or for good."""
-    message = redact(" ".join(str(error).split()))
-    return OutputError(
-        f"cannot read {redact(place)}, of the run's manifest ({type(error).__name__}: {message}). What was committed "
-        "stays; once it can be read again, the same command goes on from there. If it is damaged or lost, no command "
-        "makes it anew: put back a copy of it, or start a new --out"
-    )
-
-
-def until_settled(out: str) -> Iterator[None]:
-    """Another look each time, while parts of `out` are being rewritten. Raises OutputError where that does not end."""
-    for _ in range(1 + round(_SWAP_S / _LOOK_S)):
-        yield
-        time.sleep(_LOOK_S)
-    raise OutputError(
-        f"parts of {redact(out)} are being rewritten, and some of their rows cannot be seen meanwhile: wait for the "
-        "command at work there. If there is none, it was cut short, and `patchstream compact DIR` finishes what it "
-        "began"
-    )
-
-
-def settled_listing(out: str, fs: AbstractFileSystem, root: str, listed: Callable[[], list[T]]) -> Iterator[list[T]]:
-    """What `listed` gives of the parts of `out` (`root` on `fs`) while none are being rewritten; again, later, for one
-    who could not use it. Raises as `until_settled`, which names `out`."""
-    for _ in until_settled(out):
-        before = listed()
-        if not exists(fs, join(root, SWAP_PLAN)):
-            found = listed()
-            # A swap that began since the look for its plan would have taken parts away. More parts may well have come.
-            if set(before).issubset(found):
-                yield found
 
 
 def new_record(spec: JobSpec, model: ModelRecord, feature_dims: dict[str, FeatureSize]) -> RunRecord:

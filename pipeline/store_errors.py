@@ -45,6 +45,16 @@ def read_error(path: str, error: Exception) -> OutputError:
     )
 
 
+def manifest_error(place: str, error: Exception) -> OutputError:
+    """For what keeps us from reading a part of a run's manifest, be it for a while or for good."""
+    message = redact(" ".join(str(error).split()))
+    return OutputError(
+        f"cannot read {redact(place)}, of the run's manifest ({type(error).__name__}: {message}). What was committed "
+        "stays; once it can be read again, the same command goes on from there. If it is damaged or lost, no command "
+        "makes it anew: put back a copy of it, or start a new --out"
+    )
+
+
 @contextlib.contextmanager
 def reading(place: str) -> Iterator[str]:
     """`read_error` for whatever keeps us from reading `place`, unless it is not there."""

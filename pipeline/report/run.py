@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
+from pipeline.attempt_files import as_known, read_attempt
 from pipeline.columns import is_damage, open_columns
-from pipeline.record import as_known, read_attempt, require_record, settled_listing
+from pipeline.record import require_record
+from pipeline.settled import settled_listing
 from pipeline.storage import filesystem, join, read_json, redact
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError

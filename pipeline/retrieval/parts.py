@@ -14,8 +14,8 @@ from fsspec import AbstractFileSystem
 from numpy.typing import NDArray
 
 from pipeline.columns import open_columns
-from pipeline.record import settled_listing
 from pipeline.retrieval.arrays import Ints
+from pipeline.settled import settled_listing
 from pipeline.storage import is_local, join, read_json, redact
 from schemas.errors import OutputError
 from schemas.run import RunRecord, difference, part_model

@@ -12,7 +12,7 @@ from fsspec import AbstractFileSystem
 from numpy.typing import NDArray
 
 from pipeline.columns import ColumnReads
-from pipeline.record import manifest_error, require_record
+from pipeline.record import require_record
 from pipeline.results import list_results
 from pipeline.retrieval.arrays import Floats, Ints, Preparation, Progress, no_progress
 from pipeline.retrieval.matrix import Matrix, map_matrix, prepare_matrix
@@ -28,7 +28,7 @@ from pipeline.retrieval.parts import (
 )
 from pipeline.retrieval.query import MEMORY, execute, literal, quote, run_query, temporary_folder, view_names
 from pipeline.storage import Options, filesystem, is_local, join, redact
-from pipeline.store_errors import read_error
+from pipeline.store_errors import manifest_error, read_error
 from schemas.errors import OutputError, SpecError
 from schemas.run import RunRecord
 from schemas.spec import VECTOR_NAMES

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 
 from fsspec import AbstractFileSystem
 
-from pipeline.record import is_alive, read_attempt, shares_rows
+from pipeline.attempt_files import is_alive, read_attempt, shares_rows
 from pipeline.storage import Options, create_bytes, filesystem, is_local, join, put_bytes, redact
 from pipeline.store_errors import reading
 from schemas.attempt import AttemptRecord

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from fsspec import AbstractFileSystem
 
-from pipeline.record import until_settled
+from pipeline.settled import until_settled
 from pipeline.sinks import intervals
 from pipeline.sinks.intervals import Spans
 from pipeline.sinks.parts import DamagedPart, Part, gone, is_there, list_parts, read_row_numbers

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
-from pipeline.record import manifest_error
 from pipeline.sources.columns import concatenated, conformed, unified
 from pipeline.sources.expand import expand
 from pipeline.storage import Options, filesystem, join, put_bytes, redact
+from pipeline.store_errors import manifest_error
 from schemas.errors import OutputError, SourceError
 from schemas.spec import JobSpec
 from schemas.tables import MANIFEST_FIELDS, manifest_schema, user_fields

@@ -121,7 +121,7 @@ def test_a_swap_that_was_cut_short_is_no_loss_of_rows(
     shutil.move(out / "failures", out / "_swap")
     (out / "failures").mkdir()
     (out / "_swap" / "plan.json").write_text(json.dumps({"remove": [], "add": [f"failures/{part.name}"]}))
-    monkeypatch.setattr("pipeline.record._SWAP_S", 0.0)
+    monkeypatch.setattr("pipeline.settled._SWAP_S", 0.0)
     for look in (status, verify):
         with pytest.raises(OutputError, match=r"are being rewritten, .* `patchstream compact DIR` finishes"):
             look(str(out), {})

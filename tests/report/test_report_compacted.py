@@ -39,7 +39,7 @@ def test_report_of_a_swap_that_was_cut_short_is_refused_until_it_is_finished(
     run: Path, monkeypatch: pytest.MonkeyPatch, folder: str
 ) -> None:
     swap_half_done(run, folder)
-    monkeypatch.setattr("pipeline.record._SWAP_S", 0.3)
+    monkeypatch.setattr("pipeline.settled._SWAP_S", 0.3)
     with pytest.raises(OutputError, match=r"are being rewritten[\s\S]*`patchstream compact DIR` finishes"):
         write_report(str(run))
     assert not (run / "report.html").exists()

@@ -184,7 +184,7 @@ def cut_short(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_swap_that_was_cut_short_is_refused_until_it_is_finished(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_short(run, monkeypatch)
     assert sum(pq.read_metadata(part).num_rows for part in (run / "images").iterdir()) < 200
-    monkeypatch.setattr("pipeline.record._SWAP_S", 0.3)
+    monkeypatch.setattr("pipeline.settled._SWAP_S", 0.3)
     with pytest.raises(OutputError, match=r"are being rewritten[\s\S]*`patchstream compact DIR` finishes"):
         FeatureStore.open(str(run))
     compaction.recover(str(run), {})

@@ -15,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from support.faults import WRITES, Rule
 from support.flaky_proxy import FlakyProxy
 
-from pipeline.record import as_known
+from pipeline.attempt_files import as_known
 from pipeline.sinks import attempts
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
