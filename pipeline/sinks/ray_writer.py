@@ -89,8 +89,8 @@ def commit_stream(
     """Drive `bundles` (Ray Data's block references) to their end and write them.
 
     Yields what happened, and None about five times a second when nothing did. If the caller closes the generator
-    early, what was received is still written, for at most 15 seconds, and `late` is told. Errors come as Ray has them:
-    `losses.unwrap` is for the caller, once.
+    early, or the stream or a write fails, what was received is still written, for at most 15 seconds, and `late` is
+    told. Errors come as Ray has them: `losses.unwrap` is for the caller, once.
     """
     writes = _Writes(job)
     feed = _Feed(bundles)
@@ -106,9 +106,9 @@ def commit_stream(
         writes.submit()
         while writes.running:
             yield from writes.finished(wait=True)
-    except (GeneratorExit, KeyboardInterrupt):
+    except BaseException as cause:
         feed.stop()
-        for committed in writes.drain(_DRAIN_S):
+        for committed in writes.drain(_DRAIN_S, cause):
             late(committed)
         raise
     finally:
@@ -203,25 +203,43 @@ class _Writes:
     def finished(self, *, wait: bool) -> Iterator[Committed]:
         if not self.running:
             return
-        ready, self.running = ray.wait(
-            self.running, num_returns=len(self.running) if not wait else 1, timeout=None if wait else 0
-        )
-        for reference in ready:
-            yield _result(reference)
-
-    def drain(self, limit_s: float) -> Iterator[Committed]:
-        """Write what is held, for at most `limit_s` seconds. What fails is told, and its rows stay pending."""
-        self.submit()
-        if not self.running:
-            return
-        ready, _ = ray.wait(self.running, num_returns=len(self.running), timeout=limit_s)
+        ready, _ = ray.wait(self.running, num_returns=len(self.running) if not wait else 1, timeout=None if wait else 0)
         for reference in ready:
             try:
                 committed = _result(reference)
-            except Exception as error:  # noqa: BLE001  it must hide neither why the job ends nor the other writes
-                log.warning("a last write failed, its rows stay pending: %s", redact(str(unwrap(error))))
+            except Exception:
+                self.running.remove(reference)
+                raise
+            # Only now: of what is not told yet, `drain` tells.
+            self.running.remove(reference)
+            yield committed
+
+    def drain(self, limit_s: float, cause: BaseException) -> Iterator[Committed]:
+        """Write what is held, for at most `limit_s` seconds. What fails is told, but for `cause`, which ends the job and
+        is told there; its rows stay pending."""
+        told = {str(unwrap(cause))}
+        ready: list[Any] = []
+        # Here an error must hide neither why the job ends nor the other writes.
+        try:
+            self.submit()
+            if self.running:
+                ready, _ = ray.wait(self.running, num_returns=len(self.running), timeout=limit_s)
+        except Exception as error:  # noqa: BLE001
+            _warn(error, told)
+        for reference in ready:
+            try:
+                committed = _result(reference)
+            except Exception as error:  # noqa: BLE001
+                _warn(error, told)
                 continue
             yield committed
+
+
+def _warn(error: Exception, told: set[str]) -> None:
+    message = str(unwrap(error))
+    if message not in told:
+        log.warning("a last write failed, its rows stay pending: %s", redact(message))
+        told.add(message)
 
 
 def _result(reference: Any) -> Committed:

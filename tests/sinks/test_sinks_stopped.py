@@ -1,4 +1,4 @@
-"""Told to stop while a write fails: the signal is what ends the job, and what the other writes made visible counts."""
+"""Why a job ends, a signal or an error, hides no write, and no write hides it: what writes made visible counts."""
 
 import gc
 import time
@@ -51,6 +51,62 @@ def test_a_last_write_that_fails_hides_neither_the_signal_nor_the_other_writes(
             events.throw(told())
     assert [committed.images for committed in late] == [2]
     assert "its rows stay pending: cannot write /out: the disk is full" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("later_s", [0, 1])
+def test_a_write_that_fails_hides_no_other_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, later_s: int
+) -> None:
+    """Whether they had ended when it failed or ended behind it."""
+
+    go = tmp_path / "go"
+
+    def third_succeeds(job: Any, *blocks: pa.Table) -> Committed:
+        if blocks[0]["row"][0].as_py() < 16:
+            while not go.exists():
+                time.sleep(0.02)
+            raise OutputError("cannot write /out: the disk is full")
+        time.sleep(later_s)
+        return Committed(2, 0, 1, StageSeconds(), {})
+
+    def bundles() -> Generator[Any, None, None]:
+        for row in (0, 8, 16):
+            table = pa.table({"row": [row, row + 1]})
+            yield from ray.data.from_arrow(table).iter_internal_ref_bundles()
+
+    monkeypatch.setattr(ray_writer, "write_blocks", third_succeeds)
+    job: Any = None
+    told: list[Committed] = []
+
+    def listen() -> None:
+        received = 0
+        for event in events:
+            received += event.rows if isinstance(event, Received) else 0
+            told.extend([event] if isinstance(event, Committed) else [])
+            if received == 6:
+                go.touch()
+
+    with ray_session(cpus=1):
+        events = commit_stream(bundles(), job, SinkSpec(part_bytes=1, commit_s=60), told.append)
+        with pytest.raises(OutputError, match="the disk is full"):
+            listen()
+    assert [committed.images for committed in told] == [2]
+    assert not caplog.text, "once is enough"
+
+
+@pytest.mark.slow
+def test_what_was_received_before_the_stream_failed_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bundles() -> Generator[Any, None, None]:
+        yield from ray.data.from_arrow(pa.table({"row": [0, 1]})).iter_internal_ref_bundles()
+        raise RuntimeError("the stream failed")
+
+    monkeypatch.setattr(ray_writer, "write_blocks", lambda job, *blocks: Committed(2, 0, 1, StageSeconds(), {}))
+    job: Any = None
+    late: list[Committed] = []
+    with ray_session(cpus=1), pytest.raises(RuntimeError, match="the stream failed"):
+        list(commit_stream(bundles(), job, SinkSpec(), late.append))
+    assert [committed.images for committed in late] == [2]
 
 
 class Actor:
