@@ -84,9 +84,9 @@ def compare(size: str, images: int, rounds: int) -> dict[str, Any]:
         (name,) = export_triton(info, str(folder / "repository"), Serving(max_batch_size=MAX_BATCH), onnx=False)
         server = stack.enter_context(triton_server(folder / "repository", [name], log_dir=folder))
         spec = TritonSpec(url=server.url)
-        shared = TritonPredictor(info, wanted, spec)
+        shared = TritonPredictor(info, wanted, "float32", spec)
         stack.callback(shared.close)
-        wire = TritonPredictor(info, wanted, spec)
+        wire = TritonPredictor(info, wanted, "float32", spec)
         stack.callback(wire.close)
         predictors: dict[str, Callable[[pa.Table], pa.Table]] = {
             "torch": TorchPredictor(info, wanted, dtype="float32", batch_size=8, threads=1),

@@ -86,7 +86,7 @@ def build_predictor(job: ActorJob) -> Predictor:
 
         if job.triton is None:
             raise ValueError("backend triton needs the address of a server")
-        return TritonPredictor(job.model, job.wanted, job.triton)
+        return TritonPredictor(job.model, job.wanted, job.dtype, job.triton)
     from pipeline.predictors.torch_predictor import TorchPredictor
 
     return TorchPredictor(

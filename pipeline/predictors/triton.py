@@ -79,13 +79,13 @@ class Outage:
 
 
 class TritonPredictor:
-    """Runs the model `spec.model_name`, by default the one that `export-triton` made of `info`."""
+    """Runs the model `spec.model_name`, by default the one that `export-triton` made of `info`, served in `dtype`."""
 
-    def __init__(self, info: ModelInfo, wanted: Wanted, spec: TritonSpec) -> None:
+    def __init__(self, info: ModelInfo, wanted: Wanted, dtype: str, spec: TritonSpec) -> None:
         self._wanted = wanted
         self._spec = spec
         self._image_size = info.image_size
-        self._connect = partial(connect, info, wanted, spec)
+        self._connect = partial(connect, info, wanted, dtype, spec)
         self._outage = Outage(spec.outage_s)
         self._threads = ThreadPoolExecutor(spec.in_flight, thread_name_prefix="triton")
         # One slot for each request in flight; an empty one connects when it is used.
@@ -186,12 +186,13 @@ class TritonPredictor:
         return pa.concat_tables(tables).take(pa.array(order))
 
 
-def connect(info: ModelInfo, wanted: Wanted, spec: TritonSpec, connect_s: float) -> Connection:
-    """A connection whose model has been checked. Raises ServerAway if nobody answers within `connect_s`."""
+def connect(info: ModelInfo, wanted: Wanted, dtype: str | None, spec: TritonSpec, connect_s: float) -> Connection:
+    """A connection whose model has been checked, its precision too unless `dtype` is None. Raises ServerAway if nobody
+    answers within `connect_s`."""
     name = spec.model_name or default_model_name(info)
 
     def check(config: Mapping[str, Any]) -> ServedModel:
-        return check_model(config, info, wanted, name)
+        return check_model(config, info, wanted, name, dtype)
 
     try:
         return Connection(spec, name, check, connect_s)
@@ -212,7 +213,7 @@ def check_server(info: ModelInfo, wanted: Wanted, spec: TritonSpec, connect_s: f
     Raises ClusterError if nobody answers within `connect_s`, SpecError if it is not the model of the run.
     """
     try:
-        connection = connect(info, wanted, spec, connect_s)
+        connection = connect(info, wanted, None, spec, connect_s)
     except (ServerAway, ServerError) as error:
         name = spec.model_name or default_model_name(info)
         raise ClusterError(

@@ -69,10 +69,13 @@ def identity(info: ModelInfo) -> dict[str, str]:
     }
 
 
-def check_model(config: Mapping[str, Any], info: ModelInfo, wanted: Wanted, name: str) -> ServedModel:
-    """What `config` (Triton's ModelConfig as JSON) serves, if it is the computation that the run asks for.
+def check_model(
+    config: Mapping[str, Any], info: ModelInfo, wanted: Wanted, name: str, dtype: str | None = None
+) -> ServedModel:
+    """What `config` (Triton's ModelConfig as JSON) serves, if it is the computation that the run asks for. Where
+    `dtype` is None, any precision is.
 
-    Raises SpecError naming all that differs: input, outputs, digest, preprocessing.
+    Raises SpecError naming all that differs: input, outputs, digest, preprocessing, precision.
     """
     found = {key: value.get("string_value", "") for key, value in config.get("parameters", {}).items()}
     problems = [
@@ -80,6 +83,9 @@ def check_model(config: Mapping[str, Any], info: ModelInfo, wanted: Wanted, name
         for key, value in identity(info).items()
         if found.get(key) != value
     ]
+    served = found.get("dtype", "float32")
+    if dtype not in {None, served}:
+        problems.append(f"dtype: the run needs {dtype}, the server has {served}")
     height, width = info.image_size
     problems += _differences("input", config.get("input", []), {INPUT_NAME: ("TYPE_UINT8", [height, width, 3])})
     outputs = wanted.widths
@@ -94,7 +100,7 @@ def check_model(config: Mapping[str, Any], info: ModelInfo, wanted: Wanted, name
             + "\nExport this checkpoint with `patchstream export-triton`, or name another model with --triton-model"
         )
     batch = int(config.get("max_batch_size", 0))
-    return ServedModel(name, found.get("dtype", "float32"), max(1, batch), (height, width), tuple(outputs.items()))
+    return ServedModel(name, served, max(1, batch), (height, width), tuple(outputs.items()))
 
 
 def _differences(side: str, tensors: list[Any], expected: Mapping[str, tuple[str, list[int]]]) -> list[str]:

@@ -1,5 +1,6 @@
 """The Triton predictor against a real server: same numbers as torch, and another model is refused."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from support.served_model import MAX_BATCH, Exported, assert_same, decoded, expo
 from support.triton import TritonServer, server_folder, triton_server
 
 from pipeline.models import inspect_model
+from pipeline.predictors.actor import ActorJob, build_predictor
 from pipeline.predictors.triton import check_server
 from schemas.errors import ClusterError, SpecError
 from schemas.spec import TritonSpec
@@ -95,6 +97,18 @@ def test_another_digest_is_refused(exported: Exported, server: TritonServer, tmp
     with (
         predicting(exported._replace(info=other), spec) as predict,
         pytest.raises(SpecError, match="digest"),
+    ):
+        predict(decoded(4))
+
+
+def test_another_precision_than_at_the_start_is_refused(exported: Exported, server: TritonServer) -> None:
+    job = ActorJob(
+        backend="triton", model=exported.info, wanted=exported.wanted, dtype="bfloat16", batch_size=8, threads=1,
+        cuda=False, triton=TritonSpec(url=server.url), storage_options={},
+    )  # fmt: skip
+    with (
+        contextlib.closing(build_predictor(job)) as predict,
+        pytest.raises(SpecError, match="dtype: the run needs bfloat16, the server has float32"),
     ):
         predict(decoded(4))
 

@@ -46,7 +46,7 @@ def export(folder: Path, *, seed: int = 0) -> Exported:
 
 @contextlib.contextmanager
 def predicting(exported: Exported, spec: TritonSpec) -> Iterator[TritonPredictor]:
-    predictor = TritonPredictor(exported.info, exported.wanted, spec)
+    predictor = TritonPredictor(exported.info, exported.wanted, "float32", spec)
     try:
         yield predictor
     finally:
