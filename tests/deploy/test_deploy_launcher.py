@@ -207,6 +207,15 @@ def test_a_token_is_asked_for_on_every_machine(name: str) -> None:
         assert all("RAY_AUTH_MODE=token" in command for command in starts)
 
 
+def test_every_node_finds_the_python_of_its_virtual_environment_first() -> None:
+    config = prepared("local")
+    for side in ("head", "worker"):
+        (start,) = [command for command in config[f"{side}_start_ray_commands"] if "ray start" in command]
+        folder = re.search(r"~/(\S+)/ray start", start)
+        assert folder is not None
+        assert f" PATH=$HOME/{folder[1]}:$PATH " in start.partition(" ~/")[0] + " "
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_objects_spill_to_a_disk_that_is_there(name: str) -> None:
     config = prepared(name)

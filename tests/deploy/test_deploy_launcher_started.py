@@ -1,10 +1,12 @@
 """The start commands of cluster/local.yaml, run for real on this machine: who may come in, and where it listens."""
 
 import contextlib
+import json
 import os
 import re
 import shlex
 import shutil
+import string
 import subprocess
 import sys
 import tempfile
@@ -13,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
@@ -51,7 +53,9 @@ def command(side: str, replaced: dict[str, str]) -> tuple[list[str], dict[str, s
 
 def environment(folder: Path, token: str | None, variables: dict[str, str]) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    extra = {"HOME": str(folder), "RAY_USAGE_STATS_ENABLED": "0", **variables}
+    known = {"HOME": str(folder), "PATH": os.defpath}
+    variables = {name: string.Template(value).substitute(known) for name, value in variables.items()}
+    extra = {**known, "RAY_USAGE_STATS_ENABLED": "0", **variables}
     return {**kept, **extra, **({"RAY_AUTH_TOKEN": token} if token else {})}
 
 
@@ -61,6 +65,7 @@ def head(log_dir: Path) -> Iterator[Head]:
     folder = Path(tempfile.mkdtemp(prefix="ps-", dir="/tmp"))
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        (folder / "patchstream").symlink_to(RAY.parents[1])
         yield tried_again(lambda: stack.enter_context(started(folder, log_dir)))
 
 
@@ -89,6 +94,15 @@ def started(folder: Path, log_dir: Path) -> Iterator[Head]:
         yield Head(port, dashboard_port, process.pid, folder)
 
 
+def asked(port: int, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What the dashboard answers to one with the token."""
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+    request = urllib.request.Request(f"http://{LOOPBACK}:{port}/api/jobs/{path}", data, headers)
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return dict(json.load(response))
+
+
 def answers(port: int, token: str | None) -> int | None:
     """HTTP status of the dashboard's job list; None if nobody listens."""
     request = urllib.request.Request(f"http://{LOOPBACK}:{port}/api/jobs/")
@@ -101,6 +115,16 @@ def answers(port: int, token: str | None) -> int | None:
         return error.code
     except (urllib.error.URLError, OSError):
         return None
+
+
+def test_a_job_runs_the_python_that_is_named_there(head: Head) -> None:
+    job = asked(head.dashboard_port, "", {"entrypoint": "command -v python"})["submission_id"]
+    deadline = time.monotonic() + 120
+    while asked(head.dashboard_port, job)["status"] in {"PENDING", "RUNNING"}:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    said = asked(head.dashboard_port, f"{job}/logs")["logs"].splitlines()
+    assert f"{head.folder}/patchstream/bin/python" in said
 
 
 def test_the_dashboard_wants_the_token(head: Head) -> None:
