@@ -34,13 +34,17 @@ def our_metrics() -> dict[str, dict[str, Any]]:
     return {f"ray_{metric['name']}": metric for metric in json.loads((GRAFANA / "metrics.json").read_text())}
 
 
-@cache
-def rays_metrics() -> frozenset[str]:
-    """Names in Ray's own dashboards, read as text: importing the reporter would start half of Ray."""
+def rays_folder() -> Path:
     spec = find_spec("ray")
     assert spec is not None
     assert spec.origin is not None
-    folder = Path(spec.origin).parent / "dashboard/modules/metrics/dashboards"
+    return Path(spec.origin).parent
+
+
+@cache
+def rays_metrics() -> frozenset[str]:
+    """Names in Ray's own dashboards, read as text: importing the reporter would start half of Ray."""
+    folder = rays_folder() / "dashboard/modules/metrics/dashboards"
     return frozenset(name for path in folder.glob("*.py") for name in METRIC.findall(path.read_text()))
 
 
@@ -95,6 +99,13 @@ def test_a_mistyped_query_is_found(old: str, new: str, check: Any) -> None:
     text = (GRAFANA / "patchstream.json").read_text()
     assert old in text
     assert check(json.loads(text.replace(old, new)))
+
+
+def test_the_memory_of_a_gpu_is_in_the_unit_that_ray_gives() -> None:
+    """Grafana's `mbytes` are mebibytes, its `decmbytes` megabytes."""
+    assert "\nMB = 1024 * 1024\n" in (rays_folder() / "dashboard/modules/reporter/gpu_providers.py").read_text()
+    (panel,) = [panel for panel in dashboard()["panels"] if "ray_node_gram_used" in panel["targets"][0]["expr"]]
+    assert panel["fieldConfig"]["defaults"]["unit"] == "mbytes"
 
 
 def test_every_metric_of_ours_is_shown() -> None:
