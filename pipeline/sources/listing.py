@@ -93,15 +93,16 @@ def _list_bucket(fs: AbstractFileSystem, kind: str, path: str) -> Iterator[Entry
 
 
 def _list_http(fs: AbstractFileSystem, source: str) -> Iterator[Entry]:
-    """A URL is one object as it stands, unless it ends in `/` (an index page) or its path holds a `*`."""
-    path = urlsplit(source).path
+    """A URL is one object as it stands, unless its path holds a `*`, or ends in `/` with no query behind it (an index
+    page)."""
+    _, _, path, query, fragment = urlsplit(source)
     if "*" in path:
         matches, parts = _matcher(unquote(source)), unquote(source).split("/")
         folder = _static_prefix(source, "*").rpartition("/")[0] + "/"
         for entry in crawl(fs, folder, lambda below: _leads_to(unquote(below).rstrip("/").split("/"), parts)):
             if matches(unquote(entry.uri)):
                 yield entry
-    elif path.endswith("/"):
+    elif path.endswith("/") and not query and not fragment:
         yield from crawl(fs, source)
     else:
         yield Entry(source, None, None)

@@ -199,15 +199,27 @@ def test_signed_urls_stay_as_they_are() -> None:
     url = "https://h.example/a%20b/x*y.jpg?X-Amz-Signature=a%2Fb*%3D&X-Amz-Date=1#frag"
     plain = url.replace("*", "")
     assert listed(plain) == [plain]
-    assert listed("http://h.example/photo[1]?.jpg") == ["http://h.example/photo[1]?.jpg"]
+    for url in (
+        "photo[1]?.jpg",
+        "render/?id=5",
+        "folder/?X-Amz-Signature=a",
+        "a.jpg?sig=a/",
+        "render/?of=/a/",
+        "app/#/a/",
+    ):
+        assert listed(f"http://h.example/{url}") == [f"http://h.example/{url}"]
 
 
 def test_an_error_about_a_signed_url_keeps_the_signature_to_itself(
     tmp_path: Path, http_server: Callable[..., HttpServer]
 ) -> None:
     server = http_server(tmp_path, [Rule("status", status=403)])
-    for name in ("table.parquet", "table.csv", "shard.tar", "folder/"):
+    page = server.url.replace("://", "://me:s3cr3t@") + "/folder/"
+    signed = {
+        name: f"{server.url}/{name}?X-Amz-Signature=s3cr3t&a=b" for name in ("table.parquet", "table.csv", "shard.tar")
+    }
+    for name, url in {**signed, "folder/": page}.items():
         with pytest.raises(SourceError) as raised:
-            rows_of(spec_of(f"{server.url}/{name}?X-Amz-Signature=s3cr3t&a=b"))
+            rows_of(spec_of(url))
         assert "s3cr3t" not in str(raised.value)
         assert name in str(raised.value)
