@@ -19,7 +19,7 @@ from schemas.errors import OutputError, SpecError
 from schemas.preprocessing import Preprocessing
 from schemas.run import ModelRecord, RunRecord
 from schemas.spec import JobSpec
-from schemas.tables import FeatureSize, feature_bytes, images_schema, output_fields, user_fields
+from schemas.tables import FeatureSize, feature_bytes, user_fields
 
 # Beside the weights in an actor: batches under way, Python and its libraries.
 _BATCHES_BYTES = 256 << 20
@@ -205,10 +205,8 @@ def reopen(out: str, record: RunRecord, storage_options: Options) -> Opened:
     """Gather what a recorded run consists of."""
     parts = [part_named(name) for name in record.manifest_parts]
     user = user_fields(read_schema(out, parts[0], storage_options))
-    has_labels = record.spec["labels"] > 0 and record.model.num_labels > 0
-    outputs = output_fields(record.feature_dims, record.spec["feature_dtype"], has_labels)
     rows = superseded_rows(out, parts[record.base_parts :], storage_options)
-    return Opened(record, parts, images_schema(outputs, user), user, intervals.from_rows(rows))
+    return Opened(record, parts, record.images_schema(user), user, intervals.from_rows(rows))
 
 
 def _update(question: Question) -> RunRecord:

@@ -7,10 +7,11 @@ sources are redacted and storage options are not part of it.
 import json
 from typing import Any
 
+import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from schemas.preprocessing import Preprocessing
-from schemas.tables import SCHEMA_VERSION, FeatureSize
+from schemas.tables import SCHEMA_VERSION, FeatureSize, images_schema, output_fields
 
 _SHOWN = 200
 
@@ -65,6 +66,11 @@ class RunRecord(BaseModel):
     manifest_parts: list[str]
     base_parts: int = 0  # the first so many parts are the first freeze; `--update` added the others
     applied: AppliedHead | None = None  # where the labels come from, if no image was read for them
+
+    def images_schema(self, user: list[pa.Field]) -> pa.Schema:
+        """The schema of a part of `images/`; `user` are the fields of the manifest that are the user's own."""
+        has_labels = self.spec["labels"] > 0 and self.model.num_labels > 0
+        return images_schema(output_fields(self.feature_dims, self.spec["feature_dtype"], has_labels), user)
 
     def part_metadata(self) -> bytes:
         """JSON for the Parquet metadata of a part, so that a part found alone says what it is."""

@@ -19,7 +19,7 @@ from pipeline.settled import settled_listing
 from pipeline.storage import is_local, join, read_json, redact
 from schemas.errors import OutputError
 from schemas.run import RunRecord, difference, part_model
-from schemas.tables import METADATA_KEY, images_schema, output_fields, user_fields
+from schemas.tables import METADATA_KEY, user_fields
 
 # Path and size of a part to its schema and number of rows.
 Footers = dict[tuple[str, int], tuple[pa.Schema, int]]
@@ -112,9 +112,7 @@ def _with_schema(
 def schema_to_be(fs: AbstractFileSystem, root: str, record: RunRecord) -> pa.Schema:
     """The schema that parts of `root/images` will have, where there are none."""
     with open_parquet(fs, join(root, "manifest", record.manifest_parts[0])) as file:
-        user = user_fields(file.schema_arrow)
-    has_labels = record.spec["labels"] > 0 and record.model.num_labels > 0
-    return images_schema(output_fields(record.feature_dims, record.spec["feature_dtype"], has_labels), user)
+        return record.images_schema(user_fields(file.schema_arrow))
 
 
 def parts_instead(
