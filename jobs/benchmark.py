@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.directory import AsJson, Options, emit, parse_options
-from jobs.embed import AsForEmbed, SeveralAsForEmbed, nested_values, sampled_values
+from jobs.options import AsForEmbed, AsJson, Options, SeveralAsForEmbed, nested_values, parse_options, sampled_values
+from jobs.output import emit
 from schemas.errors import ClusterError, SpecError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from jobs.directory import emit
+from jobs.output import emit
 from schemas.errors import PatchstreamError
 from schemas.redaction import redact
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from jobs.directory import emit, show_rows, with_options
+from jobs.output import emit, show_rows, with_options
 
 if TYPE_CHECKING:
     from pipeline.flow import Summary

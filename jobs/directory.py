@@ -1,22 +1,15 @@
 """`status`, `verify`, `compact`, `retry`: what concerns a run's directory as it stands."""
 
 import json
-import os
-import shlex
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
-from schemas.redaction import holds_secret
+from jobs.options import AsJson, Directory, Force, Options, nested_values, parse_options
+from jobs.output import emit, show_rows
 
-Directory = Annotated[str, typer.Argument(help="The --out of a run.", metavar="DIR")]
-Options = Annotated[str | None, typer.Option("--storage-options", help="JSON for fsspec.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _SHOWN_ATTEMPTS = 5
-
-Force = Annotated[bool, typer.Option("--force", help="Take a run that another machine began for dead, and end it.")]
 
 
 def status(
@@ -53,6 +46,11 @@ def status(
 
 def _replaced(rows: int) -> str:
     return f", {rows:,} of them replaced by newer versions" if rows else ""
+
+
+def _causes(causes: dict[str, int]) -> str:
+    shown = ", ".join(f"{name} {count:,}" for name, count in list(causes.items())[:6])
+    return f" ({shown})" if shown else ""
 
 
 def _last_attempts(attempts: list[dict[str, Any]]) -> str:
@@ -121,7 +119,6 @@ def retry(
     verbose: Annotated[bool, typer.Option("--verbose", help="Show tracebacks and Ray's own output.")] = False,
 ) -> int:
     """Run the failed rows of a directory again, within the limits and where the run did: those worth it, or all."""
-    from jobs.embed import nested_values
     from jobs.run import run_job
     from pipeline.maintenance import NothingToRetry, reopen_failures
     from pipeline.maintenance import status as look
@@ -143,56 +140,3 @@ def retry(
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {"status": status, "verify": verify, "compact": compact, "retry": retry}
-
-
-def parse_options(text: str | None) -> dict[str, Any]:
-    """`--storage-options` as a dict."""
-    from jobs.embed import json_object
-
-    return json_object(text) if text else {}
-
-
-def with_options(command: str, storage_options: Mapping[str, Any]) -> str:
-    """`command`, to be printed, with the storage options that it needs as well; in words if they hold a credential."""
-    if not storage_options:
-        return command
-    text = json.dumps(storage_options, default=str)
-    if holds_secret(text):
-        return f"{command} --storage-options … (as they were given: they hold a credential, which is not shown)"
-    return f"{command} --storage-options {shlex.quote(text)}"
-
-
-def options_given(context: typer.Context, *names: str) -> str:
-    """Those of the options `names` that stand on the command line, as they are typed; empty if none does."""
-    found = []
-    for option in context.command.params:
-        source = context.get_parameter_source(option.name or "")
-        if option.name in names and source is not None and source.name != "DEFAULT":
-            switched_off = context.params[option.name] is False and option.secondary_opts
-            found.append((option.secondary_opts if switched_off else option.opts)[0])
-    return ", ".join(found)
-
-
-def show_rows(rows: list[tuple[str, str]]) -> None:
-    """A small two-column table on standard output."""
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        emit(f"{name:<{width}}  {value}")
-
-
-def emit(text: str, *, to_stderr: bool = False, newline: bool = True) -> None:
-    """Text for the person, on a line of its own unless `newline` is False.
-
-    Where the reader has gone (`| head`), nobody hears it; the command goes on, and its exit code is its own.
-    """
-    try:
-        typer.echo(text, err=to_stderr, nl=newline)
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, (sys.stderr if to_stderr else sys.stdout).fileno())
-        os.close(nowhere)
-
-
-def _causes(causes: dict[str, int]) -> str:
-    shown = ", ".join(f"{name} {count:,}" for name, count in list(causes.items())[:6])
-    return f" ({shown})" if shown else ""

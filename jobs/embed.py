@@ -1,12 +1,12 @@
 """`embed` and `classify`: the main job from the command line."""
 
 import functools
-import json
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
 
+from jobs.options import nested_values
 from schemas.errors import SpecError
 
 _SOURCE_HELP = (
@@ -20,12 +20,6 @@ _SPEC_KEYS = (
     "beit_final_norm", "limit", "uri_column", "image_column", "backend", "vocabulary", "head", "gpus_per_actor",
     "max_failure_rate", "update",
 )  # fmt: skip
-_FETCH_KEYS = {"timeout_s": "timeout", "max_bytes": "max_bytes", "max_pixels": "max_pixels"}
-# Options that say which images, and how the model sees them, which commands that try a sample of a job take as well.
-SAMPLED = ("image_size", "revision", "include", "exclude", "uri_column", "image_column")
-AsForEmbed = Annotated[str | None, typer.Option(help="As for embed.")]
-SeveralAsForEmbed = Annotated[list[str] | None, typer.Option(help="As for embed.")]
-_TRITON_KEYS = {"url": "triton_url", "model_name": "triton_model"}
 
 
 def job(
@@ -162,39 +156,6 @@ def _values(given: dict[str, Any], task: str) -> dict[str, Any]:
     return values
 
 
-def sampled_values(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of SAMPLED that were given."""
-    return {name: given[name] for name in SAMPLED if given[name]}
-
-
-def nested_values(given: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Options that stand one level down in the spec, over those that `base` already has there."""
-    from schemas.spec import ActorRange, Shard
-
-    base = base or {}
-    values: dict[str, Any] = {}
-    if given.get("actors") is not None:
-        values["actors"] = ActorRange.parse(given["actors"]).model_dump()
-    if given.get("shard") is not None:
-        values["shard"] = Shard.parse(given["shard"]).model_dump()
-    if given.get("storage_options") is not None:
-        values["storage_options"] = json_object(given["storage_options"])
-    fetch = {key: given.get(option) for key, option in _FETCH_KEYS.items() if given.get(option) is not None}
-    if fetch:
-        values["fetch"] = _over(base.get("fetch"), fetch)
-    triton = {key: given.get(option) for key, option in _TRITON_KEYS.items() if given.get(option) is not None}
-    if given.get("triton_header"):
-        triton["headers"] = dict(_header(text) for text in given["triton_header"])
-    if triton:
-        values["triton"] = _over(base.get("triton"), triton)
-    return values
-
-
-def _over(table: Any, options: dict[str, Any]) -> Any:
-    """`options` over a table of the config file; what is no table stays, for the spec to refuse."""
-    return table if table is not None and not isinstance(table, Mapping) else {**(table or {}), **options}
-
-
 def read_lines(path: str, option: str, storage_options: Mapping[str, Any]) -> list[str]:
     """The lines of a text file, local or on an object store, without empty ones. Raises SpecError naming `option`."""
     from pipeline.storage import filesystem, redact
@@ -206,24 +167,6 @@ def read_lines(path: str, option: str, storage_options: Mapping[str, Any]) -> li
         reason = "no such file" if isinstance(error, FileNotFoundError) else redact(str(error))
         raise SpecError(f"{option} {redact(path)}: cannot be read as text in UTF-8 ({reason})") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        # Neither the text nor the parser's excerpt of it is shown: it may hold a key.
-        raise SpecError(f"--storage-options is not JSON (position {error.pos}: {error.msg})") from None
-    if not isinstance(value, dict):
-        raise SpecError('--storage-options must be a JSON object such as {"anon": true}')
-    return value
-
-
-def _header(text: str) -> tuple[str, str]:
-    name, colon, value = text.partition(":")
-    if not colon:
-        raise SpecError("--triton-header must look like NAME: VALUE")
-    return name.strip().lower(), value.strip()
 
 
 def _whole_number(text: str) -> int | str:

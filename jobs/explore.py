@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.directory import Directory, Options, emit, parse_options
+from jobs.options import Directory, Options, parse_options
+from jobs.output import emit
 from jobs.retrieve_embed import model_of
 from jobs.retrieve_screen import Features, feature_of
 from schemas.errors import ImageError, Interrupted

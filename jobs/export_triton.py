@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.directory import AsJson, Options, emit, parse_options
+from jobs.options import AsJson, Options, parse_options
+from jobs.output import emit
 
 
 def export_triton(

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.directory import AsJson, Options, emit, parse_options, show_rows
+from jobs.options import AsJson, Options, parse_options
+from jobs.output import emit, show_rows
 
 
 def models(

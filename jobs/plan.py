@@ -5,8 +5,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.directory import AsJson, Options, emit, options_given, parse_options
-from jobs.embed import SAMPLED, AsForEmbed, SeveralAsForEmbed, sampled_values
+from jobs.options import (
+    SAMPLED,
+    AsForEmbed,
+    AsJson,
+    Options,
+    SeveralAsForEmbed,
+    options_given,
+    parse_options,
+    sampled_values,
+)
+from jobs.output import emit
 from schemas.errors import SpecError
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.directory import Options, emit, parse_options
+from jobs.options import Options, parse_options
+from jobs.output import emit
 from schemas.errors import SpecError
 
 

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.directory import AsJson, Directory, Options, emit, parse_options
+from jobs.options import AsJson, Directory, Options, parse_options
+from jobs.output import emit
 
 
 def report(

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.directory import AsJson, Directory, Options, emit, options_given, parse_options, show_rows, with_options
+from jobs.options import AsJson, Directory, Options, options_given, parse_options
+from jobs.output import emit, show_rows, with_options
 from jobs.retrieve_embed import Embedders, check_text, embedder, text_embedder
 from jobs.retrieve_screen import (
     LOCAL_RAY,

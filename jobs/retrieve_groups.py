@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.directory import AsJson, Directory, Options, emit, options_given
+from jobs.options import AsJson, Directory, Options, options_given
+from jobs.output import emit
 from jobs.retrieve_screen import (
     LOCAL_RAY,
     Features,

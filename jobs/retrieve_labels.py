@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.directory import AsJson, Directory, Options, emit, parse_options, with_options
+from jobs.options import AsJson, Directory, Options, parse_options
+from jobs.output import emit, with_options
 from jobs.retrieve_screen import Features, cell, feature_of, opened, print_json, print_table, warn_left_out
 from schemas.errors import SpecError
 

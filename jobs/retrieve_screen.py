@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.directory import emit, parse_options
+from jobs.options import parse_options
+from jobs.output import emit
 
 if TYPE_CHECKING:
     from pipeline.retrieval.store import FeatureStore

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from jobs.console import Screen, native_messages_aside, plain_summary, print_summary
-from jobs.directory import emit, with_options
+from jobs.output import emit, with_options
 from schemas.errors import TooManyFailures
 from schemas.spec import JobSpec, build_spec
 

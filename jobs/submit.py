@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.directory import emit
+from jobs.output import emit
 from schemas.errors import ClusterError, SpecError
 from schemas.redaction import holds_secret, redact
 

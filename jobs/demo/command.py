@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.directory import emit
+from jobs.output import emit
 from schemas.errors import PatchstreamError
 
 _MODEL = Path(__file__).parent / "model"

@@ -29,6 +29,8 @@ HOMES = {
     "timm": (),
 }
 EXTRA_TORCH = ("jobs/demo/train.py",)
+# `status` also shows a job that `submit` began.
+BETWEEN_COMMANDS = {"jobs/directory.py imports jobs.submit"}
 STAGES = {"sources", "images", "models", "predictors", "sinks", "retrieval", "report"}
 
 
@@ -103,6 +105,14 @@ def test_command_modules_import_nothing_heavy() -> None:
         if relative(path).startswith("jobs/") and "COMMANDS" in path.read_text():
             foreign = {name for name in top_level(path) if name not in sys.stdlib_module_names} - light
             assert foreign == set(), relative(path)
+
+
+def test_commands_import_no_commands() -> None:
+    """What two of them need has a home of its own."""
+    commands = {relative(path): path for path in files() if "\nCOMMANDS" in path.read_text()}
+    modules = {name.removesuffix(".py").replace("/", ".") for name in commands}
+    found = {f"{name} imports {module}" for name, path in commands.items() for module in imports(path) & modules}
+    assert found == BETWEEN_COMMANDS
 
 
 def test_no_file_outgrows_its_readers() -> None:

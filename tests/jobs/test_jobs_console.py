@@ -14,7 +14,7 @@ from support.runs import RunContent, write_run
 
 from jobs.cli import run_command
 from jobs.console import Screen, print_summary
-from jobs.directory import with_options
+from jobs.output import with_options
 from jobs.run import _check_rate, run
 from pipeline.flow import Summary
 from pipeline.progress import Progress
