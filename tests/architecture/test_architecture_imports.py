@@ -1,6 +1,7 @@
 """The rules of who may import whom, read from the source text."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,12 @@ def test_commands_import_no_commands() -> None:
     modules = {name.removesuffix(".py").replace("/", ".") for name in commands}
     found = {f"{name} imports {module}" for name, path in commands.items() for module in imports(path) & modules}
     assert found == BETWEEN_COMMANDS
+
+
+def test_the_tree_names_every_module_beside_the_stages() -> None:
+    tree = (ROOT / "CONTRIBUTING.md").read_text().split("```")[1]
+    modules = {path.stem for path in (ROOT / "pipeline").glob("*.py")} - {"__init__"}
+    assert {name for name in modules if not re.search(rf"\b{name}\b", tree)} == set()
 
 
 def test_no_file_outgrows_its_readers() -> None:
