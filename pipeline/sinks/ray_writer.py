@@ -215,8 +215,8 @@ class _Writes:
             yield committed
 
     def drain(self, limit_s: float, cause: BaseException) -> Iterator[Committed]:
-        """Write what is held, for at most `limit_s` seconds. What fails is told, unless it is `cause`, which ends the job
-        and is told there; its rows stay pending."""
+        """Write what is held, for at most `limit_s` seconds. What fails is told, and its rows stay pending; `cause` is
+        not told, for the job ends of it."""
         told = {str(unwrap(cause))}
         ready: list[Any] = []
         # Here an error must hide neither why the job ends nor the other writes.
