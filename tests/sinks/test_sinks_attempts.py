@@ -6,10 +6,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 from support.faults import WRITES, Rule
@@ -17,9 +18,11 @@ from support.flaky_proxy import FlakyProxy
 
 from pipeline.attempt_files import as_known
 from pipeline.sinks import attempts
+from pipeline.sinks.ray_writer import WriteJob, write_blocks
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
 from schemas.spec import Shard
+from schemas.tables import images_schema, output_fields, predicted_schema
 
 
 def test_the_newest_attempt_wins(tmp_path: Path) -> None:
@@ -31,6 +34,68 @@ def test_the_newest_attempt_wins(tmp_path: Path) -> None:
     new.check()
     with pytest.raises(OutputError, match=r"attempt 2 .* has taken over from attempt 1"):
         old.check()
+
+
+@pytest.mark.parametrize("failed", [None, "decode"])
+def test_a_write_that_was_overtaken_leaves_no_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failed: str | None
+) -> None:
+    monkeypatch.setattr("pipeline.logs.working_on", lambda *arguments: None)  # the log of a worker, which this is not
+    whole = Shard(index=0, count=1)
+    out = str(tmp_path)
+    old, first = attempts.claim(out, whole, {}, "embed")
+    outputs = output_fields({"cls": 2}, "float32", labels=False)
+    line = {"row": 0, "uri": "file:///0.jpg"}
+    line |= {"cls": [0.0, 1.0]} if failed is None else {"stage": failed, "error": "Truncated", "message": "m"}
+    rows = pa.Table.from_pylist([line], schema=predicted_schema(outputs, []))
+    write_blocks(WriteJob(old, images_schema(outputs, []), b"{}", "r"), rows)
+    (part,) = tmp_path.glob("*/*.parquet")
+    part.unlink()
+    attempts.finish(out, first, {})
+    attempts.claim(out, whole, {}, "embed")
+    with pytest.raises(OutputError, match=r"attempt 2 .* has taken over from attempt 1"):
+        write_blocks(WriteJob(old, images_schema(outputs, []), b"{}", "r"), rows)
+    assert not list(tmp_path.glob("*/*.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("status", "ended_s_ago", "waits"),
+    [
+        ("running", None, True),
+        ("interrupted", 5, True),
+        ("failed", 5, True),
+        ("failed", 600, False),
+        ("done", 5, False),
+    ],
+)
+def test_the_last_writes_of_an_attempt_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: Any, ended_s_ago: int | None, waits: bool
+) -> None:
+    """Between the question of an orphan and its write lies time, and only then may be looked what is done."""
+    whole = Shard(index=0, count=1)
+    with monkeypatch.context() as there:
+        there.setattr("socket.gethostname", lambda: "another")
+        _, record = attempts.claim(str(tmp_path), whole, {}, "embed")
+        record.status = status
+        if ended_s_ago is not None:
+            record.ended = (datetime.now(UTC) - timedelta(seconds=ended_s_ago)).isoformat()
+        attempts.note(str(tmp_path), record, {})
+    slept: list[tuple[float, int]] = []
+    files = tmp_path / "attempts"
+    monkeypatch.setattr("time.sleep", lambda seconds: slept.append((seconds, len(list(files.iterdir())))))
+    attempts.claim(str(tmp_path), whole, {}, "embed")
+    assert slept == ([(attempts._SETTLE_S, 2)] if waits else []), "once the new attempt turns the old one away"
+
+
+@pytest.mark.parametrize("shards", [(0, 1), (1, 0)])
+def test_no_attempt_waits_for_one_on_other_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: tuple[int, int]
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    for index in shards:
+        attempts.claim(str(tmp_path), Shard(index=index, count=2), {}, "embed")
+    assert slept == []
 
 
 def test_what_is_known_to_be_over_does_not_run(tmp_path: Path) -> None:
