@@ -1,6 +1,7 @@
 """One of several jobs freezes the inputs, also when an earlier one died over it, and leaves nothing when it fails."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -11,10 +12,13 @@ import pytest
 from support.runs import RunContent, run_record
 
 from pipeline import lock
-from pipeline.record import freezing, read_record, require_record
+from pipeline.record import check_same, freezing, read_record, require_record
 from pipeline.report.run import open_run
 from pipeline.retrieval.store import FeatureStore
 from schemas.errors import OutputError, SourceError
+from schemas.preprocessing import Preprocessing
+from schemas.run import ModelRecord, RunRecord
+from schemas.spec import RECORDED_FIELDS, JobSpec
 
 NOBODY = {"endpoint_url": "http://127.0.0.1:1", "key": "hidden", "secret": "hidden"}
 
@@ -69,6 +73,98 @@ def test_a_holder_that_beats_is_waited_for(tmp_path: Path) -> None:
     holder.join()
     second.join()
     assert order == ["first", "second"]
+
+
+# All that two runs on one directory must agree on, and another value of it.
+DECIDES: dict[str, object] = {
+    "spec.sources": ["other/"],
+    "spec.features": ["pooled"],
+    "spec.labels": 5,
+    "spec.feature_dtype": "float16",
+    "spec.decode": "fast",
+    "spec.image_size": 384,
+    "spec.beit_final_norm": True,
+    "spec.zero_shot": ["a cat", "a dog"],
+    "spec.templates": ["a drawing of a {}."],
+    "spec.limit": 10,
+    "spec.include": ["*.jpg"],
+    "spec.exclude": ["*.png"],
+    "spec.uri_column": "address",
+    "spec.image_column": "picture",
+    "model.digest": "1" * 64,
+    "model.dtype": "int8",
+    "model.pooled": "pooler",
+    "model.preprocessing": Preprocessing(resize=(384, 384)).model_dump(mode="json"),
+    "model.label_digest": "2" * 64,
+    "model.zero_shot": "3" * 64,
+    "model.head": "4" * 64,
+}
+# Where things are, how the work was done, and what follows from the above.
+LEAVES_OPEN: dict[str, object] = {
+    "spec.revision": "main",
+    "spec.vocabulary": "elsewhere/vocab.json",
+    "spec.label_file": "elsewhere/labels.txt",
+    "spec.head": "elsewhere/head",
+    "spec.fetch": {"concurrency": 1},
+    "spec.sink": {"commit_s": 1.0},
+    "spec.backend": "triton",
+    "spec.triton": {"url": "grpc://host:8001"},
+    "spec.batch_size": 4,
+    "spec.gpus_per_actor": 1.0,
+    "spec.max_failure_rate": 0.5,
+    "model.name": "elsewhere/vit",
+    "model.revision": "main",
+    "model.family": "deit",
+    "model.architecture": "other",
+    "model.hidden_size": 8,
+    "model.num_labels": 3,
+    "model.multi_label": True,
+    "run_id": "another",
+    "created": "2027-01-01T00:00:00+00:00",
+    "versions": {"torch": "9.0"},
+    "feature_dims": {"cls": 8},
+    "manifest_rows": 9,
+    "manifest_parts": ["another"],
+    "base_parts": 2,
+    "applied": {"probe": "p", "digest": "d", "feature": "cls", "trained_on": "t", "run_id": "r"},
+}
+
+
+def a_record() -> RunRecord:
+    spec = JobSpec(sources=("photos/",), model="vit", out="out").model_dump(mode="json", include=set(RECORDED_FIELDS))
+    record = run_record(RunContent({"cls": np.ones((1, 4), np.float32)}))
+    return record.model_copy(update={"spec": spec})
+
+
+def changed(record: RunRecord, field: str, value: object) -> RunRecord:
+    content = record.model_dump(mode="json")
+    *folder, name = field.split(".")
+    place = content[folder[0]] if folder else content
+    assert place[name] != value
+    place[name] = value
+    return RunRecord.model_validate(content)
+
+
+@pytest.mark.parametrize("field", DECIDES)
+def test_a_directory_takes_no_other_computation(field: str) -> None:
+    other = changed(a_record(), field, DECIDES[field])
+    for pair in ((a_record(), other), (other, a_record())):
+        with pytest.raises(OutputError, match=r"out holds another run") as error:
+            check_same(*pair, "out")
+        _, *lines, _ = str(error.value).splitlines()
+        assert lines
+        assert all(re.match(rf"  {re.escape(field)}[.:]", line) for line in lines)
+
+
+@pytest.mark.parametrize("field", LEAVES_OPEN)
+def test_a_directory_takes_the_same_computation_done_elsewhere_or_otherwise(field: str) -> None:
+    check_same(a_record(), changed(a_record(), field, LEAVES_OPEN[field]), "out")
+
+
+def test_every_field_of_a_record_is_one_or_the_other() -> None:
+    fields = {*RunRecord.model_fields} - {"spec", "model", "schema_version"}
+    fields |= {f"spec.{name}" for name in RECORDED_FIELDS} | {f"model.{name}" for name in ModelRecord.model_fields}
+    assert sorted(fields) == sorted([*DECIDES, *LEAVES_OPEN])
 
 
 def test_parts_of_an_earlier_version_are_still_this_runs(tmp_path: Path) -> None:
