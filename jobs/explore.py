@@ -7,15 +7,12 @@ import typer
 
 from jobs.options import Directory, Options, parse_options
 from jobs.output import emit
-from jobs.retrieve_embed import model_of
 from jobs.retrieve_screen import Features, feature_of
-from schemas.errors import ImageError, Interrupted
+from schemas.errors import Interrupted
 
 if TYPE_CHECKING:
-    from pipeline.predictors.torch_predictor import TorchPredictor
     from pipeline.report.explore_state import Exploration, Floats, Ints, Searcher
     from pipeline.report.run import RunDirectory
-    from schemas.run import RunRecord
 
 
 def explore(
@@ -64,6 +61,7 @@ def _searcher(directory: str, run: "RunDirectory", feature: str | None, options:
     """Exact search over the features of the run; None where it holds no features and none were asked for."""
     if feature is None and not run.features():
         return None
+    from pipeline.embedding import Embedder
     from pipeline.report.explore_state import Searcher
     from pipeline.retrieval.arrays import unit
     from pipeline.retrieval.nearest import top_k
@@ -84,62 +82,6 @@ def _searcher(directory: str, run: "RunDirectory", feature: str | None, options:
         scores, positions = top_k(matrix, unit(vector[None]), k)
         return matrix.rows[positions[0]], scores[0]
 
-    return Searcher(name, vector_of, nearest, _embedder(run.record, name, options))
-
-
-def _embedder(record: "RunRecord", feature: str, options: dict[str, Any]) -> "Callable[[bytes], Floats] | None":
-    """Bytes of a picture to its vector, by the model and the preprocessing of the run; None where it had no model.
-
-    The model is loaded when the first picture comes. The function raises CheckpointError if it is another one by
-    now, ImageError for what is no picture.
-    """
-    if record.model.family == "null":
-        return None
-    predictors: list[TorchPredictor] = []
-
-    def embed(data: bytes) -> "Floats":
-        from pipeline.predictors.batches import pixels_of
-
-        if not predictors:
-            predictors.append(_predictor(record, feature, options))
-        decoded = _decoded(data, record)
-        pixels = pixels_of(decoded, *record.model.preprocessing.output_size)
-        vector: Floats = predictors[0].predict(pixels).features[feature][0]
-        return vector
-
-    return embed
-
-
-def _predictor(record: "RunRecord", feature: str, options: dict[str, Any]) -> "TorchPredictor":
-    from pipeline.predictors.batches import Wanted
-    from pipeline.predictors.torch_predictor import TorchPredictor
-
-    info = model_of(record, None, options)
-    wanted = Wanted(
-        (feature,), (info.pooled_size if feature == "pooled" else info.hidden_size,), "float32", 0, (), False
-    )
-    return TorchPredictor(info, wanted, dtype=record.model.dtype, batch_size=1)
-
-
-def _decoded(data: bytes, record: "RunRecord") -> Any:
-    """A decoded table of one row; the picture goes through a file, as any other picture does."""
-    import tempfile
-
-    import pyarrow as pa
-
-    from pipeline.images.stage import Reading, fetch_and_decode
-    from schemas.tables import MANIFEST_FIELDS
-
-    with tempfile.NamedTemporaryFile(prefix="patchstream-") as file:
-        file.write(data)
-        file.flush()
-        row = {"row": 0, "uri": file.name, "size": len(data)}
-        (decoded,) = fetch_and_decode(
-            pa.Table.from_pylist([row], pa.schema(MANIFEST_FIELDS)),
-            Reading(record.model.preprocessing, decode=record.spec.get("decode", "exact")),
-            batch_rows=1,
-        )
-    failed = decoded.select(["stage", "error", "message"]).to_pylist()[0]
-    if failed["error"]:
-        raise ImageError(failed["stage"], failed["error"], failed["message"].replace(file.name, "the file"))
-    return decoded
+    has_model = run.record.model.family != "null"
+    embed = Embedder(run.record, name, storage_options=options).image if has_model else None
+    return Searcher(name, vector_of, nearest, embed)

@@ -9,7 +9,6 @@ import typer
 
 from jobs.options import AsJson, Directory, Options, options_given, parse_options
 from jobs.output import emit, show_rows, with_options
-from jobs.retrieve_embed import Embedders, check_text, embedder, text_embedder
 from jobs.retrieve_screen import (
     LOCAL_RAY,
     Features,
@@ -24,6 +23,7 @@ from jobs.retrieve_screen import (
 from schemas.errors import SpecError
 
 if TYPE_CHECKING:
+    from pipeline.embedding import Embedder
     from pipeline.retrieval.index import Index
     from pipeline.retrieval.search import Example, Hit
     from pipeline.retrieval.store import FeatureStore
@@ -67,6 +67,7 @@ def search(
     as_json: AsJson = False,
 ) -> int:
     """Find the pictures most like some examples, exactly or by an index."""
+    from pipeline.embedding import Embedder, check_text
     from pipeline.retrieval.nearest import check_device
     from pipeline.retrieval.search import check_examples
 
@@ -79,15 +80,15 @@ def search(
         feature = feature_of(store, features)
         check_examples(store, feature, examples)
         if texts:
-            check_text(store, feature, texts[0])
+            check_text(store.record, feature, texts[0])
         if k is not None and k > len(store):
             raise SpecError(f"-k {k}: {len(store)} rows are there; ask for between 1 and that")
         if where is not None:
             store.check_filter(where)
         built = None if index is None else _load_index(store, index, feature, centre)
         warn_left_out(store, feature)
-        place = (model, parse_options(storage_options))
-        embed = Embedders(embedder(store, feature, *place), text_embedder(store, feature, vocabulary, *place))
+        place = parse_options(storage_options)
+        embed = Embedder(store.record, feature, model=model, vocabulary=vocabulary, storage_options=place)
         options = {"where": where, "keep_examples": with_examples, "device": device}
         hits = _find(store, examples, embed, feature, k, built, centre, options)
     if html:
@@ -124,7 +125,7 @@ def _load_index(store: "FeatureStore", name: str, feature: str, centre: bool) ->
 def _find(
     store: "FeatureStore",
     examples: "list[Example]",
-    embed: Embedders,
+    embed: "Embedder",
     feature: str,
     k: int | None,
     built: "Index | None",

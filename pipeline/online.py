@@ -9,7 +9,7 @@ An image that cannot be fetched or decoded has, in its place, an object instead 
 import base64
 import binascii
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ import pyarrow as pa
 from pipeline.images.decode import DecodeSpec, decode_into
 from pipeline.images.fetch import fetch_rows
 from pipeline.images.formats import prepare_process
+from pipeline.images.transform import Pixels
 from pipeline.models import ModelInfo, require_classes
 from pipeline.predictors.batches import Wanted
 from pipeline.storage import redact
@@ -106,17 +107,21 @@ def _labels(info: ModelInfo, pixels: np.ndarray, settings: Settings) -> Iterator
         ]
 
 
-def _pixels(info: ModelInfo, items: list[str], settings: Settings) -> Iterator[np.ndarray | ImageError]:
+def _pixels(info: ModelInfo, items: list[str], settings: Settings) -> Iterator[Pixels | ImageError]:
     """uint8 (H, W, 3) of each item, in order."""
+    web = fetched([item.strip() for item in items if is_address(item)], settings.fetch, settings.storage_options)
+    files = (next(web) if is_address(item) else _decoded_text(item, settings.fetch.max_bytes) for item in items)
+    return pixels(files, DecodeSpec(info.preprocessing, "exact", settings.fetch.max_pixels))
+
+
+def pixels(files: Iterable[bytes | ImageError], spec: DecodeSpec) -> Iterator[Pixels | ImageError]:
+    """uint8 (H, W, 3) of each file, in order, or why there are none."""
     prepare_process()
-    spec = DecodeSpec(info.preprocessing, "exact", settings.fetch.max_pixels)
-    fetched = _fetched([item.strip() for item in items if is_address(item)], settings)
-    for item in items:
-        data = next(fetched) if is_address(item) else _decoded_text(item, settings.fetch.max_bytes)
+    for data in files:
         if isinstance(data, ImageError):
             yield data
             continue
-        out = np.empty((*info.image_size, 3), np.uint8)
+        out = np.empty((*spec.preprocessing.output_size, 3), np.uint8)
         try:
             decode_into(data, out, spec)
             yield out
@@ -129,13 +134,12 @@ def is_address(item: str) -> bool:
     return "://" in item and not item.startswith("data:")
 
 
-def _fetched(urls: list[str], settings: Settings) -> Iterator[bytes | ImageError]:
+def fetched(urls: list[str], fetch: FetchSpec, storage_options: Mapping[str, Any]) -> Iterator[bytes | ImageError]:
+    """The bytes of the file at each address, in order, or why there are none."""
     # JSON may spell half of a surrogate pair, which is no text and has no bytes.
     rows = [{"row": row, "uri": url.encode("utf-8", "replace").decode()} for row, url in enumerate(urls)]
     manifest = pa.Table.from_pylist(rows, schema=manifest_schema([]))
-    for item in fetch_rows(
-        manifest, fetch=settings.fetch, image_column="image", storage_options=settings.storage_options
-    ):
+    for item in fetch_rows(manifest, fetch=fetch, image_column="image", storage_options=storage_options):
         yield item.result
 
 

@@ -104,7 +104,8 @@ def test_report_explore_command_refuses_open_doors(tmp_path: Path) -> None:
 @pytest.mark.slow
 @needs_testdata
 def test_report_explore_embeds_by_the_model_of_the_run(tmp_path: Path) -> None:
-    from jobs.explore import _embedder, _open
+    from jobs.explore import _open
+    from pipeline.embedding import Embedder
     from pipeline.models import inspect_model
 
     files = photos(6)
@@ -116,7 +117,7 @@ def test_report_explore_embeds_by_the_model_of_the_run(tmp_path: Path) -> None:
     )  # fmt: skip
 
     def embedder(model: ModelRecord) -> Any:
-        return _embedder(run_record(dataclasses.replace(album.content(), model=model)), "cls", {})
+        return Embedder(run_record(dataclasses.replace(album.content(), model=model)), "cls").image
 
     embed = embedder(model)
     album.features = np.stack([embed(path.read_bytes()) for path in files])

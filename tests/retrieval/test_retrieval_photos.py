@@ -12,7 +12,7 @@ from support.runs import RunContent, write_run
 from support.testdata import needs_testdata, photos, trained_vit
 
 from jobs.retrieve import search as search_command
-from jobs.retrieve_embed import embedder
+from pipeline.embedding import Embedder
 from pipeline.models import inspect_model
 from pipeline.retrieval.arrays import Preparation
 from pipeline.retrieval.duplicates import find_duplicates
@@ -69,7 +69,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     files = [str(path) for path in photos()]
     model = model_record()
     blank = RunContent({"cls": np.ones((1, model.hidden_size), np.float32)}, parts=1, model=model)
-    embed = embedder(FeatureStore.open(str(write_run(tmp_path_factory.mktemp("blank"), blank))), "cls", None, {})
+    embed = Embedder(FeatureStore.open(str(write_run(tmp_path_factory.mktemp("blank"), blank))).record, "cls").images
     content = RunContent({"cls": embed(files)}, uris=files, model=model)
     return FeatureStore.open(str(write_run(tmp_path_factory.mktemp("run"), content)))
 
@@ -77,7 +77,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
 @pytest.fixture(scope="module")
 def copies(store: FeatureStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     folder = tmp_path_factory.mktemp("copies")
-    embed = embedder(store, "cls", None, {})
+    embed = Embedder(store.record, "cls").images
     return {how: embed([str(altered(path, how, folder)) for path in photos(_COPIES)]) for how in ALTERATIONS}
 
 
@@ -118,7 +118,7 @@ def test_search_by_a_picture_on_the_command_line(
 def test_picture_that_cannot_be_read(store: FeatureStore, tmp_path: Path) -> None:
     (tmp_path / "no.jpg").write_text("not a picture")
     with pytest.raises(SpecError, match=r"--image .*no\.jpg: "):
-        embedder(store, "cls", None, {})([str(tmp_path / "no.jpg")])
+        Embedder(store.record, "cls").images([str(tmp_path / "no.jpg")])
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
@@ -126,4 +126,4 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     content = RunContent({"cls": np.ones((3, model.hidden_size), np.float32)}, model=model)
     store = FeatureStore.open(str(write_run(tmp_path, content)))
     with pytest.raises(CheckpointError, match="is not the model of this run any more"):
-        embedder(store, "cls", None, {})([str(photos()[0])])
+        Embedder(store.record, "cls").images([str(photos()[0])])
