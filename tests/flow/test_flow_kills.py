@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 from support.commands import (
@@ -91,14 +92,14 @@ def test_killed_and_run_again(tmp_path: Path, job: tuple[str, ...], expected: Ex
     log = tmp_path / "log"
     driver = start(*job, "--out", out, log=log)
     try:
+        if not whole_job:
+            kill_worker(driver, DECODER_TITLE)  # now, for decoding may be done long before the job is
         wait_until(lambda: bool(rows_in(out)), driver, "a first part while the job runs")
         time.sleep(rng.uniform(0, 2))
         if whole_job:
             os.kill(driver.pid, signal.SIGKILL)
         else:
-            for victim in (ACTOR_TITLE, DECODER_TITLE):
-                for process in workers(driver.pid, victim)[:1]:
-                    process.send_signal(signal.SIGKILL)
+            kill_worker(driver, ACTOR_TITLE)
         driver.wait(timeout=300)
     finally:
         end(driver.pid)
@@ -114,6 +115,25 @@ def test_killed_and_run_again(tmp_path: Path, job: tuple[str, ...], expected: Ex
     assert records[-1]["images"] + records[-1]["failures"] == expected.rows - committed
     same_result(out, expected)
     assert patchstream("verify", out).returncode == 0
+
+
+def kill_worker(driver: "subprocess.Popen[bytes]", title: str) -> None:
+    """Kill one worker of a stage as soon as there is one, and see it gone while the job goes on."""
+    found: list[psutil.Process] = []
+
+    def is_there() -> bool:
+        found.extend(workers(driver.pid, title)[:1])
+        return bool(found)
+
+    def is_gone() -> bool:
+        try:
+            return found[0].status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    wait_until(is_there, driver, f"a worker {title}")
+    found[0].send_signal(signal.SIGKILL)
+    wait_until(is_gone, driver, f"the end of the worker {title}", timeout_s=30)
 
 
 def wait_until(condition: object, driver: "subprocess.Popen[bytes]", what: str, timeout_s: float = 300) -> None:
