@@ -1,6 +1,7 @@
 """Bytes of a file or of a stretch of it, once, from wherever it lies. Retries are the caller's."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -115,6 +116,8 @@ class Reader:
     def _open(self, kind: str) -> AbstractFileSystem:
         # Without an address, which might name a version: the drivers would then look for one in every other.
         fs, _ = open_filesystem("https://" if kind == "http" else f"{kind}://", self._options)
+        if kind == "gs":
+            return _single_try_gcs(fs)
         return _single_try_s3(fs, self._concurrency) if kind == "s3" else fs
 
 
@@ -125,6 +128,14 @@ def _single_try_s3(fs: AbstractFileSystem, concurrency: int) -> AbstractFileSyst
     config["max_pool_connections"] = max(concurrency, int(config.get("max_pool_connections", 10)))
     single = type(fs)(*fs.storage_args, **{**fs.storage_options, "config_kwargs": config})
     single.retries = 1
+    return single
+
+
+def _single_try_gcs(fs: AbstractFileSystem) -> AbstractFileSystem:
+    """The same access to Google Cloud Storage as `fs`, without the retries that gcsfs wraps around every request."""
+    # gcsfs knows no such option: it makes an instance of its own, where fsspec would give the one that others write by.
+    single = type(fs)(*fs.storage_args, **{**fs.storage_options, "single_try": True})
+    single._request = functools.partial(type(fs)._request.__wrapped__, single)
     return single
 
 

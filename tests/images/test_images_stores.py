@@ -6,6 +6,8 @@ import io
 import threading
 import zipfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import s3fs
 from PIL import Image
@@ -106,6 +108,20 @@ def test_our_rule_for_retries_is_the_only_one(store, filled, flaky_proxy, status
     ).to_pylist()
     assert (row["stage"], row["error"], row["retryable"], row["attempts"]) == ("fetch", error, True, 3)
     assert proxy.control.requests() == 3
+
+
+@pytest.mark.parametrize(("status", "error"), [(503, "Throttled"), (429, "Throttled"), (500, "ServerError")])
+def test_our_rule_for_retries_is_the_only_one_for_tables_too(store, flaky_proxy, tmp_path, status, error):
+    pq.write_table(pa.table({"image": [png(3)]}), tmp_path / "a.parquet")
+    url = store.put(store.make_bucket(), "a.parquet", (tmp_path / "a.parquet").read_bytes())
+    manifest = listed(url, store.storage_options)
+    proxy = flaky_proxy(store, [Rule("status", status=status)])
+    fetched = functools.partial(decode_all, manifest, storage_options=proxy.server.storage_options)
+    (row,) = fetched(fetch=fetch(attempts=3)).to_pylist()
+    assert (row["error"], row["retryable"], row["attempts"]) == (error, True, 3)
+    assert 3 <= proxy.control.requests() <= 6  # gcsfs asks at the same time whether it is a folder
+    proxy.control.set_rules(Rule("status", status=status, first=1))
+    assert shades(fetched(fetch=fetch(attempts=9))) == [3]
 
 
 @pytest.mark.parametrize("rule", [Rule("status", first=2), Rule("reset", first=2), Rule("truncate", first=2)])
