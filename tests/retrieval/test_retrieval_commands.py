@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import typer
 from PIL import Image
-from support.runs import RunContent, clustered, write_run
+from support.runs import RunContent, clustered, run_record, write_run
 
 from jobs import retrieve, retrieve_groups, retrieve_labels
 from pipeline.retrieval.store import FeatureStore
@@ -125,6 +125,14 @@ def test_a_run_without_cls_is_asked_by_the_feature_that_it_has(run: Run, tmp_pat
     with pytest.raises(OutputError, match="it has: none"):
         run("kmeans", bare, "-k", 3)
     assert json.loads(run("duplicates", bare, "--exact-only", "--json"))["groups"] == 0
+
+
+def test_texts_are_compared_with_pooled_alone(run: Run, tmp_path: Path) -> None:
+    content = RunContent({"cls": clustered(9, 8, 3, seed=1), "pooled": clustered(9, 8, 3, seed=1)})
+    content.model = run_record(content).model.model_copy(update={"pooled": "projected_cls"})
+    directory = write_run(tmp_path, content)
+    with pytest.raises(SpecError, match="not with `cls`; add --features pooled"):
+        run("search", directory, "--text", "a red house")
 
 
 def test_an_index_that_no_search_can_use_says_so(run: Run, directory: Path) -> None:
