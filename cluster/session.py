@@ -68,7 +68,7 @@ def ray_session(
 def _connected(address: str | None, verbose: bool, cpus: int | None) -> Iterator[None]:
     try:
         with _keeping_handlers(), _telling_of_a_slow_start():
-            ray.init(**(_attach(address) if address else _start(cpus)), **_logging(verbose))
+            ray.init(**({"address": address} if address else _start(cpus)), **_logging(verbose))
     except SystemExit as told:  # by Ray's own handler, with the signal's number
         if told.code != signal.SIGTERM:
             raise
@@ -196,10 +196,6 @@ def _own_token() -> Iterator[None]:
             Config.initialize("")  # as Ray does where it sets the mode: it is read once
 
 
-def _attach(address: str) -> dict[str, Any]:
-    return {"address": address}
-
-
 def _start(cpus: int | None) -> dict[str, Any]:
     _keep_workers()
     cpus = cpus or _own_cpus()
@@ -245,7 +241,6 @@ def machines(cpu_flags: Mapping[str, frozenset[str]] = {}) -> Machines:
     return Machines(
         cpus=total.get("CPU", 0.0),
         gpus=total.get("GPU", 0.0),
-        memory_bytes=total.get("memory", 0.0),
         object_store_bytes=total.get("object_store_memory", 0.0),
         nodes=len(alive),
         node_cpus=tuple(resources["CPU"] for resources in workers),

@@ -167,7 +167,7 @@ def _throughput(images: int, costs: Costs, device: Device, rate: float, devices:
 
 def _memory(images: int, costs: Costs, device: Device, devices: int, cores: float) -> list[Step]:
     placement = place(
-        Machines(cpus=cores, gpus=devices if device.is_gpu else 0, memory_bytes=0, object_store_bytes=0),
+        Machines(cpus=cores, gpus=devices if device.is_gpu else 0, object_store_bytes=0),
         rows=images,
         actors=None,
         gpus_per_actor=float(device.is_gpu),

@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 
 class Machines(NamedTuple):
-    """Totals over all nodes: cores, GPUs, and bytes of memory and of Ray's object store."""
+    """Totals over all nodes: cores, GPUs, and bytes of Ray's object store."""
 
     cpus: float
     gpus: float
-    memory_bytes: float
     object_store_bytes: float
     nodes: int = 1
     # Of each node that takes tasks; empty where only the totals are known.

@@ -191,9 +191,9 @@ def retry_after_s(header: str | None) -> float | None:
     return float(header) if header is not None and re.fullmatch(r"\d{1,6}", header.strip()) else None
 
 
-def scrub(text: str, limit: int = 300) -> str:
-    """`text` on one line, cut to `limit` characters, every address in it without credentials."""
-    return redact(" ".join(text.split()))[:limit]
+def scrub(text: str) -> str:
+    """`text` on one line, cut to 300 characters, every address in it without credentials."""
+    return redact(" ".join(text.split()))[:300]
 
 
 def fetch_failure(url: str, error: BaseException, verdict: Verdict, attempts: int) -> ImageError:

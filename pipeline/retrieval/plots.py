@@ -6,6 +6,7 @@ from html import escape
 import numpy as np
 from scipy.sparse import csr_array
 
+_MOST_CLASSES = 40
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 460, 240, 64, 44, 34
 _STYLE = (
     "<style>svg{color-scheme:light dark;font:12px system-ui,sans-serif}"
@@ -66,14 +67,14 @@ def _few(xs: Sequence[float]) -> list[float]:
     return list(xs[::step])
 
 
-def confusion(matrix: csr_array, names: Sequence[str], title: str, most: int = 40) -> str:
+def confusion(matrix: csr_array, names: Sequence[str], title: str) -> str:
     """Confusion matrix (C, C), true classes down, predicted across, shaded by the share of the true class.
 
-    Of more than `most` classes those with the most errors are shown.
+    Of more than 40 classes those with the most errors are shown.
     """
     counts = matrix.sum(axis=1)
     wrong = counts + matrix.sum(axis=0) - 2 * matrix.diagonal()
-    shown = sorted(np.argsort(-wrong, kind="stable")[:most].tolist())
+    shown = sorted(np.argsort(-wrong, kind="stable")[:_MOST_CLASSES].tolist())
     part = matrix[shown][:, shown].toarray()
     share = part / np.maximum(1, counts[shown])[:, None]
     side = 22 if len(shown) > 12 else 40
@@ -91,7 +92,7 @@ def confusion(matrix: csr_array, names: Sequence[str], title: str, most: int = 4
         for i, short in enumerate(shorts)
     )
     extent = margin + side * len(shown) + 16
-    more = f" (the {most} of {len(names)} classes with the most errors)" if len(shown) < len(names) else ""
+    more = f" (the {_MOST_CLASSES} of {len(names)} classes with the most errors)" if len(shown) < len(names) else ""
     heading = f'<text x="12" y="20" font-weight="600">{escape(title + more)}</text>'
     frame = (
         f'<rect x="{margin}" y="{top}" width="{side * len(shown)}" height="{side * len(shown)}" fill="none" '

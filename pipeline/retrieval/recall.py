@@ -15,8 +15,10 @@ from pipeline.retrieval.matrix import Matrix
 from pipeline.retrieval.nearest import top_k
 
 K = 10
-TARGET = 0.97
+_TARGET = 0.97
 _QUERIES = 200
+# The rows that an index was tuned by are not those that it is judged by.
+_JUDGED, _TUNED = 0, 1
 _MOST_PROBED = 4096
 # An index and the exact search may round one score differently: by less than this share of a row's score with itself.
 _ROUNDING = 1e-5
@@ -32,9 +34,9 @@ class Evaluation(TypedDict):
     search: dict[str, int]
 
 
-def evaluate(index: Index, matrix: Matrix, *, queries: int = _QUERIES, seed: int = 0) -> Evaluation:
+def evaluate(index: Index, matrix: Matrix, *, queries: int = _QUERIES) -> Evaluation:
     """Search `queries` random rows by index and exactly. The row itself, which both find, does not count."""
-    chosen, truth = _truth(index, matrix, queries, seed)
+    chosen, truth = _truth(index, matrix, queries, _JUDGED)
     wanted = index.prepare.apply(matrix.take(chosen))
     seconds = []
     for query in wanted:
@@ -55,18 +57,18 @@ def evaluate(index: Index, matrix: Matrix, *, queries: int = _QUERIES, seed: int
     )
 
 
-def tune(index: Index, matrix: Matrix, *, target: float = TARGET, seed: int = 1) -> Index:
-    """The index with its search parameter doubled until recall@10 on 200 random rows reaches `target`."""
+def tune(index: Index, matrix: Matrix) -> Index:
+    """The index with its search parameter doubled until recall@10 on 200 random rows reaches 0.97."""
     if index.record.kind == "flat":
         return Index(index.faiss, index.record.model_copy(update={"recall_at_10": 1.0}))
-    chosen, truth = _truth(index, matrix, _QUERIES, seed)
+    chosen, truth = _truth(index, matrix, _QUERIES, _TUNED)
     key, value = next(iter(index.record.search.items()))
     most = min(_MOST_PROBED, index.record.lists or _MOST_PROBED)
     while True:
         value = min(value, most)
         tried = Index(index.faiss, index.record.model_copy(update={"search": {key: value}}))
         recall = _recall(tried, matrix, chosen, truth)
-        if recall >= target or value >= most:
+        if recall >= _TARGET or value >= most:
             return Index(index.faiss, tried.record.model_copy(update={"recall_at_10": round(recall, 4)}))
         value *= 2
 

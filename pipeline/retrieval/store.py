@@ -292,9 +292,9 @@ class FeatureStore:
             raise SpecError(f"row {missing[0]}: no such row in images/ (it may have failed; see failures/)")
         return [found[int(row)]["uri"] for row in rows]
 
-    def lookup(self, rows: Ints, columns: list[str], kind: str = "images") -> dict[int, dict[str, Any]]:
-        """Columns of some rows of `images` or `manifest`, by row id."""
+    def lookup(self, rows: Ints, columns: list[str]) -> dict[int, dict[str, Any]]:
+        """Columns of some rows of `images`, by row id."""
         wanted = pa.array(np.unique(np.asarray(rows, np.int64)))
         chosen, named = pads.field("row").isin(wanted), ["row", *columns]
-        table = self.reread(lambda: self.dataset(kind).to_table(columns=named, filter=chosen))
+        table = self.reread(lambda: self.dataset().to_table(columns=named, filter=chosen))
         return {item["row"]: item for item in table.to_pylist()}

@@ -11,6 +11,7 @@ from pipeline.retrieval.store import FeatureStore
 
 STEP = 0.01
 _STEPS = 5
+_EXAMPLES = 4
 
 
 @dataclass
@@ -26,9 +27,7 @@ class Band:
     examples: list[tuple[int, int, float]]
 
 
-def pairs_around(
-    store: FeatureStore, threshold: float, *, feature: str = "cls", examples: int = 4, seed: int = 0
-) -> list[Band]:
+def pairs_around(store: FeatureStore, threshold: float, *, feature: str = "cls", seed: int = 0) -> list[Band]:
     """Ten bands of 0.01 around `threshold`, or those of them below 1, highest first.
 
     Raises SpecError for a threshold outside (0, 1].
@@ -48,12 +47,12 @@ def pairs_around(
         for number, band in enumerate(bands):
             inside = np.flatnonzero(band_of == number)
             band.pairs += len(inside)
-            if len(inside) > examples:
-                inside = inside[np.argpartition(lots[inside], examples)[:examples]]
+            if len(inside) > _EXAMPLES:
+                inside = inside[np.argpartition(lots[inside], _EXAMPLES)[:_EXAMPLES]]
             for at in inside:
                 pair = (int(matrix.rows[found.first[at]]), int(matrix.rows[found.second[at]]), float(found.score[at]))
                 drawn[number].append((float(lots[at]), pair))
-            drawn[number] = sorted(drawn[number])[:examples]
+            drawn[number] = sorted(drawn[number])[:_EXAMPLES]
     for band, kept in zip(bands, drawn, strict=True):
         band.examples = [pair for _, pair in kept]
     return bands[::-1]

@@ -212,7 +212,7 @@ def test_the_commit_is_that_of_the_files_or_unknown(
 
 @pytest.mark.parametrize("cores", [16, 32])
 def test_calls_are_as_long_as_those_of_an_actor(gpu: SimpleNamespace, cores: int) -> None:
-    machines = Machines(cpus=cores, gpus=1, memory_bytes=128 << 30, object_store_bytes=cores << 30)
+    machines = Machines(cpus=cores, gpus=1, object_store_bytes=cores << 30)
     for side, rows in gpu.networks.CALL_ROWS.items():
         placement = place(
             machines, rows=10**7, actors=None, gpus_per_actor=1.0, batch_size=None, pixel_bytes=side * side * 3,

@@ -200,7 +200,6 @@ def check_actors_take_every_core(actors: ActorRange, group: dict[str, Any]) -> N
         machines = Machines(
             cpus=cpus * nodes,
             gpus=0,
-            memory_bytes=memory * nodes,
             object_store_bytes=0,
             nodes=nodes,
             node_cpus=(cpus,) * nodes,

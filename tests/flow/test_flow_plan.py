@@ -15,8 +15,8 @@ from schemas.spec import ActorRange, build_spec
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 GIB = 1 << 30
-LAPTOP = Machines(cpus=2, gpus=0, memory_bytes=16 * GIB, object_store_bytes=2 * GIB)
-GPU_BOX = Machines(cpus=64, gpus=4, memory_bytes=256 * GIB, object_store_bytes=64 * GIB)
+LAPTOP = Machines(cpus=2, gpus=0, object_store_bytes=2 * GIB)
+GPU_BOX = Machines(cpus=64, gpus=4, object_store_bytes=64 * GIB)
 PIXELS = 224 * 224 * 3
 
 
@@ -250,7 +250,7 @@ class _Same:
 @pytest.mark.parametrize("side", [224, 384, 518])
 def test_a_block_for_a_gpu_has_batches_to_hide_copies_behind(cores: int, side: int) -> None:
     pixel_bytes = side * side * 3
-    machines = Machines(cpus=cores, gpus=1, memory_bytes=128 * GIB, object_store_bytes=cores * GIB)
+    machines = Machines(cpus=cores, gpus=1, object_store_bytes=cores * GIB)
     placement = placed(machines, gpus_per_actor=1.0, pixel_bytes=pixel_bytes)
     assert placement.block_rows == 2 * placement.batch_size
     assert placement.block_rows * pixel_bytes <= 128 << 20
@@ -260,7 +260,7 @@ def test_a_block_for_a_gpu_has_batches_to_hide_copies_behind(cores: int, side: i
 
 def test_patch_features_take_room_of_their_own() -> None:
     """ViT-L at 224 pixels: 401,408 bytes an image; DINOv2-giant at 518: 4.2 MB."""
-    machines = Machines(cpus=16, gpus=1, memory_bytes=64 << 30, object_store_bytes=16 << 30)
+    machines = Machines(cpus=16, gpus=1, object_store_bytes=16 << 30)
     plain = placed(machines, gpus_per_actor=1.0)
     large = placed(machines, gpus_per_actor=1.0, output_bytes=196 * 1024 * 2)
     giant = placed(machines, gpus_per_actor=1.0, output_bytes=1369 * 1536 * 2)

@@ -26,9 +26,8 @@ def cluster(cpus: int, gpus: int, *, nodes: int = 1, memory_gib: int = 0, may_gr
     """Nodes of `cpus` cores and `gpus` GPUs each; the object store has 30% of 4 GiB a core unless it is said."""
     memory = (memory_gib or 4 * cpus) * GIB
     return Machines(
-        cpus=cpus * nodes, gpus=gpus * nodes, memory_bytes=0.7 * memory * nodes,
-        object_store_bytes=0.3 * memory * nodes, nodes=nodes, node_cpus=(cpus,) * nodes,
-        node_memory=(0.7 * memory,) * nodes, may_grow=may_grow,
+        cpus=cpus * nodes, gpus=gpus * nodes, object_store_bytes=0.3 * memory * nodes, nodes=nodes,
+        node_cpus=(cpus,) * nodes, node_memory=(0.7 * memory,) * nodes, may_grow=may_grow,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from pipeline.preflight import Budget, measure_decode, measure_forward, other_pr
 from schemas.machines import Machines
 from schemas.spec import build_spec
 
-MACHINES = Machines(1, 0, 8e9, 1e9, 1, (1.0,))
+MACHINES = Machines(1, 0, 1e9, 1, (1.0,))
 
 
 def question(model: Path, **values: Any) -> Question:

@@ -10,7 +10,7 @@ from pipeline.progress import Meter
 from schemas.attempt import AttemptRecord, StageSeconds
 from schemas.machines import Machines
 
-MACHINE = Machines(cpus=2.0, gpus=0.0, memory_bytes=8e9, object_store_bytes=1e9, nodes=1, node_cpus=(2.0,))
+MACHINE = Machines(cpus=2.0, gpus=0.0, object_store_bytes=1e9, nodes=1, node_cpus=(2.0,))
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_nothing_came(clock: dict[str, float]) -> None:
 
 
 def test_the_bottleneck_counts_all_the_actors_that_there_may_be(clock: dict[str, float]) -> None:
-    box = Machines(cpus=8.0, gpus=4.0, memory_bytes=8e10, object_store_bytes=1e10, nodes=1, node_cpus=(8.0,))
+    box = Machines(cpus=8.0, gpus=4.0, object_store_bytes=1e10, nodes=1, node_cpus=(8.0,))
     placement = place(box, rows=100, actors=None, gpus_per_actor=1.0, batch_size=8, pixel_bytes=1, model_bytes=1)
     ours = Meter(100, 0, 0, placement, readers=16)
     ours.received(8)

@@ -81,11 +81,11 @@ def ratio(config: Config, key: str) -> float:
     return value
 
 
-def epsilon(config: Config, key: str = "layer_norm_eps") -> float:
-    """What a norm adds to the variance. Raises CheckpointError naming the key."""
-    value = config.get(key)
+def epsilon(config: Config) -> float:
+    """`layer_norm_eps`, what a norm adds to the variance. Raises CheckpointError for what is no small number."""
+    value = config.get("layer_norm_eps")
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
-        raise CheckpointError(f"config.json: {key} is {value!r}; expected a small number, such as 1e-12")
+        raise CheckpointError(f"config.json: layer_norm_eps is {value!r}; expected a small number, such as 1e-12")
     return float(value)
 
 
