@@ -83,13 +83,13 @@ def look(
     from cluster.remote import call
     from cluster.session import ray_session
     from pipeline.advice import Shape, ideal_rate, stage_costs
-    from pipeline.opening import ask
+    from pipeline.opening import resolve_job
     from pipeline.predicting import place_job
     from pipeline.preflight import measure
     from pipeline.rehearsal import rehearse
     from pipeline.sampling import LISTED
 
-    question = ask(spec)
+    resolved = resolve_job(spec)
     connect = partial(ray_session, address, verbose=verbose)
     with connect() as machines:
         if machines.nodes > 1 and scratch is None:
@@ -102,10 +102,10 @@ def look(
                 "no node of the cluster takes tasks yet, so there is nothing to measure on: start its workers first "
                 "(`ray start` on them, or a job with --cluster-wait where it grows by itself)"
             )
-        placement = place_job(question, machines, _PLACED_ROWS)
+        placement = place_job(resolved, machines, _PLACED_ROWS)
         cpus = 1.0 if spec.gpus_per_actor else placement.actor_cpus
         measured = call(
-            measure, cpus=cpus, gpus=spec.gpus_per_actor, question=question, placement=placement, seconds=seconds / 2
+            measure, cpus=cpus, gpus=spec.gpus_per_actor, resolved=resolved, placement=placement, seconds=seconds / 2
         )
         used = min(machines.gpus, placement.actors.max * spec.gpus_per_actor)
         shape = Shape(int(machines.cpus), used, placement.lanes, spec.decode)

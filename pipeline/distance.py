@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from pipeline.decoding import DecodeJob, cut, decode_rows
 from pipeline.models import ModelInfo
 from pipeline.models.precision import LEAST_MEDIAN
-from pipeline.opening import Question
+from pipeline.opening import ResolvedJob
 from pipeline.placement import Placement
 from pipeline.predicting import actor_job
 from pipeline.predictors.actor import ActorJob, build_predictor
@@ -45,7 +45,7 @@ def rows_to_measure(rest: Spans) -> list[pa.Table]:
 
 
 def measure_distance(
-    question: Question, placement: Placement, looks: Sequence[pa.Table], decode: DecodeJob
+    resolved: ResolvedJob, placement: Placement, looks: Sequence[pa.Table], decode: DecodeJob
 ) -> Distance:
     """Cosine of the features to those in float32 over the first IMAGES pictures in the rows of `looks`, each a table of
     ranges; of 0 images where none has features in both.
@@ -54,19 +54,19 @@ def measure_distance(
     asked for, the lesser cosine of an image counts. Raises SpecError where the median is below LEAST_MEDIAN: this
     precision is not for this model.
     """
-    spec = question.spec
-    assert question.info is not None
-    question = question._replace(wanted=vectors_only(question.info, question.wanted))
-    nothing = Distance(dtype=question.dtype, images=0)
+    spec = resolved.spec
+    assert resolved.info is not None
+    resolved = resolved._replace(wanted=vectors_only(resolved.info, resolved.wanted))
+    nothing = Distance(dtype=resolved.dtype, images=0)
     pixels = _first_pictures(looks, decode)
     if not len(pixels):
         return nothing
     # One call alone has all the cores of an actor.
-    job = actor_job(question, placement)._replace(threads=placement.threads * placement.actor_calls)
+    job = actor_job(resolved, placement)._replace(threads=placement.threads * placement.actor_calls)
     ours = _features(job, pixels)
     # On a GPU a predictor is warmed at its batch size, which in float32 would take longer than all else here.
     exact = _features(job._replace(dtype="float32", batch_size=min(job.batch_size, IMAGES)), pixels)
-    return compare(question.dtype, ours, exact, spec.model) or nothing
+    return compare(resolved.dtype, ours, exact, spec.model) or nothing
 
 
 def compare(dtype: str, ours: Mapping[str, Floats], exact: Mapping[str, Floats], model: str) -> Distance | None:

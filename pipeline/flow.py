@@ -21,7 +21,7 @@ from pipeline.decoding import DecodeJob, cut, decode_rows, forget_crashes
 from pipeline.distance import known_distance, measure_distance, rows_to_measure, warn_of_nothing
 from pipeline.images.stage import Reading
 from pipeline.models.precision import MEASURED
-from pipeline.opening import Opened, Question, ask, open_directory
+from pipeline.opening import Opened, ResolvedJob, open_directory, resolve_job
 from pipeline.placement import Placement
 from pipeline.predicting import actor_job, place_job
 from pipeline.predictors.actor import PredictActor
@@ -77,9 +77,9 @@ def run(spec: JobSpec, connect: Connect, listen: Listener = lambda progress: Non
 
 def _run(spec: JobSpec, connect: Connect, listen: Listener) -> Summary:
     listen(Progress("model"))
-    question = ask(spec)
+    resolved = resolve_job(spec)
     listen(Progress("listing"))
-    opened = open_directory(question)
+    opened = open_directory(resolved)
     fence, attempt = attempts.claim(spec.out, spec.shard, spec.storage_options, spec.task)
     try:
         recover(spec.out, spec.storage_options)
@@ -91,7 +91,7 @@ def _run(spec: JobSpec, connect: Connect, listen: Listener) -> Summary:
         if attempt.rows_planned:
             listen(Progress("starting"))
             with connect() as machines:
-                _work(question, opened, machines, fence, attempt, rest, failed, listen)
+                _work(resolved, opened, machines, fence, attempt, rest, failed, listen)
         listen(Progress("finishing"))
         _finish(spec, opened, first, stop)
         ledger = _complete_ledger(spec, opened, first, stop)
@@ -112,7 +112,7 @@ def _run(spec: JobSpec, connect: Connect, listen: Listener) -> Summary:
 
 
 def _work(
-    question: Question,
+    resolved: ResolvedJob,
     opened: Opened,
     machines: Machines,
     fence: Fence,
@@ -122,9 +122,9 @@ def _work(
     listen: Listener,
 ) -> None:
     """Predict and commit `rest`, in as many passes as it takes. `failed` rows have come to their end as failures."""
-    spec = question.spec
+    spec = resolved.spec
     first, stop = shard_rows(opened.record.manifest_rows, spec.shard.index, spec.shard.count)
-    placement = place_job(question, machines, intervals.count(rest))
+    placement = place_job(resolved, machines, intervals.count(rest))
     meter = Meter(stop - first, stop - first - intervals.count(rest), failed, placement, spec.fetch.concurrency)
     attempt.device = "triton" if spec.backend == "triton" else "gpu" if spec.gpus_per_actor else "cpu"
     job = WriteJob(fence, opened.schema, opened.record.part_metadata(), opened.record.run_id)
@@ -133,11 +133,11 @@ def _work(
         meter.committed(done.images, done.failures, done.parts, done.seconds)
 
     try:
-        if question.dtype in MEASURED:
-            attempt.distance = _distance(question, opened, placement, rest)
+        if resolved.dtype in MEASURED:
+            attempt.distance = _distance(resolved, opened, placement, rest)
             attempts.note(spec.out, attempt, spec.storage_options)  # now, for whoever goes on after a kill
         for _ in range(_MAX_PASSES):
-            dataset = build(question, opened, placement, rest)
+            dataset = build(resolved, opened, placement, rest)
             with closing(commit_stream(_bundles(dataset), job, spec.sink, late=count)) as events:
                 for event in events:
                     if isinstance(event, Received):
@@ -161,33 +161,33 @@ def _work(
     )
 
 
-def _distance(question: Question, opened: Opened, placement: Placement, rest: Spans) -> Distance:
+def _distance(resolved: ResolvedJob, opened: Opened, placement: Placement, rest: Spans) -> Distance:
     """How far this precision is from float32: as an earlier attempt found, else measured where an actor would run."""
-    spec = question.spec
-    if known := known_distance(attempts.read_attempts(spec.out, spec.storage_options), question.dtype):
+    spec = resolved.spec
+    if known := known_distance(attempts.read_attempts(spec.out, spec.storage_options), resolved.dtype):
         return known
     looks = rows_to_measure(rest)
     measure = ray.remote(num_cpus=placement.actor_cpus, num_gpus=placement.actor_gpus)(measure_distance)
-    decode = _decode_job(question, opened, placement)
-    found: Distance = ray.get(measure.remote(question, placement, looks, decode))
+    decode = _decode_job(resolved, opened, placement)
+    found: Distance = ray.get(measure.remote(resolved, placement, looks, decode))
     warn_of_nothing(found, looks)
     return found
 
 
-def _decode_job(question: Question, opened: Opened, placement: Placement) -> DecodeJob:
-    spec = question.spec
+def _decode_job(resolved: ResolvedJob, opened: Opened, placement: Placement) -> DecodeJob:
+    spec = resolved.spec
     return DecodeJob(
         out=spec.out,
         parts=opened.parts,
-        reading=Reading.of(spec, question.preprocessing),
+        reading=Reading.of(spec, resolved.preprocessing),
         block_rows=placement.block_rows,
         run_id=opened.record.run_id,
         driver=release(),
-        null=question.info is None,
+        null=resolved.info is None,
     )
 
 
-def build(question: Question, opened: Opened, placement: Placement, rest: Spans) -> ray.data.Dataset:
+def build(resolved: ResolvedJob, opened: Opened, placement: Placement, rest: Spans) -> ray.data.Dataset:
     """The Ray Data pipeline over the pending rows: one block of row ranges for each decoding task.
 
     Decoding and predicting book different resources (only actors book memory), because Ray Data would otherwise
@@ -196,13 +196,13 @@ def build(question: Question, opened: Opened, placement: Placement, rest: Spans)
     """
     _load_ray_data()
     rows = intervals.count(rest)
-    actor = actor_job(question, placement, rows)
+    actor = actor_job(resolved, placement, rows)
     low, high, calls = placement.actors.min, placement.actors.max, placement.actor_calls
-    with ray.data.DataContext.current(_context(question, placement)):
+    with ray.data.DataContext.current(_context(resolved, placement)):
         tasks = ray.data.from_blocks(list(cut(rest, placement.task_sizes(rows))))
     return tasks.map_batches(
         decode_rows,
-        fn_kwargs={"job": _decode_job(question, opened, placement)},
+        fn_kwargs={"job": _decode_job(resolved, opened, placement)},
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=placement.decode_cpus,
@@ -236,14 +236,14 @@ def _load_ray_data() -> None:
         logger.setLevel(level)
 
 
-def _context(question: Question, placement: Placement) -> ray.data.DataContext:
+def _context(resolved: ResolvedJob, placement: Placement) -> ray.data.DataContext:
     """Settings of our dataset alone: those of the process may serve other datasets of its owner."""
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.enable_auto_log_stats = False
     context.raise_original_map_exception = True  # Ray Data's own in its place comes without its cause
-    block_bytes = placement.block_rows * max(question.pixel_bytes, question.output_bytes)
+    block_bytes = placement.block_rows * max(resolved.pixel_bytes, resolved.output_bytes)
     context.target_max_block_size = max(_LEAST_BLOCK_BYTES, int(block_bytes * _TARGET_SHARE))
     # Machines that were taken away may be long in coming back. Progress tells how long nothing has come.
     context.execution_no_progress_timeout_s = -1

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.attempt_files import as_known
-from pipeline.opening import ask, open_directory, reopen
+from pipeline.opening import open_directory, reopen, resolve_job
 from pipeline.record import require_record
 from pipeline.sinks import attempts, compaction, intervals
 from pipeline.sinks.ledger import Ledger, pending, read_ledger, settled_ledger
@@ -112,7 +112,7 @@ def reopen_failures(
             if count
             else f"{redact(out)} has no failures, there is nothing to retry"
         )
-    open_directory(ask(spec))
+    open_directory(resolve_job(spec))
     if len(again):
         with _attempt(out, "retry", storage_options, force=force):
             compaction.remove_rows(out, "failures", again, storage_options)

@@ -25,7 +25,7 @@ from schemas.tables import FeatureSize, feature_bytes, user_fields
 _BATCHES_BYTES = 256 << 20
 
 
-class Question(NamedTuple):
+class ResolvedJob(NamedTuple):
     """A spec with its model looked up: what is to be computed, in which precision. `info` is None without a model."""
 
     spec: JobSpec
@@ -73,14 +73,14 @@ class Opened(NamedTuple):
     superseded: Spans
 
 
-def ask(spec: JobSpec) -> Question:
+def resolve_job(spec: JobSpec) -> ResolvedJob:
     """Look up the model of `spec` and check that it can give what is asked.
 
     Raises CheckpointError for a model that cannot be had, SpecError for labels or features it does not have.
     """
     if spec.backend == "null":
         wanted = Wanted(spec.features, (NULL_DIM,) * len(spec.features), spec.feature_dtype, 0, (), False)
-        return Question(spec, None, wanted, "float32")
+        return ResolvedJob(spec, None, wanted, "float32")
     info = inspect_model(
         spec.model,
         revision=spec.revision,
@@ -111,7 +111,7 @@ def ask(spec: JobSpec) -> Question:
     dims = tuple(sizes[name] for name in spec.features)
     top = min(spec.labels, info.num_labels)
     wanted = Wanted(spec.features, dims, spec.feature_dtype, top, info.labels, info.multi_label)
-    return Question(spec, info, wanted, _dtype(spec, info, wanted))
+    return ResolvedJob(spec, info, wanted, _dtype(spec, info, wanted))
 
 
 def _with_own_head(info: ModelInfo, head: str, storage_options: Options) -> ModelInfo:
@@ -168,20 +168,20 @@ def _dtype(spec: JobSpec, info: ModelInfo, wanted: Wanted) -> str:
     return choose_dtype(spec.dtype, cuda=False)
 
 
-def open_directory(question: Question) -> Opened:
+def open_directory(resolved: ResolvedJob) -> Opened:
     """Create the run under `spec.out`, or open the one that is there; with `--update`, take up what is new.
 
     Raises OutputError when the directory holds another computation, SourceError when nothing matches, SpecError for an
     update by one of several shards.
     """
-    spec = question.spec
+    spec = resolved.spec
     if spec.update and spec.shard.count > 1:
         raise SpecError(
             "--update with --shard: an update adds to the manifest, which all shards must cut alike. Run --update once "
             "without --shard (it may be interrupted as soon as it has listed), then the shards without --update"
         )
-    dims = dict(zip(question.wanted.features, question.wanted.dims, strict=True))
-    wanted = new_record(spec, _model_record(question), dims)
+    dims = dict(zip(resolved.wanted.features, resolved.wanted.dims, strict=True))
+    wanted = new_record(spec, _model_record(resolved), dims)
     found = read_record(spec.out, spec.storage_options)
     listed = False
     if found is None:
@@ -197,7 +197,7 @@ def open_directory(question: Question) -> Opened:
         raise OutputError(f"{spec.out}/run.json vanished while the run was being set up; run the command again")
     check_same(found, wanted, spec.out)
     if spec.update and not listed:
-        found = _update(question)
+        found = _update(resolved)
     return reopen(spec.out, found, spec.storage_options)
 
 
@@ -209,8 +209,8 @@ def reopen(out: str, record: RunRecord, storage_options: Options) -> Opened:
     return Opened(record, parts, record.images_schema(user), user, intervals.from_rows(rows))
 
 
-def _update(question: Question) -> RunRecord:
-    spec = question.spec
+def _update(resolved: ResolvedJob) -> RunRecord:
+    spec = resolved.spec
     with freezing(spec.out, spec.storage_options, again=True) as mine:
         assert mine is not None
         # Read anew: another job may just have added what there was to add.
@@ -240,12 +240,12 @@ def _with_parts(record: RunRecord, parts: list[ManifestPart], base: int) -> RunR
     return record.model_copy(update=changes)
 
 
-def _model_record(question: Question) -> ModelRecord:
-    info = question.info
+def _model_record(resolved: ResolvedJob) -> ModelRecord:
+    info = resolved.info
     if info is None:
         return ModelRecord(
             name="null", family="null", architecture="null", digest="null", dtype="float32", hidden_size=NULL_DIM,
-            num_labels=0, pooled="null", preprocessing=question.preprocessing,
+            num_labels=0, pooled="null", preprocessing=resolved.preprocessing,
         )  # fmt: skip
     return ModelRecord(
         name=info.name,
@@ -253,7 +253,7 @@ def _model_record(question: Question) -> ModelRecord:
         family=info.family,
         architecture=info.architecture,
         digest=info.digest,
-        dtype=question.dtype,
+        dtype=resolved.dtype,
         hidden_size=info.hidden_size,
         num_labels=info.num_labels,
         pooled=info.pooled,

@@ -23,7 +23,7 @@ from pipeline.images.fetch import Fetched, fetch_rows
 from pipeline.images.formats import prepare_process
 from pipeline.images.stage import Reading, fetch_and_decode
 from pipeline.models import choose_dtype
-from pipeline.opening import Question
+from pipeline.opening import ResolvedJob
 from pipeline.placement import Placement
 from pipeline.predicting import actor_job
 from pipeline.predictors.actor import ActorJob, build_predictor
@@ -54,23 +54,23 @@ class Budget:
         return time.monotonic() > self._until
 
 
-def measure(question: Question, placement: Placement, *, seconds: float = 20.0) -> Measured:
+def measure(resolved: ResolvedJob, placement: Placement, *, seconds: float = 20.0) -> Measured:
     """Every stage alone, in the order in which an image meets them; about `seconds` in all.
 
     Raises SourceError when none of the sampled images can be decoded.
     """
-    info = question.info
+    info = resolved.info
     if info is None:
         raise SourceError("a benchmark needs a model: --backend null computes nothing")
     prepare_process()
-    chosen, listed = sample_rows(question.spec, SAMPLED)
-    fetched, fetch_s, fetch_core_s = measure_fetch(question, chosen)
+    chosen, listed = sample_rows(resolved.spec, SAMPLED)
+    fetched, fetch_s, fetch_core_s = measure_fetch(resolved, chosen)
     files = [item.result for item in fetched if isinstance(item.result, bytes)]
-    decode_s, pixels, undecoded = measure_decode(question, files)
+    decode_s, pixels, undecoded = measure_decode(resolved, files)
     if not len(pixels["exact"]):
         raise SourceError(f"none of {len(fetched)} sampled images could be read and decoded: {_why(fetched)}")
-    decoded = _decoded(question, chosen)
-    forward, outputs, predict = measure_forward(question, placement, pixels, Budget(seconds - DECODE_S))
+    decoded = _decoded(resolved, chosen)
+    forward, outputs, predict = measure_forward(resolved, placement, pixels, Budget(seconds - DECODE_S))
     return Measured(
         sampled=chosen.num_rows,
         listed=listed.num_rows,
@@ -82,13 +82,13 @@ def measure(question: Question, placement: Placement, *, seconds: float = 20.0) 
         fast_cosines=cosines(outputs["fast"], outputs["exact"]).tolist() if "fast" in outputs else [],
         transfer_core_s=measure_transfer(decoded),
         forward=forward,
-        write_s=measure_write(question, predict(decoded)),
+        write_s=measure_write(resolved, predict(decoded)),
     )
 
 
-def measure_fetch(question: Question, chosen: pa.Table) -> tuple[list[Fetched], float, float]:
+def measure_fetch(resolved: ResolvedJob, chosen: pa.Table) -> tuple[list[Fetched], float, float]:
     """What was fetched; wall seconds and core-seconds for one image, connections being open."""
-    spec = question.spec
+    spec = resolved.spec
 
     def fetch(rows: pa.Table) -> list[Fetched]:
         found = fetch_rows(rows, fetch=spec.fetch, image_column=spec.image_column, storage_options=spec.storage_options)
@@ -102,17 +102,17 @@ def measure_fetch(question: Question, chosen: pa.Table) -> tuple[list[Fetched], 
 
 
 def measure_decode(
-    question: Question, files: Sequence[bytes]
+    resolved: ResolvedJob, files: Sequence[bytes]
 ) -> tuple[dict[DecodeMode, float], dict[str, Pixels], int]:
     """Core-seconds for one image and the pixels of the files that could be decoded, for each way; how many could not.
 
     Files that are left when the time is up count as neither.
     """
-    height, width = question.preprocessing.output_size
+    height, width = resolved.preprocessing.output_size
     modes: tuple[DecodeMode, ...] = ("exact", "fast")
     seconds: dict[DecodeMode, float] = dict.fromkeys(modes, 0.0)
     pixels: dict[str, list[Pixels]] = {mode: [] for mode in modes}
-    specs = {mode: DecodeSpec(question.preprocessing, mode, question.spec.fetch.max_pixels) for mode in modes}
+    specs = {mode: DecodeSpec(resolved.preprocessing, mode, resolved.spec.fetch.max_pixels) for mode in modes}
     _open_libraries(files, specs["exact"])
     budget, failed = Budget(DECODE_S), 0
     for data in files:
@@ -157,15 +157,15 @@ def measure_transfer(decoded: pa.Table) -> float:
 
 
 def measure_forward(
-    question: Question, placement: Placement, pixels: Mapping[str, Pixels], budget: Budget
+    resolved: ResolvedJob, placement: Placement, pixels: Mapping[str, Pixels], budget: Budget
 ) -> tuple[list[Forward], dict[str, npt.NDArray[np.floating[Any]]], Callable[[pa.Table], pa.Table]]:
     """The model at the placement's batch size and precision first, then at others while the budget lasts.
 
     Also gives the sample's vectors for the pixels of each way to decode, and the predictor itself. A precision that the
     model does not run in is left out, and so is a batch size that the device has no memory for.
     """
-    cuda = question.spec.gpus_per_actor > 0
-    job = actor_job(question, placement)
+    cuda = resolved.spec.gpus_per_actor > 0
+    job = actor_job(resolved, placement)
     predictor: Any = build_predictor(job)
     found = [timed_forward(predictor, job, pixels["exact"])]
     outputs = {"exact": vectors(predictor, job, pixels["exact"])}
@@ -179,7 +179,7 @@ def measure_forward(
             other = job._replace(batch_size=size, block_rows=block_rows)
             with suppress(PatchstreamError, RuntimeError):
                 found.append(timed_forward(build_predictor(other), other, pixels["exact"]))
-    for dtype in other_precisions(question.dtype, cuda=cuda):
+    for dtype in other_precisions(resolved.dtype, cuda=cuda):
         if not budget.spent:
             other = job._replace(dtype=dtype)
             with suppress(PatchstreamError, RuntimeError):
@@ -238,9 +238,9 @@ def vectors(predictor: Any, job: ActorJob, pixels: Pixels) -> npt.NDArray[np.flo
     return found
 
 
-def measure_write(question: Question, predicted: pa.Table) -> float:
+def measure_write(resolved: ResolvedJob, predicted: pa.Table) -> float:
     """Seconds to sort, encode and store one row in a temporary folder; the upload to a store is not in it."""
-    schema = images_schema(question.wanted.fields, user_fields(predicted.schema))
+    schema = images_schema(resolved.wanted.fields, user_fields(predicted.schema))
     # A part holds many times the sample; a small one would count what a file costs whatever is in it.
     many = pa.concat_tables([predicted] * 16)
     with tempfile.TemporaryDirectory() as folder:
@@ -251,8 +251,8 @@ def measure_write(question: Question, predicted: pa.Table) -> float:
         return (time.perf_counter() - started) / len(many)
 
 
-def _decoded(question: Question, chosen: pa.Table) -> pa.Table:
-    reading = Reading.of(question.spec, question.preprocessing)
+def _decoded(resolved: ResolvedJob, chosen: pa.Table) -> pa.Table:
+    reading = Reading.of(resolved.spec, resolved.preprocessing)
     tables = list(fetch_and_decode(chosen, reading, batch_rows=SAMPLED))
     return pa.concat_tables(tables) if tables else decoded_schema(user_fields(chosen.schema)).empty_table()
 

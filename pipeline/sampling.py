@@ -11,7 +11,7 @@ from pipeline import storage
 from pipeline.images.fetch import fetch_rows
 from pipeline.images.stage import Reading, fetch_and_decode
 from pipeline.models.cost import forward_flop
-from pipeline.opening import ask
+from pipeline.opening import resolve_job
 from pipeline.planning import Costs, Device, row_bytes
 from pipeline.record import require_record
 from pipeline.sinks.attempts import read_attempts
@@ -60,13 +60,13 @@ def stretches(rows: int, count: int, length: int) -> list[int]:
 def from_source(spec: JobSpec) -> Sample:
     """Costs of `spec` by listing up to LISTED images of its sources and decoding DECODED of them on one core here.
 
-    Raises SourceError when none of them can be decoded, and what `ask` raises for the model.
+    Raises SourceError when none of them can be decoded, and what `resolve_job` raises for the model.
     """
-    question = ask(spec)
-    if question.info is None:
+    resolved = resolve_job(spec)
+    if resolved.info is None:
         raise SourceError("a plan needs a model: --backend null computes nothing")
     chosen, listed = sample_rows(spec, DECODED)
-    reading = Reading.of(spec, question.info.preprocessing)
+    reading = Reading.of(spec, resolved.info.preprocessing)
     # Once for what the first image loads, then for the clock; CPU time, so that a busy machine does not count double.
     list(fetch_and_decode(chosen.slice(0, 2), reading, batch_rows=DECODED))
     started = time.process_time()
@@ -79,17 +79,17 @@ def from_source(spec: JobSpec) -> Sample:
     costs = Costs(
         file_bytes=file_bytes,
         decode_s=decode_s,
-        pixel_bytes=question.pixel_bytes,
+        pixel_bytes=resolved.pixel_bytes,
         output_bytes=row_bytes(
-            question.output_bytes,
-            labels=question.wanted.labels,
+            resolved.output_bytes,
+            labels=resolved.wanted.labels,
             uri_bytes=uri_bytes,
         ),
-        model_flop=forward_flop(question.info.network, question.info.image_size),
+        model_flop=forward_flop(resolved.info.network, resolved.info.image_size),
         uri_bytes=uri_bytes,
     )
     origin = f"{listed.num_rows:,} images listed, {rows.num_rows} of them fetched and decoded here"
-    return Sample(costs, question.info.name, origin)
+    return Sample(costs, resolved.info.name, origin)
 
 
 def from_run(out: str, storage_options: dict[str, Any]) -> tuple[Sample, Device]:

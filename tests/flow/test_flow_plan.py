@@ -204,19 +204,19 @@ def test_decoding_is_not_fused_into_the_actor(tmp_path: Path) -> None:
 
     from cluster.session import ray_session
     from pipeline.flow import build
-    from pipeline.opening import Question, ask, open_directory
+    from pipeline.opening import ResolvedJob, open_directory, resolve_job
 
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"x")
     spec = build_spec(
         {"sources": [str(tmp_path / "in")], "model": "null", "out": str(tmp_path / "o"), "backend": "null"}
     )
-    question: Question = ask(spec)
-    opened = open_directory(question)
+    resolved: ResolvedJob = resolve_job(spec)
+    opened = open_directory(resolved)
     with ray_session(cpus=2) as machines:
         placement = placed(machines, rows=1)
         of_others = ray.data.DataContext.get_current().copy()
-        dataset = build(question, opened, placement, np.array([[0, 1]]))
+        dataset = build(resolved, opened, placement, np.array([[0, 1]]))
         now = ray.data.DataContext.get_current()
         for name in ("target_max_block_size", "execution_no_progress_timeout_s", "enable_progress_bars"):
             assert getattr(now, name) == getattr(of_others, name), "other datasets of the process are not ours to set"

@@ -13,7 +13,7 @@ from support.s3 import S3Server
 
 from pipeline import maintenance
 from pipeline.flow import Connect, run
-from pipeline.opening import ask, open_directory
+from pipeline.opening import open_directory, resolve_job
 from schemas.errors import OutputError, SpecError
 from schemas.spec import JobSpec, build_spec
 
@@ -98,7 +98,7 @@ def test_an_update_of_a_new_directory_lists_the_sources_once(
         out = str(tmp_path / ("updated" if update else "plain"))
         options = {"s3": proxy.server.storage_options}
         proxy.control.forget()
-        opened = open_directory(ask(spec_for(f"s3://{bucket}/in", out, storage_options=options, update=update)))
+        opened = open_directory(resolve_job(spec_for(f"s3://{bucket}/in", out, storage_options=options, update=update)))
         assert opened.record.manifest_rows == 3
         requests.append(proxy.control.requests())
     assert requests[0] > 0

@@ -241,7 +241,7 @@ def test_what_nobody_foresaw_is_shown_without_secrets(
     assert "hunter" not in shown
 
 
-@pytest.mark.parametrize("step", ["ask", "open_directory"])
+@pytest.mark.parametrize("step", ["resolve_job", "open_directory"])
 def test_ctrl_c_before_the_first_row_is_told(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, step: str
 ) -> None:

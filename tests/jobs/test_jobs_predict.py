@@ -18,7 +18,7 @@ from jobs.cli import run_command
 from jobs.demo import draw
 from pipeline.models import inspect_model, with_head
 from pipeline.online import Settings, answer, is_address, parse_request
-from pipeline.opening import ask
+from pipeline.opening import resolve_job
 from schemas.errors import SpecError
 from schemas.spec import JobSpec
 
@@ -109,9 +109,9 @@ def test_quantities_are_no_scores(count: int, tmp_path: Path, predict: Predict, 
     assert code == 2
     assert "trained for regression" in shown
     spec = JobSpec(sources=(str(pictures[0]),), out=str(tmp_path / "out"), model=str(folder))
-    assert ask(spec).wanted.labels == 0
+    assert resolve_job(spec).wanted.labels == 0
     with pytest.raises(SpecError, match="trained for regression"):
-        ask(spec.model_copy(update={"labels": 1}))
+        resolve_job(spec.model_copy(update={"labels": 1}))
     # A classifier of one's own in its place has scores all the same.
     own = with_head(inspect_model(str(folder)), ("a", "b"), np.zeros((2, 96), np.float32), np.zeros(2), "cls", "")
     assert not own.regression

@@ -11,7 +11,7 @@ from support.commands import patchstream, table
 from support.testdata import needs_testdata, photos
 
 from pipeline.opening import _model_record as model_record
-from pipeline.opening import ask
+from pipeline.opening import resolve_job
 from pipeline.record import check_same, new_record, recorded_spec
 from schemas.errors import OutputError, SpecError
 from schemas.run import difference
@@ -86,11 +86,11 @@ def test_labels_in_the_users_words_then_search_by_text(tmp_path: Path, model: Pa
 
 
 def test_answer_to_what_is_asked(model: Path) -> None:
-    question = ask(build_spec(values(model, zero_shot=list(LABELS))))
-    assert question.wanted.label_names == LABELS
-    assert question.wanted.labels == 2
-    assert question.info is not None
-    assert question.info.zero_shot is not None
+    resolved = resolve_job(build_spec(values(model, zero_shot=list(LABELS))))
+    assert resolved.wanted.label_names == LABELS
+    assert resolved.wanted.labels == 2
+    assert resolved.info is not None
+    assert resolved.info.zero_shot is not None
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_answer_to_what_is_asked(model: Path) -> None:
 )
 def test_refusals(model: Path, more: dict[str, object], said: str) -> None:
     with pytest.raises(SpecError, match=said):
-        ask(build_spec(values(model, **more)))
+        resolve_job(build_spec(values(model, **more)))
 
 
 def test_what_is_recorded_runs_the_same_again(model: Path, tmp_path: Path) -> None:
@@ -117,8 +117,8 @@ def test_what_is_recorded_runs_the_same_again(model: Path, tmp_path: Path) -> No
     assert (again.zero_shot, again.templates, again.vocabulary) == (LABELS, ("the {}!",), str(moved))
     records = []
     for one in (spec, again.model_copy(update={"vocabulary": None}), again.model_copy(update={"templates": None})):
-        question = ask(one)
-        records.append(new_record(one, model_record(question), {}))
+        resolved = resolve_job(one)
+        records.append(new_record(one, model_record(resolved), {}))
     check_same(records[0], records[1], "out")
     with pytest.raises(OutputError, match=r"model\.zero_shot: there .* now "):
         check_same(records[0], records[2], "out")

@@ -11,7 +11,7 @@ from support.npz import mixer_arrays_of, to_values
 from support.testdata import needs_testdata, photos, trained_vit
 
 from pipeline.models import inspect_model, load_model
-from pipeline.opening import ask
+from pipeline.opening import resolve_job
 from schemas.errors import CheckpointError, SpecError
 from schemas.spec import build_spec
 
@@ -54,9 +54,9 @@ def test_matches_timm(side: int, tmp_path: Path) -> None:
 def test_cls_is_refused_before_anything_starts(saved: tuple[Any, Path]) -> None:
     values = {"sources": ("photos",), "model": str(saved[1]), "out": "out"}
     with pytest.raises(SpecError, match="has no CLS token; ask for --features pooled") as caught:
-        ask(build_spec({**values, "features": ["cls", "pooled"]}))
+        resolve_job(build_spec({**values, "features": ["cls", "pooled"]}))
     assert caught.value.exit_code == 2
-    assert ask(build_spec(values)).wanted.features == ("pooled",)
+    assert resolve_job(build_spec(values)).wanted.features == ("pooled",)
 
 
 def test_another_resolution_is_refused(saved: tuple[Any, Path]) -> None:

@@ -10,7 +10,7 @@ from support.npz import mixer_arrays_of
 
 from jobs.demo.draw import write_pictures
 from pipeline.models.precision import Hardware
-from pipeline.opening import Question, ask
+from pipeline.opening import ResolvedJob, resolve_job
 from pipeline.predicting import place_job
 from pipeline.preflight import Budget, measure_decode, measure_forward, other_precisions
 from schemas.machines import Machines
@@ -19,8 +19,10 @@ from schemas.spec import build_spec
 MACHINES = Machines(1, 0, 1e9, 1, (1.0,))
 
 
-def question(model: Path, **values: Any) -> Question:
-    return ask(build_spec({"sources": ["x"], "model": str(model), "out": "memory://o", "batch_size": 2, **values}))
+def resolved(model: Path, **values: Any) -> ResolvedJob:
+    return resolve_job(
+        build_spec({"sources": ["x"], "model": str(model), "out": "memory://o", "batch_size": 2, **values})
+    )
 
 
 @pytest.fixture
@@ -36,8 +38,8 @@ def test_vectors_are_compared_whatever_is_asked_for(
 ) -> None:
     """The best scores of two pictures look alike whatever is on them."""
     model = make_checkpoint(tmp_path / "vit", "vit-classifier", image_size=32, hidden_size=64, num_attention_heads=2)
-    asked = question(model, features=features, labels=3)
-    found, outputs, predict = measure_forward(asked, place_job(asked, MACHINES, 1000), pixels, Budget(0))
+    job = resolved(model, features=features, labels=3)
+    found, outputs, predict = measure_forward(job, place_job(job, MACHINES, 1000), pixels, Budget(0))
     assert outputs["exact"].shape == outputs["fast"].shape == (4, 64)
     assert len(found) == 1
     assert callable(predict)
@@ -55,7 +57,7 @@ def test_vectors_are_compared_whatever_is_asked_for(
 def test_precisions_that_may_be_faster_here(
     monkeypatch: pytest.MonkeyPatch, flags: set[str], dtype: str, others: tuple[str, ...]
 ) -> None:
-    """Who asked for bfloat16 where it is emulated is told of float32."""
+    """Who job for bfloat16 where it is emulated is told of float32."""
     hardware = Hardware(frozenset(flags))
     monkeypatch.setattr("pipeline.models.precision.describe_hardware", lambda cuda: hardware)
     assert other_precisions(dtype, cuda=False) == others
@@ -72,10 +74,10 @@ def test_a_precision_that_the_model_does_not_run_in_is_left_out(
     )
     monkeypatch.setattr("pipeline.preflight.other_precisions", lambda dtype, cuda: ("int8",))
     monkeypatch.setattr("pipeline.preflight.CPU_BATCHES", ())
-    asked = question(tmp_path / "mixer.npz", features=["pooled"])
+    job = resolved(tmp_path / "mixer.npz", features=["pooled"])
     alike = np.zeros((2, 32, 32, 3), np.uint8)
-    found, _, _ = measure_forward(asked, place_job(asked, MACHINES, 1000), {"exact": alike, "fast": alike}, Budget(600))
-    assert [item.dtype for item in found] == [asked.dtype]
+    found, _, _ = measure_forward(job, place_job(job, MACHINES, 1000), {"exact": alike, "fast": alike}, Budget(600))
+    assert [item.dtype for item in found] == [job.dtype]
 
 
 def test_only_files_that_were_tried_count_as_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,11 +85,11 @@ def test_only_files_that_were_tried_count_as_failed(tmp_path: Path, monkeypatch:
     (tmp_path / "pictures").mkdir()
     write_pictures(tmp_path / "pictures", 3, seed=0)
     good = [path.read_bytes() for path in sorted((tmp_path / "pictures").iterdir())]
-    asked = question(model)
-    _, pixels, failed = measure_decode(asked, [b"no picture", *good])
+    job = resolved(model)
+    _, pixels, failed = measure_decode(job, [b"no picture", *good])
     assert (len(pixels["exact"]), failed) == (3, 1)
     monkeypatch.setattr("pipeline.preflight.DECODE_S", 0.0)
-    _, pixels, failed = measure_decode(asked, [b"no picture", *good])
+    _, pixels, failed = measure_decode(job, [b"no picture", *good])
     assert (len(pixels["exact"]), failed) == (1, 1)
 
 
@@ -97,5 +99,5 @@ def test_gpus_that_stand_by_are_told_of(
 ) -> None:
     model = make_checkpoint(tmp_path / "vit", "vit-classifier", image_size=32, hidden_size=64, num_attention_heads=2)
     machines = MACHINES._replace(cpus=8, gpus=gpus, node_cpus=(8.0,))
-    place_job(question(model, gpus_per_actor=asked, dtype="float32"), machines, 1000)
+    place_job(resolved(model, gpus_per_actor=asked, dtype="float32"), machines, 1000)
     assert ("none was asked for: --gpus-per-actor 1" in caplog.text) == told

@@ -15,7 +15,7 @@ from support.checkpoints import make_checkpoint
 
 from jobs.cli import run_command
 from pipeline.maintenance import reopen_failures, status, verify
-from pipeline.opening import Opened, ask, open_directory
+from pipeline.opening import Opened, open_directory, resolve_job
 from pipeline.sinks.parts import write_part
 from schemas.errors import CheckpointError, OutputError, PatchstreamError, SpecError
 from schemas.spec import build_spec
@@ -46,7 +46,7 @@ def failed_run(tmp_path: Path, **values: Any) -> Opened:
     picture = tmp_path / "a.jpg"
     picture.write_bytes(b"no picture")
     spec = build_spec({"sources": [str(picture)], "model": NAME, "out": str(tmp_path / "out"), **values})
-    opened = open_directory(ask(spec))
+    opened = open_directory(resolve_job(spec))
     row = {"row": 0, "uri": str(picture), "stage": "fetch", "error": "TimedOut", "message": "", "attempts": 4}
     table = pa.Table.from_pylist([{**row, "retryable": True}], FAILURES_SCHEMA)
     write_part(fsspec.filesystem("file"), spec.out, "failures", table, opened.record.part_metadata())
@@ -59,7 +59,7 @@ def test_a_hub_model_is_tried_again_at_its_commit(tmp_path: Path, hub: Path, rev
     assert opened.record.model.revision == COMMIT
     count, values = reopen_failures(str(tmp_path / "out"), False, {})
     assert (count, values["revision"]) == (1, COMMIT)
-    assert open_directory(ask(build_spec(values))).record == opened.record
+    assert open_directory(resolve_job(build_spec(values))).record == opened.record
     assert status(str(tmp_path / "out"), {})["pending"] == 1
 
 

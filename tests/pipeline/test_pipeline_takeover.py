@@ -10,7 +10,7 @@ import pytest
 from support.s3 import S3Server
 
 from pipeline import lock
-from pipeline.opening import Opened, ask, open_directory
+from pipeline.opening import Opened, open_directory, resolve_job
 from pipeline.record import read_record
 from pipeline.sources.manifest import read_rows
 from schemas.errors import OutputError
@@ -39,7 +39,7 @@ class Jobs:
 
     def open(self, update: bool) -> Opened:
         values = {"sources": [f"{self.url}/in"], "out": f"{self.url}/out", "model": "null", "backend": "null"}
-        return open_directory(ask(build_spec({**values, "storage_options": self.options, "update": update})))
+        return open_directory(resolve_job(build_spec({**values, "storage_options": self.options, "update": update})))
 
     def manifest(self) -> list[str]:
         """Names of the pictures, row by row."""
