@@ -31,7 +31,7 @@ from pipeline.sinks import attempts, intervals
 from pipeline.sinks.attempts import Fence
 from pipeline.sinks.compaction import compact, drop_repeats, recover, remove_rows
 from pipeline.sinks.intervals import Spans
-from pipeline.sinks.ledger import Ledger, pending, read_ledger, shard_rows
+from pipeline.sinks.ledger import Ledger, read_ledger
 from pipeline.sinks.ray_writer import Committed, Received, WriteJob, commit_stream
 from pipeline.storage import absolute, redact
 from schemas.attempt import AttemptRecord, Distance
@@ -83,18 +83,16 @@ def _run(spec: JobSpec, connect: Connect, listen: Listener) -> Summary:
     fence, attempt = attempts.claim(spec.out, spec.shard, spec.storage_options, spec.task)
     try:
         recover(spec.out, spec.storage_options)
-        first, stop = shard_rows(opened.record.manifest_rows, spec.shard.index, spec.shard.count)
         ledger = read_ledger(spec.out, spec.storage_options)
-        rest = pending(ledger, first, stop, opened.superseded)
-        failed = intervals.count(intervals.intersect(ledger.failures, first, stop))
+        rest = opened.pending(ledger)
         attempt.rows_planned = intervals.count(rest)
         if attempt.rows_planned:
             listen(Progress("starting"))
             with connect() as machines:
-                _work(resolved, opened, machines, fence, attempt, rest, failed, listen)
+                _work(resolved, opened, machines, fence, attempt, rest, opened.count(ledger.failures), listen)
         listen(Progress("finishing"))
-        _finish(spec, opened, first, stop)
-        ledger = _complete_ledger(spec, opened, first, stop)
+        _finish(spec, opened)
+        ledger = _complete_ledger(spec, opened)
         attempt.status = "done"
     except (KeyboardInterrupt, Interrupted):
         attempt.status = "interrupted"
@@ -104,11 +102,8 @@ def _run(spec: JobSpec, connect: Connect, listen: Listener) -> Summary:
         raise
     finally:
         attempts.finish(spec.out, attempt, spec.storage_options)
-    replaced, images, failures = (
-        intervals.count(intervals.intersect(rows, first, stop))
-        for rows in (opened.superseded, ledger.images, ledger.failures)
-    )
-    return Summary(spec.out, stop - first - replaced, images, failures, attempt)
+    rows = opened.stop - opened.first - opened.count(opened.replaced)
+    return Summary(spec.out, rows, opened.count(ledger.images), opened.count(ledger.failures), attempt)
 
 
 def _work(
@@ -123,9 +118,9 @@ def _work(
 ) -> None:
     """Predict and commit `rest`, in as many passes as it takes. `failed` rows have come to their end as failures."""
     spec = resolved.spec
-    first, stop = shard_rows(opened.record.manifest_rows, spec.shard.index, spec.shard.count)
-    placement = place_job(resolved, machines, intervals.count(rest))
-    meter = Meter(stop - first, stop - first - intervals.count(rest), failed, placement, spec.fetch.concurrency)
+    rows, left = opened.stop - opened.first, intervals.count(rest)
+    placement = place_job(resolved, machines, left)
+    meter = Meter(rows, rows - left, failed, placement, spec.fetch.concurrency)
     attempt.device = "triton" if spec.backend == "triton" else "gpu" if spec.gpus_per_actor else "cpu"
     job = WriteJob(fence, opened.schema, opened.record.part_metadata(), opened.record.run_id)
 
@@ -145,7 +140,7 @@ def _work(
                     elif isinstance(event, Committed):
                         count(event)
                     listen(meter.look())
-            rest = pending(read_ledger(spec.out, spec.storage_options), first, stop, opened.superseded)
+            rest = opened.pending(read_ledger(spec.out, spec.storage_options))
             if not len(rest):
                 return
     except ray.exceptions.RayError as error:
@@ -252,24 +247,24 @@ def _context(resolved: ResolvedJob, placement: Placement) -> ray.data.DataContex
     return context
 
 
-def _finish(spec: JobSpec, opened: Opened, first: int, stop: int) -> None:
+def _finish(spec: JobSpec, opened: Opened) -> None:
     """Tidy up once nothing is pending: no row twice, no replaced version, no needlessly small part."""
     ledger = read_ledger(spec.out, spec.storage_options)
     if len(ledger.twice):
         drop_repeats(spec.out, ledger.twice, spec.storage_options)
-    mine = intervals.intersect(opened.superseded, first, stop)
+    mine = intervals.intersect(opened.replaced, opened.first, opened.stop)
     for folder in ("images", "failures") if len(mine) else ():
         remove_rows(spec.out, folder, mine, spec.storage_options)
-    compact(spec.out, spec.sink.compact_bytes, spec.storage_options, first, stop)
+    compact(spec.out, spec.sink.compact_bytes, spec.storage_options, opened.first, opened.stop)
     forget_crashes(opened.record.run_id)
 
 
-def _complete_ledger(spec: JobSpec, opened: Opened, first: int, stop: int) -> Ledger:
+def _complete_ledger(spec: JobSpec, opened: Opened) -> Ledger:
     """What is there in the end. Raises OutputError if rows have no part after all, whoever took it."""
     for _ in range(_MAX_PASSES):
         recover(spec.out, spec.storage_options)  # waits for another shard's swap, in which rows are out of sight
         ledger = read_ledger(spec.out, spec.storage_options)
-        left = pending(ledger, first, stop, opened.superseded)
+        left = opened.pending(ledger)
         if not len(left):
             return ledger
     raise OutputError(

@@ -12,7 +12,7 @@ from pipeline.attempt_files import as_known
 from pipeline.opening import open_directory, reopen, resolve_job
 from pipeline.record import require_record
 from pipeline.sinks import attempts, compaction, intervals
-from pipeline.sinks.ledger import Ledger, pending, read_ledger, settled_ledger
+from pipeline.sinks.ledger import Ledger, read_ledger, settled_ledger
 from pipeline.sinks.parts import Part, gone, read_columns
 from pipeline.sinks.verify import Verification
 from pipeline.sinks.verify import verify as verify_parts
@@ -20,14 +20,13 @@ from pipeline.sources.manifest import check_parts
 from pipeline.storage import Options, filesystem, redact
 from schemas.errors import OutputError
 from schemas.run import RunRecord
-from schemas.spec import Shard, build_spec
+from schemas.spec import WHOLE, build_spec
 
 
 class NothingToRetry(OutputError):
     """No failed row qualifies and none is pending. Nothing was changed."""
 
 
-_WHOLE = Shard(index=0, count=1)
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -36,7 +35,7 @@ def status(out: str, storage_options: Options) -> dict[str, Any]:
     record = require_record(out, storage_options)
     opened = reopen(out, record, storage_options)
     ledger = settled_ledger(out, storage_options)
-    left = pending(ledger, 0, record.manifest_rows, opened.superseded)
+    left = opened.pending(ledger)
     tried = as_known(attempts.read_attempts(out, storage_options))
     return {
         "out": redact(out),
@@ -44,7 +43,7 @@ def status(out: str, storage_options: Options) -> dict[str, Any]:
         "model": record.model.name,
         "dtype": record.model.dtype,
         "manifest_rows": record.manifest_rows,
-        "replaced": intervals.count(opened.superseded),
+        "replaced": intervals.count(opened.replaced),
         "images": intervals.count(ledger.images),
         "failures": intervals.count(ledger.failures),
         "failures_by_cause": _causes(out, ledger, storage_options),
@@ -60,7 +59,7 @@ def verify(out: str, storage_options: Options) -> Verification:
     record = require_record(out, storage_options)
     opened = reopen(out, record, storage_options)
     damaged = check_parts(out, opened.parts, storage_options)
-    found = verify_parts(out, record, opened.superseded, opened.schema, storage_options)
+    found = verify_parts(out, record, opened.replaced, opened.schema, storage_options)
     return found._replace(problems=damaged + found.problems)
 
 
@@ -103,7 +102,7 @@ def reopen_failures(
     ledger = read_ledger(out, storage_options)
     rows = [_failed_rows(out, part, everything, storage_options) for part in _failures(ledger)]
     again = intervals.union(intervals.from_rows(found) for found in rows)
-    left = pending(ledger, 0, record.manifest_rows, reopen(out, record, storage_options).superseded)
+    left = reopen(out, record, storage_options).pending(ledger)
     if not len(again) and not len(left):
         count = intervals.count(ledger.failures)
         raise NothingToRetry(
@@ -122,7 +121,7 @@ def reopen_failures(
 @contextmanager
 def _attempt(out: str, command: str, storage_options: Options, *, force: bool) -> Iterator[None]:
     """The block as an attempt of its own at all rows."""
-    _, attempt = attempts.claim(out, _WHOLE, storage_options, command, take_over=force)
+    _, attempt = attempts.claim(out, WHOLE, storage_options, command, take_over=force)
     attempt.status = "failed"
     try:
         yield

@@ -11,14 +11,14 @@ from pipeline.predictors.null import NULL_DIM
 from pipeline.record import check_empty, check_same, freezing, new_record, read_record, require_record, write_record
 from pipeline.sinks import intervals
 from pipeline.sinks.intervals import Spans
-from pipeline.sinks.ledger import read_ledger
+from pipeline.sinks.ledger import Ledger, pending, read_ledger, shard_rows
 from pipeline.sources.manifest import ManifestPart, part_named, read_schema, read_sources, write_manifest
-from pipeline.sources.update import new_and_changed, superseded_rows
+from pipeline.sources.update import new_and_changed, replaced_rows
 from pipeline.storage import Options
 from schemas.errors import OutputError, SpecError
 from schemas.preprocessing import Preprocessing
 from schemas.run import ModelRecord, RunRecord
-from schemas.spec import JobSpec
+from schemas.spec import WHOLE, JobSpec, Shard
 from schemas.tables import FeatureSize, feature_bytes, user_fields
 
 # Beside the weights in an actor: batches under way, Python and its libraries.
@@ -64,13 +64,23 @@ class ResolvedJob(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """A run's directory, ready to be filled."""
+    """A run's directory, ready to be filled. `schema` is that of the parts in `images/`; [`first`, `stop`) are the rows
+    of the shard that it was opened for; `replaced` are rows whose object has a newer version in another row."""
 
     record: RunRecord
     parts: list[ManifestPart]
     schema: pa.Schema
-    user: list[pa.Field]
-    superseded: Spans
+    first: int
+    stop: int
+    replaced: Spans
+
+    def pending(self, ledger: Ledger) -> Spans:
+        """Rows of the shard that have come to no end."""
+        return pending(ledger, self.first, self.stop, self.replaced)
+
+    def count(self, rows: Spans) -> int:
+        """How many of `rows` are of the shard."""
+        return intervals.count(intervals.intersect(rows, self.first, self.stop))
 
 
 def resolve_job(spec: JobSpec) -> ResolvedJob:
@@ -198,15 +208,16 @@ def open_directory(resolved: ResolvedJob) -> Opened:
     check_same(found, wanted, spec.out)
     if spec.update and not listed:
         found = _update(resolved)
-    return reopen(spec.out, found, spec.storage_options)
+    return reopen(spec.out, found, spec.storage_options, spec.shard)
 
 
-def reopen(out: str, record: RunRecord, storage_options: Options) -> Opened:
+def reopen(out: str, record: RunRecord, storage_options: Options, shard: Shard = WHOLE) -> Opened:
     """Gather what a recorded run consists of."""
     parts = [part_named(name) for name in record.manifest_parts]
     user = user_fields(read_schema(out, parts[0], storage_options))
-    rows = superseded_rows(out, parts[record.base_parts :], storage_options)
-    return Opened(record, parts, record.images_schema(user), user, intervals.from_rows(rows))
+    first, stop = shard_rows(record.manifest_rows, shard.index, shard.count)
+    replaced = replaced_rows(out, parts[record.base_parts :], storage_options)
+    return Opened(record, parts, record.images_schema(user), first, stop, intervals.from_rows(replaced))
 
 
 def _update(resolved: ResolvedJob) -> RunRecord:

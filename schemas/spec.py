@@ -119,6 +119,9 @@ class Shard(Strict):
             raise SpecError(f"--shard {text}: expected I/N with 0 <= I < N, such as 0/4") from error
 
 
+WHOLE = Shard(index=0, count=1)
+
+
 class FetchSpec(Strict):
     """How images are read. None of this changes the result, only how hard it is tried for."""
 
@@ -184,7 +187,7 @@ class JobSpec(Strict):
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     actors: ActorRange | None = Field(default=None, description="default: one a GPU, or what the cores carry")
     gpus_per_actor: float = Field(default=0.0, ge=0)
-    shard: Shard = Shard(index=0, count=1)
+    shard: Shard = WHOLE
     max_failure_rate: float = Field(default=1.0, ge=0, le=1)
     update: bool = False
     fetch: FetchSpec = FetchSpec()

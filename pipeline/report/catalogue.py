@@ -84,14 +84,14 @@ class Catalogue:
 
 
 def failures_between(
-    run: RunDirectory, superseded: NDArray[np.int64], start: int, stop: int
+    run: RunDirectory, replaced: NDArray[np.int64], start: int, stop: int
 ) -> tuple[list[dict[str, object]], int]:
-    """Failures number `start` to `stop` in the order of the parts, and how many there are; none of `superseded`."""
+    """Failures number `start` to `stop` in the order of the parts, and how many there are; none of `replaced`."""
     found: list[pa.RecordBatch] = []
     position = 0
     columns = ["row", "uri", "stage", "error", "message", "retryable"]
     for whole in batches(run.fs, run.parts("failures"), columns):
-        batch = newest(whole, superseded)
+        batch = newest(whole, replaced)
         low, high = max(start - position, 0), min(stop - position, len(batch))
         if low < high:
             found.append(batch.slice(low, high - low))

@@ -147,9 +147,9 @@ def found(at: Exploration, query: Query) -> Response:
 def failures(at: Exploration, query: Query) -> Response:
     """Every failure, in pages."""
     page = max(1, whole_number(query, "page", 1))
-    _, total = failures_between(at.run, at.scan.superseded, 0, 0)
+    _, total = failures_between(at.run, at.scan.replaced, 0, 0)
     pager, window = paginate(total, PICTURES_A_PAGE, {**query, "page": str(page)}, "/failures")
-    records, _ = failures_between(at.run, at.scan.superseded, window.start, window.stop)
+    records, _ = failures_between(at.run, at.scan.replaced, window.start, window.stop)
     return render(at, "explore_failures.html", "Failures", here="/failures", records=records, pager=pager)
 
 

@@ -54,7 +54,7 @@ def render_report(run: RunDirectory, thumbnails: int, seed: int) -> str:
         pictures = Pictures(scan, addresses(records), fetched)
     finally:
         thumbnailer.close()
-    causes = scan_failures(run, scan.superseded)
+    causes = scan_failures(run, scan.replaced)
     failures = sum(cause.count for cause in causes)
     style, script = asset("base.css", "report.css"), asset("map.js")
     return (

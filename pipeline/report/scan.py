@@ -25,12 +25,12 @@ class ImageScan:
 
     `codes[row]` is an index into `names`, `NO_LABEL`, or `ABSENT` where the row is no image (yet). `scores[row]` is the
     score of its first label. `sides[n]` counts the images whose longer side has n pixels. Rows of older versions of an
-    object are left out of everything; `superseded` are their numbers, ascending, wherever they still stand.
+    object are left out of everything; `replaced` are their numbers, ascending, wherever they still stand.
     """
 
     codes: NDArray[np.int32]
     scores: NDArray[np.float32]
-    superseded: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    replaced: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     names: list[str] = field(default_factory=list)
     sides: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_MAX_SIDE + 1, np.int64))
     shapes: Counter[str] = field(default_factory=Counter)
@@ -69,10 +69,10 @@ def first_labels(column: pa.Array) -> tuple[NDArray[np.bool_], pa.Array, NDArray
 def scan_images(run: RunDirectory) -> ImageScan:
     """Read the narrow columns of `images/`. Raises OutputError for a row number below zero."""
     size = run.record.manifest_rows
-    scan = ImageScan(np.full(size, ABSENT, np.int32), np.full(size, np.nan, np.float32), _superseded(run))
+    scan = ImageScan(np.full(size, ABSENT, np.int32), np.full(size, np.nan, np.float32), _replaced_rows(run))
     code_of: dict[str, int] = {}
     for found in batches(run.fs, run.parts("images"), ["row", "labels", "width", "height", "format"]):
-        batch = newest(found, scan.superseded)
+        batch = newest(found, scan.replaced)
         rows = batch.column("row").to_numpy()
         if not len(rows):
             continue
@@ -86,7 +86,7 @@ def scan_images(run: RunDirectory) -> ImageScan:
     return scan
 
 
-def _superseded(run: RunDirectory) -> NDArray[np.int64]:
+def _replaced_rows(run: RunDirectory) -> NDArray[np.int64]:
     """Rows that newer versions of the same objects replace, ascending."""
     found = [np.empty(0, np.int64)]
     for batch in batches(run.fs, run.parts("manifest"), ["replaces"]):
@@ -96,12 +96,12 @@ def _superseded(run: RunDirectory) -> NDArray[np.int64]:
     return np.unique(np.concatenate(found))
 
 
-def newest(batch: pa.RecordBatch, superseded: NDArray[np.int64]) -> pa.RecordBatch:
+def newest(batch: pa.RecordBatch, replaced: NDArray[np.int64]) -> pa.RecordBatch:
     """`batch` without the rows of older versions."""
-    if not len(superseded):
+    if not len(replaced):
         return batch
     rows = batch.column("row").to_numpy()
-    nearest = superseded[np.minimum(np.searchsorted(superseded, rows), len(superseded) - 1)]
+    nearest = replaced[np.minimum(np.searchsorted(replaced, rows), len(replaced) - 1)]
     return batch.filter(pa.array(nearest != rows))
 
 
@@ -149,12 +149,12 @@ class Cause:
     examples: list[tuple[int, str, str]] = field(default_factory=list)
 
 
-def scan_failures(run: RunDirectory, superseded: NDArray[np.int64]) -> list[Cause]:
-    """Group `failures/` by stage and error, most frequent first, with a few examples of each; none of `superseded`."""
+def scan_failures(run: RunDirectory, replaced: NDArray[np.int64]) -> list[Cause]:
+    """Group `failures/` by stage and error, most frequent first, with a few examples of each; none of `replaced`."""
     causes: dict[tuple[str, str], Cause] = {}
     columns = ["row", "uri", "stage", "error", "message", "retryable"]
     for found in batches(run.fs, run.parts("failures"), columns):
-        batch = newest(found, superseded)
+        batch = newest(found, replaced)
         groups = pa.table(batch).group_by(["stage", "error"]).aggregate([("row", "count"), ("retryable", "sum")])
         for group in groups.to_pylist():
             key = (group["stage"] or "", group["error"] or "")

@@ -32,10 +32,10 @@ def tiles(run: RunDirectory, scan: ImageScan, failures: int) -> list[Tile]:
     wall_s = _wall_s(ended)
     images = sum(item.images for item in ended)
     shares = [percent(count / rows) if rows else "" for count in (scan.images, failures)]
-    replaced = f"without {thousands(len(scan.superseded))} replaced by newer versions" if len(scan.superseded) else ""
+    without = f"without {thousands(len(scan.replaced))} replaced by newer versions" if len(scan.replaced) else ""
     attempts = f"{len(run.attempts)} attempt{'' if len(run.attempts) == 1 else 's'}"
     return [
-        Tile("Rows asked for", thousands(rows), replaced),
+        Tile("Rows asked for", thousands(rows), without),
         Tile("Images", thousands(scan.images), shares[0]),
         Tile("Failures", thousands(failures), shares[1]),
         Tile("Images per second", rate(images / wall_s if wall_s else None), "with start-up" if wall_s else ""),
@@ -56,7 +56,7 @@ def _wall_s(ended: Sequence[AttemptRecord]) -> float:
 
 def _asked(run: RunDirectory, scan: ImageScan) -> int:
     """Rows of the manifest that no newer ones replace."""
-    return run.record.manifest_rows - len(scan.superseded)
+    return run.record.manifest_rows - len(scan.replaced)
 
 
 def progress(run: RunDirectory, scan: ImageScan, failures: int) -> dict[str, Any]:

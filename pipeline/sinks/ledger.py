@@ -1,4 +1,4 @@
-"""What is done, read from what is visible: pending = manifest − superseded − images − failures."""
+"""What is done, read from what is visible: pending = manifest − replaced − images − failures."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -89,6 +89,6 @@ def shard_rows(total: int, index: int, count: int) -> tuple[int, int]:
     return total * index // count, total * (index + 1) // count
 
 
-def pending(ledger: Ledger, first: int, stop: int, superseded: Spans = intervals.EMPTY) -> Spans:
+def pending(ledger: Ledger, first: int, stop: int, replaced: Spans = intervals.EMPTY) -> Spans:
     """Rows of [first, stop) that are neither done nor replaced by a newer version of the same object."""
-    return intervals.complement(intervals.union([ledger.done, superseded]), first, stop)
+    return intervals.complement(intervals.union([ledger.done, replaced]), first, stop)

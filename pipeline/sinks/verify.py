@@ -32,7 +32,7 @@ class Verification(NamedTuple):
 def verify(
     out: str,
     run: RunRecord,
-    superseded: Spans,
+    replaced: Spans,
     images_schema: pa.Schema,
     storage_options: Options,
     seen: Callable[[Part], None] = lambda part: None,
@@ -54,12 +54,12 @@ def verify(
     beyond = intervals.intersect(ledger.done, run.manifest_rows, np.iinfo(np.int64).max)
     if len(beyond):
         problems.append(f"{intervals.count(beyond)} rows are not in the manifest: {_show(beyond)}")
-    pending = intervals.complement(intervals.union([ledger.done, superseded]), 0, run.manifest_rows)
+    pending = intervals.complement(intervals.union([ledger.done, replaced]), 0, run.manifest_rows)
     if len(pending):
         problems.append(f"{intervals.count(pending)} rows of the manifest are in neither place: {_show(pending)}")
     return Verification(
         run.manifest_rows,
-        intervals.count(superseded),
+        intervals.count(replaced),
         intervals.count(ledger.images),
         intervals.count(ledger.failures),
         intervals.count(pending),

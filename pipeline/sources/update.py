@@ -93,7 +93,7 @@ def _compared(
         yield from _picked(files, found["place"].to_numpy(), found["replaces"].combine_chunks())
 
 
-def superseded_rows(out: str, parts: list[ManifestPart], storage_options: Options) -> np.ndarray:
+def replaced_rows(out: str, parts: list[ManifestPart], storage_options: Options) -> np.ndarray:
     """Rows that rows of `parts` (the parts that updates added) replace; int64, any order."""
     batches = read_columns(out, parts, ["replaces"], storage_options)
     return np.concatenate([np.empty(0, np.int64), *(batch.column(0).drop_null().to_numpy() for batch in batches)])

@@ -97,7 +97,7 @@ def test_ledger_and_pending(tmp_path: Path) -> None:
     assert intervals.count(ledger.images) == 6
     assert intervals.count(ledger.failures) == 1
     assert pending(ledger, 0, 12).tolist() == [[6, 8], [9, 12]]
-    assert pending(ledger, 0, 12, superseded=np.array([[6, 7]])).tolist() == [[7, 8], [9, 12]]
+    assert pending(ledger, 0, 12, replaced=np.array([[6, 7]])).tolist() == [[7, 8], [9, 12]]
     assert len(ledger.twice) == 0
 
 

@@ -13,7 +13,7 @@ import pytest
 from pipeline.sources import manifest
 from pipeline.sources.columns import content_table
 from pipeline.sources.manifest import check_parts, part_named, read_rows, read_schema, write_manifest
-from pipeline.sources.update import superseded_rows
+from pipeline.sources.update import replaced_rows
 from schemas.errors import OutputError, SourceError
 from schemas.tables import MANIFEST_FIELDS
 
@@ -161,7 +161,7 @@ def test_a_part_that_cannot_be_read_is_named(tmp_path: Path, damage: str) -> Non
     with pytest.raises(OutputError, match=message):
         list(read_rows(out, parts, np.array([[140, 150]]), {}))
     if damage != "one bit":
-        for read in (lambda: read_schema(out, parts[1], {}), lambda: superseded_rows(out, parts, {})):
+        for read in (lambda: read_schema(out, parts[1], {}), lambda: replaced_rows(out, parts, {})):
             with pytest.raises(OutputError, match=message):
                 read()
 

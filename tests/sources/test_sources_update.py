@@ -17,7 +17,7 @@ import pytest
 
 from pipeline.sources.columns import content_table
 from pipeline.sources.manifest import ManifestPart, read_sources, write_manifest
-from pipeline.sources.update import new_and_changed, superseded_rows, unsigned
+from pipeline.sources.update import new_and_changed, replaced_rows, unsigned
 from schemas.errors import OutputError
 from schemas.spec import JobSpec, build_spec
 
@@ -47,8 +47,8 @@ class Frozen:
         return [(row["uri"], row["replaces"]) for file in files for row in file.to_pylist()]
 
     @property
-    def superseded(self) -> list[int]:
-        return sorted(superseded_rows(self.out, self.added, {}).tolist())
+    def replaced(self) -> list[int]:
+        return sorted(replaced_rows(self.out, self.added, {}).tolist())
 
 
 A, B, C = ("s3://b/a", "1", 10), ("s3://b/b", "2", 20), ("s3://b/c", "3", 30)
@@ -60,7 +60,7 @@ def test_new_and_changed_objects_alone_are_taken_up(tmp_path: Path) -> None:
     assert frozen.update(listed(("s3://b/0", "0", 1), A, ("s3://b/b", "9", 20), ("s3://b/c", "3", 31))) == [
         *(("s3://b/0", None), ("s3://b/b", 1), ("s3://b/c", 2))
     ]
-    assert frozen.superseded == [1, 2]
+    assert frozen.replaced == [1, 2]
 
 
 def test_an_object_may_change_again_and_go_and_come_back(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_an_object_may_change_again_and_go_and_come_back(tmp_path: Path) -> None
     assert frozen.update(listed(B)) == []
     assert frozen.update(listed(("s3://b/a", "x", 10), B)) == []
     assert frozen.update(listed(A, B)) == [("s3://b/a", 2)]
-    assert frozen.superseded == [0, 2]
+    assert frozen.replaced == [0, 2]
 
 
 def test_objects_without_etag_and_size_count_as_unchanged(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_an_address_that_is_listed_twice_is_two_objects(tmp_path: Path) -> None:
     assert frozen.update(listed(A, B, A)) == []
     changed = ("s3://b/a", "9", 10)
     assert frozen.update(listed(changed), listed(B, changed)) == [("s3://b/a", 0), ("s3://b/a", 1)]
-    assert frozen.superseded == [0, 1]
+    assert frozen.replaced == [0, 1]
     assert frozen.update(listed(changed, changed, changed, B, B)) == [("s3://b/a", None), ("s3://b/b", None)]
     assert frozen.update(listed(changed, B)) == []
 
@@ -222,7 +222,7 @@ def test_many_rows_over_many_batches(tmp_path: Path) -> None:
     shuffled = again.take(pa.array(rng.permutation(count)))
     found = frozen.update(*(shuffled.slice(start, 7000) for start in range(0, count, 7000)))
     assert sorted(replaced for _, replaced in found if replaced is not None) == changed.tolist()
-    assert frozen.superseded == changed.tolist()
+    assert frozen.replaced == changed.tolist()
 
 
 COMPARING = """
