@@ -26,6 +26,7 @@ from pipeline.placement import Placement
 from pipeline.predicting import actor_job, place_job
 from pipeline.predictors.actor import PredictActor
 from pipeline.progress import Listener, Meter, Progress
+from pipeline.record import warn_of_versions
 from pipeline.signals import interruptible
 from pipeline.sinks import attempts, intervals
 from pipeline.sinks.attempts import Fence
@@ -87,6 +88,7 @@ def _run(spec: JobSpec, connect: Connect, listen: Listener) -> Summary:
         rest = opened.pending(ledger)
         attempt.rows_planned = intervals.count(rest)
         if attempt.rows_planned:
+            warn_of_versions(opened.record)
             listen(Progress("starting"))
             with connect() as machines:
                 _work(resolved, opened, machines, fence, attempt, rest, opened.count(ledger.failures), listen)

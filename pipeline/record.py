@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import logging
 import platform
 import uuid
 from collections.abc import Iterator
@@ -33,10 +34,14 @@ from schemas.spec import PLACE_FIELDS, RECORDED_FIELDS, RESULT_FIELDS, JobSpec
 from schemas.tables import FeatureSize
 
 _RECORDED_VERSIONS = ("torch", "ray", "pyarrow", "pillow", "pi-heif", "simplejpeg", "numpy")
+# Of these, what computes or stores: the others only carry it.
+_OF_RESULTS = ("patchstream", "torch", "pillow", "pi-heif", "simplejpeg", "numpy")
 # So many of the files in a directory that is not a run's are named.
 _NAMED = 8
 # What must agree between two runs on one directory; the rest of the model record follows from these.
 _MODEL_IDENTITY = ("digest", "dtype", "pooled", "preprocessing", "label_digest", "zero_shot", "head")
+
+log = logging.getLogger(__name__)
 
 
 def read_record(out: str, storage_options: Options) -> RunRecord | None:
@@ -81,7 +86,7 @@ def new_record(spec: JobSpec, model: ModelRecord, feature_dims: dict[str, Featur
         spec=recorded_spec(spec),
         model=model,
         feature_dims=feature_dims,
-        versions=_versions(),
+        versions=current_versions(),
         manifest_rows=0,
         manifest_parts=[],
         base_parts=0,
@@ -109,6 +114,23 @@ def check_same(record: RunRecord, wanted: RunRecord, out: str) -> None:
             f"{redact(out)} holds another run, and one directory never mixes two:\n  "
             + "\n  ".join(lines)
             + "\nChoose another --out, or give the options of the run that is there"
+        )
+
+
+def warn_of_versions(record: RunRecord) -> None:
+    """Tell whoever goes on with a run if the libraries that touch its results are not those that it began with."""
+    now = current_versions()
+    changed = [
+        f"{name} {record.versions[name]} → {now[name]}"
+        for name in _OF_RESULTS
+        if record.versions.get(name, now[name]) != now[name]
+    ]
+    if changed:
+        log.warning(
+            "this run began with other versions (%s): what is computed now may differ slightly from what is there, and "
+            "`attempts/` says which attempt had which. For one set throughout, go on with the versions in run.json, or "
+            "start anew in another --out",
+            ", ".join(changed),
         )
 
 
@@ -159,7 +181,8 @@ def _identity(record: RunRecord) -> dict[str, Any]:
     return {"spec": spec, "model": {name: model[name] for name in _MODEL_IDENTITY}}
 
 
-def _versions() -> dict[str, str]:
+def current_versions() -> dict[str, str]:
+    """Versions of what takes part, by name."""
     versions = {"python": platform.python_version(), "patchstream": VERSION}
     for name in _RECORDED_VERSIONS:
         versions[name] = importlib.metadata.version(name)

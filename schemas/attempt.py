@@ -53,6 +53,7 @@ class AttemptRecord(BaseModel):
     started: str
     host: str
     pid: int
+    versions: dict[str, str] = {}  # as in run.json, of the one who ran it
     status: AttemptStatus = "running"
     ended: str | None = None
     command: str = "embed"

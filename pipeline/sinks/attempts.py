@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from fsspec import AbstractFileSystem
 
 from pipeline.attempt_files import is_alive, read_attempt, shares_rows
+from pipeline.record import current_versions
 from pipeline.storage import Options, create_bytes, filesystem, is_local, join, put_bytes, redact
 from pipeline.store_errors import reading
 from schemas.attempt import AttemptRecord
@@ -101,6 +102,7 @@ def _open(fs: AbstractFileSystem, path: str, shard: Shard, command: str) -> Atte
             started=_now(),
             host=socket.gethostname(),
             pid=os.getpid(),
+            versions=current_versions(),
             command=command,
         )
         created = create_bytes(fs, _path(path, number), record.model_dump_json(indent=1).encode())

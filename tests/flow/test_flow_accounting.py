@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.commands import rows_in, table
+from support.commands import attempt_records, rows_in, table
 
 from pipeline import flow, maintenance
 from pipeline.flow import Connect, run
@@ -141,3 +141,23 @@ def test_rows_that_are_out_of_sight_in_the_end(
             assert run(spec, connect).images == ROWS
     assert run(spec, connect).images == ROWS
     all_there(spec)
+
+
+def test_an_attempt_says_which_versions_it_had_and_warns_of_others(
+    spec: JobSpec, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = run(spec, connect).attempt
+    assert "other versions" not in caplog.text
+    file = Path(spec.out) / "run.json"
+    record = json.loads(file.read_text())
+    now = record["versions"]
+    assert first.versions == now
+    file.write_text(json.dumps({**record, "versions": {**now, "torch": "1.0.0", "pillow": "2.0.0", "ray": "3.0.0"}}))
+    assert run(spec, connect).attempt.rows_planned == 0
+    assert "other versions" not in caplog.text, "nothing is computed"
+    first_part(spec).unlink()
+    again = run(spec, connect).attempt
+    assert (again.rows_planned, again.versions) == (8, now)
+    assert attempt_records(Path(spec.out))[-1]["versions"] == now
+    told = f"began with other versions (torch 1.0.0 → {now['torch']}, pillow 2.0.0 → {now['pillow']}): what is computed"
+    assert caplog.text.count("other versions") == caplog.text.count(told) == 1
