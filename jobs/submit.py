@@ -27,7 +27,10 @@ def submit(
     working_dir: Annotated[
         str | None, typer.Option(help="Upload this folder (or .zip) and run the code in it, such as `.`.")
     ] = None,
-    image: Annotated[str | None, typer.Option(help="Run in this container image (the nodes need podman).")] = None,
+    image: Annotated[
+        str | None,
+        typer.Option(help="Run in this container image (the nodes need podman), which no variable of a node reaches."),
+    ] = None,
     env: Annotated[
         list[str] | None,
         typer.Option("--env", help="NAME of a variable that the cluster's machines must have (repeatable)."),
@@ -39,6 +42,11 @@ def submit(
     _check_names(env or [])
     if working_dir and image:
         raise SpecError("--working-dir and --image both bring the code; give one of them")
+    if image and env:
+        raise SpecError(
+            f"--env {env[0]} with --image: Ray starts that container without the variables of the machine it is on, so "
+            "none can be there; leave out --env and let the machines' identity open the stores, or leave out --image"
+        )
     from cluster.submission import Jobs
 
     jobs = Jobs(address)

@@ -248,6 +248,7 @@ def wait_until(condition: object, log: Path | None, timeout_s: float = 150) -> N
         (("--", "submit", "x"), "no such command to run as a job"),
         (("--env", "A=b", "--", "embed", "x"), "give the name of a variable alone"),
         (("--image", "i", "--working-dir", ".", "--", "embed", "x"), "give one of them"),
+        (("--image", "i", "--env", "A", "--", "embed", "x"), "--env A with --image: Ray starts that container without"),
         (("--", "embed", "https://u:hush@h/x"), "the value of a source holds a credential"),
         (("--", "embed", "x", "--out", "s3://k:hush@b/x"), "the value of --out holds a credential"),
         (
