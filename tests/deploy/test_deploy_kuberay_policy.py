@@ -172,6 +172,17 @@ def test_policy_and_monitor_find_the_pods(overlay: Path) -> None:
     assert all("from" in rule for rule in resources["NetworkPolicy"]["spec"]["ingress"])
 
 
+@pytest.mark.parametrize(
+    ("address", "ports"),
+    [("169.254.169.254", {80, 8080}), ("169.254.170.23", {80}), ("169.254.169.252", {987, 988})],
+    ids=["amazon-or-dataplane-v2", "eks-pod-identity", "gke-with-calico"],
+)
+def test_the_clouds_tell_a_pod_who_it_is(address: str, ports: set[int]) -> None:
+    (policy,) = [resource for resource in build(OVERLAYS[0]) if resource["kind"] == "NetworkPolicy"]
+    rules = [rule for rule in policy["spec"]["egress"] if {"ipBlock": {"cidr": f"{address}/32"}} in rule.get("to", [])]
+    assert ports <= {port["port"] for rule in rules for port in rule["ports"]}
+
+
 @each_overlay
 def test_nothing_is_needed_but_kubernetes_and_kuberay(overlay: Path) -> None:
     """One kind that the cluster does not know, and `kubectl apply -k` of the rest fails too."""
