@@ -35,7 +35,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def gather(photos: Path, images: int, folder: Path) -> Path:
-    """A folder of `images` files, photos over and over again as links."""
+    """A folder of `images` files, copies of the photos over and over again."""
     files = sorted(path for path in photos.iterdir() if path.is_file())
     folder.mkdir()
     for number in range(images):

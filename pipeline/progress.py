@@ -90,6 +90,7 @@ class Meter:
             self._recent.popleft()
 
     def committed(self, images: int, failures: int, parts: int, seconds: StageSeconds) -> None:
+        """Rows and parts of one write became visible; `seconds` is what the stages took for them."""
         self.images += images
         self.failed += failures
         self.failures += failures
@@ -98,6 +99,7 @@ class Meter:
             setattr(self.seconds, name, getattr(self.seconds, name) + getattr(seconds, name))
 
     def look(self) -> Progress:
+        """Counts, rates and the time left, as of now."""
         now = time.monotonic()
         since, count = self._recent[0]
         rate_now = (self.done - count) / max(now - since, 1e-9)

@@ -85,9 +85,9 @@ def filesystem(url: str, storage_options: Options) -> tuple[AbstractFileSystem, 
 
 
 def open_filesystem(url: str, storage_options: Options) -> tuple[AbstractFileSystem, str]:
-    """As `filesystem`, but for one who judges the driver's own errors: they come as they are.
-
-    Listings are never cached: a bucket changes while a job runs. Instances are cached by fsspec for each process.
+    """As `filesystem`, but for one who judges the driver's own errors: they come as they are, beside SourceError where
+    no driver serves `url`, and SpecError as `options_for` raises it. Listings are never cached: a bucket changes while
+    a job runs. Instances are cached by fsspec for each process.
     """
     options = _uncached(url, storage_options)
     if is_chained(url):  # fsspec wants those of what lies behind the first store by name

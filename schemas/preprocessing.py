@@ -29,7 +29,7 @@ class Preprocessing(BaseModel):
 
     @property
     def output_size(self) -> tuple[int, int]:
-        """Height and width of what the model receives."""
+        """Height and width of what the model receives. Raises ValueError where no size is fixed."""
         size = self.crop or self.resize
         if size is None:
             raise ValueError("preprocessing gives no fixed size: neither crop nor resize is set")

@@ -80,7 +80,7 @@ class ActorRange(Strict):
 
     @classmethod
     def parse(cls, text: str) -> "ActorRange":
-        """`--actors`: `4` or `2:8`."""
+        """`--actors`: `4` or `2:8`. Raises SpecError for what is neither."""
         try:
             return cls.model_validate(text)
         except ValueError as error:
@@ -112,7 +112,7 @@ class Shard(Strict):
 
     @classmethod
     def parse(cls, text: str) -> "Shard":
-        """`--shard`: `0/4` … `3/4`."""
+        """`--shard`: `0/4` … `3/4`. Raises SpecError for anything else."""
         try:
             return cls.model_validate(text)
         except ValueError as error:

@@ -30,7 +30,10 @@ def read_npz_shapes(path: Path) -> dict[str, Shape]:
 
 
 def read_npz(path: Path) -> dict[str, "np.ndarray[Any, Any]"]:
-    """Every array as float32. bfloat16, which NumPy stores as two raw bytes, is widened."""
+    """Every array as float32. bfloat16, which NumPy stores as two raw bytes, is widened.
+
+    Raises CheckpointError as `read_npz_shapes` does, and for an array that is damaged.
+    """
     import numpy as np
 
     arrays = {}

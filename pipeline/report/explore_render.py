@@ -73,6 +73,7 @@ class Tile:
 
 
 def make_tiles(at: Exploration, rows: Ints, values: Iterable[str] | None = None) -> list[Tile]:
+    """A tile for each of `rows`, in their order; `values` stand below them, the scores of their labels if not given."""
     uris = at.thumbnails.uris(rows.tolist())
     shown = [_score(at, row) for row in rows.tolist()] if values is None else list(values)
     return [
@@ -114,6 +115,7 @@ def paginate(total: int, size: int, query: Query, path: str) -> tuple[Pager, sli
 
 
 def whole_number(query: Query, name: str, default: int | None = None) -> int:
+    """The number `name` of an address, `default` where it has none. Raises NotThere where there is no default."""
     text = query.get(name, "")
     if text.isascii() and text.isdigit() and len(text) < 19:
         return int(text)

@@ -34,7 +34,8 @@ def apply_head(
 
     Rows whose vector is zero or not finite get no labels. Parts that are there already are kept, so an interrupted
     command goes on where it was; those whose part the run has no more are replaced, so that the rows stay the run's.
-    Raises OutputError if `out` holds anything else.
+    Raises OutputError if there is no such probe or `out` holds anything else, SpecError if the head has not `top_k`
+    labels.
     """
     linear, head, digest = load_head(store, name)
     if not 1 <= top_k <= len(head.labels):

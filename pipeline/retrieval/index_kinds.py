@@ -41,7 +41,10 @@ def kind_for(rows: int, dim: int) -> Kind:
 
 
 def new_index(kind: Kind, dim: int, rows: int) -> tuple[Any, int | None]:
-    """An empty, untrained index for inner products, and its number of lists."""
+    """An empty, untrained index for inner products, and its number of lists, None where it has none.
+
+    Raises SpecError for too few rows to learn the codes of `ivf-pq`.
+    """
     if kind == "flat":
         return faiss.IndexIDMap2(faiss.IndexFlatIP(dim)), None
     if kind == "hnsw":

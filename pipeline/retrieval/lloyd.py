@@ -171,7 +171,10 @@ def lloyd(
     tolerance: float = TOLERANCE,
     progress: Progress = no_progress,
 ) -> Clustering:
-    """Passes over all vectors until the inertia falls by less than `tolerance` of it in two passes together."""
+    """Passes over all vectors until the inertia falls by less than `tolerance` of it in two passes together.
+
+    Raises SpecError where there is no vector.
+    """
     history: list[float] = []
     for done in range(rounds):
         found: Totals | None = None

@@ -76,7 +76,7 @@ def prefixed(spelling: Spelling, prefix: str, shapes: Shapes) -> dict[str, str |
 
 
 def common(config: Config) -> dict[str, Any]:
-    """Fields of `Architecture` that all of these configs spell alike."""
+    """Fields of `Architecture` that all of these configs spell alike. Raises CheckpointError for a wrong value."""
     if config["num_channels"] != 3:
         raise CheckpointError(f"config.json: num_channels is {config['num_channels']}; only RGB models are supported")
     width, heads = divided(config, "hidden_size", "num_attention_heads")

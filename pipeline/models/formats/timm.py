@@ -60,7 +60,10 @@ def shape_of(shapes: Shapes, name: str, dimensions: int) -> tuple[int, ...]:
 
 
 def heads(config: Config, width: int) -> int:
-    """Attention heads: from `model_args`, else from the name, else from the width."""
+    """Attention heads: from `model_args`, else from the name, else from the width.
+
+    Raises CheckpointError where none of them says it, or what is said does not divide the width.
+    """
     name, given = str(config["architecture"]), settings(config).get("num_heads")
     count = given or next((count for start, count in OTHER_HEADS.items() if name.startswith(start)), HEADS.get(width))
     if not isinstance(count, int) or count < 1 or width % count:
@@ -72,7 +75,10 @@ def heads(config: Config, width: int) -> int:
 
 
 def activation(config: Config) -> Activation:
-    """The MLP's activation: from `model_args`, else by the architecture's name."""
+    """The MLP's activation: from `model_args`, else by the architecture's name.
+
+    Raises CheckpointError for one that is not implemented.
+    """
     given = settings(config).get("act_layer")
     if given is not None:
         if given not in ACTIVATION_NAMES:
@@ -83,7 +89,7 @@ def activation(config: Config) -> Activation:
 
 
 def image_size(config: Config) -> tuple[int, int]:
-    """Height and width that the positions were trained for."""
+    """Height and width that the positions were trained for. Raises CheckpointError for what is no size."""
     given = settings(config)
     size = given.get("img_size") or (given.get("input_size") or [3, 224, 224])[1:]
     sides = [size, size] if isinstance(size, int) else list(size)
