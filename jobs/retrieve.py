@@ -69,11 +69,10 @@ def search(
     """Find the pictures most like some examples, exactly or by an index."""
     from pipeline.embedding import Embedder, check_text
     from pipeline.retrieval.nearest import check_device
-    from pipeline.retrieval.search import check_examples
+    from pipeline.retrieval.search import check_exact, check_examples
 
     check_device(device)
-    if index is not None and where is not None:
-        raise SpecError("--filter and --index do not go together: an index cannot tell which rows match; leave one out")
+    check_exact(where, index)
     examples = [*_examples(image, row, uri, vector, text), *(_minus(value) for value in minus or ())]
     texts = [example.value for example in examples if example.kind == "text"]
     with opened(directory, storage_options) as store:

@@ -1,6 +1,5 @@
 """`kmeans` and `duplicates`: what belongs together."""
 
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,13 +51,13 @@ def kmeans(
     as_json: AsJson = False,
 ) -> int:
     """Cluster the vectors, and say what distinguishes each cluster."""
+    from pipeline.retrieval.clustering import check_one, cluster
     from pipeline.retrieval.clusters import check_label_column
     from pipeline.retrieval.output import check_name
     from pipeline.retrieval.sweep import parse_sweep
 
     check_name(name or "k")
-    if (k is None) == (sweep is None):
-        raise SpecError("give either -k N or --sweep LOW:HIGH")
+    check_one(k, sweep)
     if ray is not None and mini_batch is not None:
         raise SpecError("--ray goes over all rows in each step; leave out --mini-batch and --no-mini-batch")
     ks = parse_sweep(sweep) if sweep is not None else None
@@ -66,11 +65,12 @@ def kmeans(
         check_label_column(store, label_column)
         _check_rows(store, k, ks)
         feature = feature_of(store, features)
-        settings = {"feature": feature, "centre": centre, "seed": seed, "label_column": label_column}
+        settings: dict[str, Any] = {"feature": feature, "centre": centre, "seed": seed, "label_column": label_column}
         if ray is not None:
             summary = _kmeans_on_ray(store, k, ray, name, spherical, settings)
         else:
-            summary = _kmeans_here(store, k, ks, name, spherical, mini_batch, settings)
+            warn_left_out(store, feature)
+            summary = cluster(store, k=k, ks=ks, name=name, spherical=spherical, mini_batch=mini_batch, **settings)
     if as_json:
         print_json(summary)
         return 0
@@ -116,56 +116,6 @@ def _kmeans_on_ray(
     # Counted by the tasks: only they read the vectors.
     name_left_out(feature, summary["left_out"]["count"], summary["left_out"]["rows"])
     return summary
-
-
-def _kmeans_here(
-    store: "FeatureStore",
-    k: int | None,
-    ks: list[int] | None,
-    name: str | None,
-    spherical: bool,
-    mini_batch: bool | None,
-    settings: dict[str, Any],
-) -> dict[str, Any]:
-    import numpy as np
-
-    from pipeline.retrieval.clusters import write_clusters
-    from pipeline.retrieval.kmeans import fit
-    from pipeline.retrieval.lloyd import MatrixSource
-    from pipeline.retrieval.output import place
-    from pipeline.retrieval.plots import line_charts
-    from pipeline.retrieval.sweep import best_k, elbow, sweep
-    from pipeline.storage import put_bytes
-
-    feature, seed = settings["feature"], settings["seed"]
-    warn_left_out(store, feature)
-    matrix = store.load(feature)
-    prepare = store.preparation(feature, normalise=spherical, centre=settings["centre"])
-    source = MatrixSource(matrix, np.flatnonzero(matrix.usable), prepare)
-    chart = None
-    if ks is not None:
-        trials = sweep(source, ks, spherical=spherical, seed=seed, progress=store.progress)
-        k, bend = best_k(trials), elbow(trials)
-        tried = [float(trial.k) for trial in trials]
-        charts = [
-            ("inertia for each vector", tried, [trial.inertia for trial in trials], float(bend)),
-            ("silhouette", tried, [trial.silhouette for trial in trials], float(k)),
-        ]
-        chart = line_charts(charts, "k")
-        settings = {**settings, "sweep": [trial._asdict() for trial in trials], "elbow": bend}
-    if k is None:
-        raise SpecError("give either -k N or --sweep LOW:HIGH")
-    name = name or f"k{k}"
-    batches = 4 * len(source) * matrix.dim > _memory_bytes() // 2 if mini_batch is None else mini_batch
-    found = fit(source, k, spherical=spherical, seed=seed, mini_batch=batches, progress=store.progress)
-    summary = write_clusters(store, matrix, prepare, found, name, {"name": name, **settings, "mini_batch": batches})
-    if chart:
-        put_bytes(store.fs, f"{place(store.root, 'clusters', name)}.svg", chart.encode())
-    return summary
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def duplicates(

@@ -12,9 +12,7 @@ from jobs.retrieve_screen import Features, cell, feature_of, opened, print_json,
 from schemas.errors import SpecError
 
 if TYPE_CHECKING:
-    from pipeline.retrieval.labels import Labelled, RowLabels
-    from pipeline.retrieval.probe import ProbeResult
-    from pipeline.retrieval.store import FeatureStore
+    from pipeline.retrieval.labels import RowLabels
 
 _NAMED = 10
 
@@ -37,7 +35,7 @@ def probe(
     from pipeline.retrieval.duplicates import same_bytes
     from pipeline.retrieval.labels import labels_from_column, labels_from_csv, locate
     from pipeline.retrieval.output import check_name
-    from pipeline.retrieval.probe import describe, run_probe
+    from pipeline.retrieval.probe import describe, run_probe, save_probe
 
     check_name(name)
     if (label_column is None) == (labels is None):
@@ -56,7 +54,7 @@ def probe(
         result = run_probe(matrix, found, few=few, seeds=seeds, seed=seed, progress=store.progress)
         settings = {"name": name, "feature": feature, "labels_from": given.source, "seed": seed}
         summary = {**settings, **describe(result, found)}
-        _save(store, result, found, summary)
+        save_probe(store, result, found, summary)
     if as_json:
         print_json(summary)
         return 0
@@ -85,34 +83,6 @@ def _warn_unknown(given: "RowLabels") -> None:
             f"and are left out: {shown}",
             to_stderr=True,
         )
-
-
-def _save(store: "FeatureStore", result: "ProbeResult", found: "Labelled", summary: dict[str, Any]) -> None:
-    from pipeline.retrieval.head import HeadRecord, save_head
-    from pipeline.retrieval.output import check_name, replacing, write_json
-    from pipeline.retrieval.plots import confusion
-    from pipeline.storage import join, put_bytes
-
-    name = check_name(summary["name"])
-    record = HeadRecord(
-        name=name,
-        feature=summary["feature"],
-        dim=store.check_feature(summary["feature"]),
-        labels=found.classes,
-        model=store.record.model,
-        run_id=store.record.run_id,
-        label_source=summary["labels_from"],
-        strength=result.strength,
-        seed=summary["seed"],
-        training_rows=result.training_rows,
-        accuracy=result.test.accuracy,
-    )
-    chart = confusion(result.test.confusion, found.classes, "Confusion on the test rows: true down, predicted across")
-    with replacing(store.fs, join(store.root, "probes"), name) as home:
-        folder = join(home, name)
-        save_head(store, folder, result.head, record)
-        put_bytes(store.fs, f"{folder}/confusion.svg", chart.encode())
-        write_json(store.fs, f"{folder}/probe.json", summary)
 
 
 def _show_probe(summary: dict[str, Any]) -> None:

@@ -14,11 +14,16 @@ from typing import Any
 import numpy as np
 
 from pipeline.retrieval.arrays import Floats, Ints, Preparation, Progress
+from pipeline.retrieval.head import HeadRecord, save_head
 from pipeline.retrieval.labels import Labelled, check_shots, shots, split
 from pipeline.retrieval.logistic import Linear, TrainingSet, fit_logistic
 from pipeline.retrieval.matrix import Matrix
 from pipeline.retrieval.nearest import top_k
+from pipeline.retrieval.output import check_name, replacing, write_json
+from pipeline.retrieval.plots import confusion
 from pipeline.retrieval.scores import Judgement, Scores, judge, score
+from pipeline.retrieval.store import FeatureStore
+from pipeline.storage import join, put_bytes
 from schemas.errors import SpecError
 
 STRENGTHS = tuple(float(value) for value in 10.0 ** np.arange(-5, 2.1, 1))
@@ -199,3 +204,32 @@ def describe(result: ProbeResult, labelled: Labelled) -> dict[str, Any]:
         },
         "majority_accuracy": float(tested[frequent] / tested.sum()),
     }
+
+
+def save_probe(store: FeatureStore, result: ProbeResult, labelled: Labelled, summary: dict[str, Any]) -> None:
+    """Write `probes/NAME/`: the head, the confusion of the test rows as a chart, and `summary` as `probe.json`.
+
+    `summary` says at least `name`, `feature`, `labels_from` and `seed`. Raises SpecError for a name that is none.
+    """
+    name = check_name(summary["name"])
+    record = HeadRecord(
+        name=name,
+        feature=summary["feature"],
+        dim=store.check_feature(summary["feature"]),
+        labels=labelled.classes,
+        model=store.record.model,
+        run_id=store.record.run_id,
+        label_source=summary["labels_from"],
+        strength=result.strength,
+        seed=summary["seed"],
+        training_rows=result.training_rows,
+        accuracy=result.test.accuracy,
+    )
+    chart = confusion(
+        result.test.confusion, labelled.classes, "Confusion on the test rows: true down, predicted across"
+    )
+    with replacing(store.fs, join(store.root, "probes"), name) as home:
+        folder = join(home, name)
+        save_head(store, folder, result.head, record)
+        put_bytes(store.fs, f"{folder}/confusion.svg", chart.encode())
+        write_json(store.fs, f"{folder}/probe.json", summary)

@@ -88,6 +88,12 @@ def build_query(
     return Query(unit(wanted[None].astype(np.float32)).reshape(-1), np.array(sorted(set(rows)), np.int64))
 
 
+def check_exact(where: str | None, index: object) -> None:
+    """Raise SpecError for a condition together with an index, be it the name of one or what finds by it."""
+    if where is not None and index is not None:
+        raise SpecError("--filter and --index do not go together: an index cannot tell which rows match; leave one out")
+
+
 def check_examples(store: FeatureStore, feature: str, examples: Sequence[Example]) -> None:
     """Raise SpecError for what is wrong with the examples without a look at the vectors of the run."""
     if not any(not example.minus for example in examples):
@@ -178,8 +184,7 @@ def search(
     usable = int(matrix.usable.sum())
     if not 1 <= k <= usable:
         raise SpecError(f"-k {k}: {usable} rows have a usable `{feature}`; ask for between 1 and {usable}")
-    if finder is not None and where is not None:
-        raise SpecError("--filter and --index do not go together: an index cannot tell which rows match; leave one out")
+    check_exact(where, finder)
     excluded = np.empty(0, np.int64) if keep_examples else query.rows
     wanted = k + len(excluded)
     if finder is not None:

@@ -174,7 +174,7 @@ def test_kmeans_checks_before_it_computes(run: Run, directory: Path, monkeypatch
         raise AssertionError("computed before the options were checked")
 
     run("kmeans", directory, "-k", 4, "--name", "kept")
-    monkeypatch.setattr("pipeline.retrieval.kmeans.fit", too_late)
+    monkeypatch.setattr("pipeline.retrieval.clustering.fit", too_late)
     monkeypatch.setattr("cluster.session.ray_session", too_late)
     monkeypatch.setattr(FeatureStore, "load", too_late)
     for place in ([], ["--ray", "local"]):

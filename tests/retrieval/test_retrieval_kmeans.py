@@ -17,6 +17,7 @@ from support.runs import RunContent, clustered, write_run
 
 from pipeline.retrieval import kmeans
 from pipeline.retrieval.arrays import Preparation, unit
+from pipeline.retrieval.clustering import cluster
 from pipeline.retrieval.clusters import top_labels, write_clusters
 from pipeline.retrieval.kmeans import fit
 from pipeline.retrieval.lloyd import ArraySource, MatrixSource, assign, lloyd, totals
@@ -231,3 +232,21 @@ def test_chart_is_well_formed() -> None:
     svg = line_charts([("inertia <k>", [2, 4, 8], [3.0, 2.0, 1.5], 4), ("flat", [2, 4], [1.0, 1.0], 2)], "k")
     root = ElementTree.fromstring(svg)
     assert len(root.findall(".//{http://www.w3.org/2000/svg}circle")) == 5
+
+
+def test_clusters_from_python(tmp_path: Path) -> None:
+    vectors = clustered(300, 8, 3, seed=2, spread=0.1)
+    vectors[7] = 0
+    store = FeatureStore.open(str(write_run(tmp_path, RunContent({"cls": vectors}))))
+    summary = cluster(store, "cls", ks=[2, 3, 5])
+    assert (summary["name"], summary["k"], summary["left_out"]["rows"]) == ("k3", 3, [7])
+    assert [trial["k"] for trial in summary["sweep"]] == [2, 3, 5]
+    assert json.loads((tmp_path / "clusters" / "k3.json").read_text()) == summary
+    assert (tmp_path / "clusters" / "k3.svg").exists()
+    assert cluster(store, "cls", k=2, name="two", spherical=False, mini_batch=True)["kind"] == "euclidean"
+    assert not (tmp_path / "clusters" / "two.svg").exists()
+    for wrong in ({}, {"k": 2, "ks": [2, 3]}):
+        with pytest.raises(SpecError, match="either -k N or --sweep"):
+            cluster(store, "cls", **wrong)
+    with pytest.raises(SpecError, match="-k 300"):
+        cluster(store, "cls", k=300)

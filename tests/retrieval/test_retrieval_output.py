@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 from support.runs import RunContent, clustered, write_run
 
-from jobs.retrieve_labels import _save
 from jobs.retrieve_screen import write_page
 from pipeline.report.groups import load_clusterings
 from pipeline.report.run import open_run
@@ -28,7 +27,7 @@ from pipeline.retrieval.kmeans import fit
 from pipeline.retrieval.labels import Labelled
 from pipeline.retrieval.lloyd import ArraySource
 from pipeline.retrieval.output import replacing, write_json, write_table
-from pipeline.retrieval.probe import run_probe
+from pipeline.retrieval.probe import run_probe, save_probe
 from pipeline.retrieval.store import FeatureStore
 from pipeline.storage import put_bytes, read_json
 from schemas.errors import OutputError, SpecError
@@ -104,13 +103,13 @@ def test_a_probe_that_fails_halfway_leaves_the_earlier_one(
     folder = Path(store.root, "probes")
 
     def save(seed: int) -> None:
-        _save(store, found, labelled, {"name": "n", "feature": "cls", "labels_from": "column c", "seed": seed})
+        save_probe(store, found, labelled, {"name": "n", "feature": "cls", "labels_from": "column c", "seed": seed})
 
     save(1)
     (folder / "n" / "of-before.txt").write_text("x")
     before = files(folder)
     with monkeypatch.context() as patched:
-        patched.setattr("pipeline.retrieval.output.write_json", lambda *_: 1 / 0)
+        patched.setattr("pipeline.retrieval.probe.write_json", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             save(2)
     assert files(folder) == before
