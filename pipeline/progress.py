@@ -61,17 +61,13 @@ class Meter:
     def wall_s(self) -> float:
         return time.monotonic() - self._started
 
-    @property
-    def rate_mean(self) -> float:
-        """Images per second since every call gave its first rows; until a second later, over the whole time."""
-        return self._rate(time.monotonic())
-
     def _steady(self, until: float) -> float | None:
         if self._base and self.done > self._base[1] and until - self._base[0] >= _LEAST_S:
             return (self.done - self._base[1]) / (until - self._base[0])
         return None
 
     def _rate(self, until: float) -> float:
+        """Images per second since every call gave its first rows; until a second later, over the whole time."""
         return self._steady(until) or (self.done - self._before) / max(time.monotonic() - self._started, 1e-9)
 
     def received(self, rows: int) -> None:

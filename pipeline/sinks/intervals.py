@@ -49,14 +49,6 @@ def intersect(spans: Spans, first: int, stop: int) -> Spans:
     return clipped[clipped[:, 0] < clipped[:, 1]]
 
 
-def subtract(spans: Spans, other: Spans) -> Spans:
-    """Rows of `spans` that are not in `other`; both disjoint and sorted."""
-    if not len(spans):
-        return EMPTY
-    low, high = int(spans[0, 0]), int(spans[-1, 1])
-    return complement(union([complement(spans, low, high), other]), low, high)
-
-
 def count(spans: Spans) -> int:
     """How many rows disjoint `spans` cover."""
     return int((spans[:, 1] - spans[:, 0]).sum())

@@ -27,7 +27,6 @@ def test_like_sets(seed: int) -> None:
     twice = (sets[0] & sets[1]) | (sets[0] & sets[2]) | (sets[1] & sets[2])
     assert rows_of(intervals.overlap(spans)) == twice
     assert rows_of(intervals.complement(union, 5, 55)) == set(range(5, 55)) - rows_of(union)
-    assert rows_of(intervals.subtract(spans[0], spans[1])) == sets[0] - sets[1]
     assert rows_of(intervals.intersect(spans[0], 10, 40)) == {row for row in sets[0] if 10 <= row < 40}
     assert intervals.count(spans[0]) == len(sets[0])
     asked = np.arange(-2, 62)
