@@ -18,7 +18,7 @@ AttemptStatus = Literal["running", "done", "interrupted", "failed", "died", "tak
 class StageSeconds(BaseModel):
     """Seconds of work by stage, summed over all workers (so they can exceed the wall clock)."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="ignore")  # of a later version, whose directories stay readable
 
     fetch: float = 0.0
     decode: float = 0.0
@@ -30,7 +30,7 @@ class Distance(BaseModel):
     """Cosine of the features in `dtype` to those in float32, over `images` of the run's own; of none where all rows
     that were tried failed."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="ignore")  # as above
 
     dtype: str
     images: int
@@ -45,7 +45,7 @@ class AttemptRecord(BaseModel):
     call to the last.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="ignore")  # as above
 
     attempt: int
     shard_index: int

@@ -1,5 +1,6 @@
 """Who may write: the newest attempt on the same rows, and none that would end a living one by accident."""
 
+import json
 import os
 import shutil
 import socket
@@ -85,6 +86,13 @@ def test_the_last_writes_of_an_attempt_are_waited_for(
     monkeypatch.setattr("time.sleep", lambda seconds: slept.append((seconds, len(list(files.iterdir())))))
     attempts.claim(str(tmp_path), whole, {}, "embed")
     assert slept == ([(attempts._SETTLE_S, 2)] if waits else []), "once the new attempt turns the old one away"
+
+
+def test_what_a_later_version_recorded_is_read_as_far_as_it_is_known(tmp_path: Path) -> None:
+    _, record = attempts.claim(str(tmp_path), Shard(index=0, count=1), {}, "embed")
+    (file,) = (tmp_path / "attempts").iterdir()
+    file.write_text(json.dumps({**record.model_dump(mode="json"), "carbon_kg": 1.0}))
+    assert attempts.read_attempts(str(tmp_path), {}) == [record]
 
 
 @pytest.mark.parametrize("shards", [(0, 1), (1, 0)])
