@@ -121,6 +121,9 @@ class Reader:
         return _single_try_s3(fs, self._concurrency) if kind == "s3" else fs
 
 
+_NO_TIME_S = 0.001
+
+
 def _single_try_s3(fs: AbstractFileSystem, concurrency: int) -> AbstractFileSystem:
     """The same S3 access as `fs`, without the retries of s3fs and of botocore beneath it."""
     config = dict(fs.storage_options.get("config_kwargs") or {})
@@ -134,7 +137,9 @@ def _single_try_s3(fs: AbstractFileSystem, concurrency: int) -> AbstractFileSyst
 def _single_try_gcs(fs: AbstractFileSystem) -> AbstractFileSystem:
     """The same access to Google Cloud Storage as `fs`, without the retries that gcsfs wraps around every request."""
     # gcsfs knows no such option: it makes an instance of its own, where fsspec would give the one that others write by.
-    single = type(fs)(*fs.storage_args, **{**fs.storage_options, "single_try": True})
+    # The class for buckets with folders also asks what kind a bucket is, and again for this long.
+    options = {**fs.storage_options, "single_try": True, "retry_timeout": _NO_TIME_S}
+    single = type(fs)(*fs.storage_args, **options)
     single._request = functools.partial(type(fs)._request.__wrapped__, single)
     return single
 

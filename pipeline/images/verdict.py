@@ -44,6 +44,8 @@ class Verdict:
 _NOT_FOUND = Verdict("NotFound", again=False, retryable=False)
 _FORBIDDEN = Verdict("Forbidden", again=False, retryable=False)
 _NO_CREDENTIALS = Verdict("NoCredentials", again=False, retryable=True)
+# Google's answer to a token that is just over, or not yet known everywhere: the next try may bring another.
+_TOKEN_REFUSED = Verdict("NoCredentials", again=True, retryable=True)
 _BAD_ADDRESS = Verdict("BadAddress", again=False, retryable=False)
 _TIMED_OUT = Verdict("TimedOut", again=True, retryable=True)
 _CONNECTION = Verdict("ConnectionFailed", again=True, retryable=True)
@@ -91,7 +93,7 @@ _BY_CLASS_NAME = {
     "CredentialRetrievalError": _NO_CREDENTIALS,
     "TokenRetrievalError": _NO_CREDENTIALS,
     "GoogleAuthError": _NO_CREDENTIALS,
-    "TokenRefusedError": _NO_CREDENTIALS,
+    "TokenRefusedError": _TOKEN_REFUSED,
     "InvalidURL": _BAD_ADDRESS,
     "NonHttpUrlClientError": _BAD_ADDRESS,
     "TooManyRedirects": _BAD_ADDRESS,
@@ -135,7 +137,7 @@ def judge(error: BaseException) -> Verdict:
         return _UNREADABLE
     status = _whole(getattr(error, "status", None) or getattr(error, "code", None))
     if status == 401 and type(error).__module__.partition(".")[0] == "gcsfs":
-        return _NO_CREDENTIALS
+        return _TOKEN_REFUSED
     if status is not None and 400 <= status < 600:
         return _judge_status(status, None)
     if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO:

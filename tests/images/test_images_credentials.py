@@ -1,5 +1,7 @@
 """Credentials that a store refuses although the object is as good as ever."""
 
+from functools import partial
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -10,6 +12,7 @@ from support.manifests import decode_all, manifest_of
 from support.shards import listed, make_tar, png, shades
 
 from pipeline.images.verdict import judge
+from schemas.spec import FetchSpec
 
 NOT_RENEWED = [
     (400, "ExpiredToken"),
@@ -39,11 +42,12 @@ def test_a_token_that_google_refuses_is_no_fault_of_the_object(gcs_server, flaky
     url = gcs_server.put(gcs_server.make_bucket(), name, (tmp_path / kind).read_bytes())
     manifest = listed(url, gcs_server.storage_options)
     proxy = flaky_proxy(gcs_server, [Rule("status", status=401)])
-    (row,) = decode_all(manifest, storage_options=proxy.server.storage_options).to_pylist()
-    assert (row["error"], row["retryable"], row["attempts"]) == ("NoCredentials", True, 1)
+    fetched = partial(decode_all, manifest, storage_options=proxy.server.storage_options)
+    (row,) = fetched(fetch=FetchSpec(attempts=2)).to_pylist()
+    assert (row["error"], row["retryable"], row["attempts"]) == ("NoCredentials", True, 2)
     assert "401" in row["message"]
-    proxy.control.set_rules()
-    assert shades(decode_all(manifest, storage_options=proxy.server.storage_options)) == [3]
+    proxy.control.set_rules(Rule("status", status=401, first=1))
+    assert shades(fetched()) == [3]
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -10,12 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import s3fs
+from gcsfs.extended_gcsfs import ExtendedGcsFileSystem
 from PIL import Image
 from support.faults import Rule
 from support.manifests import decode_all, manifest_of
 from support.shards import listed, shades
 
-from pipeline.images.reader import Reader
+from pipeline.images.reader import Reader, _single_try_gcs
 from schemas.errors import SourceError
 from schemas.spec import FetchSpec
 
@@ -122,6 +123,12 @@ def test_our_rule_for_retries_is_the_only_one_for_tables_too(store, flaky_proxy,
     assert 3 <= proxy.control.requests() <= 6  # gcsfs asks at the same time whether it is a folder
     proxy.control.set_rules(Rule("status", status=status, first=1))
     assert shades(fetched(fetch=fetch(attempts=9))) == [3]
+
+
+def test_what_kind_a_bucket_is_of_is_asked_once():
+    """The class that gcsfs gives unless told otherwise asks so before it opens a table."""
+    asking = ExtendedGcsFileSystem(token="anon", skip_instance_cache=True)
+    assert _single_try_gcs(asking).retry_config["timeout"] < 0.1
 
 
 @pytest.mark.parametrize("rule", [Rule("status", first=2), Rule("reset", first=2), Rule("truncate", first=2)])
