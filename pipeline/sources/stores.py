@@ -3,7 +3,9 @@
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Callable, Iterator
+from html.entities import html5
 from html.parser import HTMLParser
 from typing import Any, NamedTuple
 from urllib.parse import urljoin, urlsplit
@@ -126,6 +128,15 @@ async def _text_of(fs: Any, page: str) -> str:
         return str(await response.text(errors="ignore")) if kind == "text/html" else ""
 
 
+# In an attribute `&not` is a reference, but not where a letter, a digit or `=` follows (HTML standard, 13.2.5.73).
+_WITHOUT_END = re.compile(r"&([A-Za-z0-9]+)(?![A-Za-z0-9;])(=?)")
+
+
+def _as_text(found: re.Match[str]) -> str:
+    name, assigned = found.groups()
+    return found[0] if name in html5 and not assigned else f"&amp;{name}{assigned}"
+
+
 class _Anchors(HTMLParser):
     """What the `href` of each `<a>` says, its character references (`&amp;`) resolved."""
 
@@ -137,10 +148,18 @@ class _Anchors(HTMLParser):
         if tag == "a":
             self.hrefs += [value.strip() for name, value in attrs if name == "href" and value]
 
+    def parse_html_declaration(self, i: int) -> int:
+        """Any `<!…>` ends at its `>`, but for comments: the parser of the library raises at some."""
+        if self.rawdata.startswith("<!--", i):
+            return self.parse_comment(i)
+        end = self.rawdata.find(">", i)
+        return end + 1 if end >= 0 else -1
+
 
 def _links(fs: AbstractFileSystem, page: str) -> set[str]:
     anchors = _Anchors()
-    anchors.feed(patiently(page, lambda: sync(fs.loop, _text_of, fs, page)))
+    text = patiently(page, lambda: sync(fs.loop, _text_of, fs, page))
+    anchors.feed(_WITHOUT_END.sub(_as_text, text))
     anchors.close()
     folder, found = urljoin(page, "."), set()
     for href in anchors.hrefs:

@@ -163,9 +163,15 @@ def test_a_link_is_read_as_a_browser_reads_it(tmp_path: Path, http_server: Calla
 
     def page(path: str, *hrefs: str) -> Rule:
         links = "".join(f"<li><a class='x' href={href}>link</a>" for href in hrefs)
-        return Rule("status", path=path, status=200, body=f"<html><!-- <a href='no.jpg'> --><ul>{links}</ul></html>")
+        return Rule(
+            "status",
+            path=path,
+            status=200,
+            body=f"<html><!doctype html><![foo[x]]><!-- <a href='no.jpg'> --><ul>{links}</ul></html>",
+        )
 
     names = ['"Tom%20&amp;%20Jerry.jpg"', '"it\'s.jpg"', "'say&quot;a&quot;.jpg'", "bare.jpg"]
+    names += ['"bed&notebook.jpg"', '"R&amplifier.jpg"', '"so&copy.jpg"', '"R&D.jpg"']
     folders = ['"Bob\'s/"', '"R&amp;D/"']
     outside = ('"../"', '"Bob\'s/../../q/y.jpg"', '"//h.example/p/z.jpg"', '"mailto:me@h.example"', "'http://[::/'")
     server = http_server(
@@ -177,7 +183,8 @@ def test_a_link_is_read_as_a_browser_reads_it(tmp_path: Path, http_server: Calla
         ],
     )
     assert listed(f"{server.url}/p/", below=f"{server.url}/p") == [
-        *("Tom%20&%20Jerry.jpg", "bare.jpg", "it's.jpg", 'say"a".jpg'),
+        *("R&D.jpg", "R&amplifier.jpg", "Tom%20&%20Jerry.jpg", "bare.jpg", "bed&notebook.jpg", "it's.jpg"),
+        *('say"a".jpg', "so©.jpg"),
         *("Bob's/1.jpg", "Bob's/a:b.jpg", "R&D/2.jpg", "R&D/R&D.jpg"),
     ]
     whole = f"{server.url}/p/it's.jpg"
