@@ -106,13 +106,15 @@ def vectors_only(info: ModelInfo, wanted: Wanted) -> Wanted:
 
 
 def _first_pictures(looks: Iterable[pa.Table], decode: DecodeJob) -> npt.NDArray[np.uint8]:
-    """The first IMAGES that decode, (n, height, width, 3)."""
+    """The first IMAGES that decode, (n, height, width, 3). Where a store does not answer for a whole look, no further
+    one is tried: each may last as long as reads are waited for."""
     height, width = decode.reading.preprocessing.output_size
     found = np.empty((0, height, width, 3), np.uint8)
     for ranges in looks:
         decoded = pa.concat_tables(decode_rows(ranges, decode))
         found = np.concatenate([found, pixels_of(decoded, height, width)])[:IMAGES]
-        if len(found) == IMAGES:
+        away = pc.and_(pc.equal(decoded["stage"], "fetch"), decoded["retryable"])
+        if len(found) == IMAGES or pc.all(pc.fill_null(away, False)).as_py():
             break
     return found
 

@@ -68,12 +68,14 @@ def require_record(out: str, storage_options: Options) -> RunRecord:
     if record is not None:
         return record
     fs, path = filesystem(out, storage_options)
+    held = ""
     with reading(out):
         if not exists(fs, path):
             raise OutputError(f"{redact(out)}: no such directory")
-        names = _names(fs, path)[:_NAMED]
+        if is_local(fs):  # a bucket's prefix may hold millions
+            held = f" (it holds: {', '.join(_names(fs, path)[:_NAMED]) or 'nothing'})"
     raise OutputError(
-        f"{redact(out)} is not the directory of a run: it has no run.json (it holds: {', '.join(names) or 'nothing'}). "
+        f"{redact(out)} is not the directory of a run: it has no run.json{held}. "
         "Give the --out of `patchstream embed` or `classify`"
     )
 

@@ -91,13 +91,14 @@ def predicted_table(
     good rows.
     """
     rows = decoded.num_rows
-    predictions = predictions._replace(features=_as_stored(predictions.features, wanted))
+    computed = predictions.features
+    predictions = predictions._replace(features=_as_stored(computed, wanted))
     finite = _finite(predictions, len(good))
     columns = {name: decoded[name] for name in decoded.column_names if name not in {"pixels", "predict_s"}}
     if not finite.all():
         bad = np.zeros(rows, bool)
         bad[good[~finite]] = True
-        columns |= _mark_failed(decoded, bad, "NotFinite", "the model gave NaN or infinity for this image", False)
+        columns |= _mark_failed(decoded, bad, "NotFinite", _not_finite(computed, predictions.features), False)
     kept = good[finite]
     for field in wanted.fields:
         if field.name == "labels":
@@ -132,6 +133,17 @@ def _as_stored(features: Mapping[str, Numbers], wanted: Wanted) -> dict[str, Num
     kinds = {field.name: _leaf(field.type).to_pandas_dtype() for field in wanted.fields}
     with np.errstate(over="ignore"):
         return {name: np.asarray(values, kinds[name]) for name, values in features.items()}
+
+
+def _not_finite(computed: Mapping[str, Numbers], stored: Mapping[str, Numbers]) -> str:
+    """The message for images of which some numbers are not finite as they are stored."""
+    wide = [name for name in stored if np.isinf(stored[name]).any() and not np.isinf(computed[name]).any()]
+    if not wide:
+        return "the model gave NaN or infinity for this image"
+    return (
+        f"the model gave NaN or infinity for this image, or a number of `{wide[0]}` is too large for float16, which "
+        "--feature-dtype float32 holds"
+    )
 
 
 def _finite(predictions: Predictions, count: int) -> npt.NDArray[np.bool_]:

@@ -57,7 +57,7 @@ def test_vectors_are_compared_whatever_is_asked_for(
 def test_precisions_that_may_be_faster_here(
     monkeypatch: pytest.MonkeyPatch, flags: set[str], dtype: str, others: tuple[str, ...]
 ) -> None:
-    """Who job for bfloat16 where it is emulated is told of float32."""
+    """Who asked for bfloat16 where it is emulated is told of float32."""
     hardware = Hardware(frozenset(flags))
     monkeypatch.setattr("pipeline.models.precision.describe_hardware", lambda cuda: hardware)
     assert other_precisions(dtype, cuda=False) == others

@@ -40,6 +40,9 @@ def test_a_vector_that_float16_cannot_hold_fails_its_image_alone() -> None:
     wanted = Wanted(("cls",), (3,), "float16", 0, (), False)
     table = predicted_table(decoded(), np.array([0, 1, 3, 4]), Predictions({"cls": vectors}), wanted, 1.0)
     assert table["error"].to_pylist() == [None, "NotFinite", None, None, None]
+    assert (
+        "a number of `cls` is too large for float16, which --feature-dtype float32 holds" in table["message"][1].as_py()
+    )
     assert table["cls"].is_valid().to_pylist() == [True, False, False, True, True]
     assert table["cls"].to_pylist()[4] == [65_504] * 3
     wide = wanted._replace(feature_dtype="float32")
