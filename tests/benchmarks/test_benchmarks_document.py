@@ -1,5 +1,6 @@
 """docs/benchmarks.md is what the results give, and every kind of result has its section."""
 
+import json
 import subprocess
 import sys
 from importlib import import_module
@@ -14,6 +15,16 @@ def test_the_page_is_current() -> None:
     command = [sys.executable, "benchmarks/document.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_figures_of_the_readme_are_those_of_the_page() -> None:
+    told = " ".join((ROOT / "README.md").read_text().split("```")[0].split())
+    peers = json.loads((ROOT / "benchmarks" / "results" / "peers-amx.json").read_text())
+    over = {peer: row["patchstream_over_it"] for peer, row in peers["results"].items() if "patchstream" not in peer}
+    assert f"{peers['images']:,} photos" in told
+    assert f"{over['ray data, documented way']:.1f} times as fast as Ray Data's documented way" in told
+    assert f"{over['daft']:.1f} times Daft" in told
+    assert f"{over['transformers bfloat16']:.1f} times a transformers loop in bfloat16" in told
 
 
 def test_no_gpu_figures_means_that_the_page_says_so() -> None:
