@@ -19,12 +19,16 @@ def test_the_page_is_current() -> None:
 
 def test_the_figures_of_the_readme_are_those_of_the_page() -> None:
     told = " ".join((ROOT / "README.md").read_text().split("```")[0].split())
-    peers = json.loads((ROOT / "benchmarks" / "results" / "peers-amx.json").read_text())
-    over = {peer: row["patchstream_over_it"] for peer, row in peers["results"].items() if "patchstream" not in peer}
-    assert f"{peers['images']:,} photos" in told
-    assert f"{over['ray data, documented way']:.1f} times as fast as Ray Data's documented way" in told
-    assert f"{over['daft']:.1f} times Daft" in told
-    assert f"{over['transformers bfloat16']:.1f} times a transformers loop in bfloat16" in told
+    over = []
+    for name in ("peers-amx-again", "peers-amx"):
+        peers = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        assert f"{peers['images']:,} photos" in told
+        over.append({peer: f"{row['patchstream_over_it']:.1f}" for peer, row in peers["results"].items()})
+    again, first = over
+    assert f"{first['ray data, documented way']} times as fast as Ray Data's documented way" in told
+    assert f"{again['daft']} and {first['daft']} times Daft" in told
+    loop = "transformers bfloat16"
+    assert f"{again[loop]} and {first[loop]} times a transformers loop in bfloat16" in told
 
 
 def test_no_gpu_figures_means_that_the_page_says_so() -> None:
