@@ -100,7 +100,7 @@ def warn_of_nothing(found: Distance, looks: Iterable[pa.Table]) -> None:
 
 def vectors_only(info: ModelInfo, wanted: Wanted) -> Wanted:
     """`cls` and `pooled` of what is wanted, or `pooled` where neither is."""
-    sizes = {"cls": info.hidden_size, "pooled": info.pooled_size}
+    sizes = info.vector_sizes
     names = tuple(name for name in wanted.features if name in sizes) or ("pooled",)
     return wanted._replace(features=names, dims=tuple(sizes[name] for name in names), labels=0)
 

@@ -91,8 +91,7 @@ class Embedder:
     def _predictor(self) -> "TorchPredictor":
         from pipeline.predictors.torch_predictor import TorchPredictor
 
-        dim = self._info.pooled_size if self._feature == "pooled" else self._info.hidden_size
-        wanted = Wanted((self._feature,), (dim,), "float32", 0, (), False)
+        wanted = Wanted((self._feature,), (self._info.vector_sizes[self._feature],), "float32", 0, (), False)
         return TorchPredictor(self._info, wanted, dtype=self._record.model.dtype, batch_size=BATCH_IMAGES)
 
 

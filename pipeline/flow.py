@@ -88,7 +88,7 @@ def _run(spec: JobSpec, connect: Connect, listen: Listener) -> Summary:
         rest = opened.pending(ledger)
         attempt.rows_planned = intervals.count(rest)
         if attempt.rows_planned:
-            warn_of_versions(opened.record)
+            warn_of_versions(opened.record, attempt.versions)
             listen(Progress("starting"))
             with connect() as machines:
                 _work(resolved, opened, machines, fence, attempt, rest, opened.count(ledger.failures), listen)

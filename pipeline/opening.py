@@ -129,7 +129,7 @@ def _with_own_head(info: ModelInfo, head: str, storage_options: Options) -> Mode
 
     linear, record, digest = read_head(head, storage_options)
     feature: Literal["cls", "pooled"] = "cls" if record.feature == "cls" else "pooled"
-    width = info.hidden_size if feature == "cls" else info.pooled_size
+    width = info.vector_sizes[feature]
     trained = (record.model.digest, record.model.preprocessing, record.model.pooled, record.feature, record.dim)
     if trained != (info.digest, info.preprocessing, info.pooled, feature, width):
         raise SpecError(
@@ -143,8 +143,7 @@ def _with_own_head(info: ModelInfo, head: str, storage_options: Options) -> Mode
 def _feature_sizes(info: ModelInfo) -> dict[str, FeatureSize]:
     down, across = info.network.grid(info.image_size)
     return {
-        "cls": info.hidden_size,
-        "pooled": info.pooled_size,
+        **info.vector_sizes,
         "patches": (down * across, info.hidden_size),
         "visual_tokens": down * across,
     }

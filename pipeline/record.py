@@ -5,7 +5,7 @@ import json
 import logging
 import platform
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -119,9 +119,8 @@ def check_same(record: RunRecord, wanted: RunRecord, out: str) -> None:
         )
 
 
-def warn_of_versions(record: RunRecord) -> None:
+def warn_of_versions(record: RunRecord, now: Mapping[str, str]) -> None:
     """Tell whoever goes on with a run if the libraries that touch its results are not those that it began with."""
-    now = current_versions()
     changed = [
         f"{name} {record.versions[name]} → {now[name]}"
         for name in _OF_RESULTS

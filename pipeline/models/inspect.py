@@ -81,6 +81,11 @@ class ModelInfo:
     head: OwnHead | None = None
     regression: bool = False
 
+    @property
+    def vector_sizes(self) -> dict[str, int]:
+        """Numbers in each of the vectors of an image, by feature."""
+        return {"cls": self.hidden_size, "pooled": self.pooled_size}
+
 
 def inspect_model(
     model: str,
