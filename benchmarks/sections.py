@@ -239,7 +239,9 @@ def gpu(name: str, found: Result) -> str:
     rows = [
         (
             row["model"],
-            row["dtype"] + ("" if row["compiled"] == "nothing" else f", {row['compiled']} compiled"),
+            row["dtype"]
+            + ("" if row["compiled"] == "nothing" else f", {row['compiled']} compiled")
+            + ("" if row["packed"] else ", plain layers"),
             str(row["batch"]),
             f"{row['model_only']:,.0f}", f"{row['ceiling_share']:.0%}" if row["ceiling_share"] else "-",
             f"{row['end_to_end']:,.0f}", f"{row['end_to_end_share']:.0%}",

@@ -108,14 +108,18 @@ def rate(work: float, bench: Bench, call: Callable[[], Any], *, briefly: bool = 
         return f"{type(error).__name__}: {error}"[:200]
 
 
+def product(bench: Bench, side: int, dtype: str) -> float | str:
+    """TFLOP/s of a product of `side`³."""
+    a, b = (torch.randn(side, side, device=bench.device, dtype=torch_dtype(dtype)) for _ in range(2))
+    return rate(2e-12 * side**3, bench, lambda: a @ b.t(), briefly=False)
+
+
 def ceilings(bench: Bench, sizes: Sizes) -> dict[str, float | str]:
     """TFLOP/s of products of `side`³ and GB/s of copies."""
     found: dict[str, float | str] = {}
     side, copy_bytes = sizes.side, sizes.copy_bytes
     for name in ("bfloat16", "float32"):
-        a, b = (torch.randn(side, side, device=bench.device, dtype=torch_dtype(name)) for _ in range(2))
-        call = lambda a=a, b=b: a @ b.t()  # noqa: E731
-        found[f"product_{name}_tflops"] = rate(2e-12 * side**3, bench, call, briefly=False)
+        found[f"product_{name}_tflops"] = product(bench, side, name)
     if bench.float8:
         (a, sa), (b, sb) = (quantise_float8(torch.randn(side, side, device=bench.device)) for _ in range(2))
         scaled = lambda: scaled_product(a, sa, b.t(), sb.reshape(1, -1), None)  # noqa: E731
@@ -162,15 +166,22 @@ def activated_product(bench: Bench, sizes: Sizes) -> dict[str, float | str]:
     return {kind: rate(8e-12 * m * d * d, bench, call) for kind, call in kinds.items()}
 
 
+def attention_inputs(
+    bench: Bench, batch: int, tokens: int, width: int, heads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fused queries, keys and values (B, T, 3·D), and a bias (1, heads, T, T) stored as BEiT's is."""
+    stride = -(-tokens // BIAS_ALIGNMENT) * BIAS_ALIGNMENT
+    qkv = torch.randn(batch, tokens, 3 * width, device=bench.device, dtype=torch.bfloat16)
+    bias = torch.randn(1, heads, tokens, stride, device=bench.device, dtype=torch.bfloat16)
+    return qkv, bias[..., :tokens]
+
+
 def attention_kernels(bench: Bench, sizes: Sizes) -> dict[str, float | str]:
     """TFLOP/s of the attention of a block by kernel, or what it raises; from fused queries, keys and values. `_BIAS`:
     with one bias for all images, as BEiT has it."""
-    width, tokens = sizes.width, sizes.tokens
-    qkv = torch.randn(sizes.batch, tokens, 3 * width, device=bench.device, dtype=torch.bfloat16)
-    stride = -(-tokens // BIAS_ALIGNMENT) * BIAS_ALIGNMENT
-    bias = torch.randn(1, sizes.heads, tokens, stride, device=bench.device, dtype=torch.bfloat16)[..., :tokens]
+    qkv, bias = attention_inputs(bench, sizes.batch, sizes.tokens, sizes.width, sizes.heads)
     names = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION") if bench.cuda else ("FLASH_ATTENTION",)
-    work = 4e-12 * sizes.batch * tokens**2 * width
+    work = 4e-12 * sizes.batch * sizes.tokens**2 * sizes.width
     found: dict[str, float | str] = {}
     for name in names:
         with sdpa_kernel(getattr(SDPBackend, name)):

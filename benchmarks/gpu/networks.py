@@ -69,9 +69,12 @@ def random_tensors(a: Architecture) -> dict[str, torch.Tensor]:
     return found
 
 
-def network(a: Architecture, tensors: dict[str, torch.Tensor], dtype: str, device: torch.device) -> Any:
+def network(
+    a: Architecture, tensors: dict[str, torch.Tensor], dtype: str, device: torch.device, *, packed: bool = True
+) -> Any:
     preprocessing = SimpleNamespace(mean=(0.5,) * 3, std=(0.5,) * 3, rescale_factor=1 / 255, output_size=a.trained_size)
-    return assemble(tensors, a, preprocessing, dtype=torch_dtype(dtype), device=device, outputs=("cls", "pooled"))
+    outputs = ("cls", "pooled")
+    return assemble(tensors, a, preprocessing, dtype=torch_dtype(dtype), device=device, outputs=outputs, packed=packed)
 
 
 class Weights(NamedTuple):

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from device import Bench
+from device import Bench, attention_inputs
 from networks import CALL_ROWS, Features, Weights, direct, network, pictures
+from torch.nn.attention import SDPBackend
 
 from pipeline.models.architecture import Architecture
 from pipeline.models.gpu import Compiled, plan_gpu
@@ -47,14 +48,26 @@ def in_turn(runner: Runner, call: npt.NDArray[np.uint8], calls: int) -> None:
     underway.results()
 
 
+def attention_taken(runner: Runner, a: Architecture, bench: Bench) -> str:
+    """The kernel that torch takes for a block's shapes, of those it may: it passes over one that does not fit them."""
+    rows, columns = a.grid(a.trained_size)
+    tokens = a.prefix_tokens + rows * columns
+    qkv, bias = attention_inputs(bench, runner.batch, tokens, a.width, a.heads)
+    q, k, v = qkv.view(runner.batch, tokens, 3, a.heads, -1).permute(2, 0, 3, 1, 4)
+    mask = None if a.relative_positions == "none" else bias
+    with runner._kernels():
+        return str(SDPBackend(torch._fused_sdp_choice(q, k, v, mask, 0.0, False)).name)
+
+
 class Subject:
-    """A network in one precision, `compiled` on a GPU; with what it should give, taken before that."""
+    """A network in one precision, in our layers or, if not `packed`, in plain ones, `compiled` on a GPU; with what it
+    should give, taken before that."""
 
     def __init__(
-        self, a: Architecture, weights: Weights, dtype: str, compiled: Compiled, most: int, bench: Bench
+        self, a: Architecture, weights: Weights, dtype: str, compiled: Compiled, packed: bool, most: int, bench: Bench
     ) -> None:
         self.a, self.dtype, self.bench, self.compiled = a, dtype, bench, compiled
-        self.model = network(a, weights.tensors, dtype, bench.device)
+        self.model = network(a, weights.tensors, dtype, bench.device, packed=packed)
         self.pixels = pictures(max(2 * most + 3, CALL_ROWS.get(a.trained_size[0], 0)), a.trained_size)
         self.expected = direct(self.model, self.pixels[: 2 * most + 3], bench.device)
         self.exact = weights.exact
@@ -95,7 +108,7 @@ class Subject:
         # An odd number, so that a padded batch comes after both buffers have been used.
         got = runner.run(self.pixels[: 2 * batch + 3])
         row = {
-            "attention": runner.attention[0],
+            "attention": attention_taken(runner, self.a, self.bench),
             "least_cosine": least_cosine(got, self.expected),
             "least_cosine_to_float32": least_cosine(got, self.exact),
         }

@@ -4,14 +4,15 @@
     python benchmarks/gpu/run.py --tiny                                                  (small sizes, also on a CPU)
 
 In this order, so that whatever time allows is in the result, which is stored after each row: ceilings (large matrix
-products by precision, copies on the device and to and from it, the products and the attention of a block), then
-images/s, the first network at the largest batch first. `model_only`: the forward pass on pixels that lie on the device.
-`end_to_end`: from pixels in the host's memory to features in the host's memory, in eight calls of as many images as an
-actor gets, two of them on their way at once, as in an actor; `one_call`: a single one, whose first and last copies lie
-open. `ceiling_share`: the floating-point operations of the forward pass over the large product in the same precision.
-`least_cosine`: of the code that was timed to the network called directly in the same precision. Where it is too low, or
-where that network is too far from float32, a line stands in `wrong`, and the exit code is 1, as it is where there is
-not one rate. Weights are random, sizes published; torch 2.6 or later.
+products by precision, copies on the device and to and from it); images/s of the first network, at the largest batch
+first; the products and the attention of one of its blocks; images/s of the others; the large product again.
+`model_only`: the forward pass on pixels that lie on the device. `end_to_end`: from pixels in the host's memory to
+features in the host's memory, in eight calls of as many images as an actor gets, two of them on their way at once, as
+in an actor; `one_call`: a single one, whose first and last copies lie open. `ceiling_share`: the floating-point
+operations of the forward pass over the large product in the same precision. `least_cosine`: of the code that was timed
+to the network called directly in the same precision. Where it is too low, or where that network is too far from
+float32, a line stands in `wrong`, and the exit code is 1, as it is where there is not one rate. Weights are random,
+sizes published; torch 2.6 or later.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # what all benchmarks share
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from device import SIZES, TINY_SIZES, Bench, attention_kernels, block_products, ceilings, environment
+from device import SIZES, TINY_SIZES, Bench, attention_kernels, block_products, ceilings, environment, product
 from networks import Weights, networks, weights
 from rates import LEAST, LEAST_TO_FLOAT32, Subject
 
+from pipeline.models.architecture import Architecture
 from pipeline.models.cost import forward_flop
 from pipeline.models.gpu import Compiled, has_compiler
 
 MEASURE_S = 2.0
+MEASURES = {"ceilings": ceilings, "products": block_products, "attention": attention_kernels}
 LEFT_OUT = ("left_out", "wrong")
 
 
@@ -47,18 +50,21 @@ class Step(NamedTuple):
     dtype: str
     compiled: Compiled
     batches: tuple[int, ...]
+    packed: bool = True
 
     def __str__(self) -> str:
-        return f"{self.name} {precision(self.dtype, self.compiled)}"
+        return f"{self.name} {precision(self._asdict())}"
 
 
-def precision(dtype: str, compiled: Compiled) -> str:
-    return dtype if compiled == "nothing" else f"{dtype}, {compiled} compiled"
+def precision(row: dict[str, Any]) -> str:
+    compiled = "" if row["compiled"] == "nothing" else f", {row['compiled']} compiled"
+    return row["dtype"] + compiled + ("" if row["packed"] else ", plain layers")
 
 
 def steps(names: Sequence[str], batches: Sequence[int], *, compiler: bool) -> list[Step]:
     """What matters most first: the first network at the largest batch in each precision, then the others likewise; the
-    smaller batches behind each. Without a compiler float8 runs as it is."""
+    smaller batches behind each. The first one also in plain layers, to see what ours gain. Without a compiler float8
+    runs as it is."""
     largest, *smaller = sorted(batches, reverse=True)
     kinds: list[tuple[str, Compiled]] = [("bfloat16", "nothing"), ("float8", "blocks" if compiler else "nothing")]
     kinds += [("bfloat16", "trunk"), ("float8", "trunk")] if compiler else []
@@ -67,6 +73,7 @@ def steps(names: Sequence[str], batches: Sequence[int], *, compiler: bool) -> li
     for some in ([first], others):
         found += [Step(name, *kind, (largest,)) for kind in kinds for name in some]
         found += [Step(name, "bfloat16", "nothing", tuple(smaller)) for name in some if smaller]
+    found.insert(2, Step(first, "bfloat16", "nothing", (largest,), packed=False))
     return found
 
 
@@ -93,12 +100,11 @@ class Report:
             Path(self.path).write_text(json.dumps(self.found, indent=1) + "\n")
 
 
-def measure_ceilings(bench: Bench, report: Report, tiny: bool) -> None:
-    sizes = TINY_SIZES if tiny else SIZES
-    for kind, take in (("ceilings", ceilings), ("products", block_products), ("attention", attention_kernels)):
+def measure_device(kinds: Sequence[str], bench: Bench, report: Report, tiny: bool) -> None:
+    for kind in kinds:
         try:
-            report.found[kind] = take(bench, sizes)
-        except Exception as error:  # noqa: BLE001  they come first, and must not cost the figures behind them
+            report.found[kind] |= MEASURES[kind](bench, TINY_SIZES if tiny else SIZES)
+        except Exception as error:  # noqa: BLE001  it must not cost the figures behind it
             report.add("left_out", f"{kind}: {type(error).__name__}: {error}"[:500])
             continue
         print(json.dumps({kind: report.found[kind]}, indent=1), flush=True)
@@ -129,7 +135,8 @@ def measure(step: Step, subject: Subject, report: Report, bench: Bench) -> None:
             torch.cuda.empty_cache()
             report.add("left_out", f"{step} batch {batch}: out of memory")
             continue
-        row = {"model": step.name, "dtype": step.dtype, "compiled": step.compiled, "batch": batch, **row}
+        about = {"model": step.name, "dtype": step.dtype, "compiled": step.compiled, "packed": step.packed}
+        row = {**about, "batch": batch, **row}
         report.add("rates", row | against_ceilings(row, subject, report.found["ceilings"]))
         if not row["least_cosine"] >= LEAST[step.dtype]:
             least = f"a cosine of {row['least_cosine']:.5f} to the same network called directly"
@@ -138,12 +145,12 @@ def measure(step: Step, subject: Subject, report: Report, bench: Bench) -> None:
 
 def against_ceilings(row: dict[str, Any], subject: Subject, ceilings: dict[str, float | str]) -> dict[str, Any]:
     a = subject.a
-    product, copy = (ceilings.get(key) for key in (f"product_{row['dtype']}_tflops", "copy_to_device_gb_per_s"))
+    peak, copy = (ceilings.get(key) for key in (f"product_{row['dtype']}_tflops", "copy_to_device_gb_per_s"))
     flop = forward_flop(a, a.trained_size, prefix_only=subject.model.trunk.prefix_block is not None)
     # What a copy of the pixels takes of the time that they compute: below 1 it can hide behind it.
     pixel_gb = 3e-9 * a.trained_size[0] * a.trained_size[1]
     return {
-        "ceiling_share": row["model_only"] * flop / 1e12 / product if isinstance(product, float) else None,
+        "ceiling_share": row["model_only"] * flop / 1e12 / peak if isinstance(peak, float) else None,
         "copy_over_compute": pixel_gb / copy * row["model_only"] if isinstance(copy, float) else None,
     }
 
@@ -153,7 +160,7 @@ HEAD = f"{'model':<18}{'precision':<26}{'batch':>6}{'model only':>12}{'end to en
 
 
 def show(row: dict[str, Any]) -> None:
-    kind = precision(row["dtype"], row["compiled"])
+    kind = precision(row)
     share = f"{row['ceiling_share']:.0%}" if row["ceiling_share"] else "-"
     print(f"{row['model']:<18}{kind:<26}{row['batch']:>6}{row['model_only']:>12,.1f}{row['end_to_end']:>12,.1f}"
           f"{row['end_to_end_share']:>7.0%}{row['one_call_share']:>11.0%}{share:>9}{row['least_cosine']:>9.5f}",
@@ -178,6 +185,28 @@ def parse() -> argparse.Namespace:
     return options
 
 
+def run_steps(todo: list[Step], chosen: dict[str, Architecture], bench: Bench, report: Report) -> None:
+    known: dict[str, Weights] = {}
+    for step in todo:
+        late = bench.late(compiled=step.compiled != "nothing" and bench.cuda)
+        if late or (step.dtype == "float8" and not bench.float8):
+            report.add("left_out", f"{step}: {'time is up' if late else 'this GPU has no units for it'}")
+            continue
+        try:
+            a = chosen[step.name]
+            if step.name not in known:
+                known[step.name] = weights(a, bench.device)
+            weights_of = known[step.name]
+            measure(
+                step,
+                Subject(a, weights_of, step.dtype, step.compiled, step.packed, max(step.batches), bench),
+                report,
+                bench,
+            )
+        except Exception as error:  # noqa: BLE001  one kernel that fails must not cost the figures of the others
+            report.add("left_out", f"{step}: {type(error).__name__}: {error}"[:500])
+
+
 def main() -> None:
     options = parse()
     bench = Bench(options.device, options.minutes, 0.02 if options.tiny else MEASURE_S)
@@ -188,23 +217,18 @@ def main() -> None:
     if not compiler:
         why = "no compiler (gcc or clang) or no Python.h on this machine: nothing is compiled, and float8 is slow"
         report.add("left_out", f"compiled passes: {why}")
-    measure_ceilings(bench, report, options.tiny)
+    measure_device(["ceilings"], bench, report, options.tiny)
     print(HEAD)
-    known: dict[str, Weights] = {}
     batches = options.batches or ([2, 4] if options.tiny else [64, 128, 256])
-    for step in steps(list(chosen), batches, compiler=compiler):
-        late = bench.late(compiled=step.compiled != "nothing" and bench.cuda)
-        if late or (step.dtype == "float8" and not bench.float8):
-            report.add("left_out", f"{step}: {'time is up' if late else 'this GPU has no units for it'}")
-            continue
-        try:
-            a = chosen[step.name]
-            if step.name not in known:
-                known[step.name] = weights(a, bench.device)
-            weights_of = known[step.name]
-            measure(step, Subject(a, weights_of, step.dtype, step.compiled, max(step.batches), bench), report, bench)
-        except Exception as error:  # noqa: BLE001  one kernel that fails must not cost the figures of the others
-            report.add("left_out", f"{step}: {type(error).__name__}: {error}"[:500])
+    todo, first = steps(list(chosen), batches, compiler=compiler), next(iter(chosen))
+    run_steps([step for step in todo if step.name == first], chosen, bench, report)
+    # A kernel that breaks the device breaks all that comes after it, so that these wait for the first network.
+    measure_device(["products", "attention"], bench, report, options.tiny)
+    run_steps([step for step in todo if step.name != first], chosen, bench, report)
+    # How far the device's clock has moved since the ceiling was taken.
+    last = product(bench, (TINY_SIZES if options.tiny else SIZES).side, "bfloat16")
+    report.found["ceilings"]["product_bfloat16_at_the_end_tflops"] = last
+    report.save()
     if report.found["wrong"]:
         raise SystemExit("wrong results: " + "; ".join(report.found["wrong"]))
     if not report.found["rates"]:

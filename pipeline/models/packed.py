@@ -69,11 +69,11 @@ class MklLinear(nn.Module):
 
 
 class EpilogueLinear(nn.Module):
-    """A linear layer in whose product a GPU writes GELU's tanh form, the only one that cuBLASLt knows."""
+    """A linear layer in whose product a GPU writes GELU by its tanh form, the only one that cuBLASLt knows."""
 
     def __init__(self, linear: nn.Linear, activation: str = "") -> None:
         super().__init__()
-        assert activation in ("", "gelu_tanh")
+        assert activation in ("", "gelu", "gelu_tanh")
         self.weight, self.bias = linear.weight.detach(), linear.bias
         self.activated = bool(activation)
 

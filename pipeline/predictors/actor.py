@@ -50,7 +50,7 @@ class PredictActor:
             check_release(driver)
             self._predict = build_predictor(job)
         except PatchstreamError as error:
-            # Of what an actor raises as it is made, Ray hands on the text alone, or makes another one for ever.
+            # Of what an actor raises as it is made, Ray hands on the text alone.
             self._predict = _refusing(error)
             return
         logs.event("ready", backend=job.backend, dtype=job.dtype, seconds=time.perf_counter() - started)

@@ -83,11 +83,10 @@ class TorchPredictor:
                 compiler=has_compiler(),
             )
             if self._plan.compiled != "nothing":
-                # Where Triton cannot build after all (no headers, a read-only home), it runs as without a compiler.
-                torch._dynamo.config.suppress_errors = True
+                # Where Triton cannot build after all (a read-only home), other precisions lose a few percent, float8
+                # all that it is chosen for.
+                torch._dynamo.config.suppress_errors = dtype != "float8"
                 compile_trunk(self._model.trunk, self._plan.compiled)
-            elif dtype == "float8":
-                _log.warning("float8 without a C compiler on this machine: torch.compile is off, and it is slow")
             self._runner = self._fastest()
             # What was tried and not taken, for the other actors of this GPU.
             torch.cuda.empty_cache()
@@ -259,7 +258,16 @@ def _check_gpu(dtype: str) -> None:
             f"{name} (compute capability {capability[0]}.{capability[1]}) has no {dtype} units; use --dtype {instead}"
         )
     if dtype == "float8":
+        _check_compiler()
         _check_float8(name)
+
+
+def _check_compiler() -> None:
+    if not has_compiler():
+        raise ClusterError(
+            "--dtype float8 compiles its passes, without which it is slower than bfloat16, and this machine has no C "
+            "compiler or no Python.h: install gcc, libc6-dev and Python's headers there, or use --dtype bfloat16"
+        )
 
 
 def _check_float8(name: str, device: str = "cuda") -> None:

@@ -192,11 +192,14 @@ class Runner:
         On a stream on which no other runner captures: cuBLAS has one workspace for each stream, in the memory of the
         first graph there. It would go with that runner, and still stand in the graphs of the others.
         """
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream, before = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
         graphs = [torch.cuda.CUDAGraph() for _ in range(SLOTS)]
-        for slot, graph in enumerate(graphs):
-            with torch.cuda.graph(graph, stream=stream):
-                self._run_forward(slot)
+        try:
+            for slot, graph in enumerate(graphs):
+                with torch.cuda.graph(graph, stream=stream):
+                    self._run_forward(slot)
+        finally:
+            torch.cuda.set_stream(before)  # where a capture fails as it ends, torch leaves this thread on its stream
         return graphs
 
     def _event(self) -> Any:

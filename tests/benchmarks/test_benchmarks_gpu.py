@@ -39,8 +39,10 @@ def test_runs_through_without_a_gpu(tmp_path: Path) -> None:
     assert found["attention"]["FLASH_ATTENTION"] > 0
     assert found["attention"]["FLASH_ATTENTION_BIAS"] > 0
     assert found["products"]["fc1_gelu"]["epilogue"] > 0
-    assert {"product_bfloat16_tflops", "product_float8_tflops", "copy_to_device_gb_per_s"} <= found["ceilings"].keys()
-    assert {(row["model"], row["dtype"], row["compiled"]) for row in found["rates"]} == {
+    products = {f"product_{name}_tflops" for name in ("bfloat16", "float32", "float8", "bfloat16_at_the_end")}
+    assert products | {"copy_to_device_gb_per_s"} <= found["ceilings"].keys()
+    assert [row["model"] for row in found["rates"] if not row["packed"]] == ["tiny ViT"], "what our layers gain"
+    assert {(row["model"], row["dtype"], row["compiled"]) for row in found["rates"] if row["packed"]} == {
         (model, dtype, compiled)
         for model in ("tiny ViT", "tiny BEiT")
         for dtype, compiled in (
@@ -57,6 +59,7 @@ def test_runs_through_without_a_gpu(tmp_path: Path) -> None:
         assert row["least_cosine"] > 0.999
         assert row["one_call"] > 0
         assert row["call_batches"] == 2
+        assert row["attention"] == "FLASH_ATTENTION"
     least = {"bfloat16": 0.999, "float8": 0.99}
     for row in found["correctness"]:
         assert least[row["dtype"]] < row["cls"] <= 1.0001
@@ -76,7 +79,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
     modules = SimpleNamespace(**{name: import_module(name) for name in ("run", "device", "networks", "rates")})
-    monkeypatch.setattr(modules.run, "measure_ceilings", lambda bench, report, tiny: None)
+    monkeypatch.setattr(modules.run, "measure_device", lambda kinds, bench, report, tiny: None)
     return modules
 
 
@@ -97,7 +100,7 @@ def test_results_that_are_not_those_of_a_plain_call_are_wrong(
     with pytest.raises(SystemExit, match="wrong results: tiny ViT bfloat16 batch 2: a cosine of"):
         started(gpu, monkeypatch, "--json", str(tmp_path / "gpu.json"))
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert len(found["wrong"]) == len(found["rates"]) == 4
+    assert len(found["wrong"]) == len(found["rates"]) == 5
 
 
 def test_a_network_that_is_far_from_float32_is_wrong(
@@ -140,16 +143,17 @@ def test_times_are_of_pictures_and_not_of_black(gpu: SimpleNamespace, monkeypatc
     monkeypatch.setattr(gpu.rates, "Runner", Seen)
     started(gpu, monkeypatch)
     assert len(black) > 60
-    assert sum(black) == 4, "but for the padded batch of each comparison"
+    assert sum(black) == 5, "but for the padded batch of each comparison"
 
 
 def test_what_matters_comes_first_and_is_stored_at_once(
     gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     order = [str(step) for step in gpu.run.steps(["L", "B"], [64, 256], compiler=True)]
-    assert order[:3] == ["L bfloat16", "L float8, blocks compiled", "L bfloat16, trunk compiled"]
-    assert order[3:5] == ["L float8, trunk compiled", "L bfloat16"]
-    assert gpu.run.steps(["L", "B"], [64, 128, 256], compiler=True)[4].batches == (128, 64)
+    assert order[:3] == ["L bfloat16", "L float8, blocks compiled", "L bfloat16, plain layers"]
+    assert order[3:6] == ["L bfloat16, trunk compiled", "L float8, trunk compiled", "L bfloat16"]
+    assert order[6] == "B bfloat16"
+    assert gpu.run.steps(["L", "B"], [64, 128, 256], compiler=True)[5].batches == (128, 64)
     rates, rows = gpu.rates.Subject.rates, iter(range(2))
 
     def cut_short(subject: Any, batch: int) -> Any:
@@ -225,3 +229,19 @@ def test_the_first_pictures_are_the_same_for_any_count_and_differ(gpu: SimpleNam
     few, many = gpu.networks.pictures(3, (8, 8)), gpu.networks.pictures(9, (8, 8))
     assert (few == many[:3]).all()
     assert len({picture.tobytes() for picture in many}) == 9
+
+
+@pytest.mark.parametrize(
+    ("allowed", "taken"), [(("FLASH_ATTENTION", "MATH"), "FLASH_ATTENTION"), (("CUDNN_ATTENTION", "MATH"), "MATH")]
+)
+def test_the_attention_that_ran_is_told_and_not_the_one_that_was_wished_for(
+    gpu: SimpleNamespace, allowed: tuple[str, ...], taken: str
+) -> None:
+    """Torch passes over a kernel that does not fit, as cuDNN's on this device, without a word."""
+    a = gpu.networks.vit(gpu.networks.TINY, 32)
+    bench = gpu.device.Bench("cpu", 1, 0.02)
+    used = Runner(
+        lambda pixels: (pixels.float(),), batch=2, shape=(4, 4, 3), device=bench.device, graphs=False, attention=allowed
+    )
+    assert used.attention == allowed
+    assert gpu.rates.attention_taken(used, a, bench) == taken

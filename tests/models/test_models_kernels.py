@@ -41,21 +41,34 @@ def test_choice(dtype: str, device: str, hardware: Hardware, libraries: frozense
     assert choose_linear(dtype, device, hardware, libraries) == expected
 
 
+H100, A100, L4, RTX = (Hardware(compute_capability=capability) for capability in ((9, 0), (8, 0), (8, 9), (12, 0)))
+
+
 @pytest.mark.parametrize(
-    ("dtype", "device", "activation", "expected"),
+    ("dtype", "hardware", "activation", "expected"),
     [
-        ("bfloat16", "cuda", "gelu_tanh", "epilogue"),
-        ("float16", "cuda", "gelu_tanh", "epilogue"),
-        ("float32", "cuda", "gelu_tanh", "plain"),
-        ("bfloat16", "cuda", "gelu", "plain"),
-        ("bfloat16", "cpu", "gelu_tanh", "onednn"),
-        ("float8", "cuda", "gelu_tanh", "float8"),
+        ("bfloat16", H100, "gelu_tanh", "epilogue"),
+        ("bfloat16", H100, "gelu", "epilogue"),
+        ("float16", H100, "gelu_tanh", "epilogue"),
+        ("float16", H100, "gelu", "plain"),  # it would see the difference between the two forms
+        ("float32", H100, "gelu", "plain"),
+        ("float32", H100, "gelu_tanh", "plain"),
+        ("bfloat16", H100, "quick_gelu", "plain"),
+        ("bfloat16", A100, "gelu_tanh", "plain"),
+        ("bfloat16", L4, "gelu", "plain"),
+        ("bfloat16", RTX, "gelu_tanh", "plain"),
+        ("float8", H100, "gelu", "float8"),
     ],
 )
-def test_gelu_goes_with_the_product_where_the_gpu_has_its_form(
-    dtype: str, device: str, activation: str, expected: str
+def test_gelu_goes_with_the_product_where_that_is_faster(
+    dtype: str, hardware: Hardware, activation: str, expected: str
 ) -> None:
-    assert choose_linear(dtype, device, INTEL, BOTH, activation) == expected
+    assert choose_linear(dtype, "cuda", hardware, BOTH, activation) == expected
+
+
+def test_on_a_cpu_both_forms_of_gelu_go_with_the_product() -> None:
+    for activation in ("gelu", "gelu_tanh"):
+        assert choose_linear("bfloat16", "cpu", INTEL, BOTH, activation) == "onednn"
 
 
 def test_gelu_with_the_product_is_near_the_plain_one(tmp_path: Path) -> None:

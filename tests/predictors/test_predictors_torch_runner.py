@@ -255,3 +255,16 @@ def test_a_gpu_without_float8_products_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch_predictor, "scaled_product", refuse)
     with pytest.raises(ClusterError, match=r"float8 .* on NVIDIA X .*NOT_SUPPORTED.*use --dtype bfloat16"):
         torch_predictor._check_float8("NVIDIA X", "cpu")
+
+
+def test_float8_is_refused_where_its_passes_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch_predictor, "_check_float8", lambda name: None)
+    monkeypatch.setattr(torch_predictor, "has_compiler", lambda: True)
+    torch_predictor._check_gpu("float8")
+    monkeypatch.setattr(torch_predictor, "has_compiler", lambda: False)
+    torch_predictor._check_gpu("bfloat16")
+    with pytest.raises(ClusterError, match=r"no C compiler .*install gcc.*or use --dtype bfloat16"):
+        torch_predictor._check_gpu("float8")

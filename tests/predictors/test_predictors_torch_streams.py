@@ -134,6 +134,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(torch.cuda, "Event", lambda blocking=False: Event(machine))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(machine, machine.stream))
     monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(machine, "stream", stream.name))
     monkeypatch.setattr(torch.cuda, "synchronize", machine.wait_for_all)
     monkeypatch.setattr(torch, "zeros", machine.buffer)
     monkeypatch.setattr(torch, "empty", machine.buffer)
@@ -229,3 +230,22 @@ def test_each_runner_captures_on_a_stream_of_its_own(machine: Machine, monkeypat
     assert on[0] is on[1]
     assert on[2] is on[3]
     assert on[0] is not on[2]
+
+
+def test_a_capture_that_fails_leaves_its_thread_on_the_stream_it_had(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch's own: what the end of a capture raises skips the way back to the stream before."""
+
+    @contextmanager
+    def graph(graph: Any, *, stream: Stream) -> Iterator[None]:
+        machine.stream = stream.name
+        yield
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: Stream(machine, "capturing"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with pytest.raises(torch.OutOfMemoryError):
+        made(machine, graphs=True)
+    assert machine.stream == "computing"
