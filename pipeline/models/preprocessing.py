@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from pipeline.models.formats import timm
 from pipeline.models.weights import read_json
 from schemas.errors import CheckpointError
 from schemas.preprocessing import Preprocessing
@@ -135,7 +136,7 @@ def _from_timm(config: Mapping[str, Any], path: Path, image_size: int | Size | N
     mode, filter_name = given.get("crop_mode") or "center", given["interpolation"]
     if mode not in ("center", "squash") or filter_name not in TIMM_FILTERS:
         raise CheckpointError(f"{path}: crop_mode {mode!r} with interpolation {filter_name!r} is not supported")
-    height, width = given["input_size"][1:] if image_size is None else _pair(image_size)
+    height, width = timm.input_size(config) if image_size is None else _pair(image_size)
     share = given.get("crop_pct") or 0.875
     scaled = (int(height / share), int(width / share))
     keep = mode == "center"

@@ -91,7 +91,23 @@ def activation(config: Config) -> Activation:
 def image_size(config: Config) -> tuple[int, int]:
     """Height and width that the positions were trained for. Raises CheckpointError for what is no size."""
     given = settings(config)
-    size = given.get("img_size") or (given.get("input_size") or [3, 224, 224])[1:]
+    return _sides(given.get("img_size") or (given.get("input_size") or [3, 224, 224])[1:])
+
+
+def input_size(config: Config) -> tuple[int, int]:
+    """Height and width of the pixels that timm's transform makes. Raises CheckpointError for what is no size.
+
+    `input_size`, but where the network takes one size only and was made for another, that one (`_parse_model_cfg` in
+    timm/models/_hub.py).
+    """
+    given, made_with = config["pretrained_cfg"], config.get("model_args") or {}
+    flexible = made_with.get("dynamic_img_size") or made_with.get("use_naflex")
+    fixed = given.get("fixed_input_size") and not flexible and made_with.get("strict_img_size") is not False
+    size = made_with.get("img_size") if fixed else None
+    return _sides(given["input_size"][1:] if size is None else size)
+
+
+def _sides(size: Any) -> tuple[int, int]:
     sides = [size, size] if isinstance(size, int) else list(size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise CheckpointError(f"config.json: input_size {size!r} is no [channels, height, width]")

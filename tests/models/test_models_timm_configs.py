@@ -1,0 +1,65 @@
+"""timm's config.json: what it says of pixels and of the network, read as timm itself reads it."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.checkpoints import make_timm_checkpoint, timm_outputs, timm_preprocessed, worst_error
+from support.testdata import needs_testdata, photos
+from timm.data import resolve_data_config
+from timm.models._hub import _parse_model_cfg
+
+from pipeline.models import inspect_model, load_model, read_preprocessing
+
+SMALL = {"embed_dim": 96, "depth": 2, "num_heads": 4, "num_classes": 37}
+PUBLISHED = {
+    **{"input_size": [3, 224, 224], "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "center"},
+    **{"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "fixed_input_size": True, "num_classes": 37},
+}
+
+
+def edit(folder: Path, **values: Any) -> dict[str, Any]:
+    """Put `values` into config.json; returns the whole."""
+    path = folder / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text()) | values
+    path.write_text(json.dumps(config))
+    return config
+
+
+def timm_data_config(config: dict[str, Any]) -> dict[str, Any]:
+    """What timm's transform is made from."""
+    published, _, _ = _parse_model_cfg(copy.deepcopy(config), {})
+    return dict(resolve_data_config(pretrained_cfg=published))
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.parametrize(
+    "made_with",
+    [
+        *({}, {"img_size": 96}, {"img_size": [96, 160]}, {"img_size": None}),
+        *({"img_size": 96, key: value} for key in ("dynamic_img_size", "use_naflex") for value in (True, False)),
+        *({"img_size": 96, "strict_img_size": value} for value in (True, False, None)),
+    ],
+)
+def test_pixels_are_of_the_size_that_timm_takes(fixed: bool, made_with: dict[str, Any], tmp_path: Path) -> None:
+    published = {**PUBLISHED, "fixed_input_size": fixed}
+    config = {"architecture": "vit_base_patch16_224", "model_args": made_with, "pretrained_cfg": published}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_preprocessing(tmp_path).output_size == tuple(timm_data_config(config)["input_size"][1:])
+
+
+@needs_testdata
+def test_a_model_made_for_another_size_than_was_published(tmp_path: Path) -> None:
+    reference = make_timm_checkpoint(tmp_path, "vit_base_patch16_224", **SMALL, img_size=96)
+    pixels, values = timm_preprocessed(reference, photos(2))
+    expected = timm_outputs(reference, values)
+    published = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
+    edit(tmp_path, pretrained_cfg={**published, "input_size": [3, 224, 224], "fixed_input_size": True})
+    info = inspect_model(str(tmp_path))
+    assert info.image_size == tuple(values.shape[2:]) == (96, 96)
+    ours = load_model(info)(pixels)
+    assert ours.logits is not None
+    assert worst_error(ours.logits, expected.logits) < 1e-4
