@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.models.architecture import Architecture, parameter_count, tensor_shapes
 from pipeline.models.families import described_as, recognise
-from pipeline.models.formats import npz_vit
+from pipeline.models.formats import npz_vit, timm
 from pipeline.models.formats.format import Config, Shapes
 from pipeline.models.labels import config_labels, read_label_file
 from pipeline.models.preprocessing import read_preprocessing
@@ -174,7 +174,7 @@ def _described(weights: Weights) -> tuple[Config, Shapes]:
     """
     shapes = read_shapes(weights)
     if weights.kind != "npz":
-        return read_json(weights.folder / "config.json"), shapes
+        return timm.with_pretrained_cfg(read_json(weights.folder / "config.json")), shapes
     normalised = {name: array.shape for name, array in npz_vit.normalise(stand_ins(shapes)).items()}
     return {"raw_shapes": shapes, "file_name": weights.files[0].name}, normalised
 

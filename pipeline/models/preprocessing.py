@@ -70,7 +70,8 @@ def read_preprocessing(folder: str | Path, *, image_size: int | Size | None = No
     """
     path = Path(folder) / "preprocessor_config.json"
     config_path = Path(folder) / "config.json"
-    if not path.is_file() and config_path.is_file() and "pretrained_cfg" in read_json(config_path):
+    config = {} if path.is_file() or not config_path.is_file() else read_json(config_path)
+    if "pretrained_cfg" in timm.with_pretrained_cfg(config):
         return _read(config_path, partial(_from_timm, image_size=image_size), None)
     # transformers 5 saves this for images and texts in one, leaves an older file beside it, and reads that one last.
     together = path.with_name("processor_config.json")
@@ -129,10 +130,14 @@ def _from_timm(config: Mapping[str, Any], path: Path, image_size: int | Size | N
 
     `crop_mode` center keeps the aspect ratio, squash does not. `image_size` takes the place of the size given.
     """
+    config = timm.with_pretrained_cfg(config)
     given = config["pretrained_cfg"] or {}
     absent = [key for key in ("input_size", "interpolation", "mean", "std") if given.get(key) is None]
     if absent:
-        raise CheckpointError(f"{path}: pretrained_cfg lacks {', '.join(absent)}")
+        raise CheckpointError(
+            f"{path}: pretrained_cfg lacks {', '.join(absent)}; take them from the config.json of the checkpoint that "
+            "this one was trained from"
+        )
     mode, filter_name = given.get("crop_mode") or "center", given["interpolation"]
     if mode not in ("center", "squash") or filter_name not in TIMM_FILTERS:
         raise CheckpointError(f"{path}: crop_mode {mode!r} with interpolation {filter_name!r} is not supported")

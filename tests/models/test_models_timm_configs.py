@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.checkpoints import make_timm_checkpoint, timm_outputs, timm_preprocessed, worst_error
 from support.testdata import needs_testdata, photos
 from timm.data import resolve_data_config
 from timm.models._hub import _parse_model_cfg
 
 from pipeline.models import inspect_model, load_model, read_preprocessing
+from schemas.errors import CheckpointError
+from schemas.preprocessing import Preprocessing
 
 SMALL = {"embed_dim": 96, "depth": 2, "num_heads": 4, "num_classes": 37}
 PUBLISHED = {
@@ -63,3 +64,37 @@ def test_a_model_made_for_another_size_than_was_published(tmp_path: Path) -> Non
     ours = load_model(info)(pixels)
     assert ours.logits is not None
     assert worst_error(ours.logits, expected.logits) < 1e-4
+
+
+@needs_testdata
+@pytest.mark.parametrize("architecture", ["vit_base_patch16_224", "beit_base_patch16_224"])
+def test_a_config_in_one_piece(architecture: str, tmp_path: Path) -> None:
+    """As timm's first models on the hub have it: no `pretrained_cfg`, its keys beside `architecture`."""
+    made_with = {"embed_dim": 192, "depth": 2, "num_heads": 3, "num_classes": 3, "img_size": 96}
+    reference = make_timm_checkpoint(tmp_path, architecture, **made_with, published={"mean": (0.5, 0.4, 0.3)})
+    today = json.loads((tmp_path / "config.json").read_text())
+    config = {**today["pretrained_cfg"], "architecture": architecture, "labels": ["a", "b", "c"], "num_features": 192}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = timm_data_config(config)
+    pixels, values = timm_preprocessed(reference, photos(2))
+    info = inspect_model(str(tmp_path))
+    assert info.image_size == tuple(theirs["input_size"][1:])
+    assert (info.preprocessing.mean, info.preprocessing.std) == (tuple(theirs["mean"]), tuple(theirs["std"]))
+    assert info.labels == ("a", "b", "c")
+    assert info.preprocessing == read_preprocessing_of(today, tmp_path / "today")
+    ours, expected = load_model(info)(pixels), timm_outputs(reference, values)
+    assert ours.logits is not None
+    assert worst_error(ours.logits, expected.logits) < 1e-4
+
+
+def read_preprocessing_of(config: dict[str, Any], folder: Path) -> Preprocessing:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return read_preprocessing(folder)
+
+
+def test_a_config_in_one_piece_must_say_all_of_its_pixels(tmp_path: Path) -> None:
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 3, "mean": [0.5] * 3, "std": [0.5] * 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="pretrained_cfg lacks input_size, interpolation; take them"):
+        read_preprocessing(tmp_path)

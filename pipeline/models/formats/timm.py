@@ -1,7 +1,8 @@
 """What timm's checkpoints have in common: config.json beside a state dict, and what the state dict does not tell.
 
 config.json is as timm pushes it to the hub: `architecture`, `num_classes`, `global_pool`, `model_args` (where the model
-was made with other arguments than its name implies) and `pretrained_cfg`.
+was made with other arguments than its name implies) and `pretrained_cfg`. In its first form what `pretrained_cfg`
+holds stood beside the rest.
 """
 
 import re
@@ -25,6 +26,14 @@ OTHER_ACTIVATIONS: tuple[tuple[str, Activation], ...] = (
     ("quickgelu", "quick_gelu"),
     (r"patch32_siglip|large_patch16_siglip(_gap)?_512|so400m_patch16_siglip|giantopt", "gelu_tanh"),
 )
+
+
+def with_pretrained_cfg(config: Config) -> Config:
+    """`config`, which in timm's first form is its own `pretrained_cfg` (`_parse_model_cfg` in timm/models/_hub.py)."""
+    if "pretrained_cfg" in config or "architecture" not in config or "model_type" in config:
+        return config
+    names = {"label_names": config["labels"]} if "labels" in config else {}
+    return {**config, "pretrained_cfg": {**config, **names}}
 
 
 def by_architecture(pattern: str, *tensors: str) -> Callable[[Config, Shapes], str]:
