@@ -57,7 +57,8 @@ class Readout(nn.Module):
         """The checkpoint's own image-level representation (B, D')."""
         kind = self.a.pooled
         if self.pooler is not None:
-            return torch.tanh(self.pooler(tokens[:, 0]))
+            token = tokens[:, 0] if self.a.class_token else tokens[:, self.a.prefix_tokens :].mean(dim=1)
+            return torch.tanh(self.pooler(token))
         if self.attention_pool is not None:
             return self.attention_pool(tokens[:, self.a.prefix_tokens :])  # type: ignore[no-any-return]
         if kind in ("cls", "layernormed_cls", "projected_cls"):

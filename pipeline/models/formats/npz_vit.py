@@ -139,7 +139,8 @@ def architecture(config: Config, shapes: Shapes, stem: Stem | None = None) -> Ar
 
 
 def read_out(shapes: Shapes, class_token: bool, shared: bool) -> tuple[Pooled, HeadInput]:
-    """`pre_logits` is a pooler on CLS that the head reads; big_vision pools by attention or by mean.
+    """`pre_logits` is a pooler on CLS, without it on the mean, that the head reads; big_vision pools by attention or by
+    mean.
 
     In a tower `shared` with text the head, if there is one, is the projection into the common space.
     """
