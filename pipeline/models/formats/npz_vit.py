@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pipeline.models.architecture import Architecture, HeadInput, Pooled, Stem
+from pipeline.models.architecture import Architecture, HeadInput, Pooled, Positions, Stem
 from pipeline.models.formats.format import Config, Format, Shapes, Spelling
 from schemas.errors import CheckpointError
 
@@ -109,9 +109,11 @@ def architecture(config: Config, shapes: Shapes, stem: Stem | None = None) -> Ar
     prefix = prefix_of(config["raw_shapes"])
     attention = {name: shape for name, shape in config["raw_shapes"].items() if name.endswith("query/kernel")}
     heads = next(shape[-2] for name, shape in attention.items() if name.startswith(f"{prefix}Transformer/"))
-    table = shapes.get("pos_embedding") or shapes.get("Transformer/posembed_input/pos_embedding") or (1, 0, width)
+    rows = positions_in(shapes)
     class_token = "cls" in shapes
-    side = round((table[1] - class_token) ** 0.5)
+    # big_vision adds positions before CLS (DeiT-3), so that they are as many as patches.
+    positions: Positions = "all" if class_token and round(rows**0.5) ** 2 != rows else "patches"
+    side = round((rows - (positions == "all")) ** 0.5)
     shared = prefix.endswith("img/")
     pooled, head_input = read_out(shapes, class_token, shared)
     classes = shapes.get("head/kernel", (0,))[0]
@@ -128,7 +130,7 @@ def architecture(config: Config, shapes: Shapes, stem: Stem | None = None) -> Ar
         epsilon=1e-6,
         activation="gelu_tanh" if shared else "gelu",
         class_token=class_token,
-        positions="all" if class_token else "patches",
+        positions=positions,
         position_resize="bilinear_corners",
         pooled=pooled,
         projection_width=classes if shared else shapes.get("pre_logits/kernel", (0,))[0],
@@ -136,6 +138,19 @@ def architecture(config: Config, shapes: Shapes, stem: Stem | None = None) -> Ar
         num_labels=0 if shared else classes,
         stem=stem,
     )
+
+
+def positions_in(shapes: Shapes) -> int:
+    """Rows of the position table. Raises ValueError where there is none, as with big_vision's `posemb="sincos2d"`: for
+    how many patches its positions are computed stands nowhere in the file."""
+    old_name = "Transformer/posembed_input/pos_embedding"
+    rows = (shapes.get("pos_embedding") or shapes.get(old_name) or (1, 0))[1]
+    if rows == 0:
+        raise ValueError(
+            f"neither pos_embedding nor {old_name} is there; positions that big_vision computes (sincos2d) must be "
+            "added as pos_embedding"
+        )
+    return rows
 
 
 def read_out(shapes: Shapes, class_token: bool, shared: bool) -> tuple[Pooled, HeadInput]:
