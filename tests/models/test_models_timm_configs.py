@@ -98,3 +98,10 @@ def test_a_config_in_one_piece_must_say_all_of_its_pixels(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="pretrained_cfg lacks input_size, interpolation; take them"):
         read_preprocessing(tmp_path)
+
+
+def test_the_final_norm_is_for_beit_as_transformers_saves_it(tmp_path: Path) -> None:
+    make_timm_checkpoint(tmp_path, "beit_base_patch16_224", **SMALL)
+    assert not inspect_model(str(tmp_path)).beit_final_norm
+    with pytest.raises(CheckpointError, match="a BEiT of timm has no trained final norm that is left out; drop"):
+        inspect_model(str(tmp_path), beit_final_norm=True)

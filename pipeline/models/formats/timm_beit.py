@@ -3,6 +3,7 @@
 from pipeline.models.architecture import Architecture
 from pipeline.models.formats import timm, timm_vit
 from pipeline.models.formats.format import Config, Format, Shapes, Spelling
+from schemas.errors import CheckpointError
 
 SPELLING: Spelling = {
     **timm_vit.SPELLING,
@@ -16,7 +17,15 @@ SPELLING: Spelling = {
 
 
 def architecture(config: Config, shapes: Shapes) -> Architecture:
-    """With mean pooling the norm stands behind the pooling (`fc_norm`) and the last hidden state has none."""
+    """With mean pooling the norm stands behind the pooling (`fc_norm`) and the last hidden state has none.
+
+    Raises CheckpointError where `beit_final_norm` is asked for: timm keeps no norm that it does not apply.
+    """
+    if config.get("beit_final_norm"):
+        raise CheckpointError(
+            "--beit-final-norm is for pre-training checkpoints in Hugging Face layout; a BEiT of timm has no trained "
+            "final norm that is left out; drop the option"
+        )
     width, _, *patch = timm.shape_of(shapes, "patch_embed.proj.weight", 4)
     shared = "rel_pos_bias.relative_position_bias_table" in shapes
     each = "blocks.0.attn.relative_position_bias_table" in shapes
