@@ -98,6 +98,25 @@ def test_a_mean_over_cls_too(tmp_path: Path) -> None:
     assert inspect_model(str(tmp_path)).pooled == "layernormed_mean_patch_tokens"
 
 
+def test_attention_over_cls_too(tmp_path: Path) -> None:
+    """`pool_include_prefix` of an attention pool; where there is neither CLS nor a register it changes nothing."""
+    import timm
+    from safetensors.torch import save_file
+
+    published = {"input_size": [3, 224, 224], "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+    options = {"depth": 1, "embed_dim": 64, "num_heads": 1, "num_classes": 3, "global_pool": "map"}
+    for prefix in ({"class_token": True}, {"class_token": False, "reg_tokens": 2}, {"class_token": False}):
+        arguments = {**options, **prefix, "pool_include_prefix": True}
+        model = timm.create_model("vit_tiny_patch16_224", pretrained=False, **arguments)
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+        config = {"architecture": "vit_tiny_patch16_224", "model_args": arguments, "pretrained_cfg": published}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if model.num_prefix_tokens:
+            assert "pool_include_prefix" in refusal(tmp_path)
+            edit(tmp_path / "config.json", model_args={**arguments, "pool_include_prefix": False})
+        assert inspect_model(str(tmp_path)).pooled == "attention_pool"
+
+
 @pytest.mark.parametrize(
     ("zipped", "whole", "damaged"),
     [

@@ -109,10 +109,13 @@ def read_out(config: Config, shapes: Shapes, projects: bool) -> tuple[Pooled, He
     head: bool = "head.weight" in shapes
     if "head_dist.weight" in shapes:
         return "mean_patch_tokens", "cls_and_distillation"
+    with_prefix = timm.settings(config).get("pool_include_prefix") and {"cls_token", "reg_token"} & shapes.keys()
+    if how in ("avg", "map") and with_prefix:
+        raise CheckpointError(
+            "config.json: model_args say pool_include_prefix (pooling over CLS and registers too); not supported"
+        )
     if how == "map":
         return "attention_pool", "pooled" if head else "none"
-    if how == "avg" and timm.settings(config).get("pool_include_prefix"):
-        raise CheckpointError("config.json: model_args say pool_include_prefix (the mean over CLS too); not supported")
     if how == "avg":
         normed = "fc_norm.weight" in shapes
         return "layernormed_mean_patch_tokens" if normed else "mean_patch_tokens", "pooled" if head else "none"
