@@ -24,9 +24,12 @@ _MEAN_POOLED = ("layernormed_mean_patch_tokens", "mean_all_tokens")
 
 def rollout_origin(a: Architecture) -> Origin:
     """Whose attention the map shows: the CLS token's, or the mean of the patch tokens' where that is what the model
-    represents an image by (BEiT, models that pool by mean, models without CLS)."""
+    represents an image by (BEiT, models that pool by mean, models without CLS).
+
+    `pooled` may be a mean that only we take; where the checkpoint's classifier reads it, it is the model's own."""
     beit_mean = a.network == "beit" and "mean" in a.pooled
-    return "mean" if beit_mean or a.pooled in _MEAN_POOLED or not a.class_token else "cls"
+    classified_mean = a.pooled == "mean_patch_tokens" and a.head_input == "pooled"
+    return "mean" if beit_mean or classified_mean or a.pooled in _MEAN_POOLED or not a.class_token else "cls"
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from support.checkpoints import make_checkpoint, preprocessed
+from support.checkpoints import make_checkpoint, make_timm_checkpoint, preprocessed, spread_out
 from support.npz import mixer_arrays_of
 from support.testdata import needs_testdata, photos, trained_vit
 
@@ -65,6 +65,36 @@ def test_matches_numpy_on_the_attentions_of_transformers(
     # The map says something: it is not flat, and not the same for both pictures.
     assert expected.max() > 1.2 * expected.min()
     assert np.abs(expected[0] - expected[1]).max() > 1e-4
+
+
+@needs_testdata
+def test_a_classifier_that_reads_the_mean_of_the_patches(tmp_path: Path) -> None:
+    """CLIP's, which has no norm behind the pooling."""
+    import transformers
+
+    folder = make_checkpoint(tmp_path / "clip", "clip")
+    tower = transformers.CLIPVisionConfig.from_pretrained(folder).to_dict()
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    texts = {**small, "vocab_size": 9, "bos_token_id": 0, "eos_token_id": 1}
+    config = transformers.CLIPConfig(text_config=texts, vision_config=tower, num_labels=37)
+    reference = transformers.CLIPForImageClassification(config)
+    spread_out(reference, 0)
+    reference.save_pretrained(folder)
+    pixels, values = preprocessed(folder, photos(2))
+    whole = numpy_rollout(reference_attentions(folder, "CLIPForImageClassification", values))
+    info = inspect_model(str(folder))
+    assert rollout_origin(info.network) == "mean"
+    got = attention_rollout(load_model(info), pixels).numpy()
+    np.testing.assert_allclose(got, whole[:, 1:, 1:].mean(axis=1).reshape(2, 14, 14), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("pooling", "origin"), [("avg", "mean"), ("token", "cls")])
+def test_timm_without_a_norm_behind_the_pooling(pooling: str, origin: str, tmp_path: Path) -> None:
+    small = {"embed_dim": 64, "depth": 1, "num_heads": 2, "num_classes": 3}
+    make_timm_checkpoint(tmp_path, "vit_tiny_patch16_224", **small, global_pool=pooling, fc_norm=False)
+    info = inspect_model(str(tmp_path))
+    assert info.pooled == "mean_patch_tokens"
+    assert rollout_origin(info.network) == origin
 
 
 @needs_testdata
