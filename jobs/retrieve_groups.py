@@ -186,7 +186,7 @@ def _show_bands(
         rows = sorted({row for band in bands for pair in band.examples for row in pair[:2]})
         strips = [
             (
-                f"{band.low:.2f} to {band.high:.2f}: {band.pairs:,} pairs",
+                f"{band.low:g} to {band.high:g}: {band.pairs:,} pairs",
                 [Picture(row, [f"{score:.4f}", f"row {row}"]) for first, second, score in band.examples
                  for row in (first, second)],
             )
@@ -199,7 +199,7 @@ def _show_bands(
         print_json([vars(band) for band in bands])
         return 0
     rows_shown = [
-        [f"{band.low:.2f} to {band.high:.2f}", band.pairs, "  ".join(f"{a}~{b}" for a, b, _ in band.examples)]
+        [f"{band.low:g} to {band.high:g}", band.pairs, "  ".join(f"{a}~{b}" for a, b, _ in band.examples)]
         for band in bands
     ]
     print_table(["cosine", "pairs", "examples (row~row)"], rows_shown)

@@ -1,0 +1,37 @@
+"""What `duplicates` and `kmeans` print and leave, beyond which groups they find."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from support.runs import RunContent, write_run
+
+from jobs import retrieve_groups
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    app = typer.Typer()
+    for name, function in retrieve_groups.COMMANDS.items():
+        app.command(name)(function)
+
+    def call(*arguments: object) -> str:
+        assert app([str(argument) for argument in arguments], standalone_mode=False) in (0, None)
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_bands_are_shown_where_they_lie(run: Run, tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run", RunContent({"cls": np.eye(4, dtype=np.float32)}))
+    page = tmp_path / "pairs.html"
+    shown = run("duplicates", directory, "--around", 0.9055, "--html", page)
+    wanted = [f"{0.9455 - step / 100:g} to {0.9555 - step / 100:g}" for step in range(10)]
+    assert re.findall(r"^\S+ to \S+", shown, re.MULTILINE) == wanted
+    assert re.findall(r"(0\.\d+ to 0\.\d+): 0 pairs", page.read_text()) == wanted
+    assert "0.99 to 1 " in run("duplicates", directory, "--around", 0.97)
