@@ -176,17 +176,17 @@ def lloyd(
     Raises SpecError where there is no vector.
     """
     history: list[float] = []
-    for done in range(rounds):
+    while True:
         found: Totals | None = None
         for vectors in source.chunks():
             found = add(found, totals(vectors, centres))
         if found is None:
             raise SpecError("nothing to cluster: no row has a usable vector")
         history.append(found.inertia)
-        progress("k-means passes", done + 1, rounds)
+        progress("k-means passes", len(history), rounds)
         settled = len(history) > 2 and history[-3] - history[-1] <= tolerance * history[-3]
         starved = found.reach > 0 and (found.counts == 0).any()
-        if settled and not starved:
-            break
+        # Whoever moves the centres measures them again: the inertia is that of the centres given back.
+        if (settled and not starved) or len(history) == rounds:
+            return Clustering(centres, history[-1], len(history), spherical)
         centres = moved(centres, found, spherical)
-    return Clustering(centres, history[-1], len(history), spherical)

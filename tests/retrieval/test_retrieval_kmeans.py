@@ -70,6 +70,14 @@ def test_result_does_not_depend_on_chunks(tmp_path: Path, monkeypatch: pytest.Mo
     np.testing.assert_allclose(pieces.centres, whole.centres, atol=1e-5)
 
 
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_the_inertia_is_that_of_the_centres_given_back(rounds: int) -> None:
+    vectors = clustered(800, 16, 9, seed=3, spread=1.0)
+    found = lloyd(ArraySource(vectors), vectors[:9], spherical=False, rounds=rounds, tolerance=0)
+    assert found.rounds == rounds
+    assert found.inertia == pytest.approx(float(assign(vectors, found.centres)[1].sum()), rel=1e-6)
+
+
 def test_totals_of_a_chunk() -> None:
     vectors = np.array([[0, 1], [0, 3], [10, 0], [14, 0]], np.float32)
     found = totals(vectors, np.array([[0, 0], [99, 99], [11, 0]], np.float32))
