@@ -88,6 +88,11 @@ class Totals:
     farthest: Floats
     reach: float
 
+    @property
+    def starved(self) -> bool:
+        """Whether a cluster is empty while some vector stands away from its centre, so that it could fill it."""
+        return self.reach > 0 and bool((self.counts == 0).any())
+
 
 @dataclass(frozen=True)
 class Clustering:
@@ -185,8 +190,7 @@ def lloyd(
         history.append(found.inertia)
         progress("k-means passes", len(history), rounds)
         settled = len(history) > 2 and history[-3] - history[-1] <= tolerance * history[-3]
-        starved = found.reach > 0 and (found.counts == 0).any()
         # Whoever moves the centres measures them again: the inertia is that of the centres given back.
-        if (settled and not starved) or len(history) == rounds:
+        if (settled and not found.starved) or len(history) == rounds:
             return Clustering(centres, history[-1], len(history), spherical)
         centres = moved(centres, found, spherical)

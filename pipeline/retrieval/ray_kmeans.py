@@ -86,7 +86,7 @@ def _passes(store: FeatureStore, reader: PartReader, start: Clustering) -> Clust
         history.append(found.inertia)
         store.progress("k-means passes", len(history), _PASSES)
         settled = len(history) > 1 and history[-2] - history[-1] <= _TOLERANCE * history[-2]
-        if settled or len(history) == _PASSES:
+        if (settled and not found.starved) or len(history) == _PASSES:
             return Clustering(centres, history[-1], len(history), start.spherical)
         centres = moved(centres, found, start.spherical)
 

@@ -15,8 +15,9 @@ from support.runs import RunContent, clustered, write_run
 from cluster.session import ray_session
 from jobs.retrieve_groups import kmeans
 from pipeline.retrieval import index as indexes
+from pipeline.retrieval import ray_kmeans
 from pipeline.retrieval.arrays import Preparation, unit
-from pipeline.retrieval.lloyd import assign
+from pipeline.retrieval.lloyd import Clustering, assign
 from pipeline.retrieval.ray_index import build_on_ray
 from pipeline.retrieval.ray_kmeans import kmeans_on_ray, reader_rows
 from pipeline.retrieval.ray_parts import PartReader, over_parts
@@ -55,6 +56,16 @@ def test_kmeans_over_parts(store: FeatureStore, monkeypatch: pytest.MonkeyPatch)
     assert sorted(table.column("row").to_pylist()) == [row for row in range(6000) if row not in (4, 123)]
     assert len(list(Path(store.root, "clusters", "parts").glob("*.parquet"))) == 12
     assert sum(item["size"] for item in summary["clusters"]) == 5998
+
+
+def test_passes_go_on_while_a_cluster_is_empty(tmp_path: Path) -> None:
+    # All vectors are as far from their mean as from each other, so a centre that fills takes one of them at a time.
+    vectors = unit(np.random.default_rng(0).standard_normal((20_000, 64), np.float32))
+    store = FeatureStore.open(str(write_run(tmp_path, RunContent({"cls": vectors}))))
+    reader = PartReader(store.fs, "cls", 64, Preparation(normalise=False), store.replaced)
+    centres = np.stack([vectors.mean(axis=0), *(np.full(64, far, np.float32) for far in (50, 60, 70))])
+    found = ray_kmeans._passes(store, reader, Clustering(centres, 0.0, 0, spherical=False))
+    assert (np.bincount(assign(vectors, found.centres)[0], minlength=4) > 0).all()
 
 
 def test_kmeans_that_is_interrupted_leaves_the_earlier_clusters(
