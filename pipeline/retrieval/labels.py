@@ -2,7 +2,6 @@
 
 import csv
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -45,6 +44,14 @@ class Labelled:
         order = np.argsort(self.codes, kind="stable")
         bounds = np.searchsorted(self.codes[order], np.arange(len(self.classes) + 1))
         return [order[start:stop] for start, stop in pairwise(bounds)]
+
+    def distinct(self) -> list[Ints]:
+        """`members`, but of the files of one picture only the first."""
+        if self.pictures is None:
+            return self.members()
+        return [
+            examples[np.sort(np.unique(self.pictures[examples], return_index=True)[1])] for examples in self.members()
+        ]
 
 
 @dataclass(frozen=True)
@@ -228,15 +235,18 @@ def split(labelled: Labelled, share: float, rng: np.random.Generator) -> tuple[L
 
 
 def shots(labelled: Labelled, count: int, rng: np.random.Generator) -> Labelled:
-    """`count` examples of each class. Raises SpecError if a class has fewer."""
+    """`count` different pictures of each class. Raises SpecError if a class has fewer."""
     check_shots(labelled, count)
-    chosen = [rng.choice(examples, count, replace=False) for examples in labelled.members()]
+    chosen = [rng.choice(examples, count, replace=False) for examples in labelled.distinct()]
     return labelled.take(np.sort(np.concatenate(chosen)))
 
 
 def check_shots(labelled: Labelled, count: int) -> None:
-    """Raises SpecError if a class has fewer than `count` examples."""
-    sizes = Counter(labelled.codes.tolist())
-    code, fewest = min(((code, sizes.get(code, 0)) for code in range(len(labelled.classes))), key=lambda item: item[1])
-    if fewest < count:
-        raise SpecError(f"--shots {count}: class `{labelled.classes[code]}` has {fewest} examples to learn from")
+    """Raises SpecError if a class has fewer than `count` different pictures."""
+    sizes = [len(examples) for examples in labelled.distinct()]
+    code = int(np.argmin(sizes))
+    if sizes[code] < count:
+        raise SpecError(
+            f"--shots {count}: class `{labelled.classes[code]}` has {sizes[code]} examples to learn from, with files "
+            "of the same bytes counted once; ask for fewer, or label more"
+        )

@@ -212,6 +212,20 @@ def test_a_class_of_one_picture_is_not_tested(tmp_path: Path) -> None:
         split(labelled.take(np.arange(7)), 0.2, np.random.default_rng(0))
 
 
+def test_few_examples_are_different_pictures(tmp_path: Path) -> None:
+    # Of class `a` 3 pictures are listed 20 times each, of class `b` 60 are listed once.
+    digests = [f"{row % 3 if row < 60 else row:064x}" for row in range(120)]
+    content = RunContent({"cls": clustered(120, 8, 2)}, user={"kind": ["a"] * 60 + ["b"] * 60}, sha256=digests)
+    store = FeatureStore.open(str(write_run(tmp_path, content)))
+    labelled = locate(store.load("cls"), labels_from_column(store, "kind"), same_bytes(store))
+    for seed in range(5):
+        few = shots(labelled, 3, np.random.default_rng(seed))
+        assert {row % 3 for row in few.positions[few.codes == 0].tolist()} == {0, 1, 2}
+        assert len(few.codes) == 6
+    with pytest.raises(SpecError, match="--shots 4: class `a` has 3 examples to learn from, with files of the same"):
+        shots(labelled, 4, np.random.default_rng(0))
+
+
 def test_copies_of_pictures_do_not_teach_what_is_tested(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Nothing can be learned from these vectors but by having seen the very picture.
     rng = np.random.default_rng(0)
