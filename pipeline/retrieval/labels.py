@@ -97,14 +97,29 @@ def labels_from_csv(store: FeatureStore, path: str) -> RowLabels:
             f"--labels {path}: {len(ambiguous):,} of its {len(named):,} names belong to several pictures, such as "
             f"{' and '.join(shared[ambiguous[0]])}; name them by `uri` in place of `name`"
         )
-    matched = [(row, label) for name, label in named.items() for row in rows.get(name, ())]
-    if not matched:
+    labels = _labels_of_rows(path, named, rows)
+    if not labels:
         raise SpecError(
             f"--labels {path}: none of its {len(named)} names is a `{key}` of this run.\n"
             f"  in the file: {', '.join(list(named)[:_SHOWN])}\n  in the run:  {', '.join(list(rows)[:_SHOWN])}"
         )
     unknown = tuple(name for name in named if name not in rows)
-    return RowLabels(path, np.array([row for row, _ in matched]), [label for _, label in matched], len(named), unknown)
+    return RowLabels(path, np.array(list(labels)), list(labels.values()), len(named), unknown)
+
+
+def _labels_of_rows(path: str, named: dict[str, str], rows: dict[str, list[int]]) -> dict[int, str]:
+    """The label of each row that has one. Raises SpecError for a row that two names give two labels."""
+    labels: dict[int, str] = {}
+    name_of: dict[int, str] = {}
+    for name, label in named.items():
+        for row in rows.get(name, ()):
+            first = name_of.setdefault(row, name)
+            if labels.setdefault(row, label) != label:
+                raise SpecError(
+                    f"--labels {path}: {first} is `{labels[row]}` and {name} is `{label}`, and both are names of row "
+                    f"{row}; leave one of them out"
+                )
+    return labels
 
 
 def _read_csv(path: str) -> tuple[str, dict[str, str]]:

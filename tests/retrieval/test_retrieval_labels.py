@@ -136,6 +136,20 @@ def test_a_name_of_several_pictures_is_refused(tmp_path: Path, again: bool) -> N
     assert "/data/cat/1.jpg and /data/dog/1.jpg; name them by `uri`" in str(caught.value)
 
 
+def test_a_picture_of_the_web_has_one_label_by_whichever_name(tmp_path: Path) -> None:
+    uris = [f"https://h/{row}.jpg?x={row}" for row in range(6)]
+    store = FeatureStore.open(str(write_run(tmp_path / "run", RunContent({"cls": clustered(6, 8, 2)}, uris=uris))))
+    same = write_csv(
+        tmp_path / "same.csv", "name,label", ["0.jpg,a", "1.jpg?x=1,b", "0.jpg?x=0,a", "1.jpg,b", "2.jpg,a"]
+    )
+    found = labels_from_csv(store, same)
+    assert dict(zip(found.rows.tolist(), found.labels, strict=True)) == {0: "a", 1: "b", 2: "a"}
+    assert len(found.rows) == 3
+    two = write_csv(tmp_path / "two.csv", "name,label", ["0.jpg,a", "1.jpg,b", "0.jpg?x=0,b"])
+    with pytest.raises(SpecError, match=r"0.jpg is `a` and 0.jpg\?x=0 is `b`, and both are names of row 0; leave one"):
+        labels_from_csv(store, two)
+
+
 @pytest.mark.parametrize(
     ("header", "lines", "message"),
     [
