@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
+from pipeline.retrieval.addresses import named_elsewhere
 from pipeline.retrieval.arrays import Floats, Ints, Mask, Preparation
 from pipeline.retrieval.components import Components
 from pipeline.retrieval.matrix import Matrix
@@ -205,12 +206,12 @@ def _side_by_side(matrix: Matrix, first: Ints, second: Ints) -> Iterator[tuple[s
 def write_duplicates(store: FeatureStore, found: Duplicates, name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Write the groups to `duplicates/NAME/`, and beside it `NAME.delete.txt` and `NAME.json`; returns the latter.
 
-    The list to delete has one address a line. An address that some kept row has too is not in it, nor is one that
-    would be read as several: with a line break, or a NUL. The summary counts both.
+    The list to delete has one address a line. An address that another row has too, be it kept or in no group, is not
+    in it, nor is one that would be read as several: with a line break, or a NUL. The summary counts both.
     """
     check_name(name)
     columns = {"row": found.row, "group": found.group, "keep": found.keep, "score": found.score}
-    delete, shared, unsafe = _delete_list(found)
+    delete, shared, unsafe = _delete_list(store, found)
     summary = {
         **settings,
         "rows": len(store),
@@ -231,10 +232,12 @@ def write_duplicates(store: FeatureStore, found: Duplicates, name: str, settings
     return summary
 
 
-def _delete_list(found: Duplicates) -> tuple[list[str], int, int]:
+def _delete_list(store: FeatureStore, found: Duplicates) -> tuple[list[str], int, int]:
     kept = set(found.uri.filter(pa.array(found.keep)).to_pylist())
     dropped = list(dict.fromkeys(found.uri.filter(pa.array(~found.keep)).to_pylist()))
-    free = [uri for uri in dropped if uri not in kept]
+    candidates = [uri for uri in dropped if uri not in kept]
+    elsewhere = named_elsewhere(store, candidates, found.row[~found.keep])
+    free = [uri for uri in candidates if uri not in elsewhere]
     # All that any reader of lines takes for the end of one; names may well hold blanks that are not "printable".
     safe = [uri for uri in free if uri.splitlines() == [uri] and "\0" not in uri]
     return safe, len(dropped) - len(free), len(free) - len(safe)

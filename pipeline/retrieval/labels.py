@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from pipeline.retrieval.addresses import different_pictures, named_rows, newest
 from pipeline.retrieval.arrays import Ints
 from pipeline.retrieval.matrix import Matrix
 from pipeline.retrieval.query import quote
@@ -86,8 +87,8 @@ def labels_from_column(store: FeatureStore, column: str) -> RowLabels:
 def labels_from_csv(store: FeatureStore, path: str) -> RowLabels:
     """Labels in a CSV with the column `label` and `uri`, `row` or `name` (the last part of the uri).
 
-    Raises SpecError if the file is no such table, contradicts itself, names no row of the run, or goes by a name that
-    several pictures have.
+    Replaced rows get none by uri or name. Raises SpecError if the file is no such table, contradicts itself, names no
+    row of the run, or goes by a name or an address that several pictures have.
     """
     key, named = _read_csv(path)
     rows, shared = _rows_by_key(store, key)
@@ -96,6 +97,12 @@ def labels_from_csv(store: FeatureStore, path: str) -> RowLabels:
         raise SpecError(
             f"--labels {path}: {len(ambiguous):,} of its {len(named):,} names belong to several pictures, such as "
             f"{' and '.join(shared[ambiguous[0]])}; name them by `uri` in place of `name`"
+        )
+    if unlike := different_pictures(store, [rows[name] for name in named if name in rows]):
+        name = next(name for name in named if rows.get(name) is unlike)
+        raise SpecError(
+            f"--labels {path}: the `{key}` {name} is that of {named_rows(unlike)}, which hold different pictures; name "
+            f"them by `row` in place of `{key}`"
         )
     labels = _labels_of_rows(path, named, rows)
     if not labels:
@@ -179,16 +186,16 @@ _AS_STORED: dict[str, Callable[[str], str]] = {"row": _row_number, "uri": redact
 def _rows_by_key(store: FeatureStore, key: str) -> tuple[dict[str, list[int]], dict[str, tuple[str, str]]]:
     """Ids of the rows of each name; for a name that several pictures have, two of their addresses."""
     table = store.table(["row"] if key == "row" else ["row", "uri"])
-    rows = table.column("row").to_pylist()
     if key == "row":
-        return {str(row): [row] for row in rows}, {}
+        return {str(row): [row] for row in table.column("row").to_pylist()}, {}
+    table = table.filter(pa.array(newest(store, table.column("row").to_numpy())))
     names: dict[str, list[int]] = {}
     first: dict[str, str] = {}
     shared: dict[str, tuple[str, str]] = {}
-    for row, uri in zip(rows, table.column("uri").to_pylist(), strict=True):
+    for row, uri in zip(table.column("row").to_pylist(), table.column("uri").to_pylist(), strict=True):
         for name in (uri,) if key == "uri" else _names(uri):
             names.setdefault(name, []).append(row)
-            # Several rows of one address are one picture, listed twice or replaced by a newer version.
+            # Whether several rows of one address are one picture, their bytes say.
             if first.setdefault(name, uri) != uri:
                 shared.setdefault(name, (first[name], uri))
     return names, shared

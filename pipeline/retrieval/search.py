@@ -9,6 +9,7 @@ from zipfile import BadZipFile
 import numpy as np
 import pyarrow.dataset as pads
 
+from pipeline.retrieval.addresses import different_pictures, named_rows, newest
 from pipeline.retrieval.arrays import Floats, Ints, Preparation, unit
 from pipeline.retrieval.nearest import top_k
 from pipeline.retrieval.store import FeatureStore
@@ -132,8 +133,14 @@ def _row_of_uri(store: FeatureStore, example: Example) -> int:
     if not len(found):
         sample = store.dataset().head(1, columns=["uri"]).column("uri")[0].as_py()
         raise SpecError(f"{redact(example.option)}: no image of this address in images/; addresses look like {sample}")
-    # Of several versions of one object the newest has the highest row.
-    return int(found.max())
+    live = found[newest(store, found)]
+    if unlike := different_pictures(store, [live.tolist()]):
+        raise SpecError(
+            f"{redact(example.option)}: the address of {named_rows(unlike)}, which hold different pictures; name one "
+            "of them by its row"
+        )
+    # Where no newer version has come about yet, the older one still says what is looked for.
+    return int((live if len(live) else found).max())
 
 
 def _read_vector(example: Example, store: FeatureStore, feature: str) -> Floats:

@@ -125,7 +125,8 @@ def test_a_name_of_several_pictures_is_refused(tmp_path: Path, again: bool) -> N
     """Unless they are one picture, listed twice."""
     folders = ("cat", "cat") if again else ("cat", "dog")
     uris = [f"/data/{folder}/{number}.jpg" for folder in folders for number in range(4)]
-    run = write_run(tmp_path, RunContent({"cls": clustered(8, 8, 2)}, uris=uris))
+    digests = [f"{row % 4 if again else row:064x}" for row in range(8)]
+    run = write_run(tmp_path, RunContent({"cls": clustered(8, 8, 2)}, uris=uris, sha256=digests))
     path = write_csv(tmp_path / "l.csv", "name,label", ["1.jpg,a", "2.jpg,b"])
     if again:
         assert sorted(labels_from_csv(FeatureStore.open(str(run)), path).rows.tolist()) == [1, 2, 5, 6]
