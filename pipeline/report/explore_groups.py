@@ -87,6 +87,7 @@ def _group_list(
         one=one,
         chosen=chosen.name,
         names=names,
+        outdated=chosen.outdated,
     )
 
 
@@ -108,6 +109,7 @@ def _group(at: Exploration, query: Query, groupings: Mapping[str, Grouping], pat
         here="/clusters" if groupings is at.clusterings else "/duplicates",
         tiles=tiles,
         pager=pager,
+        outdated=chosen.outdated,
         note=" · ".join(f"{name} {percent(share)}" for name, share in common_labels(at.scan, chosen.rows[where], 5)),
     )
 

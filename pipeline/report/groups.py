@@ -1,7 +1,10 @@
-"""What `kmeans` and `duplicates` left under DIR: rows in groups, the most telling ones first."""
+"""What `kmeans` and `duplicates` left under DIR: rows in groups, the most telling ones first.
+
+Rows that an update replaced since are no images any more, and are left out.
+"""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -9,8 +12,10 @@ from numpy.typing import NDArray
 
 from pipeline.report.run import RunDirectory, batches, list_files
 from pipeline.report.scan import ImageScan
+from pipeline.report.text import thousands
 from pipeline.results import list_results
-from pipeline.storage import join
+from pipeline.storage import join, read_json, redact
+from schemas.errors import OutputError
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,8 @@ class Grouping:
     """Rows sorted by group and, within a group, best first. Group `i` is `rows[starts[i]:starts[i + 1]]`.
 
     `ids[i]` is the number that the files give the group. `values` are distances to the cluster's centre, or
-    similarities to the picture that is kept; `keep` marks that picture (all False for clusters).
+    similarities to the picture that is kept; `keep` marks that picture (all False for clusters). `outdated` says
+    that the run has grown since they were made, and is empty where it has not.
     """
 
     name: str
@@ -27,6 +33,7 @@ class Grouping:
     keep: NDArray[np.bool_]
     ids: NDArray[np.int64]
     starts: NDArray[np.int64]
+    outdated: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -41,29 +48,51 @@ class Grouping:
         return slice(int(self.starts[index]), int(self.starts[index + 1]))
 
 
-def load_clusterings(run: RunDirectory) -> Iterator[Grouping]:
+def load_clusterings(run: RunDirectory, scan: ImageScan) -> Iterator[Grouping]:
     """Each `clusters/NAME`, read when it is asked for: by cluster number, rows nearest to the centre first."""
-    for name, table in _read(run, "clusters", ["row", "cluster", "distance"]):
+    for name, table in _read(run, scan, "clusters", ["row", "cluster", "distance"]):
         distances = _floats(table, "distance")
         keep = np.zeros(len(table), bool)
-        yield _group(name, _integers(table, "row"), _integers(table, "cluster"), distances, distances, keep)
+        found = _group(name, _integers(table, "row"), _integers(table, "cluster"), distances, distances, keep)
+        yield replace(found, outdated=_outdated(run, "clusters", name, "run `patchstream kmeans` again"))
 
 
-def load_duplicates(run: RunDirectory) -> Iterator[Grouping]:
+def load_duplicates(run: RunDirectory, scan: ImageScan) -> Iterator[Grouping]:
     """Each `duplicates/NAME`, read when it is asked for: largest group first, in each the picture to keep first, then
-    the most similar."""
-    for name, table in _read(run, "duplicates", ["row", "group", "score", "keep"]):
+    the most similar. Groups are left out whose picture to keep is gone, or all others are."""
+    for name, found in _read(run, scan, "duplicates", ["row", "group", "score", "keep"]):
+        ids, sizes = np.unique(_integers(found, "group"), return_counts=True)
+        kept = _integers(found.filter(found.column("keep")), "group")
+        whole = ids[(sizes > 1) & np.isin(ids, kept)]
+        table = found.filter(pa.array(np.isin(_integers(found, "group"), whole)))
         scores, keep = _floats(table, "score"), table.column("keep").to_numpy().astype(bool)
         ranks = np.where(keep, -np.inf, -scores).astype(np.float32)
-        yield _by_size(_group(name, _integers(table, "row"), _integers(table, "group"), scores, ranks, keep))
+        grouping = _by_size(_group(name, _integers(table, "row"), _integers(table, "group"), scores, ranks, keep))
+        advice = "run `patchstream duplicates` again before deleting"
+        yield replace(grouping, outdated=_outdated(run, "duplicates", name, advice))
 
 
-def _read(run: RunDirectory, folder: str, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
+def _read(run: RunDirectory, scan: ImageScan, folder: str, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
     for name in list_results(run.fs, join(run.root, folder)):
         paths = list_files(run.fs, join(run.root, folder, name), ".parquet")
         parts = list(batches(run.fs, paths, columns))
         if sum(len(part) for part in parts):
-            yield name, pa.Table.from_batches(parts)
+            table = pa.Table.from_batches(parts)
+            yield name, table.filter(pa.array(scan.holds(_integers(table, "row"))))
+
+
+def _outdated(run: RunDirectory, folder: str, name: str, advice: str) -> str:
+    """That rows came since the result NAME was made, and what to do; empty where none came, or it does not say."""
+    path = join(run.root, folder, f"{name}.json")
+    try:
+        record = read_json(run.fs, path)
+    except ValueError as error:
+        raise OutputError(f"{redact(path)} is damaged ({error}); {advice}") from error
+    known = record.get("manifest_rows") if isinstance(record, dict) else None
+    newer = run.record.manifest_rows - known if isinstance(known, int) else 0
+    if newer <= 0:
+        return ""
+    return f"Made before {thousands(newer)} row{'s were' if newer > 1 else ' was'} added or replaced; {advice}."
 
 
 def _integers(table: pa.Table, name: str) -> NDArray[np.int64]:

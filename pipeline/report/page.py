@@ -120,10 +120,10 @@ class Plan:
 def _choose(run: RunDirectory, scan: ImageScan, thumbnails: int, seed: int) -> Plan:
     rows = scan.rows
     drawn = np.random.default_rng(seed).choice(rows, min(thumbnails, len(rows)), replace=False)
-    clusterings = [_shown_clusters(item) for item in islice(load_clusterings(run), _SHOWN_GROUPINGS)]
+    clusterings = [_shown_clusters(item) for item in islice(load_clusterings(run, scan), _SHOWN_GROUPINGS)]
     duplicates = [
         Shown(item, tuple(range(min(len(item), _DUPLICATE_GROUPS))), _GROUP_PICTURES)
-        for item in islice(load_duplicates(run), _SHOWN_GROUPINGS)
+        for item in islice(load_duplicates(run, scan), _SHOWN_GROUPINGS)
     ]
     return Plan(sorted(drawn.tolist()), _plot(run, scan, seed), clusterings, duplicates)
 
@@ -150,6 +150,7 @@ def _sections(plan: Plan, scan: ImageScan, pictures: Pictures) -> dict[str, Any]
         {
             "name": item.grouping.name,
             "note": _cluster_note(item),
+            "outdated": item.grouping.outdated,
             "sheets": cluster_sheets(item.grouping, item.chosen, item.each, scan, pictures),
         }
         for item in plan.clusterings
@@ -158,6 +159,7 @@ def _sections(plan: Plan, scan: ImageScan, pictures: Pictures) -> dict[str, Any]
         {
             "name": item.grouping.name,
             "note": _duplicate_note(item),
+            "outdated": item.grouping.outdated,
             "sheets": duplicate_sheets(item.grouping, item.chosen, item.each, pictures),
         }
         for item in plan.duplicates

@@ -42,6 +42,12 @@ class ImageScan:
         """Rows that are images, ascending."""
         return np.flatnonzero(self.codes != ABSENT)
 
+    def holds(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of `rows` are images."""
+        inside = (rows >= 0) & (rows < len(self.codes))
+        held: NDArray[np.bool_] = inside & (self.codes[np.where(inside, rows, 0)] != ABSENT)
+        return held
+
     def label(self, row: int) -> str | None:
         """The first label of `row`."""
         code = int(self.codes[row]) if row < len(self.codes) else ABSENT

@@ -84,6 +84,7 @@ def finish(
         "inertia": found.inertia,
         "passes": found.rounds,
         "rows": int(members.sizes.sum()),
+        "manifest_rows": store.record.manifest_rows,
         "left_out": {"count": len(left_out), "rows": left_out[:_NAMED_ROWS].tolist()},
         "run_id": store.record.run_id,
         "clusters": _describe(store, members, folder, settings.get("label_column")),

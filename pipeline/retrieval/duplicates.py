@@ -215,6 +215,7 @@ def write_duplicates(store: FeatureStore, found: Duplicates, name: str, settings
     summary = {
         **settings,
         "rows": len(store),
+        "manifest_rows": store.record.manifest_rows,
         "groups": found.groups,
         "in_groups": len(found.row),
         "exact": int((found.exact & ~found.keep).sum()),

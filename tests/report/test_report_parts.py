@@ -211,7 +211,8 @@ def test_report_groups_hold_nearest_first(tmp_path: Path) -> None:
     album = Album(tmp_path, count=9, failed={})
     run = album.write()
     add_clusters(run, list(range(8, -1, -1)), [row % 2 for row in range(8, -1, -1)])
-    (grouping,) = load_clusterings(open_run(str(run), {}))
+    opened = open_run(str(run), {})
+    (grouping,) = load_clusterings(opened, scan_images(opened))
     assert grouping.ids.tolist() == [0, 1]
     assert grouping.rows[grouping.members(1)].tolist() == [1, 3, 5, 7]
     assert grouping.sizes.tolist() == [5, 4]
@@ -254,7 +255,8 @@ def test_report_groups_by_size_keep_their_rows(tmp_path: Path) -> None:
     album = Album(tmp_path, count=12, failed={})
     directory = album.write()
     add_duplicates(directory, [[0, 1], [2, 3, 4], [5, 6], [7, 8, 9, 10]])
-    (grouping,) = load_duplicates(open_run(str(directory), {}))
+    opened = open_run(str(directory), {})
+    (grouping,) = load_duplicates(opened, scan_images(opened))
     assert grouping.ids.tolist() == [3, 1, 0, 2]
     assert [grouping.rows[grouping.members(index)].tolist() for index in range(4)] == [
         [8, 7, 9, 10], [3, 2, 4], [1, 0], [6, 5],

@@ -18,6 +18,7 @@ from support.runs import RunContent, clustered, write_run
 from jobs.retrieve_screen import write_page
 from pipeline.report.groups import load_clusterings
 from pipeline.report.run import open_run
+from pipeline.report.scan import scan_images
 from pipeline.retrieval import index as indexes
 from pipeline.retrieval import sql
 from pipeline.retrieval.arrays import no_progress
@@ -222,8 +223,9 @@ def test_two_halves_of_a_swap_are_not_taken_for_a_result(
     assert len(memory.find(f"{base}/clusters")) == copied, "nothing of the earlier result"
     with pytest.raises(SpecError, match="clusters_n does not exist"):
         store.sql("SELECT * FROM clusters_n")
-    assert not list(load_clusterings(open_run(f"memory:/{base}", {})))
+    opened = open_run(f"memory:/{base}", {})
+    assert not list(load_clusterings(opened, scan_images(opened)))
     in_parts(store, 3)
     assert store.sql("SELECT DISTINCT cluster FROM clusters_n").to_pylist() == [{"cluster": 3}]
-    assert [grouping.name for grouping in load_clusterings(open_run(f"memory:/{base}", {}))] == ["n"]
+    assert [grouping.name for grouping in load_clusterings(opened, scan_images(opened))] == ["n"]
     memory.rm(base, recursive=True)
