@@ -96,21 +96,40 @@ def same_bytes(store: FeatureStore) -> tuple[Ints, Ints]:
 
 def _join_near(store: FeatureStore, matrix: Matrix, joined: Components, threshold: float) -> None:
     """Join near vectors. Equal vectors are joined first and compared once, so that many copies cost little."""
-    candidates = np.flatnonzero(matrix.usable)
-    _, first, inverse = np.unique(_hashes(matrix), return_index=True, return_inverse=True)
-    originals = candidates[first[inverse]]
-    again = originals != candidates
-    copies, originals = candidates[again], originals[again]
+    _join_equal(matrix, joined)
+    for pairs in near_pairs(matrix, _representatives(matrix, joined), threshold, Preparation(), store.progress):
+        joined.join(pairs.first, pairs.second)
+
+
+def _join_equal(matrix: Matrix, joined: Components) -> None:
+    copies, originals = _alike(matrix)
     # A hash alone joins nothing: what is joined may be deleted.
     equal = np.ones(len(copies), np.bool_)
     for span, left, right in _side_by_side(matrix, copies, originals):
         equal[span] = (left == right).all(axis=1)
     joined.join(copies[equal], originals[equal])
-    # Exact copies may differ in nothing but the name; one of each component so far stands for all of it.
-    _, representative = np.unique(joined.labels()[candidates], return_index=True)
-    chosen = candidates[np.sort(representative)]
-    for pairs in near_pairs(matrix, chosen, threshold, Preparation(), store.progress):
-        joined.join(pairs.first, pairs.second)
+
+
+def _alike(matrix: Matrix) -> tuple[Ints, Ints]:
+    """Positions, ascending, of vectors whose hash an earlier one has too, and of the first of each such hash."""
+    hashes = _hashes(matrix)
+    order = np.argsort(hashes, kind="stable")
+    hashes = hashes[order]
+    again = np.zeros(len(order), np.bool_)
+    again[1:] = hashes[1:] == hashes[:-1]
+    del hashes
+    at, starts = np.flatnonzero(again), np.flatnonzero(~again)
+    first = order[starts[np.searchsorted(starts, at) - 1]]
+    found = np.argsort(order[at])
+    candidates = np.flatnonzero(matrix.usable)
+    return candidates[order[at][found]], candidates[first[found]]
+
+
+def _representatives(matrix: Matrix, joined: Components) -> Ints:
+    """One position of each component, ascending: exact copies may differ in nothing but the name."""
+    candidates = np.flatnonzero(matrix.usable)
+    _, first = np.unique(joined.labels()[candidates], return_index=True)
+    return candidates[np.sort(first)]
 
 
 def _hashes(matrix: Matrix) -> Any:

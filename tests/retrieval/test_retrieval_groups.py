@@ -1,15 +1,19 @@
 """What `duplicates` and `kmeans` print and leave, beyond which groups they find."""
 
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import typer
-from support.runs import RunContent, write_run
+from support.runs import RunContent, clustered, write_run
 
 from jobs import retrieve_groups
+from pipeline.retrieval.duplicates import find_duplicates
+from pipeline.retrieval.pairs import ALL_PAIRS
+from pipeline.retrieval.store import FeatureStore
 
 Run = Callable[..., str]
 
@@ -35,3 +39,19 @@ def test_bands_are_shown_where_they_lie(run: Run, tmp_path: Path) -> None:
     assert re.findall(r"^\S+ to \S+", shown, re.MULTILINE) == wanted
     assert re.findall(r"(0\.\d+ to 0\.\d+): 0 pairs", page.read_text()) == wanted
     assert "0.99 to 1 " in run("duplicates", directory, "--around", 0.97)
+
+
+def test_lists_of_many_vectors_take_what_the_docs_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = ALL_PAIRS + 20_000
+    vectors = clustered(count, 32, 50, spread=3.0)
+    store = FeatureStore.open(str(write_run(tmp_path, RunContent({"cls": vectors}))))
+    store.load("cls")
+    monkeypatch.setattr("pipeline.retrieval.matrix.CHUNK_BYTES", 1 << 20)
+    tracemalloc.start()
+    try:
+        assert find_duplicates(store, 0.999).groups == 0
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # Ids and lengths, 12 bytes, were there before; a chunk and the sample that finds the lists take 50 at this size.
+    assert peak < (90 - 12 + 50) * count
