@@ -13,6 +13,7 @@ from schemas.errors import SpecError
 
 if TYPE_CHECKING:
     from pipeline.retrieval.labels import RowLabels
+    from pipeline.retrieval.store import FeatureStore
 
 _NAMED = 10
 
@@ -23,6 +24,10 @@ def probe(
     labels: Annotated[
         str | None, typer.Option(help="CSV with `label` and one of `row`, `uri`, `name`.", metavar="F.csv")
     ] = None,
+    split_column: Annotated[
+        str | None,
+        typer.Option(help="Column of images/ that marks what to test on: test, val, valid, validation.", metavar="C"),
+    ] = None,
     shots: Annotated[str | None, typer.Option(help="Also with so few examples a class.", metavar="1,5,10")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Random choices of the few examples.")] = 5,
     name: Annotated[str, typer.Option(help="The name under DIR/probes/.")] = "main",
@@ -32,10 +37,8 @@ def probe(
     as_json: AsJson = False,
 ) -> int:
     """Train a linear classifier on the features, judge it on held-out rows, and save it."""
-    from pipeline.retrieval.duplicates import same_bytes
-    from pipeline.retrieval.labels import labels_from_column, labels_from_csv, locate
+    from pipeline.retrieval.labels import column_text, labels_from_column, labels_from_csv
     from pipeline.retrieval.output import check_name
-    from pipeline.retrieval.probe import describe, run_probe, save_probe
 
     check_name(name)
     if (label_column is None) == (labels is None):
@@ -43,18 +46,16 @@ def probe(
     few = _shots(shots)
     with opened(directory, storage_options) as store:
         feature = feature_of(store, features)
+        if split_column is not None:
+            column_text(store, split_column, "--split-column")
         if label_column is not None:
             given = labels_from_column(store, label_column)
         else:
             given = labels_from_csv(store, str(labels))
         _warn_unknown(given)
         warn_left_out(store, feature)
-        matrix = store.load(feature)
-        found = locate(matrix, given, store.reread(lambda: same_bytes(store)))
-        result = run_probe(matrix, found, few=few, seeds=seeds, seed=seed, progress=store.progress)
-        settings = {"name": name, "feature": feature, "labels_from": given.source, "seed": seed}
-        summary = {**settings, **describe(result, found)}
-        save_probe(store, result, found, summary)
+        options = {"few": few, "seeds": seeds, "seed": seed}
+        summary = _train(store, feature, given, split_column, name, options)
     if as_json:
         print_json(summary)
         return 0
@@ -62,6 +63,30 @@ def probe(
     command = f"patchstream apply {shlex.quote(directory)} --probe {name} --out DIR2"
     emit(f"\nsaved in {directory}/probes/{name}/; next: {with_options(command, parse_options(storage_options))}")
     return 0
+
+
+def _train(
+    store: "FeatureStore",
+    feature: str,
+    given: "RowLabels",
+    split_column: str | None,
+    name: str,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    from pipeline.retrieval.duplicates import same_bytes
+    from pipeline.retrieval.labels import locate
+    from pipeline.retrieval.probe import describe, run_probe, save_probe
+    from pipeline.retrieval.sides import split_by_column
+
+    matrix = store.load(feature)
+    found = locate(matrix, given, store.reread(lambda: same_bytes(store)))
+    sides = None if split_column is None else split_by_column(store, matrix, found, split_column)
+    result = run_probe(matrix, found, sides=sides, progress=store.progress, **options)
+    split = None if sides is None else {"column": split_column, "test": sides.marks}
+    settings = {"name": name, "feature": feature, "labels_from": given.source, "split": split, "seed": options["seed"]}
+    summary = {**settings, **describe(result, found)}
+    save_probe(store, result, found, summary)
+    return summary
 
 
 def _shots(text: str | None) -> tuple[int, ...]:
@@ -100,7 +125,11 @@ def _show_probe(summary: dict[str, Any]) -> None:
     rows.append(["most frequent class", f"{summary['majority_accuracy']:.2%}", "", "", ""])
     print_table(["classifier", "accuracy", "mean of classes", "calibration error", ""], rows)
     worst = sorted(linear["classes"].items(), key=lambda item: item[1]["accuracy"])[:10]
-    emit(f"\n{linear['examples']:,} test rows, {summary['classes']:,} classes; those of the lowest accuracy:")
+    marked = ""
+    if split := summary["split"]:
+        marks = ", ".join(f"{count:,} {mark}" for mark, count in split["test"].items())
+        marked = f" by the column {split['column']} ({marks})"
+    emit(f"\n{linear['examples']:,} test rows{marked}, {summary['classes']:,} classes; those of the lowest accuracy:")
     print_table(["class", "accuracy", "examples"],
                 [[label, f"{item['accuracy']:.1%}", item["examples"]] for label, item in worst])  # fmt: skip
 

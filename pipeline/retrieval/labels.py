@@ -71,17 +71,20 @@ class RowLabels:
 
 def labels_from_column(store: FeatureStore, column: str) -> RowLabels:
     """Labels in a column of `images/`. Raises SpecError if there is no such column."""
+    label = column_text(store, column, "--label-column")
+    # An empty cell of a CSV is an empty text, and no class.
+    found = store.sql(f"SELECT row, {label} AS label FROM images WHERE trim({label}) <> ''")
+    return RowLabels(f"column {column}", found.column("row").to_numpy(), found.column("label").to_pylist())
+
+
+def column_text(store: FeatureStore, column: str, option: str) -> str:
+    """SQL for a column of `images/` as text. Raises SpecError naming the option if there is none, or it holds lists."""
     if column not in store.schema.names:
-        raise SpecError(f"--label-column {column}: images/ has the columns {', '.join(store.schema.names)}")
+        raise SpecError(f"{option} {column}: images/ has the columns {', '.join(store.schema.names)}")
     kind = store.schema.field(column).type
     if pa.types.is_nested(kind):
-        raise SpecError(f"--label-column {column}: holds {kind}, which is no label; name a column of texts or numbers")
-    label = quote(store.sql_name(column))
-    # An empty cell of a CSV is an empty text, and no class.
-    found = store.sql(
-        f"SELECT row, CAST({label} AS VARCHAR) AS label FROM images WHERE trim(CAST({label} AS VARCHAR)) <> ''"
-    )
-    return RowLabels(f"column {column}", found.column("row").to_numpy(), found.column("label").to_pylist())
+        raise SpecError(f"{option} {column}: holds {kind}, which is no label; name a column of texts or numbers")
+    return f"CAST({quote(store.sql_name(column))} AS VARCHAR)"
 
 
 def labels_from_csv(store: FeatureStore, path: str) -> RowLabels:

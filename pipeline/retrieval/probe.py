@@ -1,6 +1,6 @@
 """The linear probe: what can be told from the features by a linear classifier, and that classifier, to keep.
 
-labelled rows ─ split ─┬─ test (20%): every number that is reported
+labelled rows ─ split ─┬─ test (20%, or what a column marks): every number that is reported
                        └─ rest ─ split ─┬─ validation (20%): chooses C and the k of k-NN
                                         └─ training
 the temperature is found on the validation rows, with a head of the training rows that is as little shrunken as the one
@@ -22,6 +22,7 @@ from pipeline.retrieval.nearest import top_k
 from pipeline.retrieval.output import check_name, replacing, write_json
 from pipeline.retrieval.plots import confusion
 from pipeline.retrieval.scores import Judgement, Scores, judge, score
+from pipeline.retrieval.sides import Sides
 from pipeline.retrieval.store import FeatureStore
 from pipeline.storage import join, put_bytes
 from schemas.errors import SpecError
@@ -50,14 +51,22 @@ class ProbeResult:
 
 
 def run_probe(
-    matrix: Matrix, labelled: Labelled, *, few: tuple[int, ...] = (), seeds: int = 5, seed: int = 0, progress: Progress
+    matrix: Matrix,
+    labelled: Labelled,
+    *,
+    sides: Sides | None = None,
+    few: tuple[int, ...] = (),
+    seeds: int = 5,
+    seed: int = 0,
+    progress: Progress,
 ) -> ProbeResult:
     """Train and judge. `few` are numbers of examples a class, each tried with `seeds` random choices of them.
 
-    Few-shot classifiers use the C that was chosen with all labels. Raises SpecError if a class has too few examples.
+    `sides` say which of `labelled` to learn from and which to test on; without them a fifth is drawn. Few-shot
+    classifiers use the C that was chosen with all labels. Raises SpecError if a class has too few examples.
     """
     rng = np.random.default_rng(seed)
-    rest, test = split(labelled, TEST_SHARE, rng)
+    rest, test = split(labelled, TEST_SHARE, rng) if sides is None else sides[:2]
     check_shots(rest, max(few, default=0))
     training, validation = _halve(rest, rng)
     held = _some(validation, _CHOOSING_ROWS, rng)
