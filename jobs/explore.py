@@ -11,8 +11,10 @@ from jobs.retrieve_screen import Features, feature_of
 from schemas.errors import Interrupted
 
 if TYPE_CHECKING:
-    from pipeline.report.explore_state import Exploration, Floats, Ints, Searcher
+    from pipeline.report.explore_state import Exploration, Floats, Ints, Searcher, TextSearcher
     from pipeline.report.run import RunDirectory
+    from pipeline.retrieval.matrix import Matrix
+    from pipeline.retrieval.store import FeatureStore
 
 
 def explore(
@@ -23,16 +25,19 @@ def explore(
         str | None, typer.Option(envvar="PATCHSTREAM_TOKEN", help="What a browser must know to be let in.")
     ] = None,
     features: Features = None,
+    vocabulary: Annotated[
+        str | None, typer.Option(help="For search by text: the vocabulary, if not beside the model.", metavar="FILE")
+    ] = None,
     storage_options: Options = None,
 ) -> int:
-    """Serve a local page: browse pictures, clusters and duplicates, search by picture. Ctrl-C ends it."""
+    """Serve a local page: browse pictures, clusters and duplicates, search by picture or text. Ctrl-C ends it."""
     from pipeline.report.explore_server import ExploreServer, check_reach
     from pipeline.signals import stoppable
 
     check_reach(host, token)  # before the vectors of a large run are read
     with stoppable() as stop:
         try:
-            exploration = _open(directory, features, parse_options(storage_options))
+            exploration = _open(directory, features, parse_options(storage_options), vocabulary)
         except KeyboardInterrupt:
             raise Interrupted("interrupted", stop.number) from None
         stop.at_once = False
@@ -49,28 +54,27 @@ def explore(
 COMMANDS: dict[str, Callable[..., Any]] = {"explore": explore}
 
 
-def _open(directory: str, feature: str | None, options: dict[str, Any]) -> "Exploration":
+def _open(directory: str, feature: str | None, options: dict[str, Any], vocabulary: str | None = None) -> "Exploration":
     from pipeline.report.explore_state import open_exploration
     from pipeline.report.run import open_run
 
     run = open_run(directory, options)
-    return open_exploration(run, _searcher(directory, run, feature, options))
+    return open_exploration(run, _searcher(directory, run, feature, options, vocabulary))
 
 
-def _searcher(directory: str, run: "RunDirectory", feature: str | None, options: dict[str, Any]) -> "Searcher | None":
+def _searcher(
+    directory: str, run: "RunDirectory", feature: str | None, options: dict[str, Any], vocabulary: str | None
+) -> "Searcher | None":
     """Exact search over the features of the run; None where it holds no features and none were asked for."""
     if feature is None and not run.features():
         return None
     from pipeline.embedding import Embedder
     from pipeline.report.explore_state import Searcher
-    from pipeline.retrieval.arrays import unit
-    from pipeline.retrieval.nearest import top_k
     from pipeline.retrieval.store import FeatureStore
 
     store = FeatureStore.open(directory, options)
     name = feature_of(store, feature)
-    emit(f"reading {name} of {len(store):,} rows", to_stderr=True)
-    matrix = store.load(name)
+    matrix = _read(store, name)
 
     def vector_of(row: int) -> "Floats | None":
         import numpy as np
@@ -78,10 +82,34 @@ def _searcher(directory: str, run: "RunDirectory", feature: str | None, options:
         positions = matrix.positions_of(np.array([row]))
         return matrix.take(positions).reshape(-1) if positions[0] >= 0 and matrix.directed[positions[0]] else None
 
+    has_model = run.record.model.family != "null"
+    embed = Embedder(run.record, name, storage_options=options).image if has_model else None
+    return Searcher(name, vector_of, _nearest(matrix), embed, _texts(store, options, vocabulary))
+
+
+def _read(store: "FeatureStore", name: str) -> "Matrix":
+    emit(f"reading {name} of {len(store):,} rows", to_stderr=True)
+    return store.load(name)
+
+
+def _texts(store: "FeatureStore", options: dict[str, Any], vocabulary: str | None) -> "TextSearcher | None":
+    from pipeline.embedding import TEXT_FEATURE, Embedder, may_have_texts
+    from pipeline.report.explore_state import TextSearcher
+
+    if not may_have_texts(store.record) or TEXT_FEATURE not in store.features:
+        return None
+    embedder = Embedder(store.record, TEXT_FEATURE, vocabulary=vocabulary, storage_options=options)
+    # Here, not when it is first asked for: parts may be compacted meanwhile.
+    matrix = _read(store, TEXT_FEATURE)
+    return TextSearcher(TEXT_FEATURE, _nearest(matrix), lambda text: embedder.texts([text]).reshape(-1))
+
+
+def _nearest(matrix: "Matrix") -> "Callable[[Floats, int], tuple[Ints, Floats]]":
+    from pipeline.retrieval.arrays import unit
+    from pipeline.retrieval.nearest import top_k
+
     def nearest(vector: "Floats", k: int) -> "tuple[Ints, Floats]":
         scores, positions = top_k(matrix, unit(vector[None]), k)
         return matrix.rows[positions[0]], scores[0]
 
-    has_model = run.record.model.family != "null"
-    embed = Embedder(run.record, name, storage_options=options).image if has_model else None
-    return Searcher(name, vector_of, nearest, embed)
+    return nearest

@@ -18,6 +18,7 @@ from schemas.run import RunRecord, difference
 from schemas.spec import FetchSpec
 
 if TYPE_CHECKING:
+    from pipeline.models.zero_shot import TextModel
     from pipeline.predictors.torch_predictor import TorchPredictor
 
 Floats = NDArray[np.float32]
@@ -26,6 +27,9 @@ Floats = NDArray[np.float32]
 _HELD = 4 * BATCH_IMAGES
 # What `pooled` is where images and texts have a space in common: CLIP and LiT, SigLIP, LiT without a projection.
 _SHARED_WITH_TEXT = ("projected_cls", "attention_pool", "cls")
+TEXT_FEATURE = "pooled"
+# Of these families some checkpoints have a text tower. BEiT's `pooled` may be called as LiT's.
+_WITH_TEXT = ("clip", "siglip", "vit")
 
 
 class Embedder:
@@ -71,9 +75,7 @@ class Embedder:
 
     def texts(self, texts: list[str]) -> Floats:
         """Vectors (n, D) by the text tower of the model. Raises SpecError for a model without one."""
-        from pipeline.models import load_text
-
-        return load_text(self._info, self._vocabulary).embed(texts)
+        return self._text.embed(texts)
 
     def _decoded(self, files: Iterable[bytes | ImageError]) -> Iterator[NDArray[np.uint8] | ImageError]:
         decode = self._record.spec.get("decode", "exact")
@@ -88,11 +90,22 @@ class Embedder:
         return model_of(self._record, self._model, self._storage_options)
 
     @cached_property
+    def _text(self) -> "TextModel":
+        from pipeline.models import load_text
+
+        return load_text(self._info, self._vocabulary)
+
+    @cached_property
     def _predictor(self) -> "TorchPredictor":
         from pipeline.predictors.torch_predictor import TorchPredictor
 
         wanted = Wanted((self._feature,), (self._info.vector_sizes[self._feature],), "float32", 0, (), False)
         return TorchPredictor(self._info, wanted, dtype=self._record.model.dtype, batch_size=BATCH_IMAGES)
+
+
+def may_have_texts(record: RunRecord) -> bool:
+    """Whether texts may share a space with `pooled` of this run; for sure, only its checkpoint can tell."""
+    return record.model.pooled in _SHARED_WITH_TEXT and record.model.family in _WITH_TEXT
 
 
 def check_text(record: RunRecord, feature: str, text: str) -> None:
@@ -103,7 +116,7 @@ def check_text(record: RunRecord, feature: str, text: str) -> None:
             f"--text {text}: {model.name} has no text tower (ViT, BEiT and the like have none; CLIP, SigLIP and LiT "
             "do); search by --image, --row, --uri or --vector"
         )
-    if feature != "pooled":
+    if feature != TEXT_FEATURE:
         raise SpecError(f"--text: texts share a space with `pooled`, not with `{feature}`; add --features pooled")
 
 

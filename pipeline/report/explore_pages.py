@@ -21,7 +21,7 @@ from pipeline.report.explore_render import (
     render,
     whole_number,
 )
-from pipeline.report.explore_state import LARGE_SIDE, SMALL_SIDE, Exploration
+from pipeline.report.explore_state import LARGE_SIDE, SMALL_SIDE, Exploration, Floats, Ints
 from pipeline.report.text import asset
 from pipeline.storage import redact
 from schemas.errors import ImageError, PatchstreamError
@@ -138,10 +138,31 @@ def found(at: Exploration, query: Query) -> Response:
     if vector is None or at.searcher is None:
         raise NotThere("This search is no longer kept; upload the picture again.")
     with at.searching:
-        rows, scores = at.searcher.nearest(vector, _NEIGHBOURS)
-    pager, window = paginate(len(rows), PICTURES_A_PAGE, query, "/found")
+        nearest = at.searcher.nearest(vector, _NEIGHBOURS)
+    return _hits(at, query, "/found", "Like your picture", at.searcher.feature, nearest)
+
+
+def found_by_text(at: Exploration, query: Query) -> Response:
+    """What is like some words."""
+    texts = at.searcher.texts if at.searcher else None
+    if texts is None:
+        raise NotThere("Pictures of this run cannot be found by words: its model has no text tower, or no `pooled`.")
+    words = query.get("words", "").strip()
+    if not words:
+        return message(at, "No words", "Say in words what to look for, then search.", 400)
+    try:
+        with at.searching:
+            nearest = texts.nearest(texts.embed(words), _NEIGHBOURS)
+    except PatchstreamError as error:
+        return message(at, "No search by text", str(error), 500)
+    return _hits(at, query, "/words", f"Like “{words}”", texts.feature, nearest)
+
+
+def _hits(at: Exploration, query: Query, path: str, title: str, feature: str, nearest: tuple[Ints, Floats]) -> Response:
+    rows, scores = nearest
+    pager, window = paginate(len(rows), PICTURES_A_PAGE, query, path)
     tiles = make_tiles(at, rows[window], [f"{score:.3f}" for score in scores[window]])
-    return render(at, "explore_found.html", "Like your picture", tiles=tiles, pager=pager, feature=at.searcher.feature)
+    return render(at, "explore_found.html", title, tiles=tiles, pager=pager, feature=feature)
 
 
 def failures(at: Exploration, query: Query) -> Response:
@@ -174,6 +195,7 @@ PAGES: dict[str, Callable[[Exploration, Query], Response]] = {
     "/": pictures,
     "/picture": picture,
     "/found": found,
+    "/words": found_by_text,
     "/clusters": explore_groups.clusters,
     "/cluster": explore_groups.cluster,
     "/duplicates": explore_groups.duplicates,

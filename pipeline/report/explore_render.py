@@ -55,6 +55,7 @@ def render(at: Exploration, template: str, title: str, *, here: str = "", status
             menu=[(path, name) for path, name, there in menu if there],
             uploadable=at.searcher is not None and at.searcher.embed is not None,
             searchable=at.searcher is not None,
+            by_text=at.searcher is not None and at.searcher.texts is not None,
             link=link,
             **names,
         )

@@ -28,18 +28,29 @@ _KEPT_UPLOADS = 32
 
 
 @dataclass(frozen=True)
+class TextSearcher:
+    """How pictures are found by words: `nearest` as that of Searcher, by the `feature` whose space texts share;
+    `embed(text)` is a vector in it."""
+
+    feature: str
+    nearest: Callable[[Floats, int], tuple[Ints, Floats]]
+    embed: Callable[[str], Floats]
+
+
+@dataclass(frozen=True)
 class Searcher:
     """How similar pictures are found by `feature`.
 
     `vector_of(row)` is the (D,) vector of a row, None where it has none; `nearest(vector, k)` gives rows and cosines,
     best first; `embed(data)` turns the bytes of a picture into a vector with the model of the run, None where the
-    model is not at hand.
+    model is not at hand. `texts` is None where that has no text tower.
     """
 
     feature: str
     vector_of: Callable[[int], Floats | None]
     nearest: Callable[[Floats, int], tuple[Ints, Floats]]
     embed: Callable[[bytes], Floats] | None = None
+    texts: TextSearcher | None = None
 
 
 class Thumbnails:
