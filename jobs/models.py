@@ -35,7 +35,7 @@ def models(
     if as_json:
         emit(json.dumps(facts))
     else:
-        show_rows([(name.replace("_", " "), _shown(value)) for name, value in facts.items()])
+        show_rows([(name.replace("_", " "), _shown(value)) for name, value in facts.items() if value is not None])
     return 0
 
 

@@ -67,7 +67,7 @@ def search(
     as_json: AsJson = False,
 ) -> int:
     """Find the pictures most like some examples, exactly or by an index."""
-    from pipeline.embedding import Embedder, check_text
+    from pipeline.embedding import TEXT_FEATURE, Embedder, check_texts
     from pipeline.retrieval.nearest import check_device
     from pipeline.retrieval.search import check_exact, check_examples
 
@@ -76,10 +76,11 @@ def search(
     examples = [*_examples(image, row, uri, vector, text), *(_minus(value) for value in minus or ())]
     texts = [example.value for example in examples if example.kind == "text"]
     with opened(directory, storage_options) as store:
+        if texts:
+            features = features or TEXT_FEATURE
+            check_texts(store.record, features, texts)
         feature = feature_of(store, features)
         check_examples(store, feature, examples)
-        if texts:
-            check_text(store.record, feature, texts[0])
         if k is not None and k > len(store):
             raise SpecError(f"-k {k}: {len(store)} rows are there; ask for between 1 and that")
         if where is not None:

@@ -1,6 +1,6 @@
 """Pictures and texts to vectors as a run has them: by its very model, precision and preprocessing, without Ray."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -108,16 +108,18 @@ def may_have_texts(record: RunRecord) -> bool:
     return record.model.pooled in _SHARED_WITH_TEXT and record.model.family in _WITH_TEXT
 
 
-def check_text(record: RunRecord, feature: str, text: str) -> None:
-    """Raise SpecError where `feature` is in no space that the run's model has in common with texts."""
+def check_texts(record: RunRecord, feature: str, texts: Sequence[str]) -> None:
+    """Raise SpecError where `feature` is in no space that the run's model has in common with texts, or one is empty."""
     model = record.model
     if model.pooled not in _SHARED_WITH_TEXT:
         raise SpecError(
-            f"--text {text}: {model.name} has no text tower (ViT, BEiT and the like have none; CLIP, SigLIP and LiT "
-            "do); search by --image, --row, --uri or --vector"
+            f"--text {texts[0]}: {model.name} has no text tower (ViT, BEiT and the like have none; CLIP, SigLIP and "
+            "LiT do); search by --image, --row, --uri or --vector"
         )
     if feature != TEXT_FEATURE:
-        raise SpecError(f"--text: texts share a space with `pooled`, not with `{feature}`; add --features pooled")
+        raise SpecError(f"--text: texts share a space with `pooled`, not with `{feature}`; leave out --features")
+    if not all(text.strip() for text in texts):
+        raise SpecError("--text is empty; say in words what to look for")
 
 
 def model_of(record: RunRecord, model: str | None, storage_options: Mapping[str, Any]) -> ModelInfo:

@@ -106,8 +106,8 @@ def resolve_job(spec: JobSpec) -> ResolvedJob:
     if spec.labels and not info.num_labels:
         raise SpecError(
             f"labels are asked for, but {spec.model} ({info.architecture}) has no classifier. "
-            "Leave out --labels, use a fine-tuned checkpoint of the same model, or, if it has a text tower, say the "
-            "labels with --zero-shot"
+            "Embed without --labels, use a fine-tuned checkpoint of the same model, or, if it has a text tower, say "
+            "the labels with --zero-shot"
         )
     if spec.labels:
         require_classes(info)

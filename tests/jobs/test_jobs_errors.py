@@ -165,7 +165,7 @@ def test_labels_of_a_model_without_any(capsys: pytest.CaptureFixture[str], folde
     plain = make_checkpoint(tmp_path / "vit", "vit")
     shown = refused(capsys, "classify", folder, "--model", plain, "--out", tmp_path / "o")
     assert "has no classifier" in shown
-    assert "Leave out --labels" in shown
+    assert "Embed without --labels" in shown
 
 
 @pytest.mark.slow

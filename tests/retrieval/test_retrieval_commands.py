@@ -131,8 +131,14 @@ def test_texts_are_compared_with_pooled_alone(run: Run, tmp_path: Path) -> None:
     content = RunContent({"cls": clustered(9, 8, 3, seed=1), "pooled": clustered(9, 8, 3, seed=1)})
     content.model = run_record(content).model.model_copy(update={"pooled": "projected_cls"})
     directory = write_run(tmp_path, content)
-    with pytest.raises(SpecError, match="not with `cls`; add --features pooled"):
-        run("search", directory, "--text", "a red house")
+    with pytest.raises(SpecError, match="not with `cls`; leave out --features"):
+        run("search", directory, "--features", "cls", "--text", "a red house")
+    with pytest.raises(SpecError, match="--text is empty"):
+        run("search", directory, "--text", "a red house", "--text", " ")
+    content.features = {"cls": content.features["cls"]}
+    without = write_run(tmp_path / "without", content)
+    with pytest.raises(OutputError, match=r"no feature `pooled`; it has: cls \(8\)"):
+        run("search", without, "--text", "a red house")
 
 
 def test_an_index_that_no_search_can_use_says_so(run: Run, directory: Path) -> None:
