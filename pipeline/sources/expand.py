@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import pyarrow as pa
@@ -214,11 +214,15 @@ def _without_output(entries: Iterator[Entry], source: str, spec: JobSpec) -> Ite
             f"{redact(source)} lies in --out {redact(spec.out)}, and what lies there is no input; choose an --out "
             "below the source or beside it"
         )
-    return (entry for entry in entries if not entry.uri.startswith(inside))
+    if scheme(source) != "file":
+        return (entry for entry in entries if not entry.uri.startswith(inside))
+    # A folder may be named by several paths, through links; thousands of entries share one.
+    real = lru_cache(1024)(os.path.realpath)
+    return (entry for entry in entries if not f"{real(os.path.dirname(entry.uri))}/".startswith(inside))
 
 
 def _folder(url: str, spec: JobSpec) -> str:
-    """How all addresses in the folder `url` begin."""
+    """How all addresses in the folder `url` begin; on a disk, behind links."""
     fs, path = filesystem(url, spec.storage_options)
-    place = os.path.abspath(path) if is_local(fs) else address_of(fs, path, url)(path)
+    place = os.path.realpath(path) if is_local(fs) else address_of(fs, path, url)(path)
     return place.rstrip("/") + "/"

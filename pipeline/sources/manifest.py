@@ -1,5 +1,6 @@
 """The manifest: one row per image, frozen when a run starts, read back in slices by the workers."""
 
+import json
 import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +18,7 @@ from pipeline.storage import Options, filesystem, join, put_bytes, redact
 from pipeline.store_errors import manifest_error
 from schemas.errors import OutputError, SourceError
 from schemas.spec import JobSpec
-from schemas.tables import MANIFEST_FIELDS, manifest_schema, user_fields
+from schemas.tables import MANIFEST_FIELDS, METADATA_KEY, SCHEMA_VERSION, manifest_schema, user_fields
 
 PART_ROWS = 1 << 20
 # A part is put together in memory, so that columns of long texts make it shorter.
@@ -26,6 +27,8 @@ PART_BYTES = 192 << 20
 GROUP_ROWS = 1 << 14
 GROUP_BYTES = 16 << 20
 _BATCH_ROWS = 131_072
+# By it a listing of a folder that a run lies in knows a part for one of ours.
+_METADATA = json.dumps({"schema_version": SCHEMA_VERSION}).encode()
 
 # An earlier version had no last number, that of the freeze.
 _PART_NAME = re.compile(r"manifest-\d+-\d+(-[0-9a-f]{8})?\.parquet")
@@ -247,7 +250,8 @@ def _write(fs: AbstractFileSystem, out: str, table: pa.Table, freeze: str, check
     part = ManifestPart(f"manifest-{first:012d}-{stop:012d}-{freeze}.parquet", first, stop)
     sink = pa.BufferOutputStream()
     group_rows = max(1, min(GROUP_ROWS, GROUP_BYTES * table.num_rows // table.nbytes))
-    pq.write_table(table, sink, row_group_size=group_rows, compression="zstd", write_page_checksum=True)
+    marked = table.replace_schema_metadata({METADATA_KEY: _METADATA})
+    pq.write_table(marked, sink, row_group_size=group_rows, compression="zstd", write_page_checksum=True)
     check()
     put_bytes(fs, join(out, "manifest", part.name), sink.getvalue().to_pybytes())
     return part

@@ -21,7 +21,7 @@ from pipeline.sources.text import TEXT_SUFFIXES, read_text
 from pipeline.storage import CACHES, Options, is_chained, redact, scheme
 from schemas.errors import SourceError
 from schemas.spec import JobSpec
-from schemas.tables import METADATA_KEY
+from schemas.tables import MANIFEST_FIELDS, METADATA_KEY
 
 BATCH_ROWS = 16_384
 _TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
@@ -135,7 +135,8 @@ def parquet_kind(source: str, uri_column: str, image_column: str, storage_option
     if uris is None and images is None and not asked and len(candidates) == 1:
         images = candidates[0]
     pictures = [field.name for field in schema if _holds_images(_value_type(field.type)) and field.name != images]
-    ours = METADATA_KEY in (schema.metadata or {})
+    # Manifests of earlier versions are known by their columns alone.
+    ours = METADATA_KEY in (schema.metadata or {}) or list(schema)[: len(MANIFEST_FIELDS)] == MANIFEST_FIELDS
     if images is None:
         return ParquetKind(uris, None, ours)
     return ParquetKind(uris, images, ours, tuple(pictures), _largest_group(metadata, images))

@@ -1,0 +1,34 @@
+"""What runs leave below a source is no list of images, whichever run left it and by whatever path it is named."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from support.source_rows import read, rows_of, spec_of, tree
+
+from pipeline.sources.manifest import write_manifest
+from schemas.errors import SpecError
+
+
+@pytest.mark.parametrize("by", ["this version", "an earlier one"])
+def test_the_manifest_of_another_run_is_no_table_of_addresses(tmp_path: Path, by: str) -> None:
+    photos = tree(tmp_path / "photos", ["1.jpg", "2.jpg"])
+    (part,) = write_manifest([read(photos)], str(photos / "A"), {})
+    place = photos / "A" / "manifest" / part.name
+    if by == "an earlier one":
+        pq.write_table(pq.read_table(place).replace_schema_metadata(None), place)
+    assert rows_of(spec_of(photos, out=str(photos / "B"))) == [f"{photos}/1.jpg", f"{photos}/2.jpg", str(place)]
+    assert rows_of(spec_of(place, out=str(photos / "B"))) == [f"{photos}/1.jpg", f"{photos}/2.jpg"]
+
+
+def test_an_output_below_a_source_that_is_a_link_is_no_input(tmp_path: Path) -> None:
+    real = tree(tmp_path / "disk" / "photos", ["1.jpg", "out/images/part.parquet", "outer/2.jpg"])
+    link = tmp_path / "photos"
+    link.symlink_to(real)
+    for source, out in ((link, real / "out"), (real, link / "out")):
+        assert rows_of(spec_of(source, out=str(out))) == [f"{source}/1.jpg", f"{source}/outer/2.jpg"]
+    (real / "outer" / "back").symlink_to(real / "out")
+    assert rows_of(spec_of(link, out=str(link / "out"))) == [f"{link}/1.jpg", f"{link}/outer/2.jpg"]
+    for source in (link / "out", real / "outer" / "back"):
+        with pytest.raises(SpecError, match="lies in --out"):
+            rows_of(spec_of(source, out=str(real / "out")))
