@@ -35,12 +35,23 @@ _SIGNATURES = {
     "sig": re.compile("sig|s[eiprstv]|sdd|ses|sip|spr|srt|scid|sk[estv]|skoid|sktid|saoid|suoid"),
 }
 # Two rows are the same object if they share an address, the n-th of that address there with the n-th here: a table
-# may name an image twice, and sources may overlap. An object without ETag and size (a plain URL) counts as unchanged;
-# but one that has no image yet is taken up again under another address, because the signature in its own may be over.
+# may name an image twice, and sources may overlap. Known copies stand in the order of the rows that they began as: one
+# that has changed is behind all others by its own number. An object without ETag and size (a plain URL) counts as
+# unchanged; but one that has no image yet is taken up again under another address, because the signature in its own may
+# be over.
 _COMPARE = """
-    with live as (
-        select row, key, url, etag, size, done, row_number() over (partition by key order by row) as copy
-        from known anti join (select replaces as row from known where replaces is not null) using (row)
+    with recursive links as materialized (
+        select row, replaces from known where replaces is not null
+    ), begun as (
+        select row, replaces as root from links anti join (select replaces as row from links) using (row)
+        union all
+        select begun.row, links.replaces from begun join links on links.row = begun.root
+    ), roots as (
+        select row, min(root) as root from begun group by row
+    ), live as (
+        select row, key, url, etag, size, done,
+            row_number() over (partition by key order by coalesce(root, row)) as copy
+        from known anti join (select replaces as row from links) using (row) left join roots using (row)
     ), seen as (
         select place, key, url, etag, size, row_number() over (partition by key order by place) as copy from listed
     )

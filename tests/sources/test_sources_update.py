@@ -89,6 +89,17 @@ def test_an_address_that_is_listed_twice_is_two_objects(tmp_path: Path) -> None:
     assert frozen.update(listed(changed, B)) == []
 
 
+def test_copies_of_an_address_keep_their_order_when_one_has_changed(tmp_path: Path) -> None:
+    """A folder, and a table beside it that names a file of the folder and says more of it."""
+    named = ("s3://b/a", None, None)
+    frozen = Frozen(tmp_path, listed(A, named, B))
+    for number, replaced in (("x", 0), ("y", 3), ("z", 4)):
+        again = listed(("s3://b/a", number, 10), named, B)
+        assert frozen.update(again) == [("s3://b/a", replaced)]
+        assert frozen.update(again) == []
+    assert frozen.replaced == [0, 3, 4]
+
+
 def test_a_url_that_was_signed_anew_is_the_same_object(tmp_path: Path) -> None:
     old = ("https://h/a.jpg?X-Amz-Signature=old&v=1", None, None)
     frozen = Frozen(tmp_path, listed(old))
