@@ -14,7 +14,7 @@ from pipeline.images.plan import Member, ObjectRead, RangeRead, Read, TableRead,
 from pipeline.images.readahead import ReadAhead, Room
 from pipeline.images.reader import Extent, Reader
 from pipeline.images.retry import Attempts
-from pipeline.images.verdict import changed, too_many_bytes
+from pipeline.images.verdict import changed, in_pieces, too_many_bytes
 from pipeline.storage import redact
 from schemas.errors import ImageError
 from schemas.spec import FetchSpec
@@ -25,6 +25,7 @@ ROOM_BYTES = 256 << 20
 GUESS_BYTES = 1 << 20
 # Reads begun ahead for each thread: enough that a few that time out do not leave the decoder without work.
 AHEAD_PER_THREAD = 16
+_BEGINS_SPARSE = {tarfile.GNUTYPE_SPARSE, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +132,9 @@ class _Fetcher:
         """The bytes of `member`, which begin at `begin` of `data`, if it is this one that stands there."""
         if member.length > self._fetch.max_bytes:
             return too_many_bytes(read.url, member.length, self._fetch.max_bytes)
-        if not _is_header_of(data[begin - tarfile.BLOCKSIZE : begin], member):
-            return changed(read.url)
+        header = data[begin - tarfile.BLOCKSIZE : begin]
+        if not _is_header_of(header, member):
+            return in_pieces(read.url, member.name) if _is_of_pieces(header, member) else changed(read.url)
         return data[begin : begin + member.length]
 
     def _stretch(self, read: RangeRead, extent: Extent, attempts: Attempts) -> bytes:
@@ -197,3 +199,13 @@ def _is_header_of(block: bytes, member: Member) -> bool:
     plain = member.name.isascii() and "\\udc" not in member.name  # so the manifest shows bytes that are no UTF-8
     told = plain and len(member.name) <= tarfile.LENGTH_NAME and not header.name.startswith("PaxHeader")
     return header.size == member.length and (header.name == member.name or not told)
+
+
+def _is_of_pieces(block: bytes, member: Member) -> bool:
+    """Whether `block` is the first header of a sparse file: listed as no bytes behind the header with which it begins,
+    which may be one of other attributes (POSIX pax) or of a long name (GNU)."""
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return not member.length and header.type in _BEGINS_SPARSE

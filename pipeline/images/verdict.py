@@ -119,6 +119,12 @@ def changed(url: str) -> ImageError:
     return ImageError("fetch", "Changed", message)
 
 
+def in_pieces(url: str, name: str) -> ImageError:
+    """The error of a member of a tar that was packed as a sparse file, without its holes."""
+    message = f"{name} is a sparse file in {redact(url)}, not one range of bytes; pack it anew without `tar --sparse`"
+    return ImageError("fetch", "SparseMember", message)
+
+
 def judge(error: BaseException) -> Verdict:
     """The verdict on an exception that an attempt to read raised."""
     error = _reason(error)

@@ -28,13 +28,17 @@ _IMAGE_SUFFIXES = frozenset(
     | {"img", "image"}
 )
 _MAX_SIDECAR_BYTES = 1 << 20
+_ZEROS_BYTES = 64 << 10
 
 # Texts of a sample by the member's name without its suffix, then by suffix.
 Sidecars = dict[str, dict[str, str]]
 
 
 class TarImage(NamedTuple):
-    """One image: its name, where its bytes lie, and the text of its sidecars by suffix."""
+    """One image: its name, where its bytes lie, and the text of its sidecars by suffix.
+
+    Of a sparse file, which has no such place, no bytes behind its first header: a failure when it is read.
+    """
 
     name: str
     offset: int
@@ -54,9 +58,11 @@ def list_tar(uri: str, storage_options: Options) -> Iterator[TarImage]:
         key = None
         try:
             for member in _members(shard, file, uri):
-                if _key(member.name) != key:
+                if member is None or _key(member.name) != key:
                     yield from _images(sample, sidecars)
-                    sample, sidecars, key = [], {}, _key(member.name)
+                    sample, sidecars, key = [], {}, _key(member.name) if member else None
+                if member is None:
+                    continue
                 stem, suffix = _split(member.name)
                 if suffix in SIDECARS and member.size <= _MAX_SIDECAR_BYTES:
                     sidecars.setdefault(stem, {})[suffix] = _text(shard, member)
@@ -78,19 +84,41 @@ def _open(file: BinaryIO, uri: str) -> tarfile.TarFile:
         ) from error
 
 
-def _members(shard: tarfile.TarFile, file: BinaryIO, uri: str) -> Iterator[tarfile.TarInfo]:
-    """The regular files of the shard, hidden ones left out. Forgets what it has given: shards may hold millions."""
-    while (member := shard.next()) is not None:
-        shard.members.clear()  # type: ignore[attr-defined]
-        if member.isfile() and not member.name.rpartition("/")[2].startswith("."):
-            yield member
-    # tarfile takes a damaged header for the end, in silence; the true end is a block of zeros or of the file.
-    file.seek(shard.offset)
-    block = file.read(tarfile.BLOCKSIZE)
-    if not block:
-        _log.warning("%s: the tar has no end mark; members behind byte %s may be missing", redact(uri), shard.offset)
-    if block.strip(b"\0"):
-        raise tarfile.ReadError(f"no valid header at byte {shard.offset:,}")
+def _members(shard: tarfile.TarFile, file: BinaryIO, uri: str) -> Iterator[tarfile.TarInfo | None]:
+    """The regular files of the shard, hidden ones left out; None between two tars of which one is behind the other.
+
+    Forgets what it has given: shards may hold millions.
+    """
+    while True:
+        while (member := shard.next()) is not None:
+            shard.members.clear()  # type: ignore[attr-defined]
+            if member.isfile() and not member.name.rpartition("/")[2].startswith("."):
+                yield member
+        # tarfile takes a damaged header for the end, in silence; the true end is a block of zeros or of the file.
+        file.seek(shard.offset)
+        block = file.read(tarfile.BLOCKSIZE)
+        if not block:
+            _log.warning(
+                "%s: the tar has no end mark; members behind byte %s may be missing", redact(uri), shard.offset
+            )
+        if block.strip(b"\0"):
+            raise tarfile.ReadError(f"no valid header at byte {shard.offset:,}")
+        behind = _behind_zeros(file, shard.offset)
+        if behind is None:
+            return
+        shard.offset = behind
+        yield None
+
+
+def _behind_zeros(file: BinaryIO, place: int) -> int | None:
+    """The first block from `place` on that is not all zeros: whoever appends one tar to another leaves the end mark and
+    the padding of the first between them. None where there is none up to the end of the file."""
+    file.seek(place)
+    while block := file.read(_ZEROS_BYTES):
+        if found := block.lstrip(b"\0"):
+            return (place + len(block) - len(found)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        place += len(block)
+    return None
 
 
 def _text(shard: tarfile.TarFile, member: tarfile.TarInfo) -> str:
@@ -118,4 +146,8 @@ def _images(sample: list[tarfile.TarInfo], sidecars: Sidecars) -> Iterator[TarIm
     for member in sample:
         names = (*others, _key(member.name), _split(member.name)[0], member.name)
         texts = {suffix: text for name in names for suffix, text in sidecars.get(name, {}).items()}
-        yield TarImage(member.name, member.offset_data, member.size, texts)
+        if member.issparse():
+            # Its bytes lie in pieces, and where they begin nothing says whose they are; its first header does.
+            yield TarImage(member.name, member.offset + tarfile.BLOCKSIZE, 0, texts)
+        else:
+            yield TarImage(member.name, member.offset_data, member.size, texts)
