@@ -30,6 +30,8 @@ Options = Mapping[str, Any]
 _NO_CHAINS = frozenset({"s3", "gs", "http"})
 # These keep copies of what the address behind them leads to, and have no paths of their own: `simplecache::s3://b/k`.
 CACHES = frozenset({"simplecache", "filecache", "blockcache", "cached"})
+# As long as botocore waits, unless told otherwise.
+_SILENT_S = 60.0
 _ALIASES = {"gcs": "gs", "s3a": "s3", "https": "http", "local": "file"}
 
 
@@ -107,7 +109,21 @@ def open_filesystem(url: str, storage_options: Options) -> tuple[AbstractFileSys
 
 
 def _uncached(url: str, storage_options: Options) -> dict[str, Any]:
-    return ({"use_listings_cache": False} if scheme(url) in {"s3", "gs"} else {}) | options_for(url, storage_options)
+    kind = scheme(url)
+    ours: dict[str, Any] = {"use_listings_cache": False} if kind in {"s3", "gs"} else {}
+    if kind == "gs":
+        ours["requests_timeout"] = _gcs_timeout()
+    return ours | options_for(url, storage_options)
+
+
+def _gcs_timeout() -> Any:
+    """gcsfs by itself waits for ever where a connection has fallen silent; with this it tries again, as botocore does.
+
+    Not a limit on the whole: a large checkpoint may take its time.
+    """
+    with uninterrupted():
+        import aiohttp  # here, because the driver alone needs it
+    return aiohttp.ClientTimeout(total=None, sock_connect=_SILENT_S, sock_read=_SILENT_S)
 
 
 def is_local(fs: AbstractFileSystem) -> bool:
