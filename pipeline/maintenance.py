@@ -12,6 +12,7 @@ from pipeline.attempt_files import as_known
 from pipeline.opening import open_directory, reopen, resolve_job
 from pipeline.record import require_record
 from pipeline.sinks import attempts, compaction, intervals
+from pipeline.sinks.intervals import Spans
 from pipeline.sinks.ledger import Ledger, read_ledger, settled_ledger
 from pipeline.sinks.parts import Part, gone, read_columns
 from pipeline.sinks.verify import Verification
@@ -36,6 +37,8 @@ def status(out: str, storage_options: Options) -> dict[str, Any]:
     opened = reopen(out, record, storage_options)
     ledger = settled_ledger(out, storage_options)
     left = opened.pending(ledger)
+    # Until a run has come to its end, old versions stand in the parts as well.
+    old_images, old_failures = (intervals.common(rows, opened.replaced) for rows in (ledger.images, ledger.failures))
     tried = as_known(attempts.read_attempts(out, storage_options))
     return {
         "out": redact(out),
@@ -44,9 +47,9 @@ def status(out: str, storage_options: Options) -> dict[str, Any]:
         "dtype": record.model.dtype,
         "manifest_rows": record.manifest_rows,
         "replaced": intervals.count(opened.replaced),
-        "images": intervals.count(ledger.images),
-        "failures": intervals.count(ledger.failures),
-        "failures_by_cause": _causes(out, ledger, storage_options),
+        "images": intervals.count(ledger.images) - intervals.count(old_images),
+        "failures": intervals.count(ledger.failures) - intervals.count(old_failures),
+        "failures_by_cause": _causes(out, ledger, old_failures, storage_options),
         "pending": intervals.count(left),
         "parts": len(ledger.parts),
         "bytes": sum(part.size for part in ledger.parts),
@@ -164,11 +167,13 @@ def _read(out: str, part: Part, columns: list[str], storage_options: Options) ->
         raise gone(out, error) from error
 
 
-def _causes(out: str, ledger: Ledger, storage_options: Options) -> dict[str, int]:
-    """Failures by error name, the most frequent first."""
+def _causes(out: str, ledger: Ledger, stale: Spans, storage_options: Options) -> dict[str, int]:
+    """Failures by error name, the most frequent first; those of `stale` rows do not count."""
     counts: dict[str, int] = {}
     for part in _failures(ledger):
-        found = pc.value_counts(_read(out, part, ["error"], storage_options)["error"])
+        table = _read(out, part, ["row", "error"], storage_options)
+        current = ~intervals.contains(stale, table["row"].to_numpy())
+        found = pc.value_counts(table["error"].filter(pa.array(current)))
         for entry in found.to_pylist():
             counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
     return dict(sorted(counts.items(), key=lambda item: -item[1]))

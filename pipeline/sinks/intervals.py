@@ -36,6 +36,11 @@ def overlap(parts: Iterable[Spans]) -> Spans:
     return twice
 
 
+def common(one: Spans, other: Spans) -> Spans:
+    """Ranges of the rows that both cover."""
+    return overlap([union([one]), union([other])])
+
+
 def complement(spans: Spans, first: int, stop: int) -> Spans:
     """What [first, stop) holds beyond `spans`, which are disjoint and sorted."""
     inside = intersect(spans, first, stop)

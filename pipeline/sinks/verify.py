@@ -54,6 +54,12 @@ def verify(
     beyond = intervals.intersect(ledger.done, run.manifest_rows, np.iinfo(np.int64).max)
     if len(beyond):
         problems.append(f"{intervals.count(beyond)} rows are not in the manifest: {_show(beyond)}")
+    stale = intervals.common(ledger.done, replaced)
+    if len(stale):
+        problems.append(
+            f"{intervals.count(stale)} rows that newer ones replace still stand in parts: {_show(stale)}; run the same "
+            "command again, which removes them"
+        )
     pending = intervals.complement(intervals.union([ledger.done, replaced]), 0, run.manifest_rows)
     if len(pending):
         problems.append(f"{intervals.count(pending)} rows of the manifest are in neither place: {_show(pending)}")
