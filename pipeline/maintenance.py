@@ -115,8 +115,9 @@ def reopen_failures(
             else f"{redact(out)} has no failures, there is nothing to retry"
         )
     open_directory(resolve_job(spec))
-    if len(again):
-        with _attempt(out, "retry", storage_options, force=force):
+    # Also where nothing is taken out: the run that follows would end one that is still at work.
+    with _attempt(out, "retry", storage_options, force=force):
+        if len(again):
             compaction.remove_rows(out, "failures", again, storage_options)
     return intervals.count(again), values
 

@@ -16,9 +16,10 @@ from support.checkpoints import make_checkpoint
 from jobs.cli import run_command
 from pipeline.maintenance import reopen_failures, status, verify
 from pipeline.opening import Opened, open_directory, resolve_job
+from pipeline.sinks import attempts
 from pipeline.sinks.parts import write_part
 from schemas.errors import CheckpointError, OutputError, PatchstreamError, SpecError
-from schemas.spec import build_spec
+from schemas.spec import WHOLE, build_spec
 from schemas.tables import FAILURES_SCHEMA
 
 COMMIT = "3f49326eb077187dfe1c2a2bb15fbd74e6ab91e3"
@@ -126,6 +127,25 @@ def test_a_swap_that_was_cut_short_is_no_loss_of_rows(
         with pytest.raises(OutputError, match=r"are being rewritten, .* `patchstream compact DIR` finishes"):
             look(str(out), {})
     assert reopen_failures(str(out), False, {})[0] == 1
+
+
+@pytest.mark.parametrize("left", ["failed", "pending"])
+def test_a_run_at_work_on_another_machine_is_ended_only_by_force(
+    tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch, run_again: Any, left: str
+) -> None:
+    failed_run(tmp_path)
+    out = str(tmp_path / "out")
+    if left == "pending":
+        shutil.rmtree(tmp_path / "out" / "failures")
+    with monkeypatch.context() as there:
+        there.setattr("socket.gethostname", lambda: "another")
+        fence, _ = attempts.claim(out, WHOLE, {}, "embed")
+    with pytest.raises(OutputError, match=r"on another\) has been running since .* `retry` would end it.* --force"):
+        reopen_failures(out, False, {})
+    fence.check()
+    assert run_again(out, "--force").out == out
+    with pytest.raises(OutputError, match="has taken over"):
+        fence.check()
 
 
 @pytest.fixture
