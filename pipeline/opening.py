@@ -12,7 +12,14 @@ from pipeline.record import check_empty, check_same, freezing, new_record, read_
 from pipeline.sinks import intervals
 from pipeline.sinks.intervals import Spans
 from pipeline.sinks.ledger import Ledger, pending, read_ledger, shard_rows
-from pipeline.sources.manifest import ManifestPart, part_named, read_schema, read_sources, write_manifest
+from pipeline.sources.manifest import (
+    ManifestPart,
+    part_named,
+    read_schema,
+    read_sources,
+    require_parts,
+    write_manifest,
+)
 from pipeline.sources.update import new_and_changed, replaced_rows
 from pipeline.storage import Options
 from schemas.errors import OutputError, SpecError
@@ -200,6 +207,7 @@ def open_directory(resolved: ResolvedJob) -> Opened:
                 listed = True
                 parts = write_manifest(read_sources(spec), spec.out, spec.storage_options, check=mine.check)
                 mine.check()
+                require_parts(spec.out, parts, spec.storage_options)
                 write_record(spec.out, _with_parts(wanted, parts, base=len(parts)), spec.storage_options)
         found = read_record(spec.out, spec.storage_options)
     if found is None:
@@ -237,6 +245,7 @@ def _update(resolved: ResolvedJob) -> RunRecord:
             return record
         updated = _with_parts(record, [*known, *added], base=record.base_parts)
         mine.check()
+        require_parts(spec.out, added, spec.storage_options)
         write_record(spec.out, updated, spec.storage_options)
     return updated
 

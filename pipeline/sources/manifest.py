@@ -4,7 +4,7 @@ import json
 import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from fsspec import AbstractFileSystem
 from pipeline.sources.columns import concatenated, conformed, unified
 from pipeline.sources.expand import expand
 from pipeline.storage import Options, filesystem, join, put_bytes, redact
-from pipeline.store_errors import manifest_error
+from pipeline.store_errors import manifest_error, reading
 from schemas.errors import OutputError, SourceError
 from schemas.spec import JobSpec
 from schemas.tables import MANIFEST_FIELDS, METADATA_KEY, SCHEMA_VERSION, manifest_schema, user_fields
@@ -106,6 +106,20 @@ def write_manifest(
                 table = pq.read_table(file)
             _write(fs, path, conformed(table, whole), freeze, check)
     return parts
+
+
+def require_parts(out: str, parts: list[ManifestPart], storage_options: Options) -> None:
+    """Raise OutputError where one of `parts` is gone: another job, which held the lock meanwhile, has removed it."""
+    fs, path = filesystem(out, storage_options)
+    there: set[str] = set()
+    with suppress(FileNotFoundError), reading(join(path, "manifest")) as folder:
+        there = {str(place).rpartition("/")[2] for place in fs.ls(folder, detail=False, refresh=True)}
+    missing = [part.name for part in parts if part.name not in there]
+    if missing:
+        raise OutputError(
+            f"{redact(out)}: manifest/{missing[0]}, which this job wrote, is gone: another job has listed the sources "
+            "meanwhile, because the store did not answer this one for a while. Run the same command again"
+        )
 
 
 def _remove_leftovers(fs: AbstractFileSystem, path: str, first_row: int, check: Callable[[], None]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.s3 import S3Server
 
-from pipeline import lock
+from pipeline import lock, opening
 from pipeline.opening import Opened, open_directory, resolve_job
 from pipeline.record import read_record
 from pipeline.sources.manifest import read_rows
@@ -97,3 +97,32 @@ def test_an_update_that_was_taken_over(jobs: Jobs, step: str, monkeypatch: pytes
     with pytest.raises(OutputError, match="went to another job"):
         jobs.open(update=True)
     assert jobs.manifest() == ["a.jpg", "b.jpg", "d.jpg"]
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_a_lock_that_a_late_beat_took_back_names_no_parts_that_are_gone(
+    jobs: Jobs, update: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another job had it meanwhile, and removed what it did not know."""
+    jobs.fill("a.jpg", "b.jpg")
+    if update:
+        jobs.open(update=False)
+        jobs.fill("a.jpg", "b.jpg", "c.jpg")
+    original, lock_file = opening.write_manifest, f"{jobs.path}/out/_freezing"
+
+    def overtaken(*args: Any, **options: Any) -> Any:
+        parts = original(*args, **options)
+        with monkeypatch.context() as meanwhile:
+            meanwhile.setattr(opening, "write_manifest", original)
+            beat = jobs.fs.cat_file(lock_file)
+            jobs.fs.rm_file(lock_file)
+            jobs.fill("a.jpg", "b.jpg", "d.jpg", "e.jpg")
+            jobs.open(update)
+            jobs.fs.pipe_file(lock_file, beat)
+        return parts
+
+    monkeypatch.setattr(opening, "write_manifest", overtaken)
+    with pytest.raises(OutputError, match=r"manifest/manifest-\S+, which this job wrote, is gone: another job"):
+        jobs.open(update)
+    monkeypatch.setattr(opening, "write_manifest", original)
+    assert jobs.manifest() == ["a.jpg", "b.jpg", "d.jpg", "e.jpg"]
