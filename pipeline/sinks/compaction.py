@@ -49,6 +49,8 @@ _STAGING = "_swap"
 _LOCK = "_swapping"
 # A part this close to the target stays as it is: rewriting it would gain nothing.
 _GOOD_FRACTION = 0.5
+# Arrow joins the chunks of a column to take rows of it, and one array holds no more than 2 GiB of texts (26.0).
+_TAKEN_ROWS = 1 << 12
 
 log = logging.getLogger(__name__)
 
@@ -162,9 +164,18 @@ def _read(fs: AbstractFileSystem, out: str, part: Part) -> pa.Table:
 def _merge(fs: AbstractFileSystem, out: str, group: list[Part]) -> pa.Table:
     tables = [_read(fs, out, part) for part in sorted(group, key=lambda part: part.name)]
     metadata = tables[0].schema.metadata
-    merged = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
-    _, keep = np.unique(merged["row"].to_numpy(), return_index=True)
-    return merged.take(pa.array(keep)).replace_schema_metadata(metadata)
+    tables = [table.replace_schema_metadata(None) for table in tables]
+    numbers = [table["row"].to_numpy() for table in tables]
+    rows = np.unique(np.concatenate(numbers))
+    pieces = []
+    for begin in range(0, len(rows), _TAKEN_ROWS):
+        first, last = rows[begin : begin + _TAKEN_ROWS][[0, -1]]
+        bounds = [np.searchsorted(ascending, [first, last + 1]) for ascending in numbers]
+        parts = [table.slice(a, b - a) for table, (a, b) in zip(tables, bounds, strict=True) if b > a]
+        piece = pa.concat_tables(parts)
+        _, keep = np.unique(piece["row"].to_numpy(), return_index=True)
+        pieces.append(piece.take(pa.array(keep)))
+    return pa.concat_tables(pieces).replace_schema_metadata(metadata)
 
 
 def _swap(fs: AbstractFileSystem, out: str, held: Held, old: list[Part], new: Iterable[pa.Table]) -> list[str]:
