@@ -2,18 +2,21 @@
 
 import gzip
 import json
+import logging
 import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from decimal import Decimal
 from itertools import islice
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
+from pipeline.sources.quotes import Watched
 from pipeline.sources.reading import open_object
 from pipeline.storage import Options, redact
 from schemas.errors import SourceError
@@ -27,6 +30,10 @@ _FLOAT_GAPS = 2.0**53
 _WHOLE_NUMBER = r"^\s*[+-]?[0-9]{16,}\s*$"
 # Arrow names the row as well where it happens to know it.
 _MISFIT = re.compile(r"In CSV column #(\d+): (?:Row #\d+: )?CSV conversion error")
+# A line that is longer than a block, in Arrow's words.
+_TOO_LONG = "straddl"
+
+_log = logging.getLogger(__name__)
 
 
 def read_text(source: str, kind: str, uri_column: str, storage_options: Options) -> Iterator[pa.Table]:
@@ -55,62 +62,131 @@ def _opened(source: str, storage_options: Options) -> Iterator[BinaryIO]:
             yield unpacked  # type: ignore[misc]
 
 
+class _Form(NamedTuple):
+    """How a file sets its values apart."""
+
+    delimiter: str
+    quotes: bool = True
+
+
+class _Look(NamedTuple):
+    """What reading a CSV for the first time has shown.
+
+    `quotes`: whether they enclose values. `misfit`: a column with a value that does not fit the type its first rows
+    suggest. `large`: columns of floats so large that they may have been rounded. `breaks`: rows with
+    a value that spans lines, and the first of them.
+    """
+
+    quotes: bool = True
+    misfit: str | None = None
+    large: tuple[str, ...] = ()
+    breaks: tuple[int, int] = (0, 0)
+
+
 def _read_csv(source: str, delimiter: str, uri_column: str, storage_options: Options) -> Iterator[pa.Table]:
-    types = {uri_column: pa.string()}
+    form, types = _Form(delimiter), {uri_column: pa.string()}
     while True:
-        misfit, large = _second_look(source, delimiter, types, storage_options)
-        if misfit is None:
+        look = _second_look(source, form, types, storage_options)
+        if not look.quotes:
+            form, types = form._replace(quotes=False), {uri_column: pa.string()}
+        elif look.misfit is not None:
+            types[look.misfit] = pa.string()  # it rides along as text
+        else:
             break
-        types[misfit] = pa.string()
-    if large:
-        types |= dict.fromkeys(_rounded(source, delimiter, large, storage_options), pa.string())
-    with _opened(source, storage_options) as file, _csv(file, delimiter, types) as reader:
+    if look.breaks[0]:
+        _tell_breaks(source, *look.breaks)
+    if look.large:
+        types |= dict.fromkeys(_rounded(source, form, look.large, storage_options), pa.string())
+    with _opened(source, storage_options) as file, _csv(file, form, types) as reader:
         reader.schema.names  # noqa: B018 - raises if the names are no text
         yield reader.schema.empty_table()
         for batch in reader:
             yield pa.table(batch)
 
 
-def _csv(file: BinaryIO, delimiter: str, types: dict[str, pa.DataType], columns: list[str] | None = None) -> Any:
+def _csv(file: Any, form: _Form, types: dict[str, pa.DataType], columns: list[str] | None = None) -> Any:
     """A reader of `columns`, by default of all, with one type for each that `types` does not name."""
     return pa_csv.open_csv(
         file,
         read_options=pa_csv.ReadOptions(block_size=_BLOCK_BYTES),
-        parse_options=pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        parse_options=pa_csv.ParseOptions(
+            delimiter=form.delimiter, quote_char='"' if form.quotes else False, newlines_in_values=form.quotes
+        ),
         convert_options=pa_csv.ConvertOptions(column_types=types, include_columns=columns),
     )
 
 
-def _second_look(
-    source: str, delimiter: str, types: dict[str, pa.DataType], storage_options: Options
-) -> tuple[str | None, list[str]]:
-    """A column with a value that does not fit the type its first rows suggest: it rides along as text.
+def _second_look(source: str, form: _Form, types: dict[str, pa.DataType], storage_options: Options) -> _Look:
+    """Read all of it, up to a misfit.
 
-    Where all fit, also the columns of floats with values so large that they may have been rounded.
+    Raises SourceError for a quote that nothing closes: all from there on would be one value. In a TSV, where many take
+    quotes for characters like any other, they are that unless they enclose whole values.
     """
+    look = _Look()
+    with _opened(source, storage_options) as file:
+        watched = Watched(file, form.delimiter, _BLOCK_BYTES, quotes=form.quotes)
+        try:
+            look = _read_through(watched, form, types)
+        except pa.ArrowInvalid as error:
+            settled = watched.settled or _TOO_LONG in str(error)
+            if not watched.ill_quoted or (form.delimiter == "," and (watched.open_line is None or not settled)):
+                raise
+    if form.delimiter == "\t" and watched.ill_quoted:
+        return _Look(quotes=False)
+    if look.misfit is None and watched.open_line is not None:
+        raise SourceError(
+            f"{redact(source)}, line {watched.open_line}: nothing closes the quote with which a value begins here, so "
+            "that all lines behind it would be one value. Close it; a quote that is part of a value is written as two, "
+            "in a value that is in quotes itself"
+        )
+    return look
+
+
+def _read_through(watched: Watched, form: _Form, types: dict[str, pa.DataType]) -> _Look:
     large: set[str] = set()
-    with _opened(source, storage_options) as file, _csv(file, delimiter, types) as reader:
+    rows = broken = first = 0
+    with _csv(watched, form, types) as reader:
         names: list[str] = reader.schema.names
         try:
             for batch in reader:
                 large.update(name for name, column in zip(names, batch.columns, strict=True) if _has_large(column))
+                here = _rows_over_lines(batch) if watched.quoted else []
+                first = first if broken or not len(here) else rows + int(here[0]) + 1
+                broken += len(here)
+                rows += batch.num_rows
         except pa.ArrowInvalid as error:
             found = _MISFIT.search(str(error))
             if found is None or names[int(found[1])] in types:
                 raise
-            return names[int(found[1])], []
-    return None, sorted(large)
+            return _Look(misfit=names[int(found[1])])
+    return _Look(large=tuple(sorted(large)), breaks=(broken, first))
 
 
 def _has_large(column: pa.Array) -> bool:
     return pa.types.is_float64(column.type) and bool(pc.any(pc.greater_equal(pc.abs(column), _FLOAT_GAPS)).as_py())
 
 
-def _rounded(source: str, delimiter: str, columns: list[str], storage_options: Options) -> set[str]:
+def _rows_over_lines(batch: pa.RecordBatch) -> Any:
+    texts = [column for column in batch.columns if pa.types.is_string(column.type)]
+    found = [pc.fill_null(pc.match_substring(column, "\n"), False).to_numpy(zero_copy_only=False) for column in texts]
+    return np.flatnonzero(np.any(found, axis=0)) if found else []
+
+
+def _tell_breaks(source: str, rows: int, first: int) -> None:
+    _log.warning(
+        "%s: in %s rows (the first is row %s) a value in quotes spans several lines. Where that is not meant, write a "
+        "quote that is part of a value as two, in a value that is in quotes itself",
+        redact(source),
+        f"{rows:,}",
+        f"{first:,}",
+    )
+
+
+def _rounded(source: str, form: _Form, columns: tuple[str, ...], storage_options: Options) -> set[str]:
     """Those of `columns` with a whole number that no float64 holds: different identifiers would become equal."""
     found: set[str] = set()
     texts = dict.fromkeys(columns, pa.string())
-    with _opened(source, storage_options) as file, _csv(file, delimiter, texts, columns) as reader:
+    with _opened(source, storage_options) as file, _csv(file, form, texts, list(columns)) as reader:
         for batch in reader:
             for name in texts.keys() - found:
                 numbers = batch[name].filter(pc.match_substring_regex(batch[name], _WHOLE_NUMBER)).to_pylist()
