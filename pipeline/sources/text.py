@@ -28,6 +28,7 @@ _BLOCK_BYTES = 4 << 20
 # From here on a float64 leaves out whole numbers.
 _FLOAT_GAPS = 2.0**53
 _WHOLE_NUMBER = r"^\s*[+-]?[0-9]{16,}\s*$"
+_ZERO_IN_FRONT = r"^\s*0[0-9]"
 # Arrow names the row as well where it happens to know it.
 _MISFIT = re.compile(r"In CSV column #(\d+): (?:Row #\d+: )?CSV conversion error")
 # A line that is longer than a block, in Arrow's words.
@@ -73,13 +74,14 @@ class _Look(NamedTuple):
     """What reading a CSV for the first time has shown.
 
     `quotes`: whether they enclose values. `misfit`: a column with a value that does not fit the type its first rows
-    suggest. `large`: columns of floats so large that they may have been rounded. `breaks`: rows with
-    a value that spans lines, and the first of them.
+    suggest. `large`: columns of floats so large that they may have been rounded. `zeros`: columns of integers, if any
+    number of the file begins with a zero. `breaks`: rows with a value that spans lines, and the first of them.
     """
 
     quotes: bool = True
     misfit: str | None = None
     large: tuple[str, ...] = ()
+    zeros: tuple[str, ...] = ()
     breaks: tuple[int, int] = (0, 0)
 
 
@@ -95,8 +97,8 @@ def _read_csv(source: str, delimiter: str, uri_column: str, storage_options: Opt
             break
     if look.breaks[0]:
         _tell_breaks(source, *look.breaks)
-    if look.large:
-        types |= dict.fromkeys(_rounded(source, form, look.large, storage_options), pa.string())
+    if look.large or look.zeros:
+        types |= dict.fromkeys(_identifiers(source, form, look, storage_options), pa.string())
     with _opened(source, storage_options) as file, _csv(file, form, types) as reader:
         reader.schema.names  # noqa: B018 - raises if the names are no text
         yield reader.schema.empty_table()
@@ -147,6 +149,8 @@ def _read_through(watched: Watched, form: _Form, types: dict[str, pa.DataType]) 
     rows = broken = first = 0
     with _csv(watched, form, types) as reader:
         names: list[str] = reader.schema.names
+        whole = [field.name for field in reader.schema if pa.types.is_integer(field.type)]
+        watched.numbers = bool(whole)
         try:
             for batch in reader:
                 large.update(name for name, column in zip(names, batch.columns, strict=True) if _has_large(column))
@@ -159,7 +163,7 @@ def _read_through(watched: Watched, form: _Form, types: dict[str, pa.DataType]) 
             if found is None or names[int(found[1])] in types:
                 raise
             return _Look(misfit=names[int(found[1])])
-    return _Look(large=tuple(sorted(large)), breaks=(broken, first))
+    return _Look(large=tuple(sorted(large)), zeros=tuple(whole) if watched.zeros else (), breaks=(broken, first))
 
 
 def _has_large(column: pa.Array) -> bool:
@@ -182,19 +186,27 @@ def _tell_breaks(source: str, rows: int, first: int) -> None:
     )
 
 
-def _rounded(source: str, form: _Form, columns: tuple[str, ...], storage_options: Options) -> set[str]:
-    """Those of `columns` with a whole number that no float64 holds: different identifiers would become equal."""
+def _identifiers(source: str, form: _Form, look: _Look, storage_options: Options) -> set[str]:
+    """Columns of numbers which, as numbers, would lose what tells one from another: a zero in front (`007`), or the
+    last digits of a whole number that no float64 holds."""
     found: set[str] = set()
+    columns = [*look.large, *look.zeros]
     texts = dict.fromkeys(columns, pa.string())
-    with _opened(source, storage_options) as file, _csv(file, form, texts, list(columns)) as reader:
+    with _opened(source, storage_options) as file, _csv(file, form, texts, columns) as reader:
         for batch in reader:
             for name in texts.keys() - found:
-                numbers = batch[name].filter(pc.match_substring_regex(batch[name], _WHOLE_NUMBER)).to_pylist()
-                if any(float(number) != Decimal(number) for number in numbers):
+                if _is_identifier(batch[name], large=name in look.large):
                     found.add(name)
             if len(found) == len(columns):
                 break
     return found
+
+
+def _is_identifier(texts: pa.Array, *, large: bool) -> bool:
+    if not large:
+        return bool(pc.any(pc.match_substring_regex(texts, _ZERO_IN_FRONT)).as_py())
+    numbers = texts.filter(pc.match_substring_regex(texts, _WHOLE_NUMBER)).to_pylist()
+    return any(float(number) != Decimal(number) for number in numbers)
 
 
 def _read_jsonl(source: str, storage_options: Options) -> Iterator[pa.Table]:

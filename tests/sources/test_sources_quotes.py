@@ -1,4 +1,4 @@
-"""Quotes in CSV and TSV that do not end, or do not enclose whole values."""
+"""Quotes in CSV and TSV that do not end, or do not enclose; numbers that are identifiers."""
 
 from pathlib import Path
 from typing import Any
@@ -79,3 +79,21 @@ def test_quotes_in_a_tsv_are_characters_unless_they_enclose_values(tmp_path: Pat
     assert [row["n"] for row in found] == [1, 2, 3, 4, 5, *range(len(more.splitlines()))]
     assert {row["caption"] for row in found[5:]} <= {'"x"'}
     assert rows(tmp_path / "u.tsv", 'uri\tcaption\na\t"Bar\n') == [{"uri": "a", "caption": '"Bar'}]
+
+
+@pytest.mark.usefixtures("block_bytes")
+@pytest.mark.parametrize("numbers", [["000139", "7"], ["7", "007"], ["1", '"00"'], ["", "01"], ["9" * 12, " 07"]])
+@pytest.mark.parametrize("many", [0, 3000])
+def test_numbers_that_begin_with_a_zero_are_text(tmp_path: Path, numbers: list[str], many: int) -> None:
+    numbers = ["5"] * many + numbers
+    lines = [f"{number},{place}.jpg,{number},{place},{place}.5\n" for place, number in enumerate(numbers)]
+    found = rows(tmp_path / "t.csv", "first,uri,id,n,score\n" + "".join(lines))
+    texts = [number.strip('"') for number in numbers]
+    assert [row["id"] for row in found] == [row["first"] for row in found] == texts
+    assert [row["n"] for row in found] == list(range(len(numbers)))
+    assert found[0]["score"] == 0.5
+
+
+def test_a_zero_alone_is_a_number(tmp_path: Path) -> None:
+    found = rows(tmp_path / "t.csv", "uri,a,b,c\n007.jpg,0,0.5,00:10:00\n08.jpg,10,0,00:20:00\n")
+    assert [(row["a"], row["b"]) for row in found] == [(0, 0.5), (10, 0.0)]
