@@ -42,7 +42,7 @@ from pipeline.storage import (
     redact,
 )
 from pipeline.store_errors import reading, write_error
-from schemas.errors import PatchstreamError
+from schemas.errors import OutputError, PatchstreamError
 from schemas.tables import METADATA_KEY, SWAP_PLAN
 
 _STAGING = "_swap"
@@ -166,6 +166,9 @@ def _merge(fs: AbstractFileSystem, out: str, group: list[Part]) -> pa.Table:
     metadata = tables[0].schema.metadata
     tables = [table.replace_schema_metadata(None) for table in tables]
     numbers = [table["row"].to_numpy() for table in tables]
+    if not all((ascending[1:] >= ascending[:-1]).all() for ascending in numbers):
+        names = ", ".join(part.name for part in group[:3])
+        raise OutputError(f"{redact(out)}: the rows of a part do not ascend, so it cannot be merged; one of {names}, …")
     rows = np.unique(np.concatenate(numbers))
     pieces = []
     for begin in range(0, len(rows), _TAKEN_ROWS):

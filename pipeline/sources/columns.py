@@ -1,7 +1,7 @@
 """Manifest tables without `row`, and the user's columns in types that every Parquet reader knows."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import pyarrow as pa
@@ -90,14 +90,28 @@ def concatenated(tables: Sequence[pa.Table]) -> pa.Table:
 
 
 def unified(schemas: Sequence[pa.Schema]) -> pa.Schema:
-    """A schema that all fit into. Raises SourceError for a column that is text here and a number there."""
+    """A schema that all fit into. Whole numbers here and text there are text: identifiers, of which some begin with a
+    zero and those of one file happen not to. Raises SourceError for text here and other numbers there.
+    """
+    texts = {field.name for schema in schemas for field in schema if _is_text(field.type)}
     try:
-        return pa.unify_schemas(list(schemas), promote_options="permissive")
+        return pa.unify_schemas([_with_texts(schema, texts) for schema in schemas], promote_options="permissive")
     except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
         raise SourceError(
             f"the sources do not agree on what a column holds ({error}). Give it one type in all of them, or another "
             "name in one"
         ) from error
+
+
+def _with_texts(schema: pa.Schema, texts: Set[str]) -> pa.Schema:
+    changed = (field.name in texts and pa.types.is_integer(field.type) for field in schema)
+    return pa.schema(
+        [field.with_type(pa.string()) if text else field for field, text in zip(schema, changed, strict=True)]
+    )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -117,7 +131,10 @@ def conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 def _cast(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
     try:
-        return column.cast(field.type)
+        found = column.cast(field.type)
+        if _is_text(column.type) and pa.types.is_integer(field.type) and not found.cast(column.type).equals(column):
+            raise pa.ArrowInvalid("an identifier such as 007 would lose its zeros")
+        return found
     except pa.ArrowException as error:
         raise SourceError(
             f"the sources do not agree on what column `{field.name}` holds: {column.type} in one, which does not fit "

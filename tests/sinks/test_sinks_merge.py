@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.sinks import compaction
 from pipeline.sinks.parts import write_part
+from schemas.errors import OutputError
 
 FS = fsspec.filesystem("file")
 
@@ -31,6 +32,15 @@ def test_parts_that_lie_within_one_another(tmp_path: Path, rows: int, monkeypatc
     owners = {row: number for number, place in reversed(list(enumerate(parts))) for row in place}
     assert table["text"].to_pylist() == [f"{row} of {owners[row]}" for row in table["row"].to_pylist()]
     assert table.schema.metadata[b"patchstream"] == b"{}"
+
+
+def test_a_part_whose_rows_do_not_ascend_loses_none(tmp_path: Path) -> None:
+    for place in ([5, 1], [2, 3]):
+        write_part(FS, str(tmp_path), "images", pa.table({"row": place}), b"{}")
+    before = sorted(path.name for path in (tmp_path / "images").iterdir())
+    with pytest.raises(OutputError, match="the rows of a part do not ascend"):
+        compaction.compact(str(tmp_path), 1 << 20, {})
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == before
 
 
 @pytest.mark.long

@@ -11,7 +11,7 @@ from support.shards import listed, png, shades
 from support.source_rows import FIXED, read, spec_of, uris, write
 
 from pipeline.sources import expand
-from pipeline.sources.columns import content_table
+from pipeline.sources.columns import conformed, content_table
 from pipeline.sources.manifest import read_schema, read_sources, write_manifest
 from schemas.errors import SourceError
 
@@ -116,9 +116,9 @@ def test_sources_with_different_columns_share_a_manifest(tmp_path: Path) -> None
 
 
 def test_a_column_that_is_text_here_and_a_number_there_is_an_error(tmp_path: Path) -> None:
-    one = write(tmp_path / "a.jsonl", [{"uri": "/a.jpg", "n": 1}])
+    one = write(tmp_path / "a.jsonl", [{"uri": "/a.jpg", "n": 1.5}])
     two = write(tmp_path / "b.jsonl", [{"uri": "/b.jpg", "n": "one"}])
-    with pytest.raises(SourceError, match=r"do not agree .* n .*int64.*string"):
+    with pytest.raises(SourceError, match=r"do not agree .* n .*double.*string"):
         write_manifest(read_sources(spec_of(one, two)), str(tmp_path / "out"), {})
     with pytest.raises(SourceError, match=r"column `n` does not hold one kind of value"):
         read(write(tmp_path / "c.jsonl", [{"uri": "/a", "n": 1}, {"uri": "/b", "n": "x"}]))
@@ -127,6 +127,22 @@ def test_a_column_that_is_text_here_and_a_number_there_is_an_error(tmp_path: Pat
     (tmp_path / "d.jsonl").write_text('{"uri": "/a"}\n["/b"]\n')
     with pytest.raises(SourceError, match="line 2: a JSON object is needed"):
         read(tmp_path / "d.jsonl")
+
+
+def test_identifiers_are_text_in_all_sources_where_they_are_in_one(tmp_path: Path) -> None:
+    """Of one table in two files, one happens to hold none that begins with a zero."""
+    (tmp_path / "a.csv").write_text("uri,id\n/a.jpg,100000\n")
+    (tmp_path / "b.csv").write_text("uri,id\n/b.jpg,000139\n")
+    for order in (("a", "b"), ("b", "a")):
+        table = read(*(tmp_path / f"{name}.csv" for name in order))
+        assert dict(zip(table["uri"].to_pylist(), table["id"].to_pylist(), strict=True)) == {
+            "/a.jpg": "100000",
+            "/b.jpg": "000139",
+        }
+    first, second = (read(tmp_path / f"{name}.csv") for name in ("a", "b"))
+    assert conformed(first, second.schema)["id"].to_pylist() == ["100000"]
+    with pytest.raises(SourceError, match=r"column `id` holds.*007 would lose its zeros"):
+        conformed(second, first.schema)
 
 
 def test_a_number_that_no_common_type_holds_is_an_error(tmp_path: Path) -> None:
