@@ -230,6 +230,7 @@ def retrieval(name: str, found: Result) -> str:
 
 def gpu(name: str, found: Result) -> str:
     ceiling = ", ".join(f"{key.replace('_', ' ')} {figure(value)}" for key, value in found["ceilings"].items())
+    again = ", ".join(figure(value) for value in found["ceiling_at_the_end"].values()) or "-"
     kinds = list(dict.fromkeys(kind for row in found["products"].values() for kind in row))
     products = [(name, *(figure(row.get(kind, "")) for kind in kinds)) for name, row in found["products"].items()]
     attention = ", ".join(
@@ -238,14 +239,11 @@ def gpu(name: str, found: Result) -> str:
     )
     rows = [
         (
-            row["model"],
-            row["dtype"]
-            + ("" if row["compiled"] == "nothing" else f", {row['compiled']} compiled")
-            + ("" if row["packed"] else ", plain layers"),
-            str(row["batch"]),
-            f"{row['model_only']:,.0f}", f"{row['ceiling_share']:.0%}" if row["ceiling_share"] else "-",
+            row["model"], row["kind"], str(row["batch"]), f"{row['model_only']:,.0f}",
+            f"{row['ceiling_share']:.0%}" if row["ceiling_share"] else "-",
             f"{row['end_to_end']:,.0f}", f"{row['end_to_end_share']:.0%}",
             f"{row['one_call_share']:.0%} of {row['call_batches']:g}", f"{row['least_cosine']:.5f}",
+            row["attention"].removesuffix("_ATTENTION").lower(),
         )
         for row in found["rates"]
     ]  # fmt: skip
@@ -253,6 +251,7 @@ def gpu(name: str, found: Result) -> str:
     head = (
         "model", "precision", "batch", "model only, images/s", "share of the product ceiling", "end to end, images/s",
         "of model only", "one call alone, batches", "least cosine to a direct call",
+        "attention",
     )  # fmt: skip
     missing = "".join(
         f"\n{title}:\n\n" + "\n".join(f"- {text}" for text in found[kind]) + "\n"
@@ -260,7 +259,8 @@ def gpu(name: str, found: Result) -> str:
         if found[kind]
     )
     return (
-        f"## GPUs\n\n{origin(name, found)}\nCeilings: {ceiling}. Attention of a ViT-L/16 block, TFLOP/s by kernel: "
+        f"## GPUs\n\n{origin(name, found)}\nCeilings: {ceiling}; the product in bfloat16 again "
+        f"at the end: {again}. Attention of a ViT-L/16 block, TFLOP/s by kernel: "
         f"{attention}. Its products at batch 256, TFLOP/s:\n\n{table(('product', *kinds), products)}\n"
         f"{table(head, rows)}\nLeast cosine to float32:\n\n"
         + table(("model", "precision", "cls", "pooled"), likeness)

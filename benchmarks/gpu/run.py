@@ -30,7 +30,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # what all benchmarks share
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from device import SIZES, TINY_SIZES, Bench, attention_kernels, block_products, ceilings, environment, product
+from device import (
+    SIZES,
+    TINY_SIZES,
+    Bench,
+    attention_kernels,
+    block_products,
+    ceiling_again,
+    ceilings,
+    environment,
+)
 from networks import Weights, networks, weights
 from rates import LEAST, LEAST_TO_FLOAT32, Subject
 
@@ -39,7 +48,12 @@ from pipeline.models.cost import forward_flop
 from pipeline.models.gpu import Compiled, has_compiler
 
 MEASURE_S = 2.0
-MEASURES = {"ceilings": ceilings, "products": block_products, "attention": attention_kernels}
+MEASURES = {
+    "ceilings": ceilings,
+    "products": block_products,
+    "attention": attention_kernels,
+    "ceiling_at_the_end": ceiling_again,
+}
 LEFT_OUT = ("left_out", "wrong")
 
 
@@ -53,28 +67,29 @@ class Step(NamedTuple):
     packed: bool = True
 
     def __str__(self) -> str:
-        return f"{self.name} {precision(self._asdict())}"
+        return f"{self.name} {self.kind}"
+
+    @property
+    def kind(self) -> str:
+        compiled = "" if self.compiled == "nothing" else f", {self.compiled} compiled"
+        return self.dtype + compiled + ("" if self.packed else ", plain layers")
 
 
-def precision(row: dict[str, Any]) -> str:
-    compiled = "" if row["compiled"] == "nothing" else f", {row['compiled']} compiled"
-    return row["dtype"] + compiled + ("" if row["packed"] else ", plain layers")
-
-
-def steps(names: Sequence[str], batches: Sequence[int], *, compiler: bool) -> list[Step]:
-    """What matters most first: the first network at the largest batch in each precision, then the others likewise; the
-    smaller batches behind each. The first one also in plain layers, to see what ours gain. Without a compiler float8
-    runs as it is."""
+def steps(names: Sequence[str], batches: Sequence[int], *, compiler: bool) -> tuple[list[Step], list[Step]]:
+    """Those of the first network and those of the others: the largest batch in each precision, then the smaller ones.
+    The first one also in plain layers, to see what ours gain. Without a compiler float8 runs as it is."""
     largest, *smaller = sorted(batches, reverse=True)
     kinds: list[tuple[str, Compiled]] = [("bfloat16", "nothing"), ("float8", "blocks" if compiler else "nothing")]
     kinds += [("bfloat16", "trunk"), ("float8", "trunk")] if compiler else []
     first, *others = names
-    found: list[Step] = []
-    for some in ([first], others):
-        found += [Step(name, *kind, (largest,)) for kind in kinds for name in some]
-        found += [Step(name, "bfloat16", "nothing", tuple(smaller)) for name in some if smaller]
-    found.insert(2, Step(first, "bfloat16", "nothing", (largest,), packed=False))
-    return found
+
+    def of(some: Sequence[str]) -> list[Step]:
+        found = [Step(name, *kind, (largest,)) for kind in kinds for name in some]
+        return found + [Step(name, "bfloat16", "nothing", tuple(smaller)) for name in some if smaller]
+
+    plain = Step(first, "bfloat16", "nothing", (largest,), packed=False)
+    packed, *rest = of([first])
+    return [packed, plain, *rest], of(others)
 
 
 class Report:
@@ -83,7 +98,7 @@ class Report:
     def __init__(self, path: str | None) -> None:
         self.path = path
         self.found: dict[str, Any] = {"benchmark": "gpu", "environment": {}, "left_out": [], "wrong": []}
-        self.found |= {"ceilings": {}, "products": {}, "attention": {}, "correctness": [], "rates": []}
+        self.found |= {kind: {} for kind in MEASURES} | {"correctness": [], "rates": []}
 
     def add(self, kind: str, what: Any) -> None:
         """A text to `left_out` or `wrong`, a row to `correctness` or `rates`."""
@@ -103,7 +118,7 @@ class Report:
 def measure_device(kinds: Sequence[str], bench: Bench, report: Report, tiny: bool) -> None:
     for kind in kinds:
         try:
-            report.found[kind] |= MEASURES[kind](bench, TINY_SIZES if tiny else SIZES)
+            report.found[kind] = MEASURES[kind](bench, TINY_SIZES if tiny else SIZES)
         except Exception as error:  # noqa: BLE001  it must not cost the figures behind it
             report.add("left_out", f"{kind}: {type(error).__name__}: {error}"[:500])
             continue
@@ -135,8 +150,7 @@ def measure(step: Step, subject: Subject, report: Report, bench: Bench) -> None:
             torch.cuda.empty_cache()
             report.add("left_out", f"{step} batch {batch}: out of memory")
             continue
-        about = {"model": step.name, "dtype": step.dtype, "compiled": step.compiled, "packed": step.packed}
-        row = {**about, "batch": batch, **row}
+        row = {"model": step.name, "dtype": step.dtype, "kind": step.kind, "batch": batch, **row}
         report.add("rates", row | against_ceilings(row, subject, report.found["ceilings"]))
         if not row["least_cosine"] >= LEAST[step.dtype]:
             least = f"a cosine of {row['least_cosine']:.5f} to the same network called directly"
@@ -160,9 +174,8 @@ HEAD = f"{'model':<18}{'precision':<26}{'batch':>6}{'model only':>12}{'end to en
 
 
 def show(row: dict[str, Any]) -> None:
-    kind = precision(row)
     share = f"{row['ceiling_share']:.0%}" if row["ceiling_share"] else "-"
-    print(f"{row['model']:<18}{kind:<26}{row['batch']:>6}{row['model_only']:>12,.1f}{row['end_to_end']:>12,.1f}"
+    print(f"{row['model']:<18}{row['kind']:<26}{row['batch']:>6}{row['model_only']:>12,.1f}{row['end_to_end']:>12,.1f}"
           f"{row['end_to_end_share']:>7.0%}{row['one_call_share']:>11.0%}{share:>9}{row['least_cosine']:>9.5f}",
           flush=True)  # fmt: skip
 
@@ -220,15 +233,12 @@ def main() -> None:
     measure_device(["ceilings"], bench, report, options.tiny)
     print(HEAD)
     batches = options.batches or ([2, 4] if options.tiny else [64, 128, 256])
-    todo, first = steps(list(chosen), batches, compiler=compiler), next(iter(chosen))
-    run_steps([step for step in todo if step.name == first], chosen, bench, report)
+    first, others = steps(list(chosen), batches, compiler=compiler)
+    run_steps(first, chosen, bench, report)
     # A kernel that breaks the device breaks all that comes after it, so that these wait for the first network.
     measure_device(["products", "attention"], bench, report, options.tiny)
-    run_steps([step for step in todo if step.name != first], chosen, bench, report)
-    # How far the device's clock has moved since the ceiling was taken.
-    last = product(bench, (TINY_SIZES if options.tiny else SIZES).side, "bfloat16")
-    report.found["ceilings"]["product_bfloat16_at_the_end_tflops"] = last
-    report.save()
+    run_steps(others, chosen, bench, report)
+    measure_device(["ceiling_at_the_end"], bench, report, options.tiny)
     if report.found["wrong"]:
         raise SystemExit("wrong results: " + "; ".join(report.found["wrong"]))
     if not report.found["rates"]:

@@ -42,13 +42,14 @@ def test_no_gpu_figures_means_that_the_page_says_so() -> None:
 def test_a_gpu_page_says_what_is_missing_and_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     row = {
-        "model": "ViT-L/16", "dtype": "bfloat16", "compiled": "nothing", "packed": True, "batch": 256,
+        "model": "ViT-L/16", "dtype": "bfloat16", "kind": "bfloat16, trunk compiled", "batch": 256,
         "model_only": 4200.0, "ceiling_share": 0.66, "end_to_end": 4000.0, "end_to_end_share": 0.952,
-        "call_batches": 2.0, "one_call_share": 0.981, "least_cosine": 0.99991,
+        "call_batches": 2.0, "one_call_share": 0.981, "least_cosine": 0.99991, "attention": "CUDNN_ATTENTION",
     }  # fmt: skip
     found = {
         "environment": {"device": "NVIDIA H200", "commit": "abc1234"},
         "ceilings": {"product_bfloat16_tflops": 780.0, "product_float8_tflops": "RuntimeError: no kernel"},
+        "ceiling_at_the_end": {"product_bfloat16_tflops": 765.5},
         "products": {
             "qkv": {"bfloat16": 700.0, "float8_rows": 1200.0},
             "fc1_gelu": {"bfloat16": 500.0, "epilogue": 650.0},
@@ -60,6 +61,9 @@ def test_a_gpu_page_says_what_is_missing_and_what_is_wrong(monkeypatch: pytest.M
         "wrong": ["ViT-L/16 float8 batch 256: a cosine of 0.5"],
     }
     page = import_module("sections").gpu("gpu.json", found)
-    for said in ("time is up", "a cosine of 0.5", "95%", "98% of 2", "0.99991", "| qkv | 700.0 | 1,200.0 | - |",
-                 "| fc1_gelu | 500.0 | - | 650.0 |", "cudnn 400.0, efficient with bias -"):  # fmt: skip
+    for said in (
+        "again at the end: 765.5", "| bfloat16, trunk compiled | 256 |", "| cudnn |", "time is up", "a cosine of 0.5",
+        "95%", "98% of 2", "0.99991", "| qkv | 700.0 | 1,200.0 | - |", "| fc1_gelu | 500.0 | - | 650.0 |",
+        "cudnn 400.0, efficient with bias -",
+    ):  # fmt: skip
         assert said in page
