@@ -1,6 +1,7 @@
 """`explore`: a local page to look through a run and search it by picture."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -84,7 +85,7 @@ def _searcher(
 
     has_model = run.record.model.family != "null"
     embed = Embedder(run.record, name, storage_options=options).image if has_model else None
-    return Searcher(name, vector_of, _nearest(matrix), embed, _texts(store, options, vocabulary))
+    return Searcher(name, vector_of, _nearest(matrix), embed, _texts(store, matrix, options, vocabulary))
 
 
 def _read(store: "FeatureStore", name: str) -> "Matrix":
@@ -92,16 +93,34 @@ def _read(store: "FeatureStore", name: str) -> "Matrix":
     return store.load(name)
 
 
-def _texts(store: "FeatureStore", options: dict[str, Any], vocabulary: str | None) -> "TextSearcher | None":
+def _texts(
+    store: "FeatureStore", matrix: "Matrix", options: dict[str, Any], vocabulary: str | None
+) -> "TextSearcher | None":
     from pipeline.embedding import TEXT_FEATURE, Embedder, may_have_texts
     from pipeline.report.explore_state import TextSearcher
 
     if not may_have_texts(store.record) or TEXT_FEATURE not in store.features:
         return None
     embedder = Embedder(store.record, TEXT_FEATURE, vocabulary=vocabulary, storage_options=options)
-    # Here, not when it is first asked for: parts may be compacted meanwhile.
-    matrix = _read(store, TEXT_FEATURE)
-    return TextSearcher(TEXT_FEATURE, _nearest(matrix), lambda text: embedder.texts([text]).reshape(-1))
+
+    @cache
+    def nearest_now() -> "Callable[[Floats, int], tuple[Ints, Floats]]":
+        # Not before: this copies all vectors, and only the first search tells whether there is a text tower.
+        return _nearest(matrix if matrix.name == TEXT_FEATURE else _read(_as_now(store), TEXT_FEATURE))
+
+    return TextSearcher(
+        TEXT_FEATURE,
+        lambda vector, k: nearest_now()(vector, k),
+        lambda text: embedder.texts([text]).reshape(-1),
+    )
+
+
+def _as_now(store: "FeatureStore") -> "FeatureStore":
+    """`store`; where parts of it were compacted since, with those that hold its rows now."""
+    from pipeline.retrieval.parts import parts_instead
+
+    parts = parts_instead(store.fs, store.root, store.record, store.parts, store.schema)
+    return store if parts is None else type(store)(store.fs, store.root, store.record, parts, store.schema)
 
 
 def _nearest(matrix: "Matrix") -> "Callable[[Floats, int], tuple[Ints, Floats]]":

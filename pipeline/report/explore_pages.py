@@ -155,7 +155,8 @@ def found_by_text(at: Exploration, query: Query) -> Response:
             nearest = texts.nearest(texts.embed(words), _NEIGHBOURS)
     except PatchstreamError as error:
         return message(at, "No search by text", str(error), 500)
-    return _hits(at, query, "/words", f"Like “{words}”", texts.feature, nearest)
+    held = at.scan.holds(nearest[0])  # a compaction may have brought rows that came later
+    return _hits(at, query, "/words", f"Like “{words}”", texts.feature, (nearest[0][held], nearest[1][held]))
 
 
 def _hits(at: Exploration, query: Query, path: str, title: str, feature: str, nearest: tuple[Ints, Floats]) -> Response:

@@ -29,8 +29,9 @@ _KEPT_UPLOADS = 32
 
 @dataclass(frozen=True)
 class TextSearcher:
-    """How pictures are found by words: `nearest` as that of Searcher, by the `feature` whose space texts share;
-    `embed(text)` is a vector in it."""
+    """How pictures are found by words: `nearest` as that of Searcher, by the `feature` whose space texts share, which
+    may hold newer rows too; `embed(text)` is a vector in it. Both read what they need when they are first asked, and
+    raise SpecError for a model without a text tower, OutputError where the vectors cannot be read or kept."""
 
     feature: str
     nearest: Callable[[Floats, int], tuple[Ints, Floats]]
@@ -43,7 +44,8 @@ class Searcher:
 
     `vector_of(row)` is the (D,) vector of a row, None where it has none; `nearest(vector, k)` gives rows and cosines,
     best first; `embed(data)` turns the bytes of a picture into a vector with the model of the run, None where the
-    model is not at hand. `texts` is None where that has no text tower.
+    model is not at hand. `texts` is None where that is of a kind that has no text tower, or the run does not hold the
+    feature it takes; whether there is one, the first search by text tells.
     """
 
     feature: str

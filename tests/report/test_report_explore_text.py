@@ -1,18 +1,23 @@
 """`explore` finds pictures by words where the model of the run has a text tower."""
 
+import errno
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from report.album import Album
 from report.explore_client import Client, serving
+from report.html_page import Page
 from support import lit
 from support.runs import RunContent, clustered, write_run
 
 from jobs.explore import _open
 from pipeline.models import inspect_model
+from pipeline.sinks import compaction
 from schemas.run import ModelRecord
 
 COUNT = 80
@@ -30,14 +35,27 @@ def content(tmp_path_factory: pytest.TempPathFactory, arrays: lit.Arrays) -> Run
     folder = tmp_path_factory.mktemp("lit")
     np.savez(folder / "LiT-X.npz", **arrays)
     lit.write_words(folder / "LiT-X.txt")
-    info = inspect_model(str(folder / "LiT-X.npz"))
-    model = ModelRecord(
-        name=info.name, family=info.family, architecture=info.architecture, digest=info.digest, dtype="float32",
-        hidden_size=info.hidden_size, num_labels=0, pooled=info.pooled, preprocessing=info.preprocessing,
-    )  # fmt: skip
+    model = record_of(folder / "LiT-X.npz")
     pixels = np.random.default_rng(0).integers(0, 256, (COUNT, lit.SIZE, lit.SIZE, 3), np.uint8)
     pooled = lit.images(arrays, pixels).astype(np.float32)
     return RunContent({"cls": clustered(COUNT, lit.WIDTH, 3), "pooled": pooled}, model=model)
+
+
+def record_of(checkpoint: Path) -> ModelRecord:
+    info = inspect_model(str(checkpoint))
+    return ModelRecord(
+        name=info.name, family=info.family, architecture=info.architecture, digest=info.digest, dtype="float32",
+        hidden_size=info.hidden_size, num_labels=0, pooled=info.pooled, preprocessing=info.preprocessing,
+    )  # fmt: skip
+
+
+def copies(run: Path) -> set[str]:
+    """Features of which there is a matrix on the disk."""
+    return {folder.name.partition("-")[0] for folder in (run / "index" / "_matrix").iterdir()}
+
+
+def rows_in(page: Page) -> list[int]:
+    return [int(str(source).partition("row=")[2]) for source in page.attributes("img", "src")]
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +69,7 @@ def test_report_explore_search_by_text(client: Client, content: RunContent, arra
     best = np.argsort(-cosines)
     assert "words" in client.page("/").attributes("input", "name")
     pages = [client.page("/words", words=" a red house ", page=page) for page in (1, 2)]
-    rows = [int(str(source).partition("row=")[2]) for page in pages for source in page.attributes("img", "src")]
-    assert rows == best.tolist()
+    assert [*rows_in(pages[0]), *rows_in(pages[1])] == best.tolist()
     assert "Like “a red house”" in pages[0].text
     assert "Cosine of pooled, exact search" in pages[0].text
     assert f" {cosines[best[0]]:.3f} " in pages[0].text
@@ -71,6 +88,68 @@ def test_report_explore_says_why_no_text_can_be_searched(tmp_path: Path, content
         assert status == 500
         assert "No search by text" in body.decode()
         assert "gone.npz" in body.decode()
+
+
+@pytest.mark.timeout(120)
+def test_report_explore_reads_no_vectors_for_texts_before_it_is_asked(
+    tmp_path: Path, content: RunContent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = write_run(tmp_path, content)
+    with serving(_open(str(run), None, {})) as server:
+        client = Client(server)
+        assert copies(run) == {"cls"}
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "posix_fallocate", full)
+            status, _, body = client.request("/words?words=a+house")
+        assert status == 500
+        assert "No search by text" in body.decode()
+        assert "cannot keep the vectors in" in body.decode()
+        assert "No space left on device" in body.decode()
+        assert client.page("/picture", row=3).attributes("img", "src")
+        assert len(rows_in(client.page("/words", words="a house"))) == 60
+    assert copies(run) == {"cls", "pooled"}
+
+
+@pytest.mark.timeout(120)
+def test_report_explore_of_a_model_that_turns_out_to_have_no_text_tower(
+    tmp_path: Path, content: RunContent, arrays: lit.Arrays
+) -> None:
+    image = {name.removeprefix("params/img/"): array for name, array in arrays.items() if "/img/" in name}
+    np.savez(tmp_path / "ViT-X.npz", **{name: array for name, array in image.items() if not name.startswith("head/")})
+    model = record_of(tmp_path / "ViT-X.npz").model_copy(update={"pooled": "cls"})
+    run = write_run(tmp_path / "run", replace(content, model=model))
+    with serving(_open(str(run), None, {})) as server:
+        client = Client(server)
+        assert "words" in client.page("/").attributes("input", "name")
+        status, _, body = client.request("/words?words=a+house")
+    assert status == 500
+    assert "No search by text" in body.decode()
+    assert "ViT-X.npz (vit) has no text tower" in body.decode()
+    assert copies(run) == {"cls"}
+
+
+@pytest.mark.timeout(120)
+def test_report_explore_search_by_text_outlives_a_compaction(tmp_path: Path, content: RunContent) -> None:
+    run = write_run(tmp_path / "run", content)
+    with serving(_open(str(run), "pooled", {})) as server:
+        before = Client(server).page("/words", words="a house").text
+    with serving(_open(str(run), "cls", {})) as server:
+        assert compaction.compact(str(run), 1 << 30, {}) == 2
+        assert Client(server).page("/words", words="a house").text == before
+
+
+@pytest.mark.timeout(120)
+def test_report_explore_search_by_text_shows_no_rows_that_came_later(tmp_path: Path, content: RunContent) -> None:
+    fewer = {name: vectors[: COUNT // 2] for name, vectors in content.features.items()}
+    run = write_run(tmp_path / "run", replace(content, features=fewer))
+    with serving(_open(str(run), None, {})) as server:
+        for part in (run / "images").iterdir():
+            part.unlink()
+        write_run(run, content)
+        assert sorted(rows_in(Client(server).page("/words", words="a house"))) == list(range(COUNT // 2))
 
 
 @pytest.mark.parametrize("kind", ["no text tower", "no pooled", "BEiT"])
