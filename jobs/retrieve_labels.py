@@ -82,7 +82,7 @@ def _train(
     found = locate(matrix, given, store.reread(lambda: same_bytes(store)))
     sides = None if split_column is None else split_by_column(store, matrix, found, split_column)
     result = run_probe(matrix, found, sides=sides, progress=store.progress, **options)
-    split = None if sides is None else {"column": split_column, "test": sides.marks}
+    split = None if sides is None else {"column": split_column, "test": sides.marks, "left_out": sides.left_out}
     settings = {"name": name, "feature": feature, "labels_from": given.source, "split": split, "seed": options["seed"]}
     summary = {**settings, **describe(result, found)}
     save_probe(store, result, found, summary)
@@ -132,6 +132,8 @@ def _show_probe(summary: dict[str, Any]) -> None:
     emit(f"\n{linear['examples']:,} test rows{marked}, {summary['classes']:,} classes; those of the lowest accuracy:")
     print_table(["class", "accuracy", "examples"],
                 [[label, f"{item['accuracy']:.1%}", item["examples"]] for label, item in worst])  # fmt: skip
+    if split and split["left_out"]:
+        emit(f"\n{split['left_out']:,} rows to learn from are left out: they have the bytes of a test row")
 
 
 def apply(

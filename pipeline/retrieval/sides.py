@@ -18,18 +18,23 @@ _SHOWN = 5
 
 
 class Sides(NamedTuple):
-    """Labelled rows to learn from and to test on. `marks` counts the latter by what `column` says of them."""
+    """Labelled rows to learn from and to test on. `marks` counts the latter by what `column` says of them.
+
+    `left_out` rows are in neither: they are not marked, but have the bytes of one that is.
+    """
 
     rest: Labelled
     test: Labelled
     column: str
     marks: dict[str, int]
+    left_out: int
 
 
 def split_by_column(store: FeatureStore, matrix: Matrix, labelled: Labelled, column: str) -> Sides:
     """Rows that `column` marks with one of TEST_MARKS, whatever the case, are to test on; all others to learn from.
 
-    Raises SpecError if there is no such column, either side is empty, or a class has no row to learn from.
+    But of the files of one picture on both sides, those to learn from are left out: it would be known before it is
+    asked for. Raises SpecError if there is no such column, either side is empty, or a class has no row to learn from.
     """
     value = f"lower(trim({column_text(store, column, '--split-column')}))"
     marks = ", ".join(literal(mark) for mark in TEST_MARKS)
@@ -44,18 +49,21 @@ def split_by_column(store: FeatureStore, matrix: Matrix, labelled: Labelled, col
             f"--split-column {column}: no labelled row to test on is marked {', '.join(TEST_MARKS)}; the column says "
             f"{there}. Mark some so, or leave the option out, and a fifth of each class is tested"
         )
+    tested = second if labelled.pictures is None else np.isin(labelled.pictures, labelled.pictures[second])
     sides = Sides(
-        labelled.take(np.flatnonzero(~second)),
+        labelled.take(np.flatnonzero(~tested)),
         labelled.take(np.flatnonzero(second)),
         column,
         dict(Counter(marked.column("mark").to_pylist())),
+        int((tested & ~second).sum()),
     )
     untaught = np.setdiff1d(np.arange(len(labelled.classes)), sides.rest.codes)
     if len(untaught):
         named = ", ".join(f"`{labelled.classes[code]}`" for code in untaught[:_SHOWN])
+        copies = ", or have the bytes of a row that is" if sides.left_out else ""
         raise SpecError(
             f"--split-column {column}: {len(untaught):,} of {len(labelled.classes):,} classes have no row to learn "
-            f"from, since all of theirs are marked {', '.join(sides.marks)}: {named}. Mark some of them train, or "
-            "leave their labels out"
+            f"from, since all of theirs are marked {', '.join(sides.marks)}{copies}: {named}. Mark some of them "
+            "train, or leave their labels out"
         )
     return sides

@@ -1,7 +1,7 @@
 """A probe that is tested on the rows that a column of the run's own marks."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ from support.runs import RunContent, clustered, write_run
 
 from jobs import retrieve_labels
 from pipeline.retrieval.arrays import no_progress
+from pipeline.retrieval.duplicates import same_bytes
 from pipeline.retrieval.labels import labels_from_column, locate
 from pipeline.retrieval.probe import evaluate, run_probe
 from pipeline.retrieval.sides import split_by_column
@@ -22,10 +23,13 @@ MARKS = ["train", "train", "train", "test", "train", "Validation ", "train", Non
 TESTED = [row for row in range(COUNT) if row % 10 in (3, 5, 8)]
 
 
-def open_run(folder: Path, marks: Sequence[str | None]) -> FeatureStore:
+def open_run(folder: Path, marks: Sequence[str | None], copies: Mapping[int, int] = {}) -> FeatureStore:
+    """Row `a` has the bytes of row `b` for each `a: b` of `copies`."""
     vectors = clustered(len(marks), 8, 3)
     vectors[0] = np.nan
-    content = RunContent({"cls": vectors}, user={"kind": KINDS, "part": marks, "mark": marks}, parts=3)
+    digests = [f"{copies.get(row, row):064x}" for row in range(len(marks))]
+    user = {"kind": KINDS, "part": marks, "mark": marks}
+    content = RunContent({"cls": vectors}, user=user, sha256=digests, parts=3)
     return FeatureStore.open(str(write_run(folder, content)))
 
 
@@ -49,9 +53,44 @@ def test_the_probe_says_which_rows_it_is_tested_on(tmp_path: Path, capsys: pytes
     assert "\n36 test rows by the column part (12 test, 12 validation, 12 val), 3 classes" in capsys.readouterr().out
     assert retrieve_labels.probe(directory, label_column="kind", split_column="part", as_json=True) == 0
     summary = json.loads(capsys.readouterr().out)
-    assert summary["split"] == {"column": "part", "test": {"test": 12, "validation": 12, "val": 12}}
+    assert summary["split"] == {"column": "part", "test": {"test": 12, "validation": 12, "val": 12}, "left_out": 0}
     assert summary["linear"]["examples"] == 36
     assert summary == json.loads((tmp_path / "probes" / "main" / "probe.json").read_text())
+
+
+@pytest.mark.timeout(120)
+def test_a_picture_that_is_tested_is_not_learnt_from_as_well(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # 6 and 9 are copies of a row that is tested, 23 is tested as its copy is, 31 has a copy that is learnt from too.
+    copies = {6: 3, 9: 3, 23: 3, 31: 1}
+    store = open_run(tmp_path, MARKS, copies)
+    matrix = store.load("cls")
+    labelled = locate(matrix, labels_from_column(store, "kind"), same_bytes(store))
+    sides = split_by_column(store, matrix, labelled, "mark")
+    assert matrix.rows[sides.test.positions].tolist() == TESTED
+    assert matrix.rows[sides.rest.positions].tolist() == [
+        row for row in range(1, COUNT) if row not in TESTED and row not in (6, 9)
+    ]
+    assert sides.left_out == 2
+    assert retrieve_labels.probe(store.root, label_column="kind", split_column="part") == 0
+    assert "\n2 rows to learn from are left out: they have the bytes of a test row\n" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "probes" / "main" / "probe.json").read_text())
+    assert summary["split"]["left_out"] == 2
+    assert summary["training_rows"] == len(sides.rest.codes)
+    assert summary["linear"]["examples"] == 36
+
+
+@pytest.mark.timeout(120)
+def test_a_class_of_copies_of_test_rows_has_nothing_to_learn_from(tmp_path: Path) -> None:
+    marks = ["train"] * COUNT
+    marks[1] = "test"
+    store = open_run(tmp_path, marks, dict.fromkeys(range(1, COUNT, 3), 1))
+    matrix = store.load("cls")
+    labelled = locate(matrix, labels_from_column(store, "kind"), same_bytes(store))
+    message = "1 of 3 classes .* are marked test, or have the bytes of a row that is: `kind 1`"
+    with pytest.raises(SpecError, match=message):
+        split_by_column(store, matrix, labelled, "part")
 
 
 @pytest.mark.parametrize(
