@@ -5,6 +5,7 @@ Rows that an update replaced since are no images any more, and are left out.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ class Grouping:
 
     `ids[i]` is the number that the files give the group. `values` are distances to the cluster's centre, or
     similarities to the picture that is kept; `keep` marks that picture (all False for clusters). `outdated` says
-    that the run has grown since they were made, and is empty where it has not.
+    that they lack images that came or were replaced since they were made, and is empty where none are known to.
     """
 
     name: str
@@ -54,7 +55,7 @@ def load_clusterings(run: RunDirectory, scan: ImageScan) -> Iterator[Grouping]:
         distances = _floats(table, "distance")
         keep = np.zeros(len(table), bool)
         found = _group(name, _integers(table, "row"), _integers(table, "cluster"), distances, distances, keep)
-        yield replace(found, outdated=_outdated(run, "clusters", name, "run `patchstream kmeans` again"))
+        yield replace(found, outdated=_outdated(run, scan, "clusters", name, "run `patchstream kmeans` again"))
 
 
 def load_duplicates(run: RunDirectory, scan: ImageScan) -> Iterator[Grouping]:
@@ -69,7 +70,7 @@ def load_duplicates(run: RunDirectory, scan: ImageScan) -> Iterator[Grouping]:
         ranks = np.where(keep, -np.inf, -scores).astype(np.float32)
         grouping = _by_size(_group(name, _integers(table, "row"), _integers(table, "group"), scores, ranks, keep))
         advice = "run `patchstream duplicates` again before deleting"
-        yield replace(grouping, outdated=_outdated(run, "duplicates", name, advice))
+        yield replace(grouping, outdated=_outdated(run, scan, "duplicates", name, advice))
 
 
 def _read(run: RunDirectory, scan: ImageScan, folder: str, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
@@ -81,18 +82,28 @@ def _read(run: RunDirectory, scan: ImageScan, folder: str, columns: list[str]) -
             yield name, table.filter(pa.array(scan.holds(_integers(table, "row"))))
 
 
-def _outdated(run: RunDirectory, folder: str, name: str, advice: str) -> str:
+def _outdated(run: RunDirectory, scan: ImageScan, folder: str, name: str, advice: str) -> str:
     """That rows came since the result NAME was made, and what to do; empty where none came, or it does not say."""
     path = join(run.root, folder, f"{name}.json")
     try:
         record = read_json(run.fs, path)
     except ValueError as error:
         raise OutputError(f"{redact(path)} is damaged ({error}); {advice}") from error
-    known = record.get("manifest_rows") if isinstance(record, dict) else None
-    newer = run.record.manifest_rows - known if isinstance(known, int) else 0
+    newer = _newer(run, scan, record) if isinstance(record, dict) else 0
     if newer <= 0:
         return ""
     return f"Made before {thousands(newer)} row{'s were' if newer > 1 else ' was'} added or replaced; {advice}."
+
+
+def _newer(run: RunDirectory, scan: ImageScan, record: dict[str, Any]) -> int:
+    """How many rows came since: the manifest grew, or images that were pending or had failed are there now."""
+    known, seen = record.get("manifest_rows"), record.get("rows")
+    added = run.record.manifest_rows - known if isinstance(known, int) else 0
+    if not isinstance(seen, int):
+        return added
+    # Clusters count neither rows without a usable vector nor older versions, duplicates count both.
+    beside = record["left_out"]["count"] if "left_out" in record else -record.get("older", 0)
+    return max(added, scan.images - seen - int(beside))
 
 
 def _integers(table: pa.Table, name: str) -> NDArray[np.int64]:

@@ -234,6 +234,7 @@ def write_duplicates(store: FeatureStore, found: Duplicates, name: str, settings
     summary = {
         **settings,
         "rows": len(store),
+        "older": _older(store),
         "manifest_rows": store.record.manifest_rows,
         "groups": found.groups,
         "in_groups": len(found.row),
@@ -250,6 +251,14 @@ def write_duplicates(store: FeatureStore, found: Duplicates, name: str, settings
         put_bytes(store.fs, join(home, f"{name}.delete.txt"), "".join(f"{uri}\n" for uri in delete).encode())
         write_json(store.fs, join(home, f"{name}.json"), summary)
     return summary
+
+
+def _older(store: FeatureStore) -> int:
+    """How many rows of older versions of objects still stand in `images/`."""
+    if not len(store.replaced):
+        return 0
+    older = pads.field("row").isin(pa.array(store.replaced))
+    return store.reread(lambda: int(store.dataset().count_rows(filter=older)))
 
 
 def _delete_list(store: FeatureStore, found: Duplicates) -> tuple[list[str], int, int]:

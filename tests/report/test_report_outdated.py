@@ -31,10 +31,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for group in GROUPS:
         album.features[group] = album.features[group[0]]
     made = album.write()
-    store = FeatureStore.open(str(made))
-    write_duplicates(store, find_duplicates(store, 0.999), "main", {})
-    assert cluster(store, "cls", k=2, name="two")["rows"] == 10
+    assert make_groups(made) == 10
     return made
+
+
+def make_groups(run: Path) -> int:
+    """Near-duplicates, and two clusters of so many rows."""
+    store = FeatureStore.open(str(run))
+    write_duplicates(store, find_duplicates(store, 0.999), "main", {})
+    return int(cluster(store, "cls", k=2, name="two")["rows"])
 
 
 def text_of(run: Path) -> str:
@@ -70,6 +75,25 @@ def test_report_says_that_rows_came_since(run: Path, updated: Path) -> None:
     assert "1 groups of 2 pictures, 1 of them could go." in after
     assert CLUSTERS in after
     assert DUPLICATES in after
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("replaces", "clustered"), [({}, 6), (REPLACED, 3)])
+def test_report_says_that_a_run_went_on_since(tmp_path: Path, replaces: dict[int, int], clustered: int) -> None:
+    album = Album(tmp_path, count=13, failed={})
+    album.features[2] = 0
+    album.features[3] = album.features[1]
+    run = album.write(replaces=replaces)
+    pending = sorted((run / "images").iterdir())[1]
+    pending.rename(tmp_path / "pending")
+    assert make_groups(run) == clustered
+    assert "Made before" not in text_of(run)
+    (tmp_path / "pending").rename(pending)
+    after = text_of(run)
+    assert CLUSTERS.replace("3", "6") in after
+    assert DUPLICATES.replace("3", "6") in after
+    make_groups(run)
+    assert "Made before" not in text_of(run)
 
 
 def test_report_explore_shows_no_groups_of_what_is_gone(client: Client) -> None:
