@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from report.album import Album
 from report.explore_client import Client, serving
@@ -116,9 +115,15 @@ def test_report_explore_shows_no_clusters_of_what_is_gone(client: Client) -> Non
     assert all(client.request(f"/thumbnail?row={row}")[0] == 200 for row in rows)
 
 
-def test_report_a_result_that_does_not_say_when_it_was_made(run: Path, tmp_path: Path) -> None:
-    shutil.copytree(run.parent, tmp_path / "old")
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("record", ["{}", '{"rows": 10}', "[]"])
+def test_report_a_result_that_does_not_say_when_it_was_made(updated: Path, tmp_path: Path, record: str) -> None:
+    shutil.copytree(updated.parent, tmp_path / "old")
     old = tmp_path / "old" / "out"
-    (old / "duplicates" / "main.json").write_text("{}")
-    assert "3 groups of 8 pictures" in text_of(old)
-    assert np.load(old / "clusters" / "two.centres.npy").shape == (2, 16)
+    (old / "duplicates" / "main.json").write_text(record)
+    text = text_of(old)
+    assert "1 groups of 2 pictures" in text
+    assert DUPLICATES not in text
+    assert text.count("Made before") == 1, "the clusters alone say so"
+    (old / "clusters" / "two.json").write_text(record)
+    assert "Made before" not in text_of(old)
