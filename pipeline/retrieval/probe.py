@@ -66,7 +66,7 @@ def run_probe(
     classifiers use the C that was chosen with all labels. Raises SpecError if a class has too few examples.
     """
     rng = np.random.default_rng(seed)
-    rest, test = split(labelled, TEST_SHARE, rng) if sides is None else sides[:2]
+    rest, test = split(labelled, TEST_SHARE, rng) if sides is None else (sides.rest, sides.test)
     check_shots(rest, max(few, default=0))
     training, validation = _halve(rest, rng)
     held = _some(validation, _CHOOSING_ROWS, rng)

@@ -25,7 +25,6 @@ class Sides(NamedTuple):
 
     rest: Labelled
     test: Labelled
-    column: str
     marks: dict[str, int]
     left_out: int
 
@@ -53,7 +52,6 @@ def split_by_column(store: FeatureStore, matrix: Matrix, labelled: Labelled, col
     sides = Sides(
         labelled.take(np.flatnonzero(~tested)),
         labelled.take(np.flatnonzero(second)),
-        column,
         dict(Counter(marked.column("mark").to_pylist())),
         int((tested & ~second).sum()),
     )
