@@ -51,6 +51,7 @@ def named_elsewhere(store: FeatureStore, uris: Sequence[str], known: Ints) -> se
         found: set[str] = set()
         for batch in store.dataset().to_batches(columns=["row", "uri"], filter=asked):
             rows = batch.column("row").to_numpy()
+            # np.isin goes through all of `known` anew for each batch: seconds, where a run has a hundred million rows.
             others = known[np.minimum(np.searchsorted(known, rows), len(known) - 1)] != rows
             found.update(batch.column("uri").filter(pa.array(others)).to_pylist())
         return found
