@@ -124,24 +124,35 @@ def _second_look(source: str, form: _Form, types: dict[str, pa.DataType], storag
     Raises SourceError for a quote that nothing closes: all from there on would be one value. In a TSV, where many take
     quotes for characters like any other, they are that unless they enclose whole values.
     """
-    look = _Look()
     with _opened(source, storage_options) as file:
         watched = Watched(file, form.delimiter, _BLOCK_BYTES, quotes=form.quotes)
         try:
             look = _read_through(watched, form, types)
         except pa.ArrowInvalid as error:
-            settled = watched.settled or _TOO_LONG in str(error)
-            if not watched.ill_quoted or (form.delimiter == "," and (watched.open_line is None or not settled)):
+            if _takes_quotes_for_characters(watched, form):
+                return _Look(quotes=False)
+            if watched.open_line is None or not (watched.settled or _TOO_LONG in str(error)):
                 raise
-    if form.delimiter == "\t" and watched.ill_quoted:
+            raise _unclosed(source, watched.open_line) from error
+    if look.misfit is not None:
+        return look  # a look at the rest, which Arrow has not read, comes with the next one
+    if _takes_quotes_for_characters(watched, form):
         return _Look(quotes=False)
-    if look.misfit is None and watched.open_line is not None:
-        raise SourceError(
-            f"{redact(source)}, line {watched.open_line}: nothing closes the quote with which a value begins here, so "
-            "that all lines behind it would be one value. Close it; a quote that is part of a value is written as two, "
-            "in a value that is in quotes itself"
-        )
+    if watched.open_line is not None:
+        raise _unclosed(source, watched.open_line)
     return look
+
+
+def _takes_quotes_for_characters(watched: Watched, form: _Form) -> bool:
+    return form.delimiter == "\t" and watched.ill_quoted
+
+
+def _unclosed(source: str, line: int) -> SourceError:
+    return SourceError(
+        f"{redact(source)}, line {line}: nothing closes the quote with which a value begins here, so that all lines "
+        "behind it would be one value. Close it; a quote that is part of a value is written as two, in a value that is "
+        "in quotes itself"
+    )
 
 
 def _read_through(watched: Watched, form: _Form, types: dict[str, pa.DataType]) -> _Look:
