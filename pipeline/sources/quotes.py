@@ -15,19 +15,28 @@ class Watched:
     characters like any other.
 
     `quoted`: there were quotes. `open_line`: where the value begins that nothing has closed yet; once it is `settled`,
-    nothing will. `zeros`: a number began with a zero, if `numbers` are looked for.
+    nothing will. `loose_line`: the first with something behind the quote that closes a value. `enclosed`: quotes
+    enclosed a whole value; `meant`: one, or a name in the header, that shows that they are meant to. `zeros`: a number
+    began with a zero, if `numbers` are looked for.
     """
 
     closed = False
 
     def __init__(self, file: BinaryIO, delimiter: str, block_bytes: int, *, quotes: bool) -> None:
-        self.quoted = self.zeros = self.settled = self._loose = False
+        self.quoted = self.enclosed = self.meant = self.zeros = self.settled = False
         self.numbers = True
         self.open_line: int | None = None
+        self.loose_line: int | None = None
+        self._past_header = False
         self._file, self._quotes, self._most_bytes = file, quotes, 2 * block_bytes
-        mark = delimiter.encode()
-        field = rb'"[^"]*+(?:""[^"]*+)*+"(?=[%b\r\n]|\Z)|[^"%b\r\n][^%b\r\n]*+|[%b\r\n]'.replace(b"%b", mark)
-        self._fields = re.compile(b"(?:" + field + b")*+")
+        self._mark = mark = delimiter.encode()
+        plain = rb'[^"%b\r\n][^%b\r\n]*+|[%b\r\n]'
+        simple, any_value = rb'"[^"%b\r\n]*+"(?=[%b\r\n]|\Z)', _CLOSED.pattern + rb"(?=[%b\r\n]|\Z)"
+        # Fields that show nothing new: before there was an enclosed value, before one was meant so, and then.
+        self._plain, self._simple, self._any = (
+            re.compile(b"(?:%s)*+" % field.replace(b"%b", mark))
+            for field in (plain, plain + b"|" + simple, plain + b"|" + any_value)
+        )
         self._behind = re.compile(rb"[^%b\r\n]*+".replace(b"%b", mark))
         # One for each beginning: bytes that stand first in a pattern are searched for by far the fastest.
         number = rb'0[0-9]+(?=["%b\r\n]|\Z)'.replace(b"%b", mark)
@@ -36,9 +45,9 @@ class Watched:
         self._rest = b"\n"  # lines are looked at with the break in front of them
 
     @property
-    def ill_quoted(self) -> bool:
-        """Whether quotes do not enclose whole values: one is not closed, or something stands behind the closing one."""
-        return self._loose or self.open_line is not None
+    def ill_line(self) -> int | None:
+        """Where quotes do not enclose a whole value: one is not closed, or something stands behind the closing one."""
+        return self.open_line if self.loose_line is None else self.loose_line
 
     def read(self, size: int = -1) -> bytes:
         """As of any file."""
@@ -66,24 +75,51 @@ class Watched:
         self.open_line = None
         if self._quotes and b'"' in lines:
             self.quoted = True
+            self.meant = self.meant or (not self._past_header and self._names_in_quotes(lines))
             place = self._place_of_open(lines)
             if place is not None:
-                self.open_line = self._lines + lines.count(b"\n", 0, place)
+                self.open_line = self._line(lines, place)
                 if not last:
                     lines, self._rest = lines[:place], lines[place:] + self._rest
         if self.numbers and not self.zeros:
             self.zeros = any(zeros.search(lines) for zeros in self._zeros)
+        self._past_header = self._past_header or bool(lines.strip(b"\r\n"))
         self._lines += lines.count(b"\n")
+
+    def _line(self, lines: bytes, place: int) -> int:
+        return self._lines + lines.count(b"\n", 0, place)
+
+    def _names_in_quotes(self, lines: bytes) -> bool:
+        header = lines.lstrip(b"\r\n").partition(b"\n")[0].partition(b"\r")[0]
+        return any(_CLOSED.fullmatch(name) for name in header.split(self._mark))
 
     def _place_of_open(self, lines: bytes) -> int | None:
         place = 0
-        while (place := self._end(self._fields, lines, place)) < len(lines):
+        while (place := self._end(self._known, lines, place)) < len(lines):
             closed = _CLOSED.match(lines, place)
             if closed is None:
                 return place
-            self._loose = True
-            place = self._end(self._behind, lines, closed.end())
+            behind = self._end(self._behind, lines, closed.end())
+            if behind == closed.end():
+                self.enclosed = True
+                self.meant = self.meant or self._is_meant(closed[0])
+            elif self.loose_line is None:
+                self.loose_line = self._line(lines, place)
+            place = behind
         return None
+
+    @property
+    def _known(self) -> re.Pattern[bytes]:
+        if self.meant and self.enclosed:
+            return self._any
+        return self._simple if self.enclosed else self._plain
+
+    def _is_meant(self, value: bytes) -> bool:
+        """Whether it holds what has to be in quotes. A delimiter with a line break shows nothing: they may be all that
+        lies between a quote in one row and a quote in the next."""
+        if b'""' in value[1:-1]:
+            return True
+        return (self._mark in value) != (b"\n" in value or b"\r" in value)
 
     @staticmethod
     def _end(pattern: re.Pattern[bytes], lines: bytes, place: int) -> int:

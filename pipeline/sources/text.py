@@ -122,29 +122,52 @@ def _second_look(source: str, form: _Form, types: dict[str, pa.DataType], storag
     """Read all of it, up to a misfit.
 
     Raises SourceError for a quote that nothing closes: all from there on would be one value. In a TSV, where many take
-    quotes for characters like any other, they are that unless they enclose whole values.
+    quotes for characters like any other, they are that unless all enclose whole values, or some are meant to.
     """
     with _opened(source, storage_options) as file:
         watched = Watched(file, form.delimiter, _BLOCK_BYTES, quotes=form.quotes)
         try:
             look = _read_through(watched, form, types)
         except pa.ArrowInvalid as error:
-            if _takes_quotes_for_characters(watched, form):
+            settled = watched.settled or _TOO_LONG in str(error)
+            if form.delimiter == "\t" and watched.quoted:
+                watched = _watched_to_the_end(source, form, storage_options)
+            if _quotes_are_characters(source, watched, form):
                 return _Look(quotes=False)
-            if watched.open_line is None or not (watched.settled or _TOO_LONG in str(error)):
+            if watched.open_line is None or not settled:
                 raise
             raise _unclosed(source, watched.open_line) from error
     if look.misfit is not None:
         return look  # a look at the rest, which Arrow has not read, comes with the next one
-    if _takes_quotes_for_characters(watched, form):
+    if _quotes_are_characters(source, watched, form):
         return _Look(quotes=False)
     if watched.open_line is not None:
         raise _unclosed(source, watched.open_line)
     return look
 
 
-def _takes_quotes_for_characters(watched: Watched, form: _Form) -> bool:
-    return form.delimiter == "\t" and watched.ill_quoted
+def _watched_to_the_end(source: str, form: _Form, storage_options: Options) -> Watched:
+    """Arrow stops at an error, and may still read ahead then."""
+    with _opened(source, storage_options) as file:
+        watched = Watched(file, form.delimiter, _BLOCK_BYTES, quotes=form.quotes)
+        watched.numbers = False
+        while watched.read(_BLOCK_BYTES):
+            pass
+    return watched
+
+
+def _quotes_are_characters(source: str, watched: Watched, form: _Form) -> bool:
+    if form.delimiter != "\t" or watched.ill_line is None or watched.meant:
+        return False
+    if watched.enclosed:
+        _log.warning(
+            "%s: quotes are read as part of the values, also where they enclose whole ones, because in line %s one "
+            "does not. Where quotes are meant to enclose values, put the names in the header in quotes, and write a "
+            "quote that is part of a value as two, in a value that is in quotes itself",
+            redact(source),
+            f"{watched.ill_line:,}",
+        )
+    return True
 
 
 def _unclosed(source: str, line: int) -> SourceError:

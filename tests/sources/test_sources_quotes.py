@@ -1,5 +1,6 @@
 """Quotes in CSV and TSV that do not end, or do not enclose; numbers that are identifiers."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from support.source_rows import read
 
 from pipeline.sources import text
+from pipeline.sources.quotes import Watched
 from schemas.errors import SourceError
 
 
@@ -79,6 +81,66 @@ def test_quotes_in_a_tsv_are_characters_unless_they_enclose_values(tmp_path: Pat
     assert [row["n"] for row in found] == [1, 2, 3, 4, 5, *range(len(more.splitlines()))]
     assert {row["caption"] for row in found[5:]} <= {'"x"'}
     assert rows(tmp_path / "u.tsv", 'uri\tcaption\na\t"Bar\n') == [{"uri": "a", "caption": '"Bar'}]
+
+
+MORE = "".join(f'{number}.jpg\t"caption {number}"\n' for number in range(3000))
+
+
+@pytest.mark.usefixtures("block_bytes")
+@pytest.mark.parametrize("more", ["", MORE])
+@pytest.mark.parametrize(
+    ("content", "caption"),
+    [
+        ('"uri"\t"caption"\n{}"a.jpg"\t"say \\"hi\\" you"\n', 'say \\hi\\" you"'),
+        ('uri\t"caption"\n"a.jpg"\t"foo" bar\n{}', "foo bar"),
+        ('uri\tcaption\n"a.jpg"\t"foo" bar\n{}b.jpg\t"foo ""x"" y"\n', "foo bar"),
+        ('uri\tcaption\n{}b.jpg\t"x\ny"\n"a.jpg"\t"z" w\n', "z w"),
+        ('uri\tcaption\r{}b.jpg\t"x\ry"\r"a.jpg"\t"z" w\r', "z w"),
+        ('uri\tcaption\n"a.jpg"\t"z" w\n{}b.jpg\t"x\ty"\n', "z w"),
+    ],
+)
+def test_one_odd_value_does_not_make_all_quotes_of_a_tsv_characters(
+    tmp_path: Path, content: str, caption: str, more: str
+) -> None:
+    found = {row["uri"]: row["caption"] for row in rows(tmp_path / "t.tsv", content.format(more))}
+    assert found.pop("a.jpg") == caption
+    assert found.pop("b.jpg", "x y").translate(str.maketrans("\n\r\t", "   ")) in {"x y", 'foo "x" y'}
+    assert found == {f"{number}.jpg": f"caption {number}" for number in range(len(more.splitlines()))}
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_what_a_tsv_shows_does_not_depend_on_how_much_is_read_at_a_time(size: int) -> None:
+    seen = []
+    for content in (b'\n\n"uri"\tcaption\r\na\t"z" w\r\n', b'\nuri\n"a"\n"z" w\n', b'uri\n\n"a\nb"\n"z" w\n"c\n'):
+        watched = Watched(io.BytesIO(content), "\t", 1000, quotes=True)
+        while watched.read(size):
+            pass
+        seen.append((watched.meant, watched.enclosed, watched.ill_line, watched.open_line))
+    assert seen == [(True, True, 4, None), (False, True, 4, None), (True, True, 5, 6)]
+
+
+@pytest.mark.usefixtures("block_bytes")
+def test_a_tsv_whose_quotes_enclose_may_not_leave_one_open(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"t\.tsv, line 3002: nothing closes the quote"):
+        rows(tmp_path / "t.tsv", f'"uri"\tcaption\n{MORE}a.jpg\t"foo\n')
+
+
+@pytest.mark.usefixtures("block_bytes")
+def test_quotes_that_enclose_values_are_told_where_they_are_characters(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    swallowing = 'a.jpg\t"Bar\nb.jpg\tbaz"\nc.jpg\t"Foo" and\n'
+    found = rows(tmp_path / "t.tsv", f"uri\tcaption\n{swallowing}")
+    assert [row["caption"] for row in found] == ['"Bar', 'baz"', '"Foo" and']
+    caplog.clear()
+    found = rows(tmp_path / "t.tsv", f'uri\tcaption\n{MORE}a.jpg\t"Foo" and\n')
+    assert [row["caption"] for row in found[-2:]] == ['"caption 2999"', '"Foo" and']
+    (record,) = caplog.records
+    assert "t.tsv: quotes are read as part of the values, also where they enclose whole ones" in record.message
+    assert "because in line 3,002 one does not" in record.message
+    caplog.clear()
+    rows(tmp_path / "t.tsv", 'uri\tcaption\na.jpg\t"Foo" and\n')
+    assert not caplog.records
 
 
 @pytest.mark.usefixtures("block_bytes")
