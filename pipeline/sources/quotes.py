@@ -38,9 +38,10 @@ class Watched:
             for field in (plain, plain + b"|" + simple, plain + b"|" + any_value)
         )
         self._behind = re.compile(rb"[^%b\r\n]*+".replace(b"%b", mark))
-        # One for each beginning: bytes that stand first in a pattern are searched for by far the fastest.
-        number = rb'0[0-9]+(?=["%b\r\n]|\Z)'.replace(b"%b", mark)
-        self._zeros = [re.compile(first + number) for first in (mark, b"\n", b'"', b" ")]
+        # One for each beginning: bytes that stand first in a pattern are searched for by far the fastest. Arrow trims
+        # blanks and tabs around a number.
+        number = rb'0[0-9]+[ \t]*+(?=["%b\r\n]|\Z)'.replace(b"%b", mark)
+        self._zeros = [re.compile(first + number) for first in {mark, b"\r", b"\n", b'"', b" ", b"\t"}]
         self._lines = 0
         self._rest = b"\n"  # lines are looked at with the break in front of them
 
@@ -56,7 +57,7 @@ class Watched:
             self._finish()
         elif not self.settled:
             self._rest += data if self._lines or len(self._rest) > 1 else data.removeprefix(b"\xef\xbb\xbf")
-            stop = max(0, self._rest.rfind(b"\n"))
+            stop = max(0, self._rest.rfind(b"\n"), self._rest.rfind(b"\r"))
             lines, self._rest = self._rest[:stop], self._rest[stop:]
             self._look(lines)
             # More than Arrow takes for one line, wherever its blocks begin.

@@ -144,12 +144,19 @@ def test_quotes_that_enclose_values_are_told_where_they_are_characters(
 
 
 @pytest.mark.usefixtures("block_bytes")
-@pytest.mark.parametrize("numbers", [["000139", "7"], ["7", "007"], ["1", '"00"'], ["", "01"], ["9" * 12, " 07"]])
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        *(["000139", "7"], ["7", "007"], ["1", '"00"'], ["", "01"], ["9" * 12, " 07"]),
+        *(["02134  "], ["007 "], ["\t007"], [" 007\t"], ['"007 "'], ['" 007 "'], ["007 ", "7"]),
+    ],
+)
 @pytest.mark.parametrize("many", [0, 3000])
-def test_numbers_that_begin_with_a_zero_are_text(tmp_path: Path, numbers: list[str], many: int) -> None:
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
+def test_numbers_that_begin_with_a_zero_are_text(tmp_path: Path, numbers: list[str], many: int, end: str) -> None:
     numbers = ["5"] * many + numbers
     lines = [f"{number},{place}.jpg,{number},{place},{place}.5\n" for place, number in enumerate(numbers)]
-    found = rows(tmp_path / "t.csv", "first,uri,id,n,score\n" + "".join(lines))
+    found = rows(tmp_path / "t.csv", ("first,uri,id,n,score\n" + "".join(lines)).replace("\n", end))
     texts = [number.strip('"') for number in numbers]
     assert [row["id"] for row in found] == [row["first"] for row in found] == texts
     assert [row["n"] for row in found] == list(range(len(numbers)))
