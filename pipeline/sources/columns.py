@@ -12,6 +12,15 @@ from schemas.tables import MANIFEST_FIELDS, user_column_name
 CONTENT_FIELDS = MANIFEST_FIELDS[1:]  # `row` is given out when the manifest is frozen
 
 
+class ColumnMisfit(SourceError):
+    """A value of `column` does not fit into the type that the manifest has for it; `zeros` if only because it is an
+    identifier that begins with zeros, and the type that of whole numbers."""
+
+    def __init__(self, message: str, column: str, *, zeros: bool) -> None:
+        super().__init__(message)
+        self.column, self.zeros = column, zeros
+
+
 def content_table(uris: Sequence[str], fixed: Mapping[str, Sequence[Any]], user: pa.Table | None = None) -> pa.Table:
     """`uris`, the fixed columns that are known, nulls for the others, `user`.
 
@@ -117,7 +126,7 @@ def _is_text(kind: pa.DataType) -> bool:
 def conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """`table` with exactly the columns of `schema`, nulls where it lacks one.
 
-    Raises SourceError for a value that the column's type there cannot hold.
+    Raises ColumnMisfit for a value that the column's type there cannot hold.
     """
     if table.schema.equals(schema):
         return table
@@ -130,14 +139,18 @@ def conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def _cast(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
+    zeros = False
     try:
         found = column.cast(field.type)
-        if _is_text(column.type) and pa.types.is_integer(field.type) and not found.cast(column.type).equals(column):
+        zeros = _is_text(column.type) and pa.types.is_integer(field.type) and not found.cast(column.type).equals(column)
+        if zeros:
             raise pa.ArrowInvalid("an identifier such as 007 would lose its zeros")
         return found
     except pa.ArrowException as error:
-        raise SourceError(
+        raise ColumnMisfit(
             f"the sources do not agree on what column `{field.name}` holds: {column.type} in one, which does not fit "
             f"into the {field.type} that all of them together need ({error}). Give it one type in all of them, or "
-            "another name in one"
+            "another name in one",
+            field.name,
+            zeros=zeros,
         ) from error

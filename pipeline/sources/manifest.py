@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
-from pipeline.sources.columns import concatenated, conformed, unified
+from pipeline.sources.columns import ColumnMisfit, concatenated, conformed, unified
 from pipeline.sources.expand import expand
 from pipeline.storage import Options, filesystem, join, put_bytes, redact
 from pipeline.store_errors import manifest_error, reading
@@ -144,10 +144,14 @@ def _fitted(table: pa.Table, schema: pa.Schema, out: str) -> pa.Table:
         )
     try:
         return conformed(table, schema)
-    except SourceError as error:
+    except ColumnMisfit as error:
+        name, kind = error.column, schema.field(error.column).type
+        way_out = (
+            f"write `{name}` without zeros in front in the table, as this run holds it, or " if error.zeros else ""
+        )
         raise OutputError(
-            f"a column of the sources does not hold what it did when {redact(out)} was started ({error.__cause__}); "
-            "start a new --out"
+            f"column `{name}` of the sources does not hold what it did, {kind}, when {redact(out)} was started "
+            f"({error.__cause__}); {way_out}start a new --out"
         ) from error
 
 

@@ -134,6 +134,12 @@ def test_later_parts_keep_to_the_schema_of_the_first(tmp_path: Path) -> None:
         write_manifest([rows(6, 7, new=[1])], str(tmp_path), {}, first_row=6, schema=schema)
     with pytest.raises(OutputError, match="does not hold what it did"):
         write_manifest([rows(6, 7, n=["seven"])], str(tmp_path), {}, first_row=6, schema=schema)
+    with pytest.raises(OutputError, match=r"column `n` of .*, int64, when .*'seven'.*\); start a new --out"):
+        write_manifest([rows(6, 7, n=["seven"])], str(tmp_path), {}, first_row=6, schema=schema)
+    with pytest.raises(
+        OutputError, match=r"column `n` of .* lose its zeros\); write `n` without zeros .* or start a new"
+    ):
+        write_manifest([rows(6, 7, n=["007"])], str(tmp_path), {}, first_row=6, schema=schema)
     assert on_disk(tmp_path)["row"].to_pylist() == list(range(6))
 
 
