@@ -246,12 +246,17 @@ def _is_identifier(texts: pa.Array, *, large: bool) -> bool:
 def _read_jsonl(source: str, storage_options: Options) -> Iterator[pa.Table]:
     """Arrow's own reader refuses a field that first turns up, or first is not null, after its first block."""
     number = 0
+    texts: dict[str, bool] = {}  # of each column with whole numbers or text, whether it is text
     with _opened(source, storage_options) as file:
         while lines := list(islice(file, _BATCH_ROWS)):
             rows = [_object(source, number + place, line) for place, line in enumerate(lines, 1) if line.strip()]
             number += len(lines)
             names = list(dict.fromkeys(name for row in rows for name in row))
             columns = [_column(source, name, [row.get(name) for row in rows]) for name in names]
+            for name, column in zip(names, columns, strict=True):
+                text = pa.types.is_string(column.type)
+                if (text or pa.types.is_integer(column.type)) and texts.setdefault(name, text) != text:
+                    raise _two_kinds(source, name, "whole numbers in some lines, text in others")
             if rows:
                 yield pa.table(columns, names=names)
 
@@ -272,4 +277,11 @@ def _column(source: str, name: str, values: list[Any]) -> pa.Array:
             "text, in quotes"
         ) from error
     except (pa.ArrowException, UnicodeEncodeError) as error:
-        raise SourceError(f"{redact(source)}: column `{name}` does not hold one kind of value ({error})") from error
+        raise _two_kinds(source, name, error) from error
+
+
+def _two_kinds(source: str, name: str, what: object) -> SourceError:
+    return SourceError(
+        f"{redact(source)}: column `{name}` does not hold one kind of value ({what}); give it one in all lines, such "
+        "as text, in quotes"
+    )

@@ -129,6 +129,20 @@ def test_a_column_that_is_text_here_and_a_number_there_is_an_error(tmp_path: Pat
         read(tmp_path / "d.jsonl")
 
 
+@pytest.mark.parametrize("between", [0, 40_000])
+@pytest.mark.parametrize("values", [(7, "007"), ("007", 7)])
+def test_whole_numbers_and_text_in_a_jsonl_are_an_error_wherever_they_stand(
+    tmp_path: Path, values: tuple[Any, Any], between: int
+) -> None:
+    """Lines are read some thousand at a time."""
+    first, last = ({"uri": "/a.jpg", "id": value} for value in values)
+    path = write(tmp_path / "t.jsonl", [first, *[{"uri": "/b.jpg", "id": None}] * between, last])
+    with pytest.raises(
+        SourceError, match=r"t\.jsonl: column `id` does not hold one kind of value .* give it one in all"
+    ):
+        read(path)
+
+
 def test_identifiers_are_text_in_all_sources_where_they_are_in_one(tmp_path: Path) -> None:
     """Of one table in two files, one happens to hold none that begins with a zero."""
     (tmp_path / "a.csv").write_text("uri,id\n/a.jpg,100000\n")
