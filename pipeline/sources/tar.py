@@ -106,7 +106,16 @@ def _members(shard: tarfile.TarFile, file: BinaryIO, uri: str) -> Iterator[tarfi
         behind = _behind_zeros(file, shard.offset)
         if behind is None:
             return
+        file.seek(behind)
+        if len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+            _log.warning(
+                "%s: what is behind the end of the tar, at byte %s, is too short for another one and is left out",
+                redact(uri),
+                f"{behind:,}",
+            )
+            return
         shard.offset = behind
+        shard.pax_headers = {}  # the global ones hold up to the end of their tar
         yield None
 
 

@@ -52,6 +52,27 @@ def test_what_is_no_tar_behind_the_end_is_a_row(tmp_path: Path, caplog: pytest.L
     assert f"no valid header at byte {end:,}" in caplog.text
 
 
+@pytest.mark.parametrize("padding", [0, 512, 700])
+@pytest.mark.parametrize("behind", [b"\n", b"\r\n", b"no header " * 30])
+def test_what_is_too_short_for_a_header_behind_the_end_is_told(
+    tmp_path: Path, behind: bytes, padding: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "x.tar"
+    make_named_tar(path, {"1.png": png(1)})
+    end = path.stat().st_size + padding // 512 * 512
+    path.write_bytes(path.read_bytes() + bytes(padding) + behind)
+    assert read(path)["uri"].to_pylist() == [f"{path}#1.png"]
+    assert f"x.tar: what is behind the end of the tar, at byte {end:,}, is too short for another one" in caplog.text
+
+
+def test_global_headers_hold_up_to_the_end_of_their_tar(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    for name, headers in (("first", {"path": "named.png"}), ("second", {})):
+        make_named_tar(tmp_path / name, {"2.png": png(1)}, format=tarfile.PAX_FORMAT, pax_headers=headers)
+    path.write_bytes((tmp_path / "first").read_bytes() + (tmp_path / "second").read_bytes())
+    assert read(path)["uri"].to_pylist() == [f"{path}#named.png", f"{path}#2.png"]
+
+
 @pytest.mark.parametrize("holes", [1, 9])
 @pytest.mark.parametrize("form", ["gnu", "posix"])
 def test_a_sparse_member_says_so(tmp_path: Path, form: str, holes: int) -> None:
