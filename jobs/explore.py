@@ -1,7 +1,7 @@
 """`explore`: a local page to look through a run and search it by picture."""
 
 from collections.abc import Callable
-from functools import cache
+from threading import Lock
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -103,14 +103,20 @@ def _texts(
         return None
     embedder = Embedder(store.record, TEXT_FEATURE, vocabulary=vocabulary, storage_options=options)
 
-    @cache
-    def nearest_now() -> "Callable[[Floats, int], tuple[Ints, Floats]]":
+    reading = Lock()
+    known = [_nearest(matrix)] if matrix.name == TEXT_FEATURE else []
+
+    def nearest() -> "Callable[[Floats, int], tuple[Ints, Floats]]":
         # Not before: this copies all vectors, and only the first search tells whether there is a text tower.
-        return _nearest(matrix if matrix.name == TEXT_FEATURE else _read(_as_now(store), TEXT_FEATURE))
+        with reading:
+            if not known:
+                known.append(_nearest(_read(_as_now(store), TEXT_FEATURE)))
+            return known[0]
 
     return TextSearcher(
         TEXT_FEATURE,
-        lambda vector, k: nearest_now()(vector, k),
+        nearest,
+        lambda vector, k: nearest()(vector, k),
         lambda text: embedder.texts([text]).reshape(-1),
     )
 

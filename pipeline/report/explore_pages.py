@@ -152,7 +152,10 @@ def found_by_text(at: Exploration, query: Query) -> Response:
         return message(at, "No words", "Say in words what to look for, then search.", 400)
     try:
         with at.searching:
-            nearest = texts.nearest(texts.embed(words), _NEIGHBOURS)
+            vector = texts.embed(words)
+        texts.read()  # other searches need not wait for it
+        with at.searching:
+            nearest = texts.nearest(vector, _NEIGHBOURS)
     except PatchstreamError as error:
         return message(at, "No search by text", str(error), 500)
     held = at.scan.holds(nearest[0])  # a compaction may have brought rows that came later

@@ -30,10 +30,12 @@ _KEPT_UPLOADS = 32
 @dataclass(frozen=True)
 class TextSearcher:
     """How pictures are found by words: `nearest` as that of Searcher, by the `feature` whose space texts share, which
-    may hold newer rows too; `embed(text)` is a vector in it. Both read what they need when they are first asked, and
-    raise SpecError for a model without a text tower, OutputError where the vectors cannot be read or kept."""
+    may hold newer rows too; `embed(text)` is a vector in it, and raises SpecError for a model without a text tower.
+    `read()` reads the vectors where they are not there yet, which may take long; it raises OutputError where it cannot.
+    """
 
     feature: str
+    read: Callable[[], object]
     nearest: Callable[[Floats, int], tuple[Ints, Floats]]
     embed: Callable[[str], Floats]
 

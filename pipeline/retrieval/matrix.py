@@ -5,6 +5,7 @@ never stale; where the run is on an object store or on a read-only disk it lies 
 Of each feature of a run only the newest is kept.
 """
 
+import atexit
 import hashlib
 import mmap
 import os
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,8 @@ def _staged_folder(folder: Path, size: int) -> Iterator[Path]:
     with _explained(folder, size):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    remove = partial(shutil.rmtree, temporary, ignore_errors=True)
+    atexit.register(remove)  # a process may end while a thread of its is still at it
     try:
         yield temporary
         with _explained(folder, size):
@@ -236,7 +239,8 @@ def _staged_folder(folder: Path, size: int) -> Iterator[Path]:
                 if not (folder / "norms.npy").exists():
                     raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove()
+        atexit.unregister(remove)
 
 
 def _umask() -> int:

@@ -4,6 +4,7 @@ that begin with a zero."""
 import re
 from typing import BinaryIO
 
+_BREAK = b"\r\n"
 _CLOSED = re.compile(rb'"[^"]*+(?:""[^"]*+)*+"')
 
 
@@ -43,7 +44,7 @@ class Watched:
         number = rb'0[0-9]+[ \t]*+(?=["%b\r\n]|\Z)'.replace(b"%b", mark)
         self._zeros = [re.compile(first + number) for first in {mark, b"\r", b"\n", b'"', b" ", b"\t"}]
         self._lines = 0
-        self._rest = b"\n"  # lines are looked at with the break in front of them
+        self._rest = _BREAK  # lines are looked at with the break in front of them
 
     @property
     def ill_line(self) -> int | None:
@@ -56,8 +57,9 @@ class Watched:
         if not data:
             self._finish()
         elif not self.settled:
-            self._rest += data if self._lines or len(self._rest) > 1 else data.removeprefix(b"\xef\xbb\xbf")
+            self._rest += data if self._lines or self._rest != _BREAK else data.removeprefix(b"\xef\xbb\xbf")
             stop = max(0, self._rest.rfind(b"\n"), self._rest.rfind(b"\r"))
+            stop -= self._rest[:stop].endswith(b"\r") and self._rest[stop:].startswith(b"\n")
             lines, self._rest = self._rest[:stop], self._rest[stop:]
             self._look(lines)
             # More than Arrow takes for one line, wherever its blocks begin.
@@ -85,10 +87,11 @@ class Watched:
         if self.numbers and not self.zeros:
             self.zeros = any(zeros.search(lines) for zeros in self._zeros)
         self._past_header = self._past_header or bool(lines.strip(b"\r\n"))
-        self._lines += lines.count(b"\n")
+        self._lines = self._line(lines, len(lines))
 
     def _line(self, lines: bytes, place: int) -> int:
-        return self._lines + lines.count(b"\n", 0, place)
+        """Of a place in `lines`, which end in LF, in CR or in both."""
+        return self._lines + max(lines.count(b"\n", 0, place), lines.count(b"\r", 0, place))
 
     def _names_in_quotes(self, lines: bytes) -> bool:
         header = lines.lstrip(b"\r\n").partition(b"\n")[0].partition(b"\r")[0]

@@ -5,7 +5,7 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from decimal import Decimal
 from itertools import islice
@@ -97,13 +97,22 @@ def _read_csv(source: str, delimiter: str, uri_column: str, storage_options: Opt
             break
     if look.breaks[0]:
         _tell_breaks(source, *look.breaks)
-    if look.large or look.zeros:
-        types |= dict.fromkeys(_identifiers(source, form, look, storage_options), pa.string())
+    identifiers = _identifiers(source, form, look, storage_options) if look.large or look.zeros else set()
+    types |= dict.fromkeys(identifiers, pa.string())
     with _opened(source, storage_options) as file, _csv(file, form, types) as reader:
         reader.schema.names  # noqa: B018 - raises if the names are no text
         yield reader.schema.empty_table()
         for batch in reader:
-            yield pa.table(batch)
+            yield _with_nulls(pa.table(batch), identifiers)
+
+
+def _with_nulls(table: pa.Table, identifiers: Set[str]) -> pa.Table:
+    """What is missing in a column of numbers (`NA`, an empty cell) is missing too where these are read as text."""
+    for name in identifiers:
+        missing = pc.is_in(table[name], pa.array(pa_csv.ConvertOptions().null_values))
+        column = pc.if_else(missing, pa.scalar(None, pa.string()), table[name])
+        table = table.set_column(table.column_names.index(name), name, column)
+    return table
 
 
 def _csv(file: Any, form: _Form, types: dict[str, pa.DataType], columns: list[str] | None = None) -> Any:

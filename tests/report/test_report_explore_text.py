@@ -2,7 +2,9 @@
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from support.runs import RunContent, clustered, write_run
 
 from jobs.explore import _open
 from pipeline.models import inspect_model
+from pipeline.retrieval.matrix import Matrix
+from pipeline.retrieval.store import FeatureStore
 from pipeline.sinks import compaction
 from schemas.run import ModelRecord
 
@@ -167,3 +171,27 @@ def test_report_explore_without_texts_has_no_such_box(tmp_path: Path, content: R
         client = Client(server)
         assert "words" not in client.page("/").attributes("input", "name")
         assert client.request("/words?words=dog")[0] == 404
+
+
+def test_report_explore_searches_by_picture_while_the_vectors_for_texts_are_read(
+    tmp_path: Path, content: RunContent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exploration = _open(str(write_run(tmp_path / "run", content)), None, {})
+    begun, go_on = threading.Event(), threading.Event()
+    load = FeatureStore.load
+
+    def held_up(store: FeatureStore, feature: str) -> Matrix:
+        begun.set()
+        assert go_on.wait(60)
+        return load(store, feature)
+
+    monkeypatch.setattr(FeatureStore, "load", held_up)
+    with serving(exploration) as server, ThreadPoolExecutor(1) as threads:
+        client = Client(server)
+        words = threads.submit(client.request, "/words?words=a+house")
+        assert begun.wait(60)
+        try:
+            assert "Cosine of cls" in client.page("/picture", row=3).text
+        finally:
+            go_on.set()
+        assert words.result()[0] == 200

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -181,3 +182,25 @@ def test_search_in_the_map_warns_of_nothing(run: Path, content: RunContent) -> N
         torch.set_warn_always(False)
     assert not matrix.vectors.flags.writeable
     assert found[:, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_a_process_that_ends_while_a_thread_makes_a_matrix_leaves_none(tmp_path: Path) -> None:
+    """As `explore` may: what was registered for the end is run, the thread is not waited for."""
+    code = (
+        "import atexit, os, sys, threading\n"
+        "from pathlib import Path\n"
+        "from pipeline.retrieval.matrix import _staged_folder\n"
+        "begun = threading.Event()\n"
+        "def make():\n"
+        "    with _staged_folder(Path(sys.argv[1]) / 'pooled-x', 1) as folder:\n"
+        "        (folder / 'vectors.npy').write_bytes(b'x')\n"
+        "        begun.set()\n"
+        "        threading.Event().wait()\n"
+        "threading.Thread(target=make, daemon=True).start()\n"
+        "assert begun.wait(60)\n"
+        "atexit._run_exitfuncs()\n"
+        "os._exit(3)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=100, check=False)
+    assert done.returncode == 3
+    assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ from support.shards import listed, png, shades
 from support.source_rows import FIXED, read, spec_of, uris, write
 
 from pipeline.sources import expand
-from pipeline.sources.columns import conformed, content_table
+from pipeline.sources.columns import ColumnMisfit, conformed, content_table
 from pipeline.sources.manifest import read_schema, read_sources, write_manifest
 from schemas.errors import SourceError
 
@@ -157,6 +157,10 @@ def test_identifiers_are_text_in_all_sources_where_they_are_in_one(tmp_path: Pat
     assert conformed(first, second.schema)["id"].to_pylist() == ["100000"]
     with pytest.raises(SourceError, match=r"column `id` holds.*007 would lose its zeros"):
         conformed(second, first.schema)
+    (tmp_path / "c.csv").write_text("uri,id\n/c.jpg,\n/d.jpg,007\n")
+    with pytest.raises(ColumnMisfit) as caught:
+        conformed(read(tmp_path / "c.csv"), first.schema)
+    assert caught.value.zeros, "an empty cell is no misfit"
 
 
 def test_a_number_that_no_common_type_holds_is_an_error(tmp_path: Path) -> None:

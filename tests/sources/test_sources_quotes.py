@@ -157,10 +157,27 @@ def test_numbers_that_begin_with_a_zero_are_text(tmp_path: Path, numbers: list[s
     numbers = ["5"] * many + numbers
     lines = [f"{number},{place}.jpg,{number},{place},{place}.5\n" for place, number in enumerate(numbers)]
     found = rows(tmp_path / "t.csv", ("first,uri,id,n,score\n" + "".join(lines)).replace("\n", end))
-    texts = [number.strip('"') for number in numbers]
+    texts = [number.strip('"') or None for number in numbers]
     assert [row["id"] for row in found] == [row["first"] for row in found] == texts
     assert [row["n"] for row in found] == list(range(len(numbers)))
     assert found[0]["score"] == 0.5
+
+
+@pytest.mark.parametrize("end", [",", "\t"])
+def test_what_is_missing_among_identifiers_is_missing(tmp_path: Path, end: str) -> None:
+    content = "uri,code\na.jpg,01\nb.jpg,NA\nc.jpg,\nd.jpg,20\n".replace(",", end)
+    found = rows(tmp_path / ("t.csv" if end == "," else "t.tsv"), content)
+    assert [row["code"] for row in found] == ["01", None, None, "20"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_lines_are_counted_whatever_ends_them(end: str, size: int) -> None:
+    content = f'uri,caption{end}{end}a,x{end}b,"two{end}lines"{end}c,"open{end}d,y{end}'.encode()
+    watched = Watched(io.BytesIO(content), ",", 1000, quotes=True)
+    while watched.read(size):
+        pass
+    assert watched.open_line == 6
 
 
 def test_a_zero_alone_is_a_number(tmp_path: Path) -> None:
