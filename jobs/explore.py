@@ -102,7 +102,6 @@ def _texts(
     if not may_have_texts(store.record) or TEXT_FEATURE not in store.features:
         return None
     embedder = Embedder(store.record, TEXT_FEATURE, vocabulary=vocabulary, storage_options=options)
-
     reading = Lock()
     known = [_nearest(matrix)] if matrix.name == TEXT_FEATURE else []
 

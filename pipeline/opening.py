@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 import pyarrow as pa
 
+from pipeline.lock import Held
 from pipeline.models import ModelInfo, choose_dtype, inspect_model, require_classes, with_head, with_labels
 from pipeline.predictors.batches import Wanted
 from pipeline.predictors.null import NULL_DIM
@@ -206,9 +207,7 @@ def open_directory(resolved: ResolvedJob) -> Opened:
             if mine:
                 listed = True
                 parts = write_manifest(read_sources(spec), spec.out, spec.storage_options, check=mine.check)
-                mine.check()
-                require_parts(spec.out, parts, spec.storage_options)
-                write_record(spec.out, _with_parts(wanted, parts, base=len(parts)), spec.storage_options)
+                _freeze(spec, mine, _with_parts(wanted, parts, base=len(parts)), parts)
         found = read_record(spec.out, spec.storage_options)
     if found is None:
         raise OutputError(f"{spec.out}/run.json vanished while the run was being set up; run the command again")
@@ -244,10 +243,16 @@ def _update(resolved: ResolvedJob) -> RunRecord:
         if not added:
             return record
         updated = _with_parts(record, [*known, *added], base=record.base_parts)
-        mine.check()
-        require_parts(spec.out, added, spec.storage_options)
-        write_record(spec.out, updated, spec.storage_options)
+        _freeze(spec, mine, updated, added)
     return updated
+
+
+def _freeze(spec: JobSpec, mine: Held, record: RunRecord, written: list[ManifestPart]) -> None:
+    """Write the record that names the parts just `written`. Raises OutputError where somebody else has the lock by now,
+    or had it meanwhile and removed them."""
+    mine.check()
+    require_parts(spec.out, written, spec.storage_options)
+    write_record(spec.out, record, spec.storage_options)
 
 
 def _with_parts(record: RunRecord, parts: list[ManifestPart], base: int) -> RunRecord:

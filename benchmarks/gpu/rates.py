@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend
 
 from pipeline.models.architecture import Architecture
 from pipeline.models.gpu import Compiled, plan_gpu
+from pipeline.models.layers import split_heads
 from pipeline.predictors.torch_runner import Runner, compile_trunk
 
 CALLS = 8
@@ -53,7 +54,7 @@ def attention_taken(runner: Runner, a: Architecture, bench: Bench) -> str:
     rows, columns = a.grid(a.trained_size)
     tokens = a.prefix_tokens + rows * columns
     qkv, bias = attention_inputs(bench, runner.batch, tokens, a.width, a.heads)
-    q, k, v = qkv.view(runner.batch, tokens, 3, a.heads, -1).permute(2, 0, 3, 1, 4)
+    q, k, v = split_heads(qkv, a.heads)
     mask = None if a.relative_positions == "none" else bias
     with runner._kernels():
         return str(SDPBackend(torch._fused_sdp_choice(q, k, v, mask, 0.0, False)).name)

@@ -132,7 +132,10 @@ class _Fetcher:
         """The bytes of `member`, which begin at `begin` of `data`, if it is this one that stands there."""
         if member.length > self._fetch.max_bytes:
             return too_many_bytes(read.url, member.length, self._fetch.max_bytes)
-        header = data[begin - tarfile.BLOCKSIZE : begin]
+        try:
+            header = tarfile.TarInfo.frombuf(data[begin - tarfile.BLOCKSIZE : begin], "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            return changed(read.url)
         if not _is_header_of(header, member):
             return in_pieces(read.url, member.name) if _is_of_pieces(header, member) else changed(read.url)
         return data[begin : begin + member.length]
@@ -186,26 +189,18 @@ class _Fetcher:
         return run
 
 
-def _is_header_of(block: bytes, member: Member) -> bool:
-    """Whether `block` is the tar header (POSIX ustar) of `member`.
+def _is_header_of(header: tarfile.TarInfo, member: Member) -> bool:
+    """Whether this is the tar header (POSIX ustar) of `member`.
 
     Names that are long or not ASCII stand in a header of their own, and cut short or not at all in this one. Some
     writers (tar-stream) put every name that other attributes go with there, and a mere word in this one.
     """
-    try:
-        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        return False
     plain = member.name.isascii() and "\\udc" not in member.name  # so the manifest shows bytes that are no UTF-8
     told = plain and len(member.name) <= tarfile.LENGTH_NAME and not header.name.startswith("PaxHeader")
     return header.size == member.length and (header.name == member.name or not told)
 
 
-def _is_of_pieces(block: bytes, member: Member) -> bool:
-    """Whether `block` is the first header of a sparse file: listed as no bytes behind the header with which it begins,
+def _is_of_pieces(header: tarfile.TarInfo, member: Member) -> bool:
+    """Whether this is the first header of a sparse file: listed as no bytes behind the header with which it begins,
     which may be one of other attributes (POSIX pax) or of a long name (GNU)."""
-    try:
-        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        return False
     return not member.length and header.type in _BEGINS_SPARSE

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.models.architecture import Architecture
 from pipeline.models.inspect import ModelInfo
+from pipeline.models.layers import split_heads
 from pipeline.models.load import load_model
 from pipeline.models.network import VisionModel
 
@@ -62,12 +63,12 @@ def attention_rollout(model: VisionModel, pixels: Tensor) -> Tensor:
 
 def _flow(block: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """Attention weights of `block` for its input (B, T, D), averaged over heads, identity added, renormalised."""
-    b, t, width = x.shape
-    q, k, _ = block.qkv(block.norm1(x)).view(b, t, 3, block.heads, width // block.heads).permute(2, 0, 3, 1, 4)
+    width = x.shape[-1]
+    q, k, _ = split_heads(block.qkv(block.norm1(x)), block.heads)
     scores = (q @ k.transpose(-2, -1)).float() * (width // block.heads) ** -0.5  # (B, heads, T, T)
     if bias is not None:
         scores = scores + bias.float()
-    weights = scores.softmax(dim=-1).mean(dim=1) + torch.eye(t, device=x.device)
+    weights = scores.softmax(dim=-1).mean(dim=1) + torch.eye(x.shape[1], device=x.device)
     flow: Tensor = weights / weights.sum(dim=-1, keepdim=True)
     return flow
 

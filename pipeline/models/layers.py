@@ -51,10 +51,16 @@ class PatchEmbedding(nn.Module):
         return F.linear(patches.to(self.weight.dtype).sub_(128), self.weight)
 
 
+def split_heads(qkv: Tensor, heads: int) -> Tensor:
+    """Fused queries, keys and values (B, T, 3·D) → (3, B, heads, T, d), without a copy."""
+    b, t, width = qkv.shape
+    return qkv.view(b, t, 3, heads, width // 3 // heads).permute(2, 0, 3, 1, 4)
+
+
 def attend(qkv: Tensor, heads: int, bias: Tensor | None) -> Tensor:
     """Multi-head attention from fused queries, keys and values (B, T, 3·D) → (B, T, D)."""
     b, t, width = qkv.shape
-    q, k, v = qkv.view(b, t, 3, heads, width // 3 // heads).permute(2, 0, 3, 1, 4)  # (B, heads, T, d) each
+    q, k, v = split_heads(qkv, heads)
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     return mixed.transpose(1, 2).reshape(b, t, width // 3)
 

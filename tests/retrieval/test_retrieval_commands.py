@@ -15,25 +15,11 @@ import typer
 from PIL import Image
 from support.runs import RunContent, clustered, run_record, write_run
 
-from jobs import retrieve, retrieve_groups, retrieve_labels
+from jobs import retrieve, retrieve_labels
 from pipeline.retrieval.store import FeatureStore
 from schemas.errors import OutputError, PatchstreamError, SpecError
 
 Run = Callable[..., str]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    app = typer.Typer()
-    for module in (retrieve, retrieve_groups, retrieve_labels):
-        for name, function in module.COMMANDS.items():
-            app.command(name)(function)
-
-    def call(*arguments: object) -> str:
-        assert app([str(argument) for argument in arguments], standalone_mode=False) in (0, None)
-        return capsys.readouterr().out
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -7,28 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
 from support.runs import RunContent, clustered, write_run
 
-from jobs import retrieve_groups
 from pipeline.retrieval.duplicates import find_duplicates
 from pipeline.retrieval.pairs import ALL_PAIRS
 from pipeline.retrieval.store import FeatureStore
 
 Run = Callable[..., str]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    app = typer.Typer()
-    for name, function in retrieve_groups.COMMANDS.items():
-        app.command(name)(function)
-
-    def call(*arguments: object) -> str:
-        assert app([str(argument) for argument in arguments], standalone_mode=False) in (0, None)
-        return capsys.readouterr().out
-
-    return call
 
 
 def test_bands_are_shown_where_they_lie(run: Run, tmp_path: Path) -> None:
