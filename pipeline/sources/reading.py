@@ -5,6 +5,7 @@ must not become a manifest that is cut short.
 """
 
 import contextlib
+import gzip
 import io
 import random
 import tempfile
@@ -20,6 +21,7 @@ from schemas.errors import SourceError
 
 T = TypeVar("T")
 
+_GZIP = b"\x1f\x8b"
 _TRIES = 5
 _BASE_S = 0.2
 # What is read at a time grows while reading goes on in one direction and starts over after a leap.
@@ -39,6 +41,19 @@ def open_object(uri: str, storage_options: Options) -> Iterator[BinaryIO]:
         raise source_error(uri, error) from error
     with _open(fs, path, uri) as file:
         yield file
+
+
+@contextlib.contextmanager
+def open_unpacked(uri: str, storage_options: Options) -> Iterator[BinaryIO]:
+    """`open_object`; where gzip has packed it, what it has packed, as a `gzip.GzipFile`."""
+    with open_object(uri, storage_options) as file:
+        packed = file.read(len(_GZIP)) == _GZIP
+        file.seek(0)
+        if not packed:
+            yield file
+            return
+        with gzip.open(file, "rb") as unpacked:
+            yield unpacked  # type: ignore[misc]
 
 
 def _open(fs: AbstractFileSystem, path: str, uri: str) -> BinaryIO:

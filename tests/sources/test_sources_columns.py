@@ -1,5 +1,6 @@
 """The user's own columns, and tables that hold the image bytes."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,18 @@ def test_a_csv_column_that_turns_to_text_is_text_throughout(tmp_path: Path) -> N
         {"uri": "/29999.jpg", "code": "29999", "n": 29999},
         {"uri": "/last.jpg", "code": "A7", "n": 8},
     ]
+
+
+@pytest.mark.parametrize("filler", [1, 30_000])
+def test_a_csv_column_has_the_first_type_that_holds_all_its_values(tmp_path: Path, filler: int) -> None:
+    header = "uri,real,day,moment,zoned,yes,none,clock,bytes,note\n"
+    plain = f"/x.jpg,1,2024-01-02,2024-01-02,2024-01-02T03:04:05Z,true,,00:10:00,x,{'x' * 200}\n" * filler
+    odd = "/a.jpg, 0.5 ,NA,2024-01-02 03:04:05,2024-01-02 05:04:05+02:00,False,,x,caf\xe9,NA\n"
+    (tmp_path / "t.csv").write_bytes((header + plain + odd).encode("latin-1"))
+    (row,) = read(tmp_path / "t.csv").slice(filler).to_pylist()
+    utc = datetime(2024, 1, 2, 3, 4, 5, tzinfo=UTC)
+    assert (row["real"], row["day"], row["moment"], row["zoned"]) == (0.5, None, utc.replace(tzinfo=None), utc)
+    assert (row["yes"], row["none"], row["clock"], row["bytes"], row["note"]) == (False, None, "x", b"caf\xe9", "NA")
 
 
 @pytest.mark.parametrize("filler", [0, 30_000])
