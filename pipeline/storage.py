@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -138,6 +139,11 @@ def absolute(url: str) -> str:
         inside, mark, place = url.rpartition("::")
         return url if "://" in place else f"{inside}{mark}{absolute(place)}"
     return os.path.abspath(LocalFileSystem._strip_protocol(url)) if scheme(url) == "file" else url
+
+
+def real_name(path: str) -> str:
+    """The file that is shown as `path`: in manifests a byte of a name that is no UTF-8 stands as `\\udcXX`."""
+    return re.sub(r"\\udc([89a-f][0-9a-f])", lambda shown: chr(0xDC00 + int(shown[1], 16)), path)
 
 
 def join(base: str, *names: str) -> str:

@@ -23,7 +23,7 @@ from pipeline.images.verdict import (
     changed,
     too_many_bytes,
 )
-from pipeline.storage import is_chained, is_local, open_filesystem, scheme
+from pipeline.storage import is_chained, is_local, open_filesystem, real_name, scheme
 from schemas.errors import ImageError
 
 Need = Callable[[int], None]
@@ -162,11 +162,6 @@ def same_version(etag: str | None, known: Mapping[str, Any]) -> bool:
 def _bare(etag: str) -> str:
     """Drivers give it as the header has it, in quotes and perhaps marked as weak (RFC 9110, 8.8.3), or without."""
     return etag.removeprefix("W/").strip('"')
-
-
-def real_name(path: str) -> str:
-    """The file that is shown as `path`: in manifests a byte of a name that is no UTF-8 stands as `\\udcXX`."""
-    return re.sub(r"\\udc([89a-f][0-9a-f])", lambda shown: chr(0xDC00 + int(shown[1], 16)), path)
 
 
 def _open_local(path: str) -> int:

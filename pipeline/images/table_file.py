@@ -12,9 +12,9 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import sync
 from fsspec.callbacks import Callback
 
-from pipeline.images.reader import Reader, real_name, same_size, same_version
+from pipeline.images.reader import Reader, same_size, same_version
 from pipeline.images.verdict import changed
-from pipeline.storage import CACHES, is_local, redact, scheme
+from pipeline.storage import CACHES, is_local, real_name, redact, scheme
 from pipeline.store_errors import NO_ROOM
 from schemas.errors import ImageError
 

@@ -2,16 +2,22 @@
 a signed URL is stored without its signature. Such rows may be one picture that is listed again, or different ones.
 """
 
-from collections.abc import Sequence
+import functools
+import os
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.retrieval.arrays import Ints, Mask
 from pipeline.retrieval.store import FeatureStore
+from pipeline.storage import is_chained, real_name, scheme
 
 _SHOWN = 5
+# What `places` remembers; addresses come folder by folder, more or less.
+_FOLDERS = 1 << 16
 
 
 def newest(store: FeatureStore, rows: Ints) -> Mask:
@@ -36,6 +42,27 @@ def named_rows(rows: Sequence[int]) -> str:
     """`rows 3, 5, 8`, the first few of many."""
     more = ", …" if len(rows) > _SHOWN else ""
     return f"rows {', '.join(str(row) for row in rows[:_SHOWN])}{more}"
+
+
+def places() -> Callable[[str], str]:
+    """A function from an address to the place that it leads to, the same for two spellings of one address (`file:`,
+    `s3a:`), and for a file and a link to it, as the disks of this machine have them at the time."""
+    folder_of = functools.lru_cache(_FOLDERS)(os.path.realpath)
+
+    def place(uri: str) -> str:
+        if "://" in uri and scheme(uri) != "file":
+            return uri if is_chained(uri) else f"{scheme(uri)}://{uri.partition('://')[2]}"
+        path = str(LocalFileSystem._strip_protocol(uri)) if "://" in uri else uri
+        if "\0" in path:  # there is no such file
+            return path
+        if real_name(path) != path and not os.path.exists(path):
+            path = real_name(path)
+        folder, name = os.path.split(path)
+        # All but the last name is looked up once for many files: on a disk far away each look takes its time.
+        path = os.path.join(folder_of(folder), name)
+        return os.path.realpath(path) if os.path.islink(path) else path
+
+    return place
 
 
 def named_elsewhere(store: FeatureStore, uris: Sequence[str], known: Ints) -> set[str]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
-from pipeline.retrieval.addresses import named_elsewhere
+from pipeline.retrieval.addresses import named_elsewhere, places
 from pipeline.retrieval.arrays import Floats, Ints, Mask, Preparation
 from pipeline.retrieval.components import Components
 from pipeline.retrieval.matrix import Matrix
@@ -226,7 +226,8 @@ def write_duplicates(store: FeatureStore, found: Duplicates, name: str, settings
     """Write the groups to `duplicates/NAME/`, and beside it `NAME.delete.txt` and `NAME.json`; returns the latter.
 
     The list to delete has one address a line. An address that another row has too, be it kept or in no group, is not
-    in it, nor is one that would be read as several: with a line break, or a NUL. The summary counts both.
+    in it, nor is one that leads to a kept file by a link or in another spelling, nor one that would be read as several:
+    with a line break, or a NUL. The summary counts the latter apart.
     """
     check_name(name)
     columns = {"row": found.row, "group": found.group, "keep": found.keep, "score": found.score}
@@ -262,9 +263,10 @@ def _older(store: FeatureStore) -> int:
 
 
 def _delete_list(store: FeatureStore, found: Duplicates) -> tuple[list[str], int, int]:
-    kept = set(found.uri.filter(pa.array(found.keep)).to_pylist())
+    place = places()
+    kept = {place(uri) for uri in found.uri.filter(pa.array(found.keep)).to_pylist()}
     dropped = list(dict.fromkeys(found.uri.filter(pa.array(~found.keep)).to_pylist()))
-    candidates = [uri for uri in dropped if uri not in kept]
+    candidates = [uri for uri in dropped if place(uri) not in kept]
     elsewhere = named_elsewhere(store, candidates, found.row[~found.keep])
     free = [uri for uri in candidates if uri not in elsewhere]
     # All that any reader of lines takes for the end of one; names may well hold blanks that are not "printable".

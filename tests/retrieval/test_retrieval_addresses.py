@@ -1,5 +1,6 @@
 """Addresses that several rows have: rows of a Parquet file, redacted URLs, older versions, pictures listed again."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,45 @@ def test_an_address_of_a_row_in_no_group_is_not_to_be_deleted(tmp_path: Path) ->
     assert summary["groups"] == 2
     assert summary["to_delete"] == 1
     assert summary["not_listed_because_kept_elsewhere"] == 1
+
+
+def to_delete(folder: Path, uris: list[str]) -> list[str]:
+    """The list to delete where all rows are one picture, of which row 0 is kept; all others are listed or counted."""
+    store = open_run(folder, RunContent({"cls": np.ones((len(uris), 4), np.float32)}, uris=uris))
+    summary = write_duplicates(store, find_duplicates(store, 0.9), "main", {})
+    listed = (folder / "duplicates" / "main.delete.txt").read_text().splitlines()
+    assert summary["not_listed_because_kept_elsewhere"] == len(uris) - 1 - len(listed)
+    return listed
+
+
+def test_the_only_copy_of_a_picture_is_not_to_be_deleted_where_a_link_to_it_is_kept(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    for name in ("2020/x.jpg", "2020/y.jpg", "z.jpg"):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        (photos / name).write_bytes(b"picture")
+    (photos / "again.jpg").symlink_to("z.jpg")
+    (photos / "a.jpg").symlink_to("again.jpg")
+    (photos / "latest").symlink_to("2020")
+    whole = [f"{photos}/{name}" for name in ("a.jpg", "again.jpg", "z.jpg", "2020/y.jpg", "latest/x.jpg")]
+    assert to_delete(tmp_path / "file", whole) == whole[3:]
+    linked = [f"{photos}/{name}" for name in ("2020/x.jpg", "latest/x.jpg", "latest/y.jpg", "latest/gone.jpg")]
+    assert to_delete(tmp_path / "folder", linked) == linked[2:]
+
+
+def test_the_only_copy_of_a_picture_is_not_to_be_deleted_where_its_name_is_not_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "z.jpg").write_bytes(b"picture")
+    os.symlink(b"z.jpg", os.fsencode(tmp_path / "photos") + b"/caf\xe9.jpg")
+    shown = [str(tmp_path / "photos" / name) for name in ("caf\\udce9.jpg", "z.jpg")]
+    assert to_delete(tmp_path / "run", shown) == []
+
+
+def test_a_kept_picture_in_another_spelling_is_not_to_be_deleted(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"picture")
+    uris = [f"file://{tmp_path}/a.jpg", f"{tmp_path}/a.jpg", f"file://{tmp_path}/b.jpg", "s3://b/a.jpg"]
+    assert to_delete(tmp_path / "disk", uris) == uris[2:]
+    uris = ["s3a://bucket/a.jpg", "s3://bucket/a.jpg", "s3://bucket/b.jpg", "gs://bucket/a.jpg"]
+    assert to_delete(tmp_path / "store", uris) == uris[2:]
 
 
 @pytest.mark.parametrize("key", ["uri", "name"])
