@@ -40,6 +40,14 @@ def held_bytes(group: pq.RowGroupMetaData, places: Sequence[int]) -> int:
     return sum(group.column(place).total_uncompressed_size for place in places)
 
 
+def holds_images(kind: pa.DataType) -> bool:
+    """Whether a column of this type can hold pictures: their bytes, or Hugging Face's `{bytes, path}`."""
+    if pa.types.is_struct(kind):
+        names = {kind.field(i).name for i in range(kind.num_fields)}
+        return {"bytes", "path"} <= names and holds_images(kind.field("bytes").type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
 def is_damage(error: Exception) -> bool:
     """Whether an error while a file was read says that its content is wrong. The others say nothing of the content: a
     store that refused or failed, too little memory.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.columns import held_bytes, places_of
+from pipeline.columns import held_bytes, holds_images, places_of
 from pipeline.images.reader import Reader
 from pipeline.images.table_file import TableFile, open_table
 from pipeline.images.verdict import scrub
@@ -171,16 +171,9 @@ def _value(scalar: pa.Scalar) -> Value:
 
 def _image_column(schema: pa.Schema, name: str) -> str:
     """`name` where it holds images, else the only column that does: the rule by which the table was listed."""
-    candidates = [field.name for field in schema if _holds_images(field.type)]
+    candidates = [field.name for field in schema if holds_images(field.type)]
     if name in candidates:
         return name
     if len(candidates) == 1:
         return str(candidates[0])
     raise ImageError("fetch", "NoImageColumn", f"the table has no column `{name}` with image bytes (any more)")
-
-
-def _holds_images(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        names = {kind.field(i).name for i in range(kind.num_fields)}
-        return {"bytes", "path"} <= names and _holds_images(kind.field("bytes").type)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))

@@ -5,6 +5,7 @@ Nothing here ends a page: a picture that cannot be read becomes a placeholder th
 """
 
 import base64
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,11 +15,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.columns import holds_images
 from pipeline.report.lookup import RowLookup
 from pipeline.report.run import RunDirectory
 from pipeline.report.shrink import shrink
-from pipeline.storage import filesystem, redact
+from pipeline.storage import filesystem, is_local, real_name, redact
 from schemas.errors import SourceError
 from schemas.spec import FetchSpec
 
@@ -110,7 +114,7 @@ class Thumbnailer:
         size = record["length"] if container else record.get("size")
         if size is not None and size > self._max_bytes:
             raise SourceError(f"{size} bytes exceed the limit of {self._max_bytes}")
-        fs, path = filesystem(container or record["uri"], self._options)
+        fs, path = self._located(container or record["uri"])
         if not container:
             return shrink(fs.cat_file(path), side, self._max_pixels)
         start = int(record["offset"])
@@ -120,16 +124,31 @@ class Thumbnailer:
         self, container: str, members: list[Record], side: int, deadline: float | None, found: dict[int, Thumbnail]
     ) -> None:
         """Add the rows of one table to `found`; full-size pictures go as soon as they are shrunk."""
-        row_at = {int(member["offset"]): int(member["row"]) for member in members}
-        fs, path = filesystem(container, self._options)
+        rows_at: dict[int, list[int]] = defaultdict(list)
+        for member in members:
+            rows_at[int(member["offset"])].append(int(member["row"]))
+        elsewhere: dict[int, Future[bytes]] = {}
+        fs, path = self._located(container)
         with fs.open(path, "rb") as file, pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as part:
             column = _image_column(part.schema_arrow, self._image_column)
-            for offset, data in _cells(part, column, sorted(row_at)):
-                job = self._pool.submit(shrink, data, side, self._max_pixels)
+            for offset, cell in _cells(part, column, sorted(rows_at)):
+                if isinstance(cell, str):
+                    elsewhere[offset] = self._pool.submit(self._from_file, {"uri": cell}, side)
+                    continue
+                job = self._pool.submit(shrink, cell, side, self._max_pixels)
                 _wait([job], deadline)
                 if deadline is not None and time.monotonic() > deadline:
                     raise TimeoutError("not read in time")
-                found[row_at[offset]] = _made(job)
+                found |= dict.fromkeys(rows_at[offset], _made(job))
+        _wait(elsewhere.values(), deadline)
+        for offset, job in elsewhere.items():
+            found |= dict.fromkeys(rows_at[offset], _made(job))
+
+    def _located(self, address: str) -> tuple[AbstractFileSystem, str]:
+        """The file system of `address` and the path on it. As the job has it, a path is one whatever it holds (`::`),
+        and a name that is no UTF-8 goes by what the manifest shows."""
+        fs, path = (LocalFileSystem(), address) if address.startswith("/") else filesystem(address, self._options)
+        return fs, real_name(path) if is_local(fs) and not os.path.exists(path) else path
 
 
 def addresses(records: Mapping[int, Record]) -> dict[int, str]:
@@ -139,7 +158,7 @@ def addresses(records: Mapping[int, Record]) -> dict[int, str]:
 
 def _image_column(schema: pa.Schema, preferred: str) -> str:
     """The column with image bytes: `preferred`, or the only one that can hold any."""
-    holding = [field.name for field in schema if _holds_bytes(field.type)]
+    holding = [field.name for field in schema if holds_images(field.type)]
     if preferred in holding:
         return preferred
     if len(holding) != 1:
@@ -147,14 +166,9 @@ def _image_column(schema: pa.Schema, preferred: str) -> str:
     return str(holding[0])
 
 
-def _holds_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return bool(kind.get_field_index("bytes") >= 0)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _cells(part: pq.ParquetFile, column: str, offsets: list[int]) -> Iterator[tuple[int, bytes | None]]:
-    """The image bytes at `offsets` (row numbers of the file), holding a few rows in memory at a time."""
+def _cells(part: pq.ParquetFile, column: str, offsets: list[int]) -> Iterator[tuple[int, bytes | str | None]]:
+    """The image bytes at `offsets` (row numbers of the file), holding a few rows in memory at a time; where there are
+    none, the address that stands in their place."""
     start = 0
     for group in range(part.num_row_groups):
         end = start + part.metadata.row_group(group).num_rows
@@ -164,12 +178,19 @@ def _cells(part: pq.ParquetFile, column: str, offsets: list[int]) -> Iterator[tu
             for batch in part.iter_batches(batch_size=_TABLE_BATCH_ROWS, row_groups=[group], columns=[column]):
                 for offset in inside:
                     if position <= offset < position + len(batch):
-                        cell = batch.column(0)[offset - position].as_py()
-                        yield offset, cell.get("bytes") if isinstance(cell, dict) else cell
+                        yield offset, _bytes_or_address(batch.column(0)[offset - position].as_py())
                 position += len(batch)
                 if position > inside[-1]:
                     break
         start = end
+
+
+def _bytes_or_address(cell: bytes | dict[str, Any] | None) -> bytes | str | None:
+    if not isinstance(cell, dict):
+        return cell
+    data: bytes | None = cell.get("bytes")
+    path: str = cell.get("path") or ""
+    return path if data is None and "://" in path else data
 
 
 def _wait(jobs: Iterable[Future[Any]], deadline: float | None) -> None:

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.columns import held_bytes, places_of
+from pipeline.columns import held_bytes, holds_images, places_of
 from pipeline.sources.columns import content_table
 from pipeline.sources.reading import open_object
 from pipeline.sources.stores import Entry
@@ -129,12 +129,12 @@ def parquet_kind(source: str, uri_column: str, image_column: str, storage_option
         except (pa.ArrowException, OSError):
             return None
     uris = uri_column if uri_column in schema.names else None
-    candidates = [field.name for field in schema if _holds_images(field.type)]
+    candidates = [field.name for field in schema if holds_images(field.type)]
     images = image_column if image_column in candidates else None
     asked = image_column != JobSpec.model_fields["image_column"].default
     if uris is None and images is None and not asked and len(candidates) == 1:
         images = candidates[0]
-    pictures = [field.name for field in schema if _holds_images(_value_type(field.type)) and field.name != images]
+    pictures = [field.name for field in schema if holds_images(_value_type(field.type)) and field.name != images]
     # Manifests of earlier versions are known by their columns alone.
     ours = METADATA_KEY in (schema.metadata or {}) or list(schema)[: len(MANIFEST_FIELDS)] == MANIFEST_FIELDS
     if images is None:
@@ -152,13 +152,6 @@ def _value_type(kind: pa.DataType) -> pa.DataType:
     """What the lists, if it is one, are made of."""
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     return _value_type(kind.value_type) if is_list else kind
-
-
-def _holds_images(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        names = {kind.field(i).name for i in range(kind.num_fields)}
-        return {"bytes", "path"} <= names and _holds_images(kind.field("bytes").type)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
 @contextmanager

@@ -86,6 +86,68 @@ def test_report_thumbnails_of_a_table(tmp_path: Path, column: str, nested: bool)
     assert found[41].data is None
 
 
+def test_report_thumbnails_of_a_table_that_is_listed_twice(tmp_path: Path) -> None:
+    path = str(tmp_path / "table.parquet")
+    pq.write_table(pa.table({"image": [jpeg(RED), jpeg(BLUE)]}), path)
+    places = [(path, row % 2, None) for row in range(4)]
+    found = thumbnailer(tmp_path, ["a", "b", "a", "b"], containers=places).thumbnails(range(4), 64)
+    assert [is_near(colour_of(found[row]), (RED, BLUE)[row % 2]) for row in range(4)] == [True] * 4
+
+
+def test_report_thumbnails_of_a_table_of_views(tmp_path: Path) -> None:
+    path = str(tmp_path / "table.parquet")
+    pq.write_table(pa.table({"image": pa.array([jpeg(RED), jpeg(BLUE)], pa.binary_view())}), path)
+    found = thumbnailer(tmp_path, ["a", "b"], containers=[(path, 0, None), (path, 1, None)]).thumbnails([0, 1], 64)
+    assert is_near(colour_of(found[0]), RED)
+    assert is_near(colour_of(found[1]), BLUE)
+
+
+def test_report_thumbnails_of_a_table_that_says_where_its_pictures_are(
+    tmp_path: Path, http_server: Callable[..., HttpServer]
+) -> None:
+    (tmp_path / "web").mkdir()
+    for name, colour in (("red.jpg", RED), ("blue.jpg", BLUE)):
+        (tmp_path / "web" / name).write_bytes(jpeg(colour))
+    server = http_server(tmp_path / "web")
+    cells = [
+        {"bytes": None, "path": server.url_of("red.jpg")},
+        {"bytes": jpeg(BLUE), "path": server.url_of("red.jpg")},
+        {"bytes": None, "path": server.url_of("blue.jpg")},
+        {"bytes": None, "path": server.url_of("gone.jpg")},
+        {"bytes": None, "path": "red.jpg"},
+    ]
+    path = str(tmp_path / "table.parquet")
+    pq.write_table(pa.table({"image": cells}), path)
+    places = [(path, row, None) for row in range(5)]
+    found = thumbnailer(tmp_path, list("abcde"), containers=places).thumbnails(range(5), 64, timeout_s=60)
+    assert [is_near(colour_of(found[row]), (RED, BLUE, BLUE)[row]) for row in range(3)] == [True] * 3
+    assert "FileNotFoundError" in found[3].reason
+    assert "empty" in found[4].reason
+
+
+def test_report_thumbnails_under_odd_names(tmp_path: Path) -> None:
+    folder = tmp_path / "caf\udce9"  # a byte that is no UTF-8
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(jpeg(RED))
+    (folder / "::.jpg").write_bytes(jpeg(BLUE))
+    (span,) = tar_of(folder / "b.tar", {"b.jpg": jpeg(BLUE)})
+    with open(folder / "c.parquet", "wb") as file:
+        pq.write_table(pa.table({"image": [jpeg(RED)]}), file)
+    shown = f"{tmp_path}/caf\\udce9"
+    source = thumbnailer(
+        tmp_path,
+        [f"{shown}/{name}" for name in ("a.jpg", "b.tar#b.jpg", "c.parquet#0", "::.jpg")],
+        containers=[
+            (None, None, None),
+            (f"{shown}/b.tar", *span),
+            (f"{shown}/c.parquet", 0, None),
+            (None, None, None),
+        ],
+    )
+    found = source.thumbnails(range(4), 64)
+    assert [is_near(colour_of(found[row]), (RED, BLUE, RED, BLUE)[row]) for row in range(4)] == [True] * 4
+
+
 @pytest.mark.parametrize("tables", [1, 6])
 def test_report_thumbnails_of_tables_hold_few_pictures_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tables: int
