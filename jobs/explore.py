@@ -81,7 +81,9 @@ def _searcher(
         import numpy as np
 
         positions = matrix.positions_of(np.array([row]))
-        return matrix.take(positions).reshape(-1) if positions[0] >= 0 and matrix.directed[positions[0]] else None
+        if positions[0] < 0:
+            raise LookupError(f"row {row} came after the vectors were read")
+        return matrix.take(positions).reshape(-1) if matrix.directed[positions[0]] else None
 
     has_model = run.record.model.family != "null"
     embed = Embedder(run.record, name, storage_options=options).image if has_model else None

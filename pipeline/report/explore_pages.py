@@ -122,7 +122,10 @@ def _row(at: Exploration, query: Query) -> int:
 def _similar_to_row(at: Exploration, row: int) -> tuple[list[Tile], str]:
     if at.searcher is None:
         return [], "This run holds no features, so pictures cannot be compared."
-    vector = at.searcher.vector_of(row)
+    try:
+        vector = at.searcher.vector_of(row)
+    except LookupError:
+        return [], "This picture came after the vectors were read; start explore again to see what is like it."
     if vector is None:
         return [], "The features of this picture are zero or not finite, so nothing is like it."
     with at.searching:

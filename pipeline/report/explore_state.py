@@ -44,10 +44,11 @@ class TextSearcher:
 class Searcher:
     """How similar pictures are found by `feature`.
 
-    `vector_of(row)` is the (D,) vector of a row, None where it has none; `nearest(vector, k)` gives rows and cosines,
-    best first; `embed(data)` turns the bytes of a picture into a vector with the model of the run, None where the
-    model is not at hand. `texts` is None where that is of a kind that has no text tower, or the run does not hold the
-    feature it takes; whether there is one, the first search by text tells.
+    `vector_of(row)` is the (D,) vector of a row, None where it has no direction; it raises LookupError for a row that
+    came after the vectors were read. `nearest(vector, k)` gives rows and cosines, best first; `embed(data)` turns
+    the bytes of a picture into a vector with the model of the run, None where the model is not at hand. `texts` is None
+    where that is of a kind that has no text tower, or the run does not hold the feature it takes; whether there is one,
+    the first search by text tells.
     """
 
     feature: str

@@ -11,8 +11,11 @@ from report.explore_client import Client, searcher_of, serving
 from report.html_page import Page
 from support.runs import jpeg
 
+from jobs.explore import _open
 from pipeline.report.explore_state import open_exploration
 from pipeline.report.run import open_run
+from pipeline.retrieval.matrix import Matrix
+from pipeline.retrieval.store import FeatureStore
 
 TOKEN = "a long; enough token%&"
 
@@ -98,6 +101,28 @@ def test_report_explore_more_like_this(client: Client, explored: tuple[Album, Pa
     assert row not in shown_rows(page)
     assert f"uri {album.folder}" in page.text
     assert f"cluster {album.labels[index]} of colours" in page.text
+
+
+def test_report_explore_says_why_nothing_is_like_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    album = Album(tmp_path, count=8, failed={})
+    album.features[1] = 0
+    run = album.write()
+    part = sorted((run / "images").iterdir())[1]
+    part.rename(tmp_path / "part")
+    load = FeatureStore.load
+
+    def load_before_a_part_comes(store: FeatureStore, feature: str) -> Matrix:
+        matrix = load(store, feature)
+        (tmp_path / "part").rename(part)
+        return matrix
+
+    monkeypatch.setattr(FeatureStore, "load", load_before_a_part_comes)
+    with serving(_open(str(run), None, {})) as server:
+        client = Client(server)
+        assert "zero or not finite" in client.page("/picture", row=1).text
+        late = client.page("/picture", row=7).text
+    assert "came after the vectors were read; start explore again" in late
+    assert "zero or not finite" not in late
 
 
 def test_report_explore_rows_that_are_no_images(client: Client) -> None:
