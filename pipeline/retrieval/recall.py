@@ -92,8 +92,9 @@ def _recall(index: Index, matrix: Matrix, chosen: Ints, truth: list[Floats]) -> 
     wanted = index.prepare.apply(matrix.take(chosen))
     found = _without(chosen, *find(index, matrix, wanted, K + 1))
     rounding = _ROUNDING * np.einsum("ij,ij->i", wanted, wanted)
+    # A row alone in its index has nothing to be found besides it, and so nothing was missed.
     shares = [
-        np.count_nonzero(approximate >= exact.min(initial=np.inf) - margin) / max(1, len(exact))
+        np.count_nonzero(approximate >= exact.min() - margin) / len(exact) if len(exact) else 1.0
         for exact, approximate, margin in zip(truth, found, rounding, strict=True)
     ]
     return float(np.mean(shares))

@@ -64,6 +64,17 @@ def test_copies_of_a_picture_are_no_misses(tmp_path: Path, normalise: bool) -> N
     assert evaluate(narrow, matrix)["recall_at_10"] < 0.97
 
 
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_an_index_of_one_vector_misses_nothing(tmp_path: Path, kind: Kind) -> None:
+    vectors = np.zeros((3, 8), np.float32)
+    vectors[1] = 1
+    store = FeatureStore.open(str(write_run(tmp_path, RunContent({"cls": vectors}))))
+    built = tune(indexes.build(store, feature="cls", kind=kind), store.load("cls"))
+    assert built.record.recall_at_10 == 1
+    assert built.record.search.get("efSearch", 64) == 64
+    assert evaluate(built, store.load("cls"))["recall_at_10"] == 1
+
+
 def test_without_normalisation_scores_are_inner_products(store: FeatureStore) -> None:
     built = indexes.build(store, feature="cls", kind="flat", normalise=False)
     exact = top_k(store.load("cls"), VECTORS[:3], 4, prepare=Preparation(normalise=False))
