@@ -91,12 +91,12 @@ def search(
         embed = Embedder(store.record, feature, model=model, vocabulary=vocabulary, storage_options=place)
         options = {"where": where, "keep_examples": with_examples, "device": device}
         hits = _find(store, examples, embed, feature, k, built, centre, options)
-    if html:
-        _write_strip(html, directory, storage_options, hits)
     if as_json:
         print_json(hits)
     else:
         print_table(["row", "score", "uri"], [[hit["row"], round(hit["score"], 4), hit["uri"]] for hit in hits])
+    if html:  # last, so that a page that cannot be written takes no answer with it
+        _write_strip(html, directory, storage_options, hits)
     return 0
 
 
@@ -198,7 +198,8 @@ def _write_strip(path: str, directory: str, storage_options: str | None, hits: "
 
     pictures = [Picture(hit["row"], [f"{hit['score']:.3f}", f"row {hit['row']}", hit["uri"]]) for hit in hits]
     shown = thumbnails(directory, storage_options, [hit["row"] for hit in hits])
-    write_page(path, pictures_page("Search results", [(f"The {len(hits)} nearest", pictures)], shown))
+    page = pictures_page("Search results", [(f"The {len(hits)} nearest", pictures)], shown)
+    write_page(path, page, storage_options)
 
 
 _BUILT_WITH = ("kind", "features", "centre", "normalise", "ray")

@@ -180,30 +180,33 @@ def duplicates(
 def _show_bands(
     bands: "list[Band]", directory: str, storage_options: str | None, html: str | None, as_json: bool
 ) -> int:
-    if html:
-        from pipeline.retrieval.page import Picture, pictures_page
-
-        rows = sorted({row for band in bands for pair in band.examples for row in pair[:2]})
-        strips = [
-            (
-                f"{band.low:g} to {band.high:g}: {band.pairs:,} pairs",
-                [Picture(row, [f"{score:.4f}", f"row {row}"]) for first, second, score in band.examples
-                 for row in (first, second)],
-            )
-            for band in bands
-        ]  # fmt: skip
-        write_page(
-            html, pictures_page("Pairs around the threshold", strips, thumbnails(directory, storage_options, rows))
-        )
     if as_json:
         print_json([vars(band) for band in bands])
-        return 0
-    rows_shown = [
-        [f"{band.low:g} to {band.high:g}", band.pairs, "  ".join(f"{a}~{b}" for a, b, _ in band.examples)]
-        for band in bands
-    ]
-    print_table(["cosine", "pairs", "examples (row~row)"], rows_shown)
+    else:
+        rows_shown = [
+            [f"{band.low:g} to {band.high:g}", band.pairs, "  ".join(f"{a}~{b}" for a, b, _ in band.examples)]
+            for band in bands
+        ]
+        print_table(["cosine", "pairs", "examples (row~row)"], rows_shown)
+    if html:  # last, so that a page that cannot be written takes no answer with it
+        _write_pairs(html, bands, directory, storage_options)
     return 0
+
+
+def _write_pairs(path: str, bands: "list[Band]", directory: str, storage_options: str | None) -> None:
+    from pipeline.retrieval.page import Picture, pictures_page
+
+    rows = sorted({row for band in bands for pair in band.examples for row in pair[:2]})
+    strips = [
+        (
+            f"{band.low:g} to {band.high:g}: {band.pairs:,} pairs",
+            [Picture(row, [f"{score:.4f}", f"row {row}"]) for first, second, score in band.examples
+             for row in (first, second)],
+        )
+        for band in bands
+    ]  # fmt: skip
+    page = pictures_page("Pairs around the threshold", strips, thumbnails(directory, storage_options, rows))
+    write_page(path, page, storage_options)
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {"kmeans": kmeans, "duplicates": duplicates}

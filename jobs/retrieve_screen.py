@@ -130,11 +130,11 @@ def thumbnails(
         maker.close()
 
 
-def write_page(path: str, page: str) -> None:
+def write_page(path: str, page: str, storage_options: str | None = None) -> None:
     """Write an HTML page, which appears whole or not at all. Raises OutputError naming the path if that fails."""
     from pipeline.retrieval.output import staged
     from pipeline.storage import filesystem
 
-    with staged(*filesystem(path, {})) as local:
+    with staged(*filesystem(path, parse_options(storage_options))) as local:
         local.write_text(page, encoding="utf-8")
     sys.stderr.write(f"wrote {path}\n")

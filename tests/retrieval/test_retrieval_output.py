@@ -1,5 +1,6 @@
 """A result appears whole or not at all, and doing it again under its name replaces it."""
 
+import json
 import os
 import resource
 import signal
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.runs import RunContent, clustered, write_run
+from support.s3 import S3Server
 
 from jobs.retrieve_screen import write_page
 from pipeline.report.groups import load_clusterings
@@ -77,6 +79,27 @@ def test_a_full_disk_leaves_the_earlier_page(tmp_path: Path) -> None:
         write_page(str(page), "large" * 10_000)
     assert "committed" not in str(told.value)
     assert files(tmp_path) == {"hits.html": b"small"}
+
+
+@pytest.mark.parametrize("command", [["search", "--row", 3], ["duplicates", "--around", 0.9]])
+def test_a_page_that_cannot_be_written_takes_no_answer_with_it(
+    run: Callable[..., str], store: FeatureStore, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    answer = run(command[0], store.root, *command[1:], "--json")
+    with pytest.raises(OutputError, match=f"cannot write {tmp_path}/file/page.html"):
+        run(command[0], store.root, *command[1:], "--json", "--html", tmp_path / "file" / "page.html")
+    assert capsys.readouterr().out == answer
+
+
+@pytest.mark.parametrize("command", [["search", "--row", 3], ["duplicates", "--around", 0.9]])
+def test_a_page_goes_to_a_store_by_the_options_given(
+    run: Callable[..., str], store: FeatureStore, s3_server: S3Server, command: list[str]
+) -> None:
+    page = f"s3://{s3_server.make_bucket()}/page.html"
+    options = s3_server.storage_options
+    run(command[0], store.root, *command[1:], "--html", page, "--storage-options", json.dumps(options))
+    assert fsspec.filesystem("s3", **options).cat(page).startswith(b"<!doctype html>")
 
 
 @pytest.mark.parametrize(
