@@ -76,6 +76,9 @@ def pictures(at: Exploration, query: Query) -> Response:
     rows = at.catalogue.rows(wanted)
     pager, window = paginate(len(rows), PICTURES_A_PAGE, query, "/")
     counts = at.scan.label_counts()
+    labels = counts[:_LISTED_LABELS]
+    if wanted.label and wanted.label not in dict(labels):
+        labels.append((wanted.label, dict(counts).get(wanted.label, 0)))
     return render(
         at,
         "explore_pictures.html",
@@ -85,7 +88,7 @@ def pictures(at: Exploration, query: Query) -> Response:
         pager=pager,
         wanted=wanted,
         orders=ORDERS if at.scan.names else {"row": ORDERS["row"]},
-        labels=counts[:_LISTED_LABELS],
+        labels=labels,
     )
 
 

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlencode
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from report.html_page import Page
 from support.runs import jpeg
 
 from jobs.explore import _open
+from pipeline.report import explore_pages
 from pipeline.report.explore_state import open_exploration
 from pipeline.report.run import open_run
 from pipeline.retrieval.matrix import Matrix
@@ -55,6 +57,25 @@ def test_report_explore_filters_by_label(client: Client, explored: tuple[Album, 
     page = client.page("/", label=label)
     assert shown_rows(page) == wanted
     assert page.attributes("option", "selected") != []
+
+
+@pytest.mark.parametrize("label", ["no such label", *LABELS])
+def test_report_explore_shows_the_label_that_is_filtered_by(
+    client: Client, monkeypatch: pytest.MonkeyPatch, label: str
+) -> None:
+    monkeypatch.setattr(explore_pages, "_LISTED_LABELS", 2)
+    page = client.page("/", label=label)
+    chosen = [attrs["value"] for tag, attrs in page.tags if tag == "option" and "selected" in attrs]
+    assert chosen == [label, "row"]
+    assert f"{label} ({len(shown_rows(page))})" in page.text
+
+
+def test_report_explore_links_labels_that_can_be_filtered_by(client: Client, explored: tuple[Album, Path]) -> None:
+    album, _ = explored
+    page = client.page("/picture", row=album.rows[7])
+    targets = [str(link) for link in page.attributes("a", "href") if "label=" in str(link)]
+    assert targets == [f"/?{urlencode({'label': LABELS[album.labels[7]]})}"]
+    assert "second best" in page.text
 
 
 def test_report_explore_filters_by_text(client: Client) -> None:
