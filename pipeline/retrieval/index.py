@@ -99,7 +99,7 @@ def describe(store: FeatureStore, matrix: Matrix, kind: Kind, prepare: Preparati
         mean=None if prepare.mean is None else prepare.mean.tolist(),
         lists=lists,
         search={} if kind == "flat" else {"efSearch": 64} if kind == "hnsw" else {"nprobe": 8},
-        # Quantised scores are rough: five times as many candidates are scored again with the vectors themselves.
+        # Quantised scores are rough: twenty times as many candidates are scored again with the vectors themselves.
         rescore=20 if kind == "ivf-pq" else 1,
         run_id=store.record.run_id,
         model_digest=store.record.model.digest,
