@@ -4,6 +4,7 @@ import statistics
 from typing import NamedTuple
 
 from pipeline.models.precision import LEAST_MEDIAN
+from pipeline.placement import MOST_WRITES
 
 # Below these gains a change is not worth a word; measurements on a machine in use scatter by a few percent.
 WORTH = 1.08
@@ -67,8 +68,12 @@ def stage_costs(measured: Measured, shape: Shape) -> list[StageCost]:
     forward = measured.forward[0]
     decode_s = measured.decode_core_s[shape.decode]
     forward_core_s = forward.image_s * forward.threads
-    by_core = {"decode": decode_s, "transfer": measured.transfer_core_s, "write": measured.write_s}
-    costs = {name: StageCost(name, seconds, shape.cpus / max(seconds, 1e-9)) for name, seconds in by_core.items()}
+    by_core = {
+        "decode": (decode_s, shape.cpus),
+        "transfer": (measured.transfer_core_s, shape.cpus),
+        "write": (measured.write_s, min(shape.cpus, MOST_WRITES)),
+    }
+    costs = {name: StageCost(name, each, cores / max(each, 1e-9)) for name, (each, cores) in by_core.items()}
     # One decoding task fetches for itself, and there are as many side by side as cores.
     fetching = shape.cpus / max(measured.fetch_s, 1e-9)
     # Actors that share a GPU share its rate.
@@ -103,6 +108,7 @@ def advise(measured: Measured, shape: Shape) -> list[str]:
     found = [
         *_about_cpus(costs, shape, held_up),
         *_about_fetching(measured, held_up),
+        *_about_writing(costs, held_up),
         *_about_precision(measured, costs, shape),
         *_about_batch_size(measured, costs, shape),
         *_about_decoding(measured, shape),
@@ -145,6 +151,17 @@ def _about_fetching(measured: Measured, held_up: str) -> list[str]:
     return [
         f"the source is what is waited for ({rate:,.1f} MB/s for each decoding task): run nearer to it, "
         "raise fetch.concurrency in --config, or pack small files into tar shards"
+    ]
+
+
+def _about_writing(costs: list[StageCost], held_up: str) -> list[str]:
+    if held_up != "write":
+        return []
+    alone = next(cost.alone for cost in costs if cost.name == "write")
+    return [
+        f"writing is what is waited for ({alone:,.0f} images/s at most; a job writes no more than {MOST_WRITES} parts "
+        "at once): ask for fewer --features, store them with --feature-dtype float16, or run several jobs on the same "
+        "--out, each with its --shard I/N on machines of its own"
     ]
 
 

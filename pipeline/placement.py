@@ -27,6 +27,8 @@ _GFLOPS_A_THREAD = 50.0
 _STREAM_BYTES = 512 << 20
 _BLOCKS_A_DECODER = 6
 _BLOCKS_A_LANE = 8
+# Parts of one job that are written at once: their blocks are held until they are stored.
+MOST_WRITES = 5
 # What Ray Data may use of the object store.
 _STORE_SHARE = 0.5
 _UNKNOWN = 1 << 30

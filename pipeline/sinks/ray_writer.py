@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import ray
 
 from pipeline import logs, metrics
+from pipeline.placement import MOST_WRITES
 from pipeline.sinks.attempts import Fence
 from pipeline.sinks.parts import split, write_part
 from pipeline.storage import filesystem, redact
@@ -24,7 +25,6 @@ from schemas.attempt import StageSeconds
 from schemas.losses import unwrap
 from schemas.spec import SinkSpec
 
-_WRITES_IN_FLIGHT = 4
 _TICK_S = 0.2
 # What a signal leaves time for: Kubernetes grants 30 s before it kills.
 _DRAIN_S = 15.0
@@ -101,7 +101,7 @@ def commit_stream(
                 yield Received(bundle.num_rows() or 0)
             if writes.bytes >= sink.part_bytes or writes.waited_s >= sink.commit_s:
                 writes.submit()
-            yield from writes.finished(wait=len(writes.running) > _WRITES_IN_FLIGHT)
+            yield from writes.finished(wait=len(writes.running) >= MOST_WRITES)
             yield None
         writes.submit()
         while writes.running:

@@ -70,6 +70,25 @@ def test_a_gpu_with_cores_enough_is_the_bottleneck_itself() -> None:
     assert ideal_rate(costs, GPU_BOX) == pytest.approx(500)
 
 
+def test_a_job_writes_a_few_parts_at_once_whatever_its_cores() -> None:
+    """Patch features on 64 cores and 8 GPUs: 3.3 ms to write an image, and five writes under way."""
+    shape = Shape(cpus=64, gpus=8, lanes=8, decode="exact")
+    heavy = on_gpu(1 / 1000, write_s=3.3e-3)
+    costs = stage_costs(heavy, shape)
+    assert costs[-1].alone == ideal_rate(costs, shape) == pytest.approx(5 / 3.3e-3)
+    assert bottleneck(costs, shape) == "write"
+    (sentence,) = advise(heavy, shape)
+    assert "1,515 images/s at most" in sentence
+    assert "--feature-dtype float16" in sentence
+    assert "CPUs" not in sentence
+
+
+def test_no_more_is_written_at_once_than_there_are_cores() -> None:
+    costs = stage_costs(measured(write_s=1.0), LAPTOP)
+    assert costs[-1].alone == pytest.approx(2.0)
+    assert "writing is what is waited for" in advise(measured(write_s=1.0), LAPTOP)[0]
+
+
 def test_a_faster_precision_comes_with_its_distance() -> None:
     base = measured().forward[0]
     both = [base, base._replace(dtype="bfloat16", image_s=0.0257, cosines=[0.9999, 0.9990, 0.9998])]

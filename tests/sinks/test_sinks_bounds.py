@@ -10,6 +10,7 @@ import pytest
 import ray
 
 from cluster.session import ray_session
+from pipeline.placement import MOST_WRITES
 from pipeline.sinks import ray_writer
 from pipeline.sinks.ray_writer import Committed, Received, commit_stream
 from schemas.attempt import StageSeconds
@@ -63,7 +64,7 @@ def test_a_stream_that_is_faster_than_its_writes_waits_for_them(writes: Writes) 
     with ray_session(cpus=1):
         events = list(commit_stream(bundles(), job, EACH, print))
     assert sum(event.images for event in events if isinstance(event, Committed)) == BLOCKS
-    assert max(writes.in_flight) == ray_writer._WRITES_IN_FLIGHT + 1 < BLOCKS
+    assert max(writes.in_flight) == MOST_WRITES < BLOCKS
 
 
 def test_a_write_that_does_not_end_keeps_no_job_that_was_told_to(
