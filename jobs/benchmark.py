@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from pipeline.rehearsal import Rehearsal
     from schemas.spec import JobSpec
 
-_LEAST_IMAGES = 48
 # A job of a few images is placed on fewer actors; nobody measures for one.
 _PLACED_ROWS = 1_000_000
 
@@ -86,8 +85,7 @@ def look(
     from pipeline.opening import resolve_job
     from pipeline.predicting import place_job
     from pipeline.preflight import measure
-    from pipeline.rehearsal import rehearse
-    from pipeline.sampling import LISTED
+    from pipeline.rehearsal import rehearse, rows_to_rehearse
 
     resolved = resolve_job(spec)
     connect = partial(ray_session, address, verbose=verbose)
@@ -110,14 +108,13 @@ def look(
         used = min(machines.gpus, placement.actors.max * spec.gpus_per_actor)
         shape = Shape(int(machines.cpus), used, placement.lanes, spec.decode)
         expected = ideal_rate(stage_costs(measured, shape), shape)
-        # Of as many actors as may be, those that there is room for now.
-        lanes = placement.lanes if spec.gpus_per_actor else min(placement.lanes, int(machines.cpus))
-        tail = lanes * placement.block_rows
-        images = int(max(_LEAST_IMAGES, 4 * tail, expected * seconds / 2))
-        available = measured.listed if measured.listed < LISTED else images
-        together = rehearse(spec, connect, images=images, available=available, tail=tail, scratch=scratch)
+        images, tail = rows_to_rehearse(resolved, machines, placement, expected * seconds / 2)
+        together = rehearse(spec, connect, images=images, listed=measured.listed, tail=tail, scratch=scratch)
     if together.images_per_s <= 0:
-        raise SpecError(f"--seconds {seconds:g} is too short for this model: only one batch came through")
+        raise SpecError(
+            f"--seconds {seconds:g}: all {together.images} images of the rehearsal came at once, and a rate is taken "
+            "between two batches; give more --seconds"
+        )
     return measured, shape, placement, together
 
 

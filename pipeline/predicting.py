@@ -19,6 +19,12 @@ def place_job(resolved: ResolvedJob, machines: Machines, rows: int) -> Placement
         log.warning("%s", warning)
     if on_cpus and machines.gpus:
         log.warning("the model runs on CPUs; of the %g GPUs here none was asked for: --gpus-per-actor 1", machines.gpus)
+    return placement_of(resolved, machines, rows)
+
+
+def placement_of(resolved: ResolvedJob, machines: Machines, rows: int) -> Placement:
+    """The same without those warnings, for who asks again."""
+    spec = resolved.spec
     return place(
         machines,
         rows=rows,

@@ -8,9 +8,15 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from pipeline.flow import Connect, run
+from pipeline.opening import ResolvedJob
+from pipeline.placement import Placement
+from pipeline.predicting import placement_of
 from pipeline.progress import Progress
 from pipeline.storage import Options, filesystem, join
+from schemas.machines import Machines
 from schemas.spec import JobSpec
+
+_LEAST_IMAGES = 48
 
 
 class Rehearsal(NamedTuple):
@@ -21,10 +27,24 @@ class Rehearsal(NamedTuple):
     startup_s: float
 
 
+def rows_to_rehearse(resolved: ResolvedJob, machines: Machines, placement: Placement, enough: float) -> tuple[int, int]:
+    """Images of a rehearsal, `enough` for its time and four times what a job placed so works on at once; and its tail:
+    how many it works on at once itself, for it is placed for its own rows."""
+    images = int(max(_LEAST_IMAGES, 4 * _at_once(placement, machines), enough))
+    return images, _at_once(placement_of(resolved, machines, images), machines)
+
+
+def _at_once(placement: Placement, machines: Machines) -> int:
+    # Of as many actors as may be, those that there is room for now.
+    lanes = placement.lanes if placement.actor_gpus else min(placement.lanes, int(machines.cpus))
+    return lanes * placement.block_rows
+
+
 def rehearse(
-    spec: JobSpec, connect: Connect, *, images: int, available: int, tail: int, scratch: str | None = None
+    spec: JobSpec, connect: Connect, *, images: int, listed: int, tail: int, scratch: str | None = None
 ) -> Rehearsal:
-    """Run `spec` on `images` images, over and over again if only `available` are there, and leave nothing behind.
+    """Run `spec` on `images` images and leave nothing behind. The sources, of which `listed` are known to be there, are
+    named so often that they have as many.
 
     `tail`: rows that all actors work on at once. So many at the beginning and at the end are not counted: the first
     arrive together, and during the last some have nothing left to do. `scratch`: a folder or prefix that every node can
@@ -40,7 +60,7 @@ def rehearse(
         if progress.phase == "running" and (not seen or progress.done > seen[-1][1]):
             seen.append((now, progress.done))
 
-    repeats = -(-images // max(1, available))
+    repeats = -(-images // max(1, listed))
     with _folder(scratch, spec.storage_options) as folder:
         values = {"out": join(folder, "out"), "sources": spec.sources * repeats, "limit": images}
         summary = run(spec.model_copy(update=values), connect, listen)
