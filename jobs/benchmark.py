@@ -106,7 +106,8 @@ def look(
             measure, cpus=cpus, gpus=spec.gpus_per_actor, resolved=resolved, placement=placement, seconds=seconds / 2
         )
         used = min(machines.gpus, placement.actors.max * spec.gpus_per_actor)
-        shape = Shape(int(machines.cpus), used, placement.lanes, spec.decode)
+        booked = placement.actor_cpus * used / spec.gpus_per_actor if used else 0.0
+        shape = Shape(int(machines.cpus), used, placement.lanes, spec.decode, booked)
         expected = ideal_rate(stage_costs(measured, shape), shape)
         images, tail = rows_to_rehearse(resolved, machines, placement, expected * seconds / 2)
         together = rehearse(spec, connect, images=images, listed=measured.listed, tail=tail, scratch=scratch)

@@ -42,7 +42,9 @@ def plan(
     ] = "l4",
     devices: Annotated[int, typer.Option(min=1, help="How many of them (cpu: cores).")] = 1,
     hours: Annotated[float | None, typer.Option(help="Instead of --devices: be done in this time.")] = None,
-    cpus: Annotated[int | None, typer.Option(min=1, help="Decoding cores there are (default: what is needed).")] = None,
+    cpus: Annotated[
+        int | None, typer.Option(min=1, help="Cores there are, for decoding and actors (default: what is needed).")
+    ] = None,
     run: Annotated[
         str | None, typer.Option(help="Instead of SOURCE: costs as a run in this DIR measured them.")
     ] = None,

@@ -47,12 +47,19 @@ class Measured(NamedTuple):
 
 class Shape(NamedTuple):
     """How the job would be placed: cores, GPUs that the actors compute on (0: on the cores), `lanes` in
-    which blocks are computed side by side."""
+    which blocks are computed side by side. `actor_cpus`: cores that all actors on GPUs book, where nothing is decoded;
+    on the cores they are shared."""
 
     cpus: int
     gpus: float
     lanes: int
     decode: str
+    actor_cpus: float = 0.0
+
+    @property
+    def decoding_cpus(self) -> float:
+        """Cores that decoding tasks run on."""
+        return self.cpus - self.actor_cpus
 
 
 class StageCost(NamedTuple):
@@ -69,13 +76,13 @@ def stage_costs(measured: Measured, shape: Shape) -> list[StageCost]:
     decode_s = measured.decode_core_s[shape.decode]
     forward_core_s = forward.image_s * forward.threads
     by_core = {
-        "decode": (decode_s, shape.cpus),
+        "decode": (decode_s, shape.decoding_cpus),
         "transfer": (measured.transfer_core_s, shape.cpus),
         "write": (measured.write_s, min(shape.cpus, MOST_WRITES)),
     }
     costs = {name: StageCost(name, each, cores / max(each, 1e-9)) for name, (each, cores) in by_core.items()}
-    # One decoding task fetches for itself, and there are as many side by side as cores.
-    fetching = shape.cpus / max(measured.fetch_s, 1e-9)
+    # One decoding task fetches for itself, and there are as many side by side as cores for them.
+    fetching = shape.decoding_cpus / max(measured.fetch_s, 1e-9)
     # Actors that share a GPU share its rate.
     on_gpu = shape.gpus / forward.image_s
     # Cores on which no actor has a thread do not compute.
@@ -127,18 +134,24 @@ def doubts(share: float) -> list[str]:
 
 
 def cpus_for_a_gpu(measured: Measured, shape: Shape) -> float:
-    """Cores that keep one GPU (one actor) busy: all core-seconds of an image times the images of a second."""
-    costs = stage_costs(measured, shape)
-    return sum(cost.core_s for cost in costs if cost.name != "forward") / measured.forward[0].image_s
+    """Cores that keep one GPU (one actor) busy: all core-seconds of an image times the images of a second, or those of
+    decoding beside the cores that its actors book."""
+    return _cpus_for(1 / measured.forward[0].image_s, stage_costs(measured, shape), shape.actor_cpus / shape.gpus)
+
+
+def _cpus_for(rate: float, costs: list[StageCost], actor_cpus: float) -> float:
+    decode_s = next(cost.core_s for cost in costs if cost.name == "decode")
+    return rate * max(sum(cost.core_s for cost in costs if cost.name != "forward"), decode_s + actor_cpus / rate)
 
 
 def _about_cpus(costs: list[StageCost], shape: Shape, held_up: str) -> list[str]:
     if not shape.gpus or held_up != "decode":
         return []
     forward = next(cost for cost in costs if cost.name == "forward")
-    needed = forward.alone * sum(cost.core_s for cost in costs)
+    needed = _cpus_for(forward.alone, costs, shape.actor_cpus)
+    actors = f", of which the actors have {shape.actor_cpus:g}," if shape.actor_cpus else ""
     return [
-        f"decoding starves the GPUs: {shape.cpus} CPUs feed {ideal_rate(costs, shape):,.0f} of the "
+        f"decoding starves the GPUs: {shape.cpus} CPUs{actors} feed {ideal_rate(costs, shape):,.0f} of the "
         f"{forward.alone:,.0f} images/s they could do; have {needed:,.0f} CPUs, "
         f"{needed / shape.gpus:,.1f} for each GPU"
     ]

@@ -6,7 +6,7 @@ Nothing is measured here (`sampling.py` does that), and every figure carries the
 import math
 from typing import NamedTuple
 
-from pipeline.placement import place
+from pipeline.placement import Placement, place
 from schemas.errors import SpecError
 from schemas.machines import Machines
 
@@ -90,7 +90,8 @@ def row_bytes(features: int, *, labels: int, uri_bytes: float) -> float:
 def make_plan(
     images: int, costs: Costs, device: Device, *, devices: int = 1, hours: float | None = None, cpus: int | None = None
 ) -> Plan:
-    """Plan for `images` on `devices` of a kind, or on as many as finish in `hours`; `cpus` caps the decoding cores.
+    """Plan for `images` on `devices` of a kind, or on as many as finish in `hours`; `cpus`: cores there are, for
+    decoding and actors.
 
     Raises SpecError for fewer than 1 or more than MAX_IMAGES images, and for times and counts that are not positive.
     """
@@ -106,13 +107,15 @@ def make_plan(
     if cpus is not None and device.is_gpu:
         fleet[-1] = Step("cores", cpus, "cores", f"as asked for; {fleet[-1].value:,.0f} keep the devices busy")
     cores = fleet[-1].value if cpus is None else cpus
-    throughput = _throughput(images, costs, device, rate, devices, cores)
+    placement = _placement(images, costs, device, devices, cores)
+    actors = placement.actor_cpus * placement.actors.max if device.is_gpu else 0.0
+    throughput = _throughput(images, costs, device, rate, devices, cores, actors)
     return Plan(
         (
             *speed,
             *fleet,
             *throughput,
-            *_memory(images, costs, device, devices, cores),
+            *_memory(costs, placement, math.ceil(cores - actors)),
             *_traces(images, costs),
         )
     )
@@ -145,16 +148,27 @@ def _fleet(costs: Costs, device: Device, rate: float, devices: int, hours: float
     return [
         Step("CPUs for each device", per_gpu, "cores", text),
         count,
-        Step("cores", math.ceil(per_gpu * devices), "cores", f"{per_gpu:.3g} × {devices:,}, rounded up"),
+        Step(
+            "cores",
+            math.ceil(per_gpu * devices) + devices,
+            "cores",
+            f"{per_gpu:.3g} × {devices:,}, rounded up, and one for each actor",
+        ),
     ]
 
 
-def _throughput(images: int, costs: Costs, device: Device, rate: float, devices: int, cores: float) -> list[Step]:
+def _throughput(
+    images: int, costs: Costs, device: Device, rate: float, devices: int, cores: float, actors: float
+) -> list[Step]:
+    """`actors`: the `cores` that they book, on which nothing is decoded."""
     predict = rate * devices
     total, text = predict, f"{rate:,.1f} × {devices:,} devices"
-    if device.is_gpu and cores / costs.decode_s < predict:
-        total = cores / costs.decode_s
-        text = f"{cores:,.0f} cores ÷ {costs.decode_s:.3g} s: decoding holds it up, devices could do {predict:,.0f}"
+    if device.is_gpu and (cores - actors) / costs.decode_s < predict:
+        total = (cores - actors) / costs.decode_s
+        text = (
+            f"({cores:,.0f} cores - {actors:g} of actors) ÷ {costs.decode_s:.3g} s: decoding holds it up, "
+            f"devices could do {predict:,.0f}"
+        )
     return [
         Step("throughput", total, "images/s", text),
         Step("time", images / total / 3600, "h", f"{images:,} ÷ {total:,.1f} images/s"),
@@ -165,8 +179,8 @@ def _throughput(images: int, costs: Costs, device: Device, rate: float, devices:
     ]
 
 
-def _memory(images: int, costs: Costs, device: Device, devices: int, cores: float) -> list[Step]:
-    placement = place(
+def _placement(images: int, costs: Costs, device: Device, devices: int, cores: float) -> Placement:
+    return place(
         Machines(cpus=cores, gpus=devices if device.is_gpu else 0, object_store_bytes=0),
         rows=images,
         actors=None,
@@ -177,8 +191,10 @@ def _memory(images: int, costs: Costs, device: Device, devices: int, cores: floa
         image_gflop=costs.model_flop / 1e9,
         output_bytes=int(costs.output_bytes),
     )
+
+
+def _memory(costs: Costs, placement: Placement, tasks: int) -> list[Step]:
     block = placement.block_rows * max(costs.pixel_bytes, int(costs.output_bytes))
-    tasks = math.ceil(cores)
     calls = placement.actor_calls * placement.actors.max
     blocks = BLOCKS_PER_TASK * tasks + BLOCKS_PER_CALL * calls
     store = blocks * block

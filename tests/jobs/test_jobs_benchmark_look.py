@@ -87,6 +87,13 @@ def test_a_source_is_named_until_it_has_all_images_of_the_rehearsal(
     assert together.images_per_s == pytest.approx(80.0)
 
 
+def test_the_cores_that_actors_on_gpus_book_decode_nothing(given: Given, checkpoint: Path) -> None:
+    given.machines = Machines(8, 2, 1e9, 1, (8.0,), (2.0,), (64e9,))
+    given.measured = FAST._replace(forward=[Forward("float32", 8, 0, 1e-3, [])])
+    shape = look(spec_for(checkpoint, gpus_per_actor=1, dtype="float32"), 20.0, None, None, False)[1]
+    assert (shape.cpus, shape.gpus, shape.actor_cpus) == (8, 2, 2)
+
+
 def test_without_two_batches_there_is_no_rate(given: Given, checkpoint: Path) -> None:
     given.batches = 1
     with pytest.raises(SpecError, match=r"--seconds 20: all 4000 images of the rehearsal came at once.* give more"):

@@ -63,6 +63,22 @@ def test_a_gpu_that_starves_is_told_how_many_cores_it_needs() -> None:
     assert any("--decode fast: 1.87 times the images/s" in sentence for sentence in sentences)
 
 
+def test_on_the_cores_of_actors_nothing_is_decoded() -> None:
+    """A T4 with ViT-B and four cores: three of them decode."""
+    shape = Shape(cpus=4, gpus=1, lanes=1, decode="exact", actor_cpus=1.0)
+    starving = on_gpu(1 / 740, decode_core_s={"exact": 5.2e-3, "fast": 5.2e-3}, fetch_s=6e-3)
+    fetch, decode, *_ = stage_costs(starving, shape)
+    assert decode.alone == pytest.approx(3 / 5.2e-3)
+    assert fetch.alone == pytest.approx(3 / 6e-3)
+    starving = starving._replace(fetch_s=1e-4)
+    assert ideal_rate(stage_costs(starving, shape), shape) == pytest.approx(3 / 5.2e-3)
+    assert cpus_for_a_gpu(starving, shape) == pytest.approx(740 * 5.2e-3 + 1)
+    assert (
+        "4 CPUs, of which the actors have 1, feed 577 of the 740 images/s they could do; have 5 CPUs, 4.8 for"
+        in (advise(starving, shape)[0])
+    )
+
+
 def test_a_gpu_with_cores_enough_is_the_bottleneck_itself() -> None:
     fed = on_gpu(1 / 500)
     costs = stage_costs(fed, GPU_BOX)

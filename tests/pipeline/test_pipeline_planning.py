@@ -70,7 +70,8 @@ def test_by_hand_on_a_gpu() -> None:
     check(plan)
     assert plan.value("images/s a device") == pytest.approx(1000)
     assert plan.value("CPUs for each device") == pytest.approx(3.0)
-    assert plan.value("cores") == 6
+    # Six decode; each of the two actors books one.
+    assert plan.value("cores") == 8
     assert plan.value("throughput") == pytest.approx(2000)
     assert plan.value("time") == pytest.approx(500 / 3600)
     assert plan.value("read") == 1e11
@@ -87,18 +88,30 @@ def test_blocks_of_patch_features_have_fewer_rows(tokens: int, width: int, block
     """ViT-L at 224 and 384, DINOv2-giant at 518 pixels: a block has at most 128 MiB, of two batches."""
     row = tokens * width * 4
     assert 2 * block_rows * row > 128 << 20
-    plan = make_plan(1_000_000, COSTS._replace(output_bytes=row), DEVICES["h100"], devices=2, cpus=4)
+    plan = make_plan(1_000_000, COSTS._replace(output_bytes=row), DEVICES["h100"], devices=2, cpus=6)
     assert plan.value("object store") == (2 * 4 + 6 * 2) * block_rows * row
 
 
 def test_too_few_cores_hold_it_up() -> None:
-    plan = make_plan(1_000_000, COSTS, Device("X", 246, 0.5), devices=2, cpus=3)
+    plan = make_plan(1_000_000, COSTS, Device("X", 246, 0.5), devices=2, cpus=5)
     assert plan.value("throughput") == pytest.approx(1000)
     (step,) = [step for step in plan.steps if step.name == "throughput"]
     assert "decoding holds it up" in step.arithmetic
     assert "2,000" in step.arithmetic
     (cores,) = [step for step in plan.steps if step.name == "cores"]
-    assert (cores.value, cores.arithmetic) == (3, "as asked for; 6 keep the devices busy")
+    assert (cores.value, cores.arithmetic) == (5, "as asked for; 8 keep the devices busy")
+
+
+def test_on_the_cores_of_actors_nothing_is_decoded() -> None:
+    """A T4 and four cores: three decode at 5.2 ms an image. Of two cores with two GPUs, the actors book one."""
+    costs = COSTS._replace(decode_s=0.0052, model_flop=35e9)
+    plan = make_plan(1_000_000, costs, DEVICES["t4"], cpus=4)
+    assert plan.value("images/s a device") == pytest.approx(743, abs=1)
+    assert plan.value("throughput") == pytest.approx(3 / 0.0052)
+    (step,) = [step for step in plan.steps if step.name == "throughput"]
+    assert step.arithmetic.startswith("(4 cores - 1 of actors) ÷ 0.0052 s: decoding holds it up")
+    few = make_plan(1_000_000, costs, DEVICES["t4"], devices=2, cpus=2)
+    assert few.value("throughput") == pytest.approx(1 / 0.0052)
 
 
 @pytest.mark.parametrize(("gflop", "told"), [(123, False), (2.5, True)])
