@@ -77,22 +77,46 @@ def compose(results: dict[str, Result]) -> str:
 
 
 def in_short(results: dict[str, Result]) -> list[str]:
-    """What a CPU with bfloat16 units gives, in a line each; nothing where none was measured."""
-    found = {item["benchmark"]: item for item in results.values() if computes_bfloat16(item)}
-    said = []
-    if "end_to_end" in found:
-        said.append(f"- A whole job reaches {found['end_to_end']['share_of_ideal']:.0%} of decoding plus bare forward.")
-    if "peers" in found:
-        peers = found["peers"]
-        ratios = {
-            peer: row["patchstream_over_it"] for peer, row in peers["results"].items() if "patchstream" not in peer
-        }
-        told = ", ".join(f"{ratio:.1f} ({peer})" for peer, ratio in ratios.items())
-        said.append(f"- Over {peers['images']} photos, start-up included, times the images/s of others: {told}.")
-    if "ceilings" in found:
-        rows = found["ceilings"].get("forward", [])
-        said.append("- Bare forward, times transformers: " + ", ".join(_bare(row) for row in rows) + ".")
+    """What a CPU with bfloat16 units gives, in a line for each run; nothing where none was measured."""
+    lines = {"end_to_end": _whole_job, "peers": _over_peers, "ceilings": _over_transformers}
+    said = [
+        line
+        for kind, told in lines.items()
+        for name, found in results.items()
+        if found["benchmark"] == kind and computes_bfloat16(found)
+        for line in told(name, found)
+    ]
     return ["## In short, on a CPU with bfloat16 units\n\n" + "\n".join(said) + "\n"] if said else []
+
+
+def _whole_job(name: str, found: Result) -> list[str]:
+    rounds = ", ".join(f"{item['share']:.0%}" for item in found["rounds"] if "share" in item)
+    reached = f"{found['share_of_ideal']:.0%}" + (f" (the rounds: {rounds})" if rounds else "")
+    model = found["model"].removeprefix("patchstream-")
+    return [f"- A whole job of {model} in {found['dtype']} reaches {reached} of decoding plus bare forward."]
+
+
+def _over_peers(name: str, found: Result) -> list[str]:
+    """A line for ours as it comes and, where that was measured, one for ours in float32 beside others in it."""
+    rows = found["results"]
+    said = []
+    for who in ("patchstream", "patchstream float32"):
+        ours = rows.get(who)
+        others = {
+            peer if row["dtype"] in peer else f"{peer}, {row['dtype']}": row["images_per_s"]
+            for peer, row in rows.items()
+            if ours and "patchstream" not in peer and (who == "patchstream" or row["dtype"] == ours["dtype"])
+        }
+        told = ", ".join(f"{ours['images_per_s'] / rate:.1f} ({peer})" for peer, rate in others.items())
+        about = f"- Over {found['images']:,} photos, start-up included, ours in"
+        if told:
+            said.append(f"{about} {ours['dtype']}, times the images/s of others (`{name}`): {told}.")
+    return said
+
+
+def _over_transformers(name: str, found: Result) -> list[str]:
+    rows = found.get("forward", [])
+    return ["- Bare forward, times transformers: " + ", ".join(_bare(row) for row in rows) + "."] if rows else []
 
 
 def _bare(row: Result) -> str:

@@ -31,6 +31,40 @@ def test_the_figures_of_the_readme_are_those_of_the_page() -> None:
     assert f"{again[loop]} and {first[loop]} times a transformers loop in bfloat16" in told
 
 
+def test_the_readme_says_which_precisions_it_compares() -> None:
+    told = " ".join((ROOT / "README.md").read_text().split("```")[0].split())
+    rows = json.loads((ROOT / "benchmarks" / "results" / "peers-amx.json").read_text())["results"]
+    names = {"ray data, documented way": "Ray Data's documented way", "ray data, all cores": "Ray Data on all cores"}
+    mixed, equal = told.split("In float32 as well: ")
+    assert rows["patchstream"]["dtype"] == "bfloat16"
+    assert "In bfloat16: " in mixed
+    for peer, name in ({**names, "daft": "Daft"}).items():
+        assert rows[peer]["dtype"] == rows["patchstream float32"]["dtype"] == "float32"
+        ratio = rows["patchstream float32"]["images_per_s"] / rows[peer]["images_per_s"]
+        assert f"{ratio:.1f} times {name}" in equal
+    for name in ("Ray Data's documented way", "Daft"):
+        assert f"{name} in float32" in mixed
+
+
+def test_in_short_tells_of_every_run_and_of_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    document = import_module("document")
+    results = document.load(document.RESULTS)
+    (short,) = document.in_short(results)
+    whole = results["end_to_end-vit-base-bfloat16.json"]
+    rounds = ", ".join(f"{item['share']:.0%}" for item in whole["rounds"])
+    assert f"vit-base in bfloat16 reaches {whole['share_of_ideal']:.0%} (the rounds: {rounds}) of decoding" in short
+    for name in ("peers-amx.json", "peers-amx-again.json"):
+        (line,) = [
+            line for line in short.splitlines() if f"ours in bfloat16, times the images/s of others (`{name}`)" in line
+        ]
+        assert f"{results[name]['results']['daft']['patchstream_over_it']:.1f} (daft, float32)" in line
+        assert "(transformers bfloat16)" in line
+    (line,) = [line for line in short.splitlines() if "ours in float32, times" in line]
+    assert "(ray data, documented way, float32)" in line
+    assert "bfloat16" not in line
+
+
 def test_no_gpu_figures_means_that_the_page_says_so() -> None:
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     measured = any(
