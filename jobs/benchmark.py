@@ -1,5 +1,6 @@
 """`benchmark`: one minute on this machine that says what a job will do here, what holds it up, and what to change."""
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,7 +90,9 @@ def look(
 
     resolved = resolve_job(spec)
     connect = partial(ray_session, address, verbose=verbose)
+    began = time.monotonic()
     with connect() as machines:
+        connected_s = time.monotonic() - began
         if machines.nodes > 1 and scratch is None:
             raise SpecError(
                 f"the cluster has {machines.nodes} nodes, and all must see the folder in which the whole job is tried: "
@@ -116,7 +119,7 @@ def look(
             f"--seconds {seconds:g}: all {together.images} images of the rehearsal came at once, and a rate is taken "
             "between two batches; give more --seconds"
         )
-    return measured, shape, placement, together
+    return measured, shape, placement, together._replace(startup_s=connected_s + together.startup_s)
 
 
 def result(measured: "Measured", shape: "Shape", placement: "Placement", together: "Rehearsal") -> dict[str, Any]:
@@ -163,8 +166,8 @@ def show(found: dict[str, Any], measured: "Measured", shape: "Shape") -> None:
     emit(f"{'precision':<12}{'batch':>18}{'ms an image':>18}")
     for item in measured.forward:
         emit(f"{item.dtype:<12}{item.batch_size:>18}{item.image_s * 1e3:>18,.2f}")
-    emit(f"\nexpect {found['predicted_images_per_s']:,.1f} images/s after {found['startup_s']:.0f} s of start-up; "
-         f"most of it goes to: {found['bottleneck']}")  # fmt: skip
+    emit(f"\nexpect {found['predicted_images_per_s']:,.1f} images/s after {found['startup_s']:.0f} s of start-up, "
+         f"Ray's included; most of it goes to: {found['bottleneck']}")  # fmt: skip
     for sentence in found["advice"]:
         emit(f"  - {sentence}")
 

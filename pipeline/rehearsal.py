@@ -20,7 +20,8 @@ _LEAST_IMAGES = 48
 
 
 class Rehearsal(NamedTuple):
-    """Images a second once the workers are warm and while none has run out of work; seconds to the first batch."""
+    """Images a second once the workers are warm and while none has run out of work; seconds to the first batch,
+    Ray being there."""
 
     images: int
     images_per_s: float
@@ -51,14 +52,10 @@ def rehearse(
     write to, by default a temporary folder of this machine.
     """
     seen: list[tuple[float, int]] = []
-    begun: list[float] = []
 
     def listen(progress: Progress) -> None:
-        now = time.monotonic()
-        if progress.phase == "starting":
-            begun[:] = begun or [now]
         if progress.phase == "running" and (not seen or progress.done > seen[-1][1]):
-            seen.append((now, progress.done))
+            seen.append((time.monotonic(), progress.done))
 
     repeats = -(-images // max(1, listed))
     with _folder(scratch, spec.storage_options) as folder:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.checkpoints import make_checkpoint
 
-from jobs.benchmark import look
+from jobs.benchmark import look, result, show
 from pipeline.advice import Forward, Measured
 from pipeline.flow import Summary
 from pipeline.opening import ResolvedJob, resolve_job
@@ -51,10 +51,12 @@ class Given:
         monkeypatch.setattr("cluster.session.ray_session", self.connect)
         monkeypatch.setattr("cluster.remote.call", lambda *_, **__: self.measured)
         monkeypatch.setattr("pipeline.rehearsal.run", self.run)
-        monkeypatch.setattr("pipeline.rehearsal.time", SimpleNamespace(monotonic=lambda: self.clock))
+        for module in ("jobs.benchmark", "pipeline.rehearsal"):
+            monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=lambda: self.clock))
 
     @contextmanager
     def connect(self, address: str | None, *, verbose: bool) -> Iterator[Machines]:
+        self.clock += 5.0
         yield self.machines
 
     def run(self, spec: JobSpec, connect: Any, listen: Callable[[Progress], None]) -> Summary:
@@ -92,6 +94,15 @@ def test_the_cores_that_actors_on_gpus_book_decode_nothing(given: Given, checkpo
     given.measured = FAST._replace(forward=[Forward("float32", 8, 0, 1e-3, [])])
     shape = look(spec_for(checkpoint, gpus_per_actor=1, dtype="float32"), 20.0, None, None, False)[1]
     assert (shape.cpus, shape.gpus, shape.actor_cpus) == (8, 2, 2)
+
+
+def test_the_start_of_ray_is_part_of_the_start_up(
+    given: Given, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured, shape, placement, together = look(spec_for(checkpoint), 20.0, None, None, False)
+    assert together.startup_s == 5.0 + 2.0
+    show(result(measured, shape, placement, together), measured, shape)
+    assert "after 7 s of start-up, Ray's included;" in capsys.readouterr().out
 
 
 def test_without_two_batches_there_is_no_rate(given: Given, checkpoint: Path) -> None:
