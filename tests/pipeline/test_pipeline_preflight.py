@@ -1,6 +1,8 @@
 """The preflight's measurements on a few pictures: what it compares, what it counts, what it leaves out."""
 
+import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -91,6 +93,29 @@ def test_only_files_that_were_tried_count_as_failed(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("pipeline.preflight.DECODE_S", 0.0)
     _, pixels, failed = measure_decode(job, [b"no picture", *good])
     assert (len(pixels["exact"]), failed) == (1, 1)
+
+
+def test_the_digest_is_part_of_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only decoding and digests move: two seconds and one."""
+    model = make_checkpoint(tmp_path / "vit", "vit", image_size=32, hidden_size=64, num_attention_heads=2)
+    clock = [0.0]
+
+    def spend(seconds: float, result: Any) -> Any:
+        clock[0] += seconds
+        return result
+
+    digests: list[bytes] = []
+
+    def sha256(data: bytes) -> Any:
+        digests.append(data)
+        return spend(1.0, hashlib.sha256(data))
+
+    monkeypatch.setattr("pipeline.preflight.decode_into", lambda *_: spend(2.0, None))
+    monkeypatch.setattr("pipeline.preflight.hashlib", SimpleNamespace(sha256=sha256), raising=False)
+    monkeypatch.setattr("pipeline.preflight.time", SimpleNamespace(thread_time=lambda: clock[0], monotonic=lambda: 0.0))
+    seconds, _, failed = measure_decode(resolved(model), [b"one", b"other"])
+    assert (seconds, failed) == ({"exact": 3.0, "fast": 3.0}, 0)
+    assert digests == [b"one", b"one", b"other", b"other"]
 
 
 @pytest.mark.parametrize(("gpus", "asked", "told"), [(4, 0, True), (4, 1, False), (0, 0, False)])
