@@ -13,6 +13,7 @@ from pipeline.placement import Placement
 from pipeline.predicting import placement_of
 from pipeline.progress import Progress
 from pipeline.storage import Options, filesystem, join
+from schemas.errors import Interrupted
 from schemas.machines import Machines
 from schemas.spec import JobSpec
 
@@ -60,7 +61,11 @@ def rehearse(
     repeats = -(-images // max(1, listed))
     with _folder(scratch, spec.storage_options) as folder:
         values = {"out": join(folder, "out"), "sources": spec.sources * repeats, "limit": images}
-        summary = run(spec.model_copy(update=values), connect, listen)
+        try:
+            summary = run(spec.model_copy(update=values), connect, listen)
+        except Interrupted as stopped:  # which speaks of a folder that will be gone
+            number = stopped.exit_code - 128
+            raise Interrupted("interrupted; nothing was kept, the same command begins again", number) from None
     return Rehearsal(summary.rows, steady_rate(seen, tail, summary.rows - tail), summary.attempt.startup_s or 0.0)
 
 
