@@ -114,7 +114,7 @@ def main() -> None:
         if (pixels["fast"] != pixels["exact"]).any():
             changed[0].append(pixels["fast"].copy())
             changed[1].append(pixels["exact"].copy())
-    result: dict[str, Any] = {"environment": environment(), "photos": len(rows)}
+    result: dict[str, Any] = {"benchmark": "decode", "environment": environment(), "photos": len(rows)}
     result["by_megapixels"] = {f"{low:g}-{high:g}": summary(rows, low, high) for low, high in _BANDS}
     if changed[0]:
         distances = [float(np.abs(a.astype(int) - b).mean()) for a, b in zip(*changed, strict=True)]

@@ -83,7 +83,7 @@ def in_short(results: dict[str, Result]) -> list[str]:
         line
         for kind, told in lines.items()
         for name, found in results.items()
-        if found["benchmark"] == kind and computes_bfloat16(found)
+        if found.get("benchmark") == kind and computes_bfloat16(found)
         for line in told(name, found)
     ]
     return ["## In short, on a CPU with bfloat16 units\n\n" + "\n".join(said) + "\n"] if said else []

@@ -64,7 +64,7 @@ def peers(name: str, found: Result) -> str:
     rows = [
         (
             _PEERS.get(peer, peer), row["dtype"], f"{row['images_per_s']:.2f}",
-            f"{row['patchstream_over_it']:.2f}", f"{row['least_cosine_to_patchstream']:.5f}",
+            figure(row["patchstream_over_it"], 2), figure(row["least_cosine_to_patchstream"], 5),
         )
         for peer, row in found["results"].items()
     ]  # fmt: skip

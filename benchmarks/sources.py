@@ -74,7 +74,7 @@ def main() -> None:
             lambda: sum(len(table) for table in new_and_changed(listing(rows, later=True), out, parts, all_done, {}))
         )
     assert found == -(-rows // _CHANGED_EVERY)
-    report = {"rows": rows, "making_the_addresses": alone, "freeze": freeze, "update": update}
+    report = {"benchmark": "sources", "rows": rows, "making_the_addresses": alone, "freeze": freeze, "update": update}
     print(json.dumps({**report, "environment": environment()}, indent=1))
 
 

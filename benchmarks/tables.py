@@ -24,7 +24,7 @@ def origin(name: str, found: Result) -> str:
 
 def computes_bfloat16(found: Result) -> bool:
     """Whether the CPU of these figures has units for it."""
-    return bool({"amx_bf16", "avx512_bf16"} & set(found["environment"].get("flags", [])))
+    return bool({"amx_bf16", "avx512_bf16"} & set(found.get("environment", {}).get("flags", [])))
 
 
 def kind_of_cpu(found: Result) -> str:
@@ -32,6 +32,6 @@ def kind_of_cpu(found: Result) -> str:
     return "CPU with bfloat16 units" if computes_bfloat16(found) else "CPU without bfloat16 units"
 
 
-def figure(value: float | str) -> str:
-    """What could not be measured is a text in the results."""
-    return "-" if isinstance(value, str) else f"{value:,.1f}"
+def figure(value: float | str | None, digits: int = 1) -> str:
+    """What could not be measured is a text in the results, what there was nothing to measure with is null."""
+    return "-" if value is None or isinstance(value, str) else f"{value:,.{digits}f}"

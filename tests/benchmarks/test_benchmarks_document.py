@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,6 +64,45 @@ def test_in_short_tells_of_every_run_and_of_its_rounds(monkeypatch: pytest.Monke
     (line,) = [line for line in short.splitlines() if "ours in float32, times" in line]
     assert "(ray data, documented way, float32)" in line
     assert "bfloat16" not in line
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    ("kind", "command"),
+    [
+        ("sources", ("-m", "benchmarks.sources", "--rows", "200")),
+        ("decode", ("benchmarks/decode.py", "PHOTO", "--rounds", "1")),
+    ],
+)
+def test_a_result_of_a_kind_without_a_section_is_listed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, command: tuple[str, ...]
+) -> None:
+    Image.new("RGB", (64, 48)).save(tmp_path / "photo.jpg")
+    arguments = [str(tmp_path / "photo.jpg") if argument == "PHOTO" else argument for argument in command]
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["benchmark"] == kind
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    document = import_module("document")
+    known = document.load(document.RESULTS)
+    bare = {name: value for name, value in found.items() if name not in ("benchmark", "environment")}
+    for result in (found, bare):
+        page = document.compose({**known, "more.json": result})
+        assert "## Other results\n\n- `benchmarks/results/more.json`" in page
+
+
+def test_peers_that_ours_did_not_run_beside_have_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `peers.py --only daft` stores it."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    row = {"dtype": "float32", "images_per_s": 4.0, "patchstream_over_it": None, "least_cosine_to_patchstream": None}
+    found = {
+        "benchmark": "peers", "images": 200, "dtype": "auto", "rounds": 1, "results": {"daft": row},
+        "environment": {"cpu": "a CPU", "flags": ["avx512_bf16"], "cores": 2, "commit": "abc1234"},
+    }  # fmt: skip
+    page = import_module("document").compose({"peers-daft.json": found})
+    assert "| daft | float32 | 4.00 | - | - |" in page
+    assert "In short" not in page
 
 
 def test_no_gpu_figures_means_that_the_page_says_so() -> None:
