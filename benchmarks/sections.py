@@ -199,9 +199,10 @@ def triton(name: str, found: Result) -> str:
         f"{table(head, rows)}\n"
         "What costs: the pixels of a picture of 224 × 224 (147 KiB) are copied into shared memory, or packed into a "
         "message, sent and unpacked; the server hands them to the process of its Python back end; the outputs go the "
-        "same way back; threads on both sides wait for each other. None of that depends on the model's size, so the "
-        "share falls as the model grows. It pays off where a server has the accelerator already, or serves "
-        "others at the same time; where the machine is the job's alone, the actor is the shorter way.\n"
+        "same way back; threads on both sides wait for each other. Where less was added to the larger model, or less "
+        "than nothing, the scatter of the rounds is larger than what was added. It pays off where a server has the "
+        "accelerator already, or serves others at the same time; where the machine is the job's alone, the actor is "
+        "the shorter way.\n"
     )
 
 

@@ -66,6 +66,13 @@ def test_in_short_tells_of_every_run_and_of_its_rounds(monkeypatch: pytest.Monke
     assert "bfloat16" not in line
 
 
+def test_the_page_draws_no_trend_from_scatter() -> None:
+    """Through a server, what was added to the larger model was more by one way and less than nothing by the other."""
+    section = (ROOT / "docs" / "benchmarks.md").read_text().split("## Through a Triton server")[1].split("\n## ")[0]
+    assert "the share falls as the model grows" not in " ".join(section.split())
+    assert "the scatter of the rounds is larger than what was added" in section
+
+
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize(
     ("kind", "command"),
