@@ -1,10 +1,11 @@
 """Time and memory by the number of manifest rows, without pictures and without a model.
 
-    python benchmarks/scale.py [--rows 1000 10000 ... 10000000] [--planning 100000000] [--json F]
+    python benchmarks/scale.py [--rows 1000 10000 …] [--planning 100000000] [--json F]
     python benchmarks/scale.py --picture F.json docs/pictures/scale.svg
 
-For each size, in a process of its own: freeze a manifest from a Parquet table of addresses, run the job with the null
-predictor while the driver's memory is sampled, then plan a resume of the finished run and of one with holes in it.
+For each size (by default 1 thousand to 10 million by powers of ten), in a process of its own: freeze a manifest from a
+Parquet table of addresses, run the job with the null predictor while the driver's memory is sampled, then plan a resume
+of the finished run and of one with holes in it.
 `--planning` does only the last, for a size that would take hours to run.
 """
 
@@ -126,7 +127,7 @@ def picture(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
+    parser.add_argument("--rows", type=int, nargs="+", default=[10**power for power in range(3, 8)])
     parser.add_argument("--json")
     parser.add_argument("--planning", type=int, help="also plan a resume of so many rows, without running them")
     parser.add_argument("--picture", nargs=2, metavar=("JSON", "SVG"), help="draw what an earlier call measured")

@@ -146,7 +146,10 @@ def scale(name: str, found: Result) -> str:
         )
         for row in found["results"]
     ]  # fmt: skip
-    head = ("rows", "seconds", "rows/s", "resume planning, s", "with gaps, s", "driver first, MiB", "last", "peak")
+    head = (
+        "rows", "seconds in all", "rows/s of the stream, once all ran", "resume planning, s", "with gaps, s",
+        "driver first, MiB", "last", "peak",
+    )  # fmt: skip
     picture = next((path.name for path in sorted((ROOT / "docs" / "pictures").glob("*scale*"))), None)
     shown = f"\n![time and memory by rows](pictures/{picture})\n" if picture else ""
     if "planning" in found:
