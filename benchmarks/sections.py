@@ -246,7 +246,8 @@ def gpu(name: str, found: Result) -> str:
             row["model"], row["kind"], str(row["batch"]), f"{row['model_only']:,.0f}",
             f"{row['ceiling_share']:.0%}" if row["ceiling_share"] else "-",
             f"{row['end_to_end']:,.0f}", f"{row['end_to_end_share']:.0%}",
-            f"{row['one_call_share']:.0%} of {row['call_batches']:g}", f"{row['least_cosine']:.5f}",
+            f"{row['one_call_share']:.0%} of {row['call_batches']:g}", figure(row["copy_over_compute"], 2),
+            f"{row['least_cosine']:.5f}",
             row["attention"].removesuffix("_ATTENTION").lower(),
         )
         for row in found["rates"]
@@ -254,7 +255,7 @@ def gpu(name: str, found: Result) -> str:
     likeness = [(r["model"], r["dtype"], f"{r['cls']:.5f}", f"{r['pooled']:.5f}") for r in found["correctness"]]
     head = (
         "model", "precision", "batch", "model only, images/s", "share of the product ceiling", "end to end, images/s",
-        "of model only", "one call alone, batches", "least cosine to a direct call",
+        "of model only", "one call alone, batches", "copying the pixels ÷ computing", "least cosine to a direct call",
         "attention",
     )  # fmt: skip
     missing = "".join(

@@ -16,7 +16,7 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def origin(name: str, found: Result) -> str:
     """Where the figures of a section come from."""
     machine = found["environment"]
-    where = machine.get("cpu") or machine.get("device")
+    where = " in a host with ".join(machine[kind] for kind in ("device", "cpu") if machine.get(kind))
     cores = f", {machine['cores']} cores" if "cores" in machine else ""
     flags = f" ({', '.join(machine['flags'])})" if machine.get("flags") else ""
     return f"`benchmarks/results/{name}`, commit {machine['commit']}: {where}{cores}{flags}.\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from pipeline.models.gpu import has_compiler
 from pipeline.models.layers import attend
 from pipeline.models.precision import FLOAT8_SINCE_SM, describe_hardware, torch_dtype
 from pipeline.models.quantised import quantise_float8, scaled_product
+from schemas.machines import cpuinfo
 
 # Kernels are timed this many at a time, or the launch and the wait for each would be in the figure.
 _AT_ONCE = 8
@@ -90,6 +92,9 @@ class Bench:
 def environment(bench: Bench, commit: str | None) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if bench.cuda else "cpu",
+        # What goes from and to the host's memory depends on it.
+        "cpu": cpuinfo("model name") or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
         "capability": list(bench.hardware.compute_capability or ()) or None,
         "cuda": torch.version.cuda,
         "cudnn": bench.hardware.cudnn,

@@ -153,10 +153,11 @@ def test_a_gpu_page_says_what_is_missing_and_what_is_wrong(monkeypatch: pytest.M
     row = {
         "model": "ViT-L/16", "dtype": "bfloat16", "kind": "bfloat16, trunk compiled", "batch": 256,
         "model_only": 4200.0, "ceiling_share": 0.66, "end_to_end": 4000.0, "end_to_end_share": 0.952,
-        "call_batches": 2.0, "one_call_share": 0.981, "least_cosine": 0.99991, "attention": "CUDNN_ATTENTION",
+        "call_batches": 2.0, "one_call_share": 0.981, "copy_over_compute": 0.012, "least_cosine": 0.99991,
+        "attention": "CUDNN_ATTENTION",
     }  # fmt: skip
     found = {
-        "environment": {"device": "NVIDIA H200", "commit": "abc1234"},
+        "environment": {"device": "NVIDIA H200", "cpu": "Intel Xeon", "cores": 16, "commit": "abc1234"},
         "ceilings": {"product_bfloat16_tflops": 780.0, "product_float8_tflops": "RuntimeError: no kernel"},
         "ceiling_at_the_end": {"product_bfloat16_tflops": 765.5},
         "products": {
@@ -165,7 +166,7 @@ def test_a_gpu_page_says_what_is_missing_and_what_is_wrong(monkeypatch: pytest.M
         },
         "attention": {"CUDNN_ATTENTION": 400.0, "EFFICIENT_ATTENTION_BIAS": "RuntimeError: no kernel"},
         "correctness": [{"model": "ViT-L/16", "dtype": "bfloat16", "cls": 0.9999, "pooled": 0.9999}],
-        "rates": [row],
+        "rates": [row, row | {"copy_over_compute": None}],
         "left_out": ["ViT-B/16 float8: time is up"],
         "wrong": ["ViT-L/16 float8 batch 256: a cosine of 0.5"],
     }
@@ -173,6 +174,7 @@ def test_a_gpu_page_says_what_is_missing_and_what_is_wrong(monkeypatch: pytest.M
     for said in (
         "again at the end: 765.5", "| bfloat16, trunk compiled | 256 |", "| cudnn |", "time is up", "a cosine of 0.5",
         "95%", "98% of 2", "0.99991", "| qkv | 700.0 | 1,200.0 | - |", "| fc1_gelu | 500.0 | - | 650.0 |",
-        "cudnn 400.0, efficient with bias -",
+        "cudnn 400.0, efficient with bias -", "NVIDIA H200 in a host with Intel Xeon, 16 cores",
+        "98% of 2 | 0.01 | 0.99991", "98% of 2 | - | 0.99991",
     ):  # fmt: skip
         assert said in page

@@ -1,6 +1,7 @@
 """The benchmark for GPUs runs through where there is none, in small sizes, with nothing but torch and numpy."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -34,6 +35,8 @@ def test_runs_through_without_a_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert found["left_out"] == found["wrong"] == []
+    assert found["environment"]["cpu"]
+    assert found["environment"]["cores"] == len(os.sched_getaffinity(0))
     assert set(found["products"]) == {"qkv", "out", "fc1", "fc2", "fc1_gelu"}
     assert set(found["products"]["fc1"]) == {"bfloat16", "float8_rows", "float8_tensor"}
     assert found["attention"]["FLASH_ATTENTION"] > 0
