@@ -88,6 +88,7 @@ def test_only_files_that_were_tried_count_as_failed(tmp_path: Path, monkeypatch:
     write_pictures(tmp_path / "pictures", 3, seed=0)
     good = [path.read_bytes() for path in sorted((tmp_path / "pictures").iterdir())]
     job = resolved(model)
+    monkeypatch.setattr("pipeline.preflight.DECODE_S", 600.0)
     _, pixels, failed = measure_decode(job, [b"no picture", *good])
     assert (len(pixels["exact"]), failed) == (3, 1)
     monkeypatch.setattr("pipeline.preflight.DECODE_S", 0.0)
