@@ -4,8 +4,11 @@ import json
 import re
 from typing import Any
 
-# `user:password@` after the scheme; also in the middle of a chained URL or of a message.
-_USER = re.compile(r"(?<=://)[^/?#\s]*@")
+# Here what stands in front of the `@` is a container (Azure) or a bucket (Oracle), and nobody logs in with the address.
+_CONTAINER_SCHEMES = ("abfs", "abfss", "az", "wasb", "wasbs", "oci", "ocilake")
+# Where a user and a password may stand; also in the middle of a chained URL or of a message.
+LOGIN_PLACE = "(?<=://)" + "".join(rf"(?<!\b{scheme}://)" for scheme in _CONTAINER_SCHEMES)
+_USER = re.compile(LOGIN_PLACE + r"[^/?#\s]*@")
 # How libraries tell of a request without its host: `… exceeded with url: /path?…`, `GET /path?… HTTP/1.1`.
 _REQUEST = re.compile(r"(?:\burl:|\b(?:GET|HEAD|POST|PUT|PATCH|DELETE)) /[^\s?]*\?")
 _PARAMETER = re.compile(r"(?<=[?&;#])([^=?&;#\s]+=)[^&;#\s'\"<>]+")

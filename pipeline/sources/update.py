@@ -16,6 +16,7 @@ from pipeline.sources.manifest import ManifestPart, read_columns
 from pipeline.storage import Options
 from pipeline.store_errors import NO_ROOM
 from schemas.errors import OutputError
+from schemas.redaction import LOGIN_PLACE
 
 if TYPE_CHECKING:
     import duckdb
@@ -26,6 +27,7 @@ Done = Callable[[np.ndarray], np.ndarray]
 # Beyond it DuckDB goes on on the disk, in the same temporary folder.
 _MEMORY = "512MiB"
 
+_USER = re.compile(LOGIN_PLACE + "[^/?#]*@")
 # Parameters that sign a URL, by the one that shows that it is signed in this way: S3 and Google Cloud Storage (v4),
 # both in their older form and CloudFront, Azure (SAS).
 _SIGNATURES = {
@@ -161,7 +163,7 @@ def unsigned(url: str) -> str:
     """
     if "://" not in url:
         return url
-    url = re.sub(r"(?<=://)[^/?#]*@", "", url)
+    url = _USER.sub("", url)
     address, _, rest = url.partition("?")
     query, mark, fragment = rest.partition("#")
     parameters = {part: part.partition("=")[0].lower() for part in query.split("&")}

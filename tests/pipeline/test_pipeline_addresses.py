@@ -53,6 +53,7 @@ def test_redact_signed_urls() -> None:
             "Pool(host='h'): Max retries exceeded with url: /tokeninfo?access_token=x (Caused by",
             "Pool(host='h'): Max retries exceeded with url: /tokeninfo?access_token=… (Caused by",
         ),
+        ("abfss://c@a.dfs.core.windows.net/k?sv=1&sig=x", "abfss://c@a.dfs.core.windows.net/k?sv=1&sig=…"),
         ('"GET /a?page=2&sig=x HTTP/1.1" 403', '"GET /a?page=2&sig=… HTTP/1.1" 403'),
     ],
 )
@@ -70,6 +71,8 @@ def test_redact_users_and_keys(text: str, expected: str) -> None:
         "memory://a",
         "file:///a",
         "http://[broken",
+        *(f"{scheme}://container@account/a.jpg" for scheme in ("abfs", "abfss", "az", "wasb", "wasbs", "oci")),
+        "simplecache::abfss://container@account/a.jpg",
         "https://host/?",
     ],
 )

@@ -136,6 +136,7 @@ def test_what_looks_secret_may_be_what_tells_one_object_from_another(tmp_path: P
         ("https://h/a?se=2&expires=3", "https://h/a?se=2&expires=3"),
         ("https://h/a?token=1&b", "https://h/a?token=1&b"),
         ("/photos/a?sig=1", "/photos/a?sig=1"),
+        ("wasbs://c@account/a?sig=1&b", "wasbs://c@account/a?b"),
     ],
 )
 def test_what_is_left_of_a_signed_address(signed: str, plain: str) -> None:
