@@ -53,7 +53,8 @@ def expand(source: str, spec: JobSpec) -> Iterator[pa.Table]:
             tables = read_uri_table(entry.uri, spec.uri_column, spec.storage_options)
             yield from _chosen(tables, entry, spec)
         return
-    items = _batches(_without_output(entries, source, spec), spec, named=suffix(source) == "parquet")
+    named = suffix(source.rstrip("/")) == "parquet"  # a shell completes the name of a folder with a slash
+    items = _batches(_without_output(entries, source, spec), spec, named)
     yield from in_order(items, _AHEAD if spec.limit is None else 0)
 
 

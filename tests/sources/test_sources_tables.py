@@ -163,6 +163,18 @@ def test_globs_over_tables_and_the_folder_of_a_table(tmp_path: Path) -> None:
     assert uris(folder) == ["/0.jpg", "/1.jpg"]
 
 
+def test_a_slash_behind_the_folder_of_a_table_changes_nothing(
+    tmp_path: Path, s3_server: S3Server, http_server: Callable[..., HttpServer]
+) -> None:
+    folder = tmp_path / "big.parquet"
+    folder.mkdir()
+    write(folder / "part-0.parquet", [{"uri": "/0.jpg"}])
+    (folder / "_SUCCESS").write_bytes(b"")
+    base = s3_server.upload(tmp_path, s3_server.make_bucket())
+    for place in (tmp_path, base, http_server(tmp_path).url):
+        assert uris(f"{place}/big.parquet/", storage_options={"s3": s3_server.storage_options}) == ["/0.jpg"]
+
+
 def test_a_table_in_a_folder_of_images(tmp_path: Path) -> None:
     """Parquet counts wherever it lies; a CSV beside images is one more file."""
     (tmp_path / "a.jpg").write_bytes(b"x")
