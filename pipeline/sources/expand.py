@@ -132,6 +132,8 @@ def _parquet_rows(entry: Entry, spec: JobSpec, *, named: bool) -> Tables:
             f"{redact(entry.uri)} has neither a column `{spec.uri_column}` with addresses nor one column with image "
             f"bytes (`{spec.image_column}` is none); name the right one with --uri-column or --image-column"
         )
+    if kind is not None and kind.uris is not None:
+        _tell_ours(entry.uri)
     return [_plain_table([entry])] if wanted(entry.uri, spec.include, spec.exclude) else []
 
 
@@ -161,6 +163,15 @@ def _tell_large_groups(rows: int, table: str) -> None:
         table,
         f"{rows:,}",
         rows // 2048,
+    )
+
+
+def _tell_ours(table: str) -> None:
+    _tell_once(
+        ("ours", table.rpartition("/")[0]),
+        "%s begins with the columns of what a run writes and is taken for a part of one: the addresses in it, and in "
+        "others like it in the same folder, are left out. To take them give the file itself as a source, or *.parquet",
+        redact(table),
     )
 
 

@@ -135,8 +135,10 @@ def parquet_kind(source: str, uri_column: str, image_column: str, storage_option
     if uris is None and images is None and not asked and len(candidates) == 1:
         images = candidates[0]
     pictures = [field.name for field in schema if holds_images(_value_type(field.type)) and field.name != images]
+    # pyarrow keeps our mark in whatever a user makes of a run's tables; all of ours begin with the same columns, too.
+    marked = METADATA_KEY in (schema.metadata or {}) and schema.names[:2] == ["row", "uri"]
     # Manifests of earlier versions are known by their columns alone.
-    ours = METADATA_KEY in (schema.metadata or {}) or list(schema)[: len(MANIFEST_FIELDS)] == MANIFEST_FIELDS
+    ours = marked or list(schema)[: len(MANIFEST_FIELDS)] == MANIFEST_FIELDS
     if images is None:
         return ParquetKind(uris, None, ours)
     return ParquetKind(uris, images, ours, tuple(pictures), _largest_group(metadata, images))

@@ -21,6 +21,22 @@ def test_the_manifest_of_another_run_is_no_table_of_addresses(tmp_path: Path, by
     assert rows_of(spec_of(place, out=str(photos / "B"))) == [f"{photos}/1.jpg", f"{photos}/2.jpg"]
 
 
+def test_what_a_user_makes_of_a_runs_table_is_a_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """pyarrow carries the metadata of a file over to what is written of it."""
+    photos, lists = tree(tmp_path / "photos", ["1.jpg", "2.jpg"]), tree(tmp_path / "lists", ["0.jpg"])
+    (part,) = write_manifest([read(photos)], str(tmp_path / "A"), {})
+    rows = pq.read_table(tmp_path / "A" / "manifest" / part.name)
+    assert rows.schema.metadata
+    pq.write_table(rows.select(["uri"]).append_column("label", [["cat", "dog"]]), lists / "labels.parquet")
+    assert rows_of(spec_of(lists)) == [f"{lists}/0.jpg", f"{photos}/1.jpg", f"{photos}/2.jpg"]
+    assert "left out" not in caplog.text
+    pq.write_table(rows.slice(1), lists / "second.parquet")
+    assert rows_of(spec_of(lists))[3:] == [f"{lists}/second.parquet"]
+    assert f"{lists}/second.parquet begins with the columns of what a run writes" in caplog.text
+    assert "To take them give the file itself as a source" in caplog.text
+    assert rows_of(spec_of(lists / "second.parquet")) == [f"{photos}/2.jpg"]
+
+
 def test_an_output_below_a_source_that_is_a_link_is_no_input(tmp_path: Path) -> None:
     real = tree(tmp_path / "disk" / "photos", ["1.jpg", "out/images/part.parquet", "outer/2.jpg"])
     link = tmp_path / "photos"

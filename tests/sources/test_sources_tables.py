@@ -182,7 +182,7 @@ def test_a_table_in_a_folder_of_images(tmp_path: Path) -> None:
     write(tmp_path / "c.csv")
     write(tmp_path / "d.parquet", [{"n": 1}])
     (tmp_path / "e.parquet").write_bytes(b"no Parquet")
-    own = pa.table({"uri": ["/x.jpg"]}).replace_schema_metadata({METADATA_KEY: b"{}"})
+    own = pa.table({"row": [0], "uri": ["/x.jpg"]}).replace_schema_metadata({METADATA_KEY: b"{}"})
     pq.write_table(own, tmp_path / "f.parquet")
     names = [f"{tmp_path}/{name}" for name in ("a.jpg", "c.csv", "d.parquet", "e.parquet", "f.parquet")]
     assert uris(tmp_path) == [names[0], "s3://b/1.jpg", "s3://b/2.jpg", *names[1:]]
