@@ -68,9 +68,9 @@ def list_tar(uri: str, storage_options: Options) -> Iterator[TarImage]:
                     sidecars.setdefault(stem, {})[suffix] = _text(shard, member)
                 elif suffix in _IMAGE_SUFFIXES or not suffix:
                     sample.append(member)
-        except tarfile.ReadError as error:
+        except (tarfile.ReadError, ValueError) as error:
             yield from _images(sample, sidecars)
-            raise tarfile.ReadError(f"{redact(uri)} breaks off or is damaged ({error})") from error
+            raise _damaged(uri, error) from error
         yield from _images(sample, sidecars)
 
 
@@ -82,6 +82,13 @@ def _open(file: BinaryIO, uri: str) -> tarfile.TarFile:
             f"{redact(uri)} is not an uncompressed tar ({error}); unpack a .tar.gz first, "
             "members of a compressed tar cannot be read by range"
         ) from error
+    except ValueError as error:
+        raise _damaged(uri, error) from error
+
+
+def _damaged(uri: str, error: Exception) -> tarfile.ReadError:
+    """For a ReadError of tarfile, or the ValueError that it lets out where the map of a sparse member is cut short."""
+    return tarfile.ReadError(f"{redact(uri)} breaks off or is damaged ({error})")
 
 
 def _members(shard: tarfile.TarFile, file: BinaryIO, uri: str) -> Iterator[tarfile.TarInfo | None]:

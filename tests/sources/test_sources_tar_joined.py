@@ -94,3 +94,23 @@ def test_a_sparse_member_says_so(tmp_path: Path, form: str, holes: int) -> None:
     table = decode_all(listed(str(path)))
     assert table["error"].to_pylist() == [None, "SparseMember", None]
     assert f"{names[1]} is a sparse file in {path}, not one range of bytes" in table["message"][1].as_py()
+
+
+@pytest.mark.parametrize("in_front", [["1.png"], []])
+@pytest.mark.parametrize("holes", [9, 99])
+def test_a_shard_that_breaks_off_in_the_map_of_a_sparse_member(
+    tmp_path: Path, holes: int, in_front: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "1.png").write_bytes(png(7))
+    with open(tmp_path / "2.png", "wb") as file:
+        for _ in range(holes):
+            file.seek(1 << 18, os.SEEK_CUR)
+            file.write(b"end")
+    path = tmp_path / "x.tar"
+    pack = ["tar", "--create", "--file", path, "--format", "posix", "--sparse", "--hole-detection=raw"]
+    subprocess.run([*pack, "--directory", tmp_path, *in_front, "2.png"], check=True, timeout=60)
+    with tarfile.open(path) as shard:
+        end_of_map = shard.getmember("2.png").offset_data
+    path.write_bytes(path.read_bytes()[: end_of_map - 500])
+    assert read(path)["uri"].to_pylist() == [*(f"{path}#{name}" for name in in_front), str(path)]
+    assert f"{path} breaks off or is damaged" in caplog.text
