@@ -54,14 +54,12 @@ _NOT_A_FILE = Verdict("NotAFile", again=False, retryable=False)
 _IO = Verdict("StorageError", again=True, retryable=True)
 _UNREADABLE = Verdict("ServerError", again=True, retryable=True)
 
-_TRANSIENT_STATUS = {
+# Also those of proxies in front of a server (520 to 530), but not the two that say what it never does.
+_TRANSIENT_STATUS = dict.fromkeys({*range(500, 600)} - {501, 505}, "ServerError") | {
     408: "TimedOut",
     425: "ServerError",
     429: "Throttled",
-    500: "ServerError",
-    502: "ServerError",
     503: "Throttled",
-    504: "ServerError",
 }
 
 # S3 gives these with 400 or 403, though the object is as good as ever: new credentials, or a clock that was set, and it

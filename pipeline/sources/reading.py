@@ -27,7 +27,7 @@ _BASE_S = 0.2
 # What is read at a time grows while reading goes on in one direction and starts over after a leap.
 _LEAST_BYTES = 256 << 10
 _MOST_BYTES = 8 << 20
-_TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+_TRANSIENT_STATUS = frozenset({408, 425, 429, *range(500, 600)} - {501, 505})
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ def test_healthy_server_one_request_each(http_server, folder):
     assert server.control.requests() == 12
 
 
-@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+@pytest.mark.parametrize("status", [425, 429, 500, 502, 503, 504, 507, 520, 530])
 def test_transient_answers_are_tried_again(http_server, folder, status):
     server = http_server(folder, [Rule("status", status=status, first=2)])
     assert one(server)["error"] is None
@@ -73,12 +73,12 @@ def test_transient_answers_end_after_the_last_try(http_server, folder, status, e
 
 @pytest.mark.parametrize(
     ("status", "error"),
-    [(404, "NotFound"), (410, "NotFound"), (403, "Forbidden"), (401, "Forbidden"), (400, "Http400")],
+    [(404, "NotFound"), (410, "NotFound"), (403, "Forbidden"), (401, "Forbidden"), (400, "Http400"), (501, "Http501")],
 )
 def test_final_answers_are_asked_for_once(http_server, folder, status, error):
     server = http_server(folder, [Rule("status", status=status)])
     row = one(server)
-    assert (row["error"], row["retryable"], row["attempts"]) == (error, False, 1)
+    assert (row["error"], row["retryable"], row["attempts"]) == (error, status == 501, 1)
     assert server.control.requests("/00.png") == 1
 
 

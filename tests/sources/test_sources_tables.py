@@ -214,6 +214,7 @@ def test_faults_that_pass_cost_no_rows(tmp_path: Path, name: str, http_server: C
     write(tmp_path / name, rows)
     for rule in (
         Rule("status", status=503, first=1),
+        Rule("status", status=522, first=1),
         Rule("reset", methods=("GET",), first=2, after_bytes=1000),
         Rule("truncate", methods=("GET",), first=2, after_bytes=70_000),
         Rule("ignore_range"),
