@@ -206,13 +206,21 @@ def _absolute(source: str, uris: list[str | None]) -> list[str]:
     return [_absolute_url(f"{place}://{root}/", folder, uri) for uri in uris]
 
 
+def _local_path(uri: str) -> str:
+    """Hadoop and Spark write the path of a local file as `file:/…`."""
+    return uri.partition(":")[2] if uri.startswith(("file:/", "local:/")) else uri
+
+
 def _absolute_path(folder: str, uri: str | None) -> str:
     if not uri or "://" in uri:
         return uri or ""
-    return os.path.normpath(os.path.join(folder, uri))
+    return os.path.normpath(os.path.join(folder, _local_path(uri)))
 
 
 def _absolute_url(root: str, folder: str, uri: str | None, rest: str = "") -> str:
-    if not uri or "://" in uri or uri.startswith("/"):
+    if not uri or "://" in uri:
         return uri or ""
+    uri = _local_path(uri)
+    if uri.startswith("/"):
+        return uri
     return f"{root}{posixpath.normpath(posixpath.join(folder, uri))}{rest}"

@@ -57,6 +57,14 @@ def test_relative_addresses_in_a_bucket_and_on_the_web(
     assert uris(signed) == [f"{server.url}/x/y/a.jpg", f"{server.url}/x/b.jpg"]
 
 
+def test_paths_as_hadoop_writes_them_are_absolute(tmp_path: Path, s3_server: S3Server) -> None:
+    write(tmp_path / "t.csv", [{"uri": uri} for uri in ("file:/root/a b.jpg", "local:/c.jpg", "file:///d.jpg")])
+    base = s3_server.upload(tmp_path, s3_server.make_bucket())
+    for folder in (tmp_path, base):
+        found = uris(f"{folder}/t.csv", storage_options={"s3": s3_server.storage_options})
+        assert found == ["/root/a b.jpg", "/c.jpg", "file:///d.jpg"]
+
+
 def test_relative_addresses_in_an_archive(tmp_path: Path) -> None:
     given = b"uri\na.jpg\n../b.jpg\n/root/c.jpg\ns3://b/d.jpg\n"
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
