@@ -2,7 +2,7 @@
 
     a folder, file:///folder    used where it lies
     s3://bucket/models/vit      downloaded once into the cache, under a name that changes when the files do;
-    https://host/B_16.npz       so is a single weight file, with its config, or the vocabulary of that name, beside it
+    https://host/B_16.npz       so is a single weight file, with its config, or its vocabulary, beside it
     google/vit-base-patch16-224 through huggingface_hub, in its own cache; HF_HUB_OFFLINE is honoured
 
 The cache of object-store checkpoints is `$PATCHSTREAM_CACHE`, else `patchstream` in `$XDG_CACHE_HOME` or `~/.cache`.
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from fsspec import AbstractFileSystem
 
 from pipeline.models.hub import SMALL_FILES, TEXT_FILES, from_hub, nowhere
+from pipeline.models.tokenizing import NAMES
 from pipeline.models.weights import WEIGHT_SUFFIXES, is_weight_file
 from pipeline.storage import exists, filesystem, redact, scheme
 from pipeline.store_errors import NO_ROOM
@@ -141,7 +142,8 @@ def _get_file(fs: AbstractFileSystem, path: str, target: Path) -> None:
 def _in_folder(fs: AbstractFileSystem, prefix: str) -> dict[str, Any]:
     """Path → facts of what makes up a checkpoint under `prefix`."""
     listing = fs.find(prefix, maxdepth=1, detail=True)
-    found = {path: facts for path, facts in listing.items() if _wanted(_file_name(path))}
+    words = {f"{path.removesuffix('.npz')}.txt" for path in map(_plain, listing) if path.endswith(".npz")}
+    found = {path: facts for path, facts in listing.items() if _wanted(_file_name(path)) or _plain(path) in words}
     return {path: facts if _is_dated(facts) else fs.info(path) for path, facts in found.items()}
 
 
@@ -150,9 +152,9 @@ def _one_file(fs: AbstractFileSystem, path: str) -> dict[str, Any]:
     folder, _, name = _plain(path).rpartition("/")
     query = path.removeprefix(_plain(path))
     stem, _, suffix = name.rpartition(".")
-    beside = (f"{stem}.txt", f"{stem}.model") if suffix == "npz" else (*SMALL_FILES, *TEXT_FILES)
+    own = (f"{stem}.txt", f"{stem}.model", *NAMES) if suffix == "npz" else SMALL_FILES
     found = {path: fs.info(path)}
-    for other in beside:
+    for other in dict.fromkeys((*own, *TEXT_FILES)):
         place = f"{folder}/{other}{query}"
         if exists(fs, place):
             found[place] = fs.info(place)

@@ -100,6 +100,27 @@ def test_single_npz_with_its_vocabulary(
         inspect_model(prefix, storage_options=options)
 
 
+@pytest.mark.parametrize("words", ["LiT-X.txt", "vocab.txt", "spiece.model", "sentencepiece.model"])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_vocabulary_is_fetched_with_its_npz(
+    named: bool, words: str, tmp_path: Path, s3_server: S3Server, cache: Path
+) -> None:
+    """The file named, or the prefix that it is alone under."""
+    folder = tmp_path / "lit"
+    folder.mkdir()
+    in_pieces = words.endswith(".model")
+    write = lit.train_pieces if in_pieces else lit.write_words
+    write(folder / words)
+    arrays = lit.random_pair("transformer", vocabulary=64) if in_pieces else lit.random_pair("bert")
+    np.savez(folder / "LiT-X.npz", **arrays)
+    (folder / "LICENSE.txt").write_text("not fetched")
+    url, options = s3_server.upload(folder, s3_server.make_bucket(), "lit"), s3_server.storage_options
+    info = inspect_model(f"{url}/LiT-X.npz" if named else url, storage_options=options)
+    assert {path.name for path in (cache / "models").glob("*/*")} == {"LiT-X.npz", words}
+    expected = load_text(inspect_model(str(folder))).embed(["a dog"])
+    np.testing.assert_array_equal(load_text(info).embed(["a dog"]), expected)
+
+
 def test_a_file_that_changes_at_a_server_without_etags(tmp_path: Path, cache: Path) -> None:
     """Of the same size, so that its time alone tells."""
     archive = tmp_path / "www/LiT-X.npz"
