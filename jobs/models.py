@@ -52,6 +52,7 @@ def describe(info: Any) -> dict[str, Any]:
     features = [f"cls {info.hidden_size}"] * info.has_cls
     features += [f"pooled {info.pooled_size} ({info.pooled})", f"patches {down * across} x {info.hidden_size}"]
     features += [f"visual_tokens {down}x{across}"] if net.visual_tokens else []
+    zero_head = [f"left out: {info.zero_head:,} classes, all zeros"] if info.zero_head else []
     return {
         "model": info.name,
         "revision": info.revision,
@@ -64,7 +65,7 @@ def describe(info: Any) -> dict[str, Any]:
         "trained_at": f"{net.trained_size[0]}x{net.trained_size[1]}",
         "preprocessing": pixels.model_dump(mode="json"),
         "features": ", ".join(features),
-        "heads": ", ".join(heads(net)) or "none",
+        "heads": ", ".join(heads(net) + zero_head) or "none",
         "text_tower": text_tower(info) or "none",
         "labels": f"{info.num_labels:,} ({', '.join(info.labels[:3])}, …)" if info.num_labels else "none",
         "multi_label": info.multi_label,

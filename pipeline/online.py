@@ -67,10 +67,7 @@ def answer(info: ModelInfo, items: list[str], settings: Settings) -> list[Answer
     Raises SpecError for a model without a classifier, or trained for regression.
     """
     if not info.num_labels:
-        raise SpecError(
-            f"predict gives labels, but {info.name} ({info.architecture}) has no classifier; "
-            "use a fine-tuned checkpoint"
-        )
+        raise SpecError(f"predict gives labels, but {info.without_classifier}; use a fine-tuned checkpoint")
     require_classes(info)
     answers: list[Answer] = [[] for _ in items]
     pictures, places = [], []

@@ -113,7 +113,7 @@ def resolve_job(spec: JobSpec) -> ResolvedJob:
         info = _with_own_head(info, spec.head, spec.storage_options)
     if spec.labels and not info.num_labels:
         raise SpecError(
-            f"labels are asked for, but {spec.model} ({info.architecture}) has no classifier. "
+            f"labels are asked for, but {info.without_classifier}. "
             "Embed without --labels, use a fine-tuned checkpoint of the same model, or, if it has a text tower, say "
             "the labels with --zero-shot"
         )

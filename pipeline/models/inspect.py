@@ -3,13 +3,15 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.models.architecture import Architecture, parameter_count, tensor_shapes
 from pipeline.models.families import described_as, recognise
 from pipeline.models.formats import npz_vit, timm
-from pipeline.models.formats.format import Config, Shapes
+from pipeline.models.formats.format import Config, Format, Shapes
 from pipeline.models.labels import config_labels, read_label_file
+from pipeline.models.npz import is_all_zeros
 from pipeline.models.preprocessing import read_preprocessing
 from pipeline.models.remap import Plan, check, plan, require_depth
 from pipeline.models.resolve import resolve
@@ -52,7 +54,8 @@ class ModelInfo:
     weights. `pooled` says which image-level representation `pooled` is, and `pooled_size` its width. `labels` are in
     the order of the logits, empty without a classifier; `label_digest` is the SHA-256 of the file they come from, if it
     was one of the user's. `multi_label`: each score is a sigmoid of its own, as it also is for a single label;
-    `regression`: the head gives quantities, of which there are no scores. `plan` says how the tensors map to ours.
+    `regression`: the head gives quantities, of which there are no scores. `zero_head`: so many classes has a head that
+    was left out because it is all zeros. `plan` says how the tensors map to ours.
     `zero_shot` is set where the labels are the user's own words, `head` where the classifier is the user's own.
     """
 
@@ -80,11 +83,18 @@ class ModelInfo:
     label_digest: str | None = None
     head: OwnHead | None = None
     regression: bool = False
+    zero_head: int = 0
 
     @property
     def vector_sizes(self) -> dict[str, int]:
         """Numbers in each of the vectors of an image, by feature."""
         return {"cls": self.hidden_size, "pooled": self.pooled_size}
+
+    @property
+    def without_classifier(self) -> str:
+        """In words, for an error, that there are no labels."""
+        why = f": its head of {self.zero_head:,} classes is all zeros" if self.zero_head else ""
+        return f"{self.name} ({self.architecture}) has no classifier{why}"
 
 
 def inspect_model(
@@ -107,17 +117,7 @@ def inspect_model(
         image_size = _sides(image_size)
     place = resolve(model, revision, storage_options)
     weights = find_weights(place.folder)
-    with described_as("a model", place.name):
-        config, shapes = _described(weights)
-        config = {**config, "beit_final_norm": beit_final_norm}
-        row, reason = recognise(config, shapes, place.name)
-    if beit_final_norm and row.family != "beit":
-        raise CheckpointError(f"{place.name}: --beit-final-norm is for BEiT checkpoints; {reason}")
-    with described_as(row.family, place.name):
-        network = row.architecture(config, shapes)
-        require_depth(network.depth, shapes, place.name)
-        wanted = plan(network, row.spell(network, shapes))
-        check(wanted, shapes, row.ignored, f"{place.name}: taken for {row.family} in {row.layout} layout, as {reason}")
+    config, row, network, wanted = _planned(weights, place.name, beit_final_norm)
     if weights.kind == "npz":
         preprocessing = Preprocessing(resize=_sides(image_size or network.trained_size))
     else:
@@ -154,7 +154,24 @@ def inspect_model(
         plan=wanted,
         label_digest=file.digest if file else None,
         regression=problem == "regression",
+        zero_head=config.get("zero_head", 0),
     )
+
+
+def _planned(weights: Weights, name: str, beit_final_norm: bool) -> tuple[Config, Format, Architecture, Plan]:
+    """Config and format, the network, and how the tensors map to it."""
+    with described_as("a model", name):
+        config, shapes = _described(weights)
+        config = {**config, "beit_final_norm": beit_final_norm}
+        row, reason = recognise(config, shapes, name)
+    if beit_final_norm and row.family != "beit":
+        raise CheckpointError(f"{name}: --beit-final-norm is for BEiT checkpoints; {reason}")
+    with described_as(row.family, name):
+        network = row.architecture(config, shapes)
+        require_depth(network.depth, shapes, name)
+        wanted = plan(network, row.spell(network, shapes))
+        check(wanted, shapes, row.ignored, f"{name}: taken for {row.family} in {row.layout} layout, as {reason}")
+    return config, row, network, wanted
 
 
 def require_classes(info: ModelInfo) -> None:
@@ -176,7 +193,19 @@ def _described(weights: Weights) -> tuple[Config, Shapes]:
     if weights.kind != "npz":
         return timm.with_pretrained_cfg(read_json(weights.folder / "config.json")), shapes
     normalised = {name: array.shape for name, array in npz_vit.normalise(stand_ins(shapes)).items()}
-    return {"raw_shapes": shapes, "file_name": weights.files[0].name}, normalised
+    config = {"raw_shapes": shapes, "file_name": weights.files[0].name}
+    if not _has_zero_head(weights.files[0], shapes):
+        return config, normalised
+    kept = {name: shape for name, shape in normalised.items() if not name.startswith("head/")}
+    return {**config, "zero_head": normalised["head/kernel"][0]}, kept
+
+
+def _has_zero_head(path: Path, shapes: Shapes) -> bool:
+    """Whether a classifier is there, but all zeros, as in what google-research published before it was fine-tuned
+    (https://github.com/google-research/vision_transformer/issues/10). In a tower shared with text a head is none."""
+    prefix = npz_vit.prefix_of(shapes)
+    head = [f"{prefix}head/{name}" for name in ("bias", "kernel")]  # the small one first: a trained one's says enough
+    return not prefix.endswith("img/") and all(name in shapes and is_all_zeros(path, name) for name in head)
 
 
 def stand_ins(shapes: Shapes) -> "dict[str, np.ndarray[Any, Any]]":

@@ -5,6 +5,8 @@ import os
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 MAX_EXPANSION = 20
+CHUNK_BYTES = 8 * 1024 * 1024
 # Of a member: magic, version, flags, method, time, date, CRC, packed and unpacked size, bytes of name and extra field.
 _LOCAL_HEADER = struct.Struct("<4s5HIIIHH")
 _IN_ZIP64 = 0xFFFFFFFF
@@ -40,17 +43,37 @@ def read_npz(path: Path) -> dict[str, "np.ndarray[Any, Any]"]:
     with _opened(path) as archive:
         for member in archive.infolist():
             shape, dtype, fortran = _header(archive, member, path)
-            with archive.open(member) as file:
-                _skip_header(file)
-                try:
-                    values = np.frombuffer(file.read(), dtype=np.uint16 if dtype.kind == "V" else dtype)
-                except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-                    raise CheckpointError(f"{path}: {_name(member.filename)} is damaged: {error}") from error
+            with _data(archive, member, path) as file:
+                values = np.frombuffer(file.read(), dtype=np.uint16 if dtype.kind == "V" else dtype)
             if dtype.kind == "V":
                 values = (values.astype(np.uint32) << 16).view(np.float32)
             array = values.reshape(shape, order="F" if fortran else "C")
             arrays[_name(member.filename)] = array.astype(np.float32, copy=False)
     return arrays
+
+
+def is_all_zeros(path: Path, name: str) -> bool:
+    """Whether every byte of an array is 0. It is read up to the first that is not, and little of it at once.
+
+    Raises CheckpointError where what is read is damaged.
+    """
+    import numpy as np
+
+    with _opened(path) as archive:
+        member = next(each for each in archive.infolist() if _name(each.filename) == name)
+        with _data(archive, member, path) as file:
+            return not any(np.frombuffer(chunk, np.uint8).any() for chunk in iter(lambda: file.read(CHUNK_BYTES), b""))
+
+
+@contextmanager
+def _data(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> Iterator[IO[bytes]]:
+    """An array's file behind its header. Raises CheckpointError where reading it in the block finds damage."""
+    with archive.open(member) as file:
+        _skip_header(file)
+        try:
+            yield file
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise CheckpointError(f"{path}: {_name(member.filename)} is damaged: {error}") from error
 
 
 def _opened(path: Path) -> zipfile.ZipFile:
