@@ -12,6 +12,7 @@ from timm.data import resolve_data_config
 from timm.models._hub import _parse_model_cfg
 
 from pipeline.models import inspect_model, load_model, read_preprocessing
+from pipeline.models.formats.timm_vit import is_clip_embedding
 from schemas.errors import CheckpointError
 from schemas.preprocessing import Preprocessing
 
@@ -105,3 +106,47 @@ def test_the_final_norm_is_for_beit_as_transformers_saves_it(tmp_path: Path) -> 
     assert not inspect_model(str(tmp_path)).beit_final_norm
     with pytest.raises(CheckpointError, match="a BEiT of timm has no trained final norm that is left out; drop"):
         inspect_model(str(tmp_path), beit_final_norm=True)
+
+
+def published_clip_towers() -> dict[str, dict[str, Any]]:
+    """architecture.tag → config.json of timm's CLIP towers, as it is on the hub."""
+    import timm
+
+    found = {}
+    for name in timm.list_pretrained("vit_*_clip_*"):
+        published = timm.get_pretrained_cfg(name).to_dict(remove_source=True)
+        architecture = name.partition(".")[0]
+        found[name] = {"architecture": architecture, "pretrained_cfg": published, **published}
+    assert len(found) > 60
+    return found
+
+
+def test_published_clip_towers_and_their_classifiers_are_told_apart() -> None:
+    import torch
+    from timm.models import create_model
+
+    widths = {}
+    for name, config in published_clip_towers().items():
+        architecture = config["architecture"]
+        if architecture not in widths:
+            with torch.device("meta"):
+                widths[architecture] = create_model(architecture, depth=1, weight_init="skip").embed_dim
+        assert is_clip_embedding(config, widths[architecture]) == ("_ft_" not in name), name
+
+
+@pytest.mark.parametrize("where", ["beside", "within"])
+def test_names_of_classes_make_a_classifier(where: str, tmp_path: Path) -> None:
+    tower = {**SMALL, "embed_dim": 768, "num_heads": 12, "num_classes": 512}
+    make_timm_checkpoint(tmp_path, "vit_base_patch32_clip_224.openai", **tower)
+    assert (inspect_model(str(tmp_path)).pooled, inspect_model(str(tmp_path)).num_labels) == ("projected_cls", 0)
+    names = {"label_names": [f"kind {i}" for i in range(512)]}
+    published = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
+    edit(tmp_path, **(names if where == "beside" else {"pretrained_cfg": {**published, **names}}))
+    info = inspect_model(str(tmp_path))
+    assert (info.pooled, info.num_labels, info.labels[511]) == ("mean_patch_tokens", 512, "kind 511")
+
+
+def test_as_many_classes_as_another_tower_projects_to(tmp_path: Path) -> None:
+    tower = {**SMALL, "embed_dim": 768, "num_heads": 12, "num_classes": 768}
+    make_timm_checkpoint(tmp_path, "vit_base_patch32_clip_224.openai", **tower)
+    assert inspect_model(str(tmp_path)).num_labels == 768

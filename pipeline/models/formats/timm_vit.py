@@ -41,8 +41,8 @@ SPELLING: Spelling = {
 
 
 _OTHER_NETWORKS = re.compile(r"_rope|_dinov3|_lingbot|_sapiens2|_pe_(core|lang|spatial)_|_rpn_")
-# Widths of the spaces that images and text share in the published CLIP models.
-CLIP_WIDTHS = (512, 640, 768, 896, 1024, 1280)
+# Width of a published CLIP tower → of the space that it shares with text.
+CLIP_WIDTHS = {256: 512, 512: 512, 640: 512, 768: 512, 896: 640, 1024: 768, 1280: 1024, 1408: 1024, 1664: 1280}
 
 
 def architecture(config: Config, shapes: Shapes, stem: Stem | None = None) -> Architecture:
@@ -53,7 +53,7 @@ def architecture(config: Config, shapes: Shapes, stem: Stem | None = None) -> Ar
     hidden, mlp_width = shapes.get("blocks.0.mlp.fc1.weight", (0,))[0], shapes.get("blocks.0.mlp.fc2.weight", (0, 0))[1]
     size, pre_norm = timm.image_size(config), "norm_pre.weight" in shapes
     classes = shapes.get("head.weight", (0,))[0]
-    projects = bool(classes) and is_clip_embedding(config)
+    projects = bool(classes) and is_clip_embedding(config, width)
     pooled, head_input = read_out(config, shapes, projects)
     registers = shapes.get("reg_token", (1, 0, width))[1]
     return Architecture(
@@ -126,10 +126,16 @@ def read_out(config: Config, shapes: Shapes, projects: bool) -> tuple[Pooled, He
     raise CheckpointError(f"config.json: global_pool {how!r} is not supported; known are token, avg and map")
 
 
-def is_clip_embedding(config: Config) -> bool:
-    """Whether the head of a CLIP tower is its projection into the space shared with text, not a classifier."""
+def is_clip_embedding(config: Config, width: int) -> bool:
+    """Whether the head of a CLIP tower is its projection into the space shared with text, not a classifier.
+
+    A tower of a width that none was published with may project into any of these spaces.
+    """
     published = config.get("pretrained_cfg") or {}
-    if "_clip_" not in str(config["architecture"]) or config.get("num_classes") not in CLIP_WIDTHS:
+    spaces = [CLIP_WIDTHS[width]] if width in CLIP_WIDTHS else CLIP_WIDTHS.values()
+    if "_clip_" not in str(config["architecture"]) or config.get("num_classes") not in spaces:
+        return False
+    if config.get("label_names") or published.get("label_names"):
         return False
     return not re.search(r"_ft_|in1k|in12k|in22k", str(published.get("tag", "")))
 
