@@ -1,6 +1,7 @@
 """What a checkpoint is, before anything heavy is done with it."""
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from schemas.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     import numpy as np
+
+log = logging.getLogger(__name__)
 
 HASH_CHUNK_BYTES = 8 * 1024 * 1024
 
@@ -171,6 +174,15 @@ def _planned(weights: Weights, name: str, beit_final_norm: bool) -> tuple[Config
         require_depth(network.depth, shapes, name)
         wanted = plan(network, row.spell(network, shapes))
         check(wanted, shapes, row.ignored, f"{name}: taken for {row.family} in {row.layout} layout, as {reason}")
+    # Who trained a classifier on such a tower in timm did so with the exact GELU.
+    exact = row.layout == "timm" and network.activation == "gelu" and not network.num_labels
+    if exact and timm.trained_with_quick_gelu(config):
+        log.warning(
+            "%s: trained with QuickGELU, but runs with the exact GELU, as in timm by this architecture's name, so that "
+            'its vectors are not the original\'s; "model_args": {"act_layer": "quick_gelu"} in config.json makes '
+            "them so",
+            name,
+        )
     return config, row, network, wanted
 
 

@@ -12,6 +12,7 @@ from timm.data import resolve_data_config
 from timm.models._hub import _parse_model_cfg
 
 from pipeline.models import inspect_model, load_model, read_preprocessing
+from pipeline.models.formats.timm import trained_with_quick_gelu
 from pipeline.models.formats.timm_vit import is_clip_embedding
 from schemas.errors import CheckpointError
 from schemas.preprocessing import Preprocessing
@@ -150,3 +151,38 @@ def test_as_many_classes_as_another_tower_projects_to(tmp_path: Path) -> None:
     tower = {**SMALL, "embed_dim": 768, "num_heads": 12, "num_classes": 768}
     make_timm_checkpoint(tmp_path, "vit_base_patch32_clip_224.openai", **tower)
     assert inspect_model(str(tmp_path)).num_labels == 768
+
+
+def test_towers_trained_with_quick_gelu_are_known() -> None:
+    """By timm's notes on them, and by their tags alone."""
+    for name, config in published_clip_towers().items():
+        if "_quickgelu_" in name:
+            continue
+        noted = "natively QuickGELU" in str(config["pretrained_cfg"].pop("notes", ""))
+        assert trained_with_quick_gelu(config) == noted, name
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changed", "classes", "warned"),
+    [
+        ("vit_base_patch32_clip_224.openai", {}, 512, True),
+        ("vit_base_patch32_clip_224.openai", {"notes": None}, 512, True),
+        ("vit_base_patch32_clip_224.openai", {"tag": "ours"}, 512, True),
+        ("vit_base_patch32_clip_224.openai", {"tag": "ours", "notes": None}, 512, False),
+        ("vit_base_patch32_clip_224.openai", {}, 37, False),
+        ("vit_base_patch32_clip_224.laion2b", {}, 512, False),
+        ("vit_base_patch32_clip_quickgelu_224.openai", {}, 512, False),
+    ],
+)
+def test_another_gelu_than_it_was_trained_with_is_told(
+    architecture: str, changed: dict[str, Any], classes: int, warned: bool, tmp_path: Path, caplog: Any
+) -> None:
+    make_timm_checkpoint(tmp_path, architecture, **{**SMALL, "num_classes": classes})
+    published = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
+    edit(tmp_path, pretrained_cfg={**published, **changed})
+    inspect_model(str(tmp_path))
+    assert (f"{tmp_path}: trained with QuickGELU, but runs with the exact GELU" in caplog.text) == warned
+    caplog.clear()
+    edit(tmp_path, model_args={"act_layer": "quick_gelu", "num_heads": 4})
+    assert inspect_model(str(tmp_path)).network.activation == "quick_gelu"
+    assert not caplog.records

@@ -28,6 +28,14 @@ OTHER_ACTIVATIONS: tuple[tuple[str, Activation], ...] = (
 )
 
 
+# Checkpoints, as architecture.tag, trained with QuickGELU, which timm's name of the architecture takes for the exact
+# GELU: those with `notes` on it in timm/models/vision_transformer.py.
+QUICK_GELU = re.compile(
+    r"_clip_.*\.(openai|metaclip_400m|metaclip_2pt5b|dfn5b)$|_patch32_clip_224\.laion400m_e32$"
+    r"|_large_patch14_clip_224\.dfn2b$|_huge_patch14_clip_224\.metaclip2_worldwide$"
+)
+
+
 def with_pretrained_cfg(config: Config) -> Config:
     """`config`, which in timm's first form is its own `pretrained_cfg` (`_parse_model_cfg` in timm/models/_hub.py)."""
     if "pretrained_cfg" in config or "architecture" not in config or "model_type" in config:
@@ -95,6 +103,15 @@ def activation(config: Config) -> Activation:
         return ACTIVATION_NAMES[given]
     name = str(config["architecture"])
     return next((kind for pattern, kind in OTHER_ACTIVATIONS if re.search(pattern, name)), "gelu")
+
+
+def trained_with_quick_gelu(config: Config) -> bool:
+    """Whether the published tower that these weights are, or come from, was trained with QuickGELU: by the notes that
+    go with it, else by its tag."""
+    published = config.get("pretrained_cfg") or {}
+    if notes := published.get("notes"):
+        return "quickgelu" in str(notes).lower()
+    return bool(QUICK_GELU.search(f"{config['architecture']}.{published.get('tag', '')}"))
 
 
 def image_size(config: Config) -> tuple[int, int]:
