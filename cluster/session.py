@@ -30,6 +30,8 @@ _SHARED_MEMORY = "/dev/shm"
 _KNOCK_S = 10.0
 _LOOK_S = 1.0
 _SLOW_START_S = 120.0
+# How Ray begins where it finds a cluster of another Ray or Python.
+_MISMATCH = "Version mismatch"
 
 _log = logging.getLogger(__name__)
 
@@ -79,7 +81,8 @@ def _connected(address: str | None, verbose: bool, cpus: int | None) -> Iterator
             raise ClusterError(
                 f"Ray could not be started on this machine: {why}. Where it is busy, the same command may pass"
             ) from error
-        raise _nobody(address, why.splitlines()[0]) from error
+        told = _other_versions(address, why) if why.startswith(_MISMATCH) else _nobody(address, why.splitlines()[0])
+        raise told from error
     try:
         yield
     finally:
@@ -158,6 +161,13 @@ def _knock(address: str) -> None:
 def _nobody(address: str, why: str) -> ClusterError:
     return ClusterError(
         f"no Ray cluster answers at {address} ({why}); check the address, or unset RAY_ADDRESS to run on this machine"
+    )
+
+
+def _other_versions(address: str, why: str) -> ClusterError:
+    return ClusterError(
+        f"the Ray cluster at {address} has another Ray or Python than this machine. {why}\n"
+        "Use the cluster's versions here: Ray wants its own and Python's to be the same to the last number"
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from ray._private.utils import get_num_cpus
+import ray
+from ray._private.utils import check_version_info, get_num_cpus
 from ray._raylet import AuthenticationTokenLoader
 
 from cluster import session
@@ -152,6 +154,20 @@ def test_an_error_without_words_is_told_by_its_name(monkeypatch: pytest.MonkeyPa
     for address, message in ((None, "on this machine: TimeoutError"), ("127.0.0.1", r"127.0.0.1 \(TimeoutError\)")):
         with pytest.raises(ClusterError, match=message), ray_session(address):
             pass
+
+
+def test_versions_that_differ_are_all_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Ray's own check, of a cluster whose Python differs from ours in its last number."""
+    theirs = {"ray_version": ray.__version__, "python_version": "3.11.99"}
+    monkeypatch.setattr("ray.init", lambda **_: check_version_info(theirs, "192.0.2.1"))
+    with pytest.raises(ClusterError) as caught, ray_session("127.0.0.1"):
+        pass
+    told = str(caught.value)
+    assert told.startswith("the Ray cluster at 127.0.0.1 has another Ray or Python")
+    for version in (ray.__version__, "3.11.99", platform.python_version()):
+        assert version in told
+    assert "Use the cluster's versions here" in told
+    assert "no Ray cluster answers" not in told
 
 
 def test_a_start_without_an_end_is_told_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
