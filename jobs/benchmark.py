@@ -39,6 +39,7 @@ def benchmark(
     actors: AsForEmbed = None,
     gpus_per_actor: Annotated[float, typer.Option(help="As for embed.")] = 0.0,
     address: AsForEmbed = None,
+    cluster_wait: Annotated[float, typer.Option(help="As for embed.")] = 0.0,
     seconds: Annotated[float, typer.Option(min=5, help="About how long to measure, start-up of Ray apart.")] = 45.0,
     scratch: Annotated[
         str | None, typer.Option(help="Where to try the whole job; removed again. On a cluster, all nodes must see it.")
@@ -65,7 +66,7 @@ def benchmark(
     }
     spec = build_spec(values | sampled_values(context.params) | nested_values({"actors": actors}))
     with native_messages_aside(verbose):
-        measured, shape, placement, together = look(spec, seconds, address, scratch, verbose)
+        measured, shape, placement, together = look(spec, seconds, address, cluster_wait, scratch, verbose)
     found = result(measured, shape, placement, together)
     if as_json:
         import json
@@ -77,11 +78,12 @@ def benchmark(
 
 
 def look(
-    spec: "JobSpec", seconds: float, address: str | None, scratch: str | None, verbose: bool
+    spec: "JobSpec", seconds: float, address: str | None, wait_s: float, scratch: str | None, verbose: bool
 ) -> "tuple[Measured, Shape, Placement, Rehearsal]":
     """Stages apart in a worker placed like an actor, then the whole job; half of `seconds` each."""
     from cluster.remote import call
     from cluster.session import ray_session
+    from jobs.run import first_bundles
     from pipeline.advice import Shape, ideal_rate, stage_costs
     from pipeline.opening import resolve_job
     from pipeline.predicting import place_job
@@ -89,7 +91,7 @@ def look(
     from pipeline.rehearsal import rehearse, rows_to_rehearse
 
     resolved = resolve_job(spec)
-    connect = partial(ray_session, address, verbose=verbose)
+    connect = partial(ray_session, address, verbose=verbose, bundles=first_bundles(spec), wait_s=wait_s)
     began = time.monotonic()
     with connect() as machines:
         connected_s = time.monotonic() - began
@@ -101,7 +103,7 @@ def look(
         if not machines.cpus:
             raise ClusterError(
                 "no node of the cluster takes tasks yet, so there is nothing to measure on: start its workers first "
-                "(`ray start` on them, or a job with --cluster-wait where it grows by itself)"
+                "(`ray start` on them), or give --cluster-wait 900 where the cluster grows by itself"
             )
         placement = place_job(resolved, machines, _PLACED_ROWS)
         cpus = 1.0 if spec.gpus_per_actor else placement.actor_cpus

@@ -54,7 +54,7 @@ def run_job(
     from pipeline.flow import run as run_flow
     from pipeline.storage import options_for
 
-    connect = partial(ray_session, address, verbose=verbose, bundles=_bundles(spec), wait_s=wait_s)
+    connect = partial(ray_session, address, verbose=verbose, bundles=first_bundles(spec), wait_s=wait_s)
     with native_messages_aside(verbose), Screen(quiet=json_output) as screen:
         summary = run_flow(spec, connect, screen.show)
     page = _report(summary.out, spec, screen.warn) if report else None
@@ -80,7 +80,7 @@ def _attention_writer(spec: JobSpec, directory: str, images: int) -> Callable[[]
     return lambda: write_attention_maps(spec, info, maps)
 
 
-def _bundles(spec: JobSpec) -> list[dict[str, float]]:
+def first_bundles(spec: JobSpec) -> list[dict[str, float]]:
     """What the first actors need, for a cluster that has yet to grow."""
     least = spec.actors.min if spec.actors else 1
     return [{"GPU": spec.gpus_per_actor, "CPU": 1.0} if spec.gpus_per_actor else {"CPU": 1.0}] * least

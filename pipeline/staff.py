@@ -135,8 +135,9 @@ def _check_gpus(machines: Machines, actors: ActorRange | None, gpus_per_actor: f
     needed = gpus_per_actor * (actors.min if actors else 1)
     if machines.gpus < needed:
         asked = f"--gpus-per-actor {gpus_per_actor:g}" + (f" × --actors {actors.min}" if actors else "")
+        wait = "give --cluster-wait 900 where the cluster grows by itself, " if machines.may_grow else ""
         raise ClusterError(
             f"{asked} needs {needed:g} GPUs, the cluster has {machines.gpus:g} GPUs and {machines.cpus:g} CPUs. "
-            "Ask for fewer, add GPU nodes, or leave out --gpus-per-actor to run on CPUs (`retry` has it from the run: "
-            "--gpus-per-actor 0)"
+            f"Ask for fewer, add GPU nodes, {wait}or leave out --gpus-per-actor to run on CPUs (`retry` has it from "
+            "the run: --gpus-per-actor 0)"
         )

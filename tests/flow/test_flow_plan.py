@@ -154,8 +154,11 @@ def test_actors_that_share_a_gpu_fit_on_its_node(
 def test_gpus_that_are_not_there() -> None:
     with pytest.raises(ClusterError, match=r"needs 8 GPUs, the cluster has 4 GPUs and 64 CPUs"):
         placed(GPU_BOX, gpus_per_actor=2.0, actors=ActorRange(min=4, max=4))
-    with pytest.raises(ClusterError, match=r"leave out --gpus-per-actor.*--gpus-per-actor 0"):
+    with pytest.raises(ClusterError, match=r"leave out --gpus-per-actor.*--gpus-per-actor 0") as caught:
         placed(LAPTOP, gpus_per_actor=1.0)
+    assert "--cluster-wait" not in str(caught.value)
+    with pytest.raises(ClusterError, match=r"give --cluster-wait 900 where the cluster grows by itself, or leave out"):
+        placed(LAPTOP._replace(may_grow=True), gpus_per_actor=1.0)
 
 
 def test_small_jobs_are_spread_and_large_ones_are_bounded() -> None:

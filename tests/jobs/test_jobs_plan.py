@@ -127,6 +127,21 @@ def test_a_benchmark_samples_as_embed_lists(monkeypatch: pytest.MonkeyPatch) -> 
     assert (spec.include, spec.exclude) == (("*/1?.png",), ("*/10.png",))
 
 
+def test_a_benchmark_waits_for_machines_as_a_job_does(
+    pictures: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def connect(address: str | None, **options: Any) -> None:
+        asked.update(options)
+        raise SpecError("enough")
+
+    monkeypatch.setattr("cluster.session.ray_session", connect)
+    given = ("--gpus-per-actor", "1", "--actors", "2:4", "--dtype", "float32", "--cluster-wait", "900")
+    assert run_command(["benchmark", str(pictures), "--model", str(checkpoint), *given]) == 2
+    assert (asked["bundles"], asked["wait_s"]) == ([{"GPU": 1.0, "CPU": 1.0}] * 2, 900)
+
+
 @pytest.fixture
 def measured(tmp_path: Path) -> Path:
     """A run of 100 images: 2 ms of decoding, 4 ms of an actor each."""
