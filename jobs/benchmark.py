@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.options import AsForEmbed, AsJson, Options, SeveralAsForEmbed, nested_values, parse_options, sampled_values
+from jobs.options import (
+    AsForEmbed,
+    AsJson,
+    Options,
+    SeveralAsForEmbed,
+    batch_size_of,
+    nested_values,
+    parse_options,
+    sampled_values,
+)
 from jobs.output import emit
 from schemas.errors import ClusterError, SpecError
 
@@ -59,7 +68,7 @@ def benchmark(
         "features": features,
         "labels": labels,
         "dtype": dtype,
-        "batch_size": int(batch_size) if batch_size.isdecimal() else batch_size,
+        "batch_size": batch_size_of(batch_size),
         "decode": decode,
         "gpus_per_actor": gpus_per_actor,
         "storage_options": parse_options(storage_options),

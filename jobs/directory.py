@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.options import AsJson, Directory, Force, Options, nested_values, parse_options
+from jobs.options import AsJson, Directory, Force, Options, batch_size_of, nested_values, parse_options
 from jobs.output import emit, show_rows
 
 _SHOWN_ATTEMPTS = 5
@@ -104,6 +104,7 @@ def retry(
     ] = False,
     gpus_per_actor: Annotated[float | None, typer.Option(help="In place of the run's; 0 for CPUs.")] = None,
     actors: Annotated[str | None, typer.Option(help="As for embed.")] = None,
+    batch_size: Annotated[str | None, typer.Option(help="In place of the run's, as for embed.")] = None,
     address: Annotated[str | None, typer.Option(help="As for embed.")] = None,
     cluster_wait: Annotated[float, typer.Option(help="As for embed.")] = 0.0,
     timeout: Annotated[float | None, typer.Option(help="In place of the run's, as for embed.")] = None,
@@ -124,7 +125,8 @@ def retry(
     from pipeline.maintenance import status as look
 
     options = parse_options(storage_options)
-    given = {"gpus_per_actor": gpus_per_actor, "backend": backend}
+    batch = batch_size and batch_size_of(batch_size)
+    given = {"gpus_per_actor": gpus_per_actor, "backend": backend, "batch_size": batch}
     changes = {key: value for key, value in given.items() if value is not None} | nested_values(context.params)
     try:
         reopened, values = reopen_failures(directory, everything, options, changes, force=force)

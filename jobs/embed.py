@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.options import nested_values
+from jobs.options import batch_size_of, nested_values
 from schemas.errors import SpecError
 
 _SOURCE_HELP = (
@@ -134,7 +134,7 @@ def _values(given: dict[str, Any], task: str) -> dict[str, Any]:
         if value:
             values[key] = [value] if isinstance(value, str) else value
     if given["batch_size"] is not None:
-        values["batch_size"] = _whole_number(given["batch_size"])
+        values["batch_size"] = batch_size_of(given["batch_size"])
     values |= nested_values(given, values)
     storage_options = values.get("storage_options") or {}
     if not isinstance(storage_options, Mapping):
@@ -167,10 +167,6 @@ def read_lines(path: str, option: str, storage_options: Mapping[str, Any]) -> li
         reason = "no such file" if isinstance(error, FileNotFoundError) else redact(str(error))
         raise SpecError(f"{option} {redact(path)}: cannot be read as text in UTF-8 ({reason})") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def _whole_number(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
 
 
 def _command(summary: str) -> Callable[..., int]:

@@ -38,6 +38,11 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def batch_size_of(text: str) -> int | str:
+    """The value of `--batch-size`; what is no number stays, for the spec to refuse or to be `auto`."""
+    return int(text) if text.isdecimal() else text
+
+
 def options_given(context: typer.Context, *names: str) -> str:
     """Those of the options `names` that stand on the command line, as they are typed; empty if none does."""
     found = []

@@ -120,9 +120,11 @@ def _check_command(command: Sequence[str]) -> None:
                 "and give its name with --env"
             )
         if option == "--triton-header":
+            instead = "Put it into the file of --config, on the cluster: triton.headers"
+            if command[0] == "retry":  # which has no such file
+                instead = "Run `retry` with it on the cluster's head itself"
             raise SpecError(
-                "--triton-header holds a credential, or may, and Ray would show it in the dashboard. Put it into the "
-                "file of --config, on the cluster: triton.headers"
+                f"--triton-header holds a credential, or may, and Ray would show it in the dashboard. {instead}"
             )
 
 

@@ -74,13 +74,14 @@ def misfit(requested: str, dtype: str, nodes: Sequence[frozenset[str]]) -> str:
     if dtype in ("bfloat16", "int8") and having < len(nodes):
         return (
             f"{len(nodes) - having} of {len(nodes)} nodes have CPUs without units for {dtype}, which they compute "
-            "several times slower than float32. Start again with --dtype float32 in another --out, or leave them out"
+            "several times slower than float32. A run keeps its precision: leave these nodes out, or begin another run "
+            "with --dtype float32 and another --out"
         )
     if requested == "auto" and dtype == "float32" and having:
         return (
             f"{having} of {len(nodes)} nodes have CPUs that compute in bfloat16, several times faster than in float32, "
-            "which --dtype auto took because this machine's CPU does not. Start again with --dtype bfloat16 in "
-            "another --out"
+            "which --dtype auto took because this machine's CPU does not. A run keeps its precision: begin another "
+            "with --dtype bfloat16 and another --out"
         )
     return ""
 

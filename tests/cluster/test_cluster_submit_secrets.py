@@ -35,6 +35,13 @@ def test_credentials_are_refused(capsys: pytest.CaptureFixture[str], given: tupl
     assert "hush" not in shown
 
 
+@pytest.mark.parametrize(("command", "advice"), [("embed", "the file of --config"), ("retry", "on the cluster's head")])
+def test_a_header_has_a_way_that_the_command_has(capsys: pytest.CaptureFixture[str], command: str, advice: str) -> None:
+    given = [command, "x", "--triton-header", "x-mine: hush"]
+    assert run_command(["submit", "--address", "http://127.0.0.1:1", "--", *given]) == 2
+    assert advice in capsys.readouterr().err
+
+
 def test_the_password_of_an_address_is_not_told(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

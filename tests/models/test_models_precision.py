@@ -47,6 +47,7 @@ def test_nodes_that_compute_in_another_precision(
     told = misfit(requested, dtype, nodes)
     assert told.startswith(says)
     assert bool(told) == bool(says)
+    assert not says or "A run keeps its precision" in told, "`retry` has no --dtype"
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])

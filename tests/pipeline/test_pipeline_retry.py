@@ -178,11 +178,11 @@ def test_limits_and_gpus_are_those_of_the_run(tmp_path: Path, hub: Path, run_aga
 
 
 def test_limits_and_gpus_can_be_changed(tmp_path: Path, hub: Path, run_again: Any) -> None:
-    failed_run(tmp_path, fetch={"max_bytes": 5, "concurrency": 3}, gpus_per_actor=1, dtype="bfloat16")
+    failed_run(tmp_path, fetch={"max_bytes": 5, "concurrency": 3}, gpus_per_actor=1, batch_size=96, dtype="bfloat16")
     limits = ("--timeout", 9, "--max-bytes", 6, "--max-pixels", 7)
-    spec = run_again(tmp_path / "out", *limits, "--gpus-per-actor", 0, "--actors", "1:2")
+    spec = run_again(tmp_path / "out", *limits, "--gpus-per-actor", 0, "--actors", "1:2", "--batch-size", 8)
     assert (spec.fetch.timeout_s, spec.fetch.max_bytes, spec.fetch.max_pixels, spec.fetch.concurrency) == (9, 6, 7, 3)
-    assert (spec.gpus_per_actor, spec.actors.max) == (0, 2)
+    assert (spec.gpus_per_actor, spec.actors.max, spec.batch_size) == (0, 2, 8)
 
 
 def test_machines_that_were_scaled_away_are_waited_for(
