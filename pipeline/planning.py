@@ -48,7 +48,8 @@ DEVICES = {
 
 
 class Costs(NamedTuple):
-    """For one image: bytes read, core-seconds of decoding, uint8 bytes between the stages, bytes of output.
+    """For one image: bytes read, core-seconds of decoding, uint8 bytes between the stages, bytes of output, and of what
+    `search` keeps on its disk.
 
     `model_flop` are floating-point operations of a forward pass (two for a multiply and add). `predict_s`, where it
     was measured, are seconds of one device (of a core with decoding) and win over the estimate from `model_flop`.
@@ -61,6 +62,7 @@ class Costs(NamedTuple):
     model_flop: float
     predict_s: float | None = None
     uri_bytes: float = 80.0
+    search_bytes: int = 0
 
 
 class Step(NamedTuple):
@@ -213,9 +215,12 @@ def _memory(costs: Costs, placement: Placement, tasks: int) -> list[Step]:
 
 def _traces(images: int, costs: Costs) -> list[Step]:
     output = images * costs.output_bytes
+    search = images * costs.search_bytes
+    text = f"on the disk of whoever searches, for one feature: {images:,} × {costs.search_bytes:,} bytes"
     return [
         Step("output", output, "bytes", f"{images:,} × {costs.output_bytes:,.0f} bytes a row"),
         Step("parts", math.ceil(output / PART_BYTES), "files", f"output ÷ {PART_BYTES >> 20} MiB after compaction"),
         Step("manifest", images * (costs.uri_bytes / 2 + 16), "bytes", f"{images:,} × (half the address + 16 bytes)"),
+        *([Step("vectors for search", search, "bytes", text)] if search else []),
         Step("shards", math.ceil(images / SHARD_IMAGES), "jobs", f"--shard I/N, one for each {SHARD_IMAGES:,} images"),
     ]

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -19,7 +20,8 @@ from pipeline.sources.columns import concatenated
 from pipeline.sources.manifest import read_sources
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError, SourceError
-from schemas.spec import JobSpec
+from schemas.spec import VECTOR_NAMES, JobSpec
+from schemas.tables import FeatureSize
 
 LISTED = 1000
 DECODED = 64
@@ -87,6 +89,7 @@ def from_source(spec: JobSpec) -> Sample:
         ),
         model_flop=forward_flop(resolved.info.network, resolved.info.image_size),
         uri_bytes=uri_bytes,
+        search_bytes=_search_bytes(resolved.wanted.widths, spec.feature_dtype),
     )
     origin = f"{listed.num_rows:,} images listed, {rows.num_rows} of them fetched and decoded here"
     return Sample(costs, resolved.info.name, origin)
@@ -117,6 +120,7 @@ def from_run(out: str, storage_options: dict[str, Any]) -> tuple[Sample, Device]
         model_flop=0.0,
         predict_s=predict_s,
         uri_bytes=statistics.fmean(len(uri) for uri in manifest["uri"].to_pylist()),
+        search_bytes=_search_bytes(record.feature_dims, record.spec["feature_dtype"]),
     )
     origin = f"{len(attempts)} attempt{'s' * (len(attempts) > 1)} of {storage.redact(out)}, {images:,} images"
     if file_bytes is None:
@@ -140,6 +144,12 @@ def _measured(attempts: list[AttemptRecord]) -> tuple[Device, float]:
         return device, sum(images * core_s for images, core_s in rates) / sum(images for images, _ in rates)
     seconds = sum(attempt.stage_seconds.decode + attempt.stage_seconds.predict for attempt in attempts)
     return device, seconds / sum(attempt.images for attempt in attempts)
+
+
+def _search_bytes(sizes: Mapping[str, FeatureSize], dtype: str) -> int:
+    """Bytes of an image in the matrix that `search` reads: its first vector, its id and its length; 0 without one."""
+    width = next((size for name in VECTOR_NAMES if isinstance(size := sizes.get(name), int)), 0)
+    return width * (2 if dtype == "float16" else 4) + 12 if width else 0
 
 
 def _file_bytes(manifest: pa.Table) -> float | None:

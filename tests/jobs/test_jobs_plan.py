@@ -176,6 +176,20 @@ def test_from_a_run(measured: Path) -> None:
     assert found["output"] == pytest.approx(1e6 * written / 100)
 
 
+def test_the_disk_that_search_takes_is_planned(measured: Path, pictures: Path, checkpoint: Path) -> None:
+    """As much as the matrix that a search of the run leaves there, but for the headers of its files."""
+    from pipeline.retrieval.store import FeatureStore
+
+    planned = figures(run("--run", str(measured), "--images", "100", "--json"))["vectors for search"]
+    FeatureStore.open(str(measured)).load("cls")
+    kept = sum(path.stat().st_size for path in (measured / "index" / "_matrix").glob("*/*.npy"))
+    assert planned == kept - 3 * 128 == 100 * (16 * 4 + 12)
+    common = (str(pictures), "--model", str(checkpoint), "--images", "1000", "--json")
+    assert figures(run(*common))["vectors for search"] == 1000 * (96 * 4 + 12)
+    half = ("--features", "pooled", "--feature-dtype", "float16")
+    assert figures(run(*common, *half))["vectors for search"] == 1000 * (96 * 2 + 12)
+
+
 @pytest.mark.parametrize(("ran_s", "rate"), [(20.0, 2.5), (1.0, 1 / (0.002 + 0.004))])
 def test_from_a_run_on_cpus_the_cores_are_those_that_predict(measured: Path, ran_s: float, rate: float) -> None:
     """Two cores gave 5 images a second: 0.4 core-seconds an image, decoding included. In a short run that is mostly
