@@ -129,6 +129,28 @@ def test_a_worker_fits_the_disk_of_a_node_on_google() -> None:
         assert 0.94 * 0.9 * size - min(0.35 * size + 6, 0.5 * size) >= max(asked)
 
 
+def test_the_quotas_carry_the_machines() -> None:
+    """Amazon's vCPUs by the family of the machine, Google's of N2; its first pool is there in each of three zones."""
+    quotas = {name: int(value) for name, value in re.findall(r"--quota-code (\S+) --desired-value (\d+)", TEXT)}
+    wanted = dict.fromkeys(quotas, 0)
+    for command in (command for command in COMMANDS if command.startswith("eksctl create nodegroup")):
+        machine, most = re.findall(r"--node-type (\S+)|--nodes-max (\d+)", command)
+        for code in ("L-3819A6DF", "L-DB2E81BA") if machine[0].startswith("g") else ("L-1216C47A",):
+            wanted[code] += MACHINES[machine[0]][0] * int(most[1])
+    assert wanted == quotas
+    (head,) = re.findall(r"--machine-type (n2\S+) --num-nodes (\d+)", TEXT)
+    (decode,) = re.findall(r"--machine-type (n2\S+) .*--max-nodes (\d+)", "\n".join(COMMANDS))
+    needed = 3 * MACHINES[head[0]][0] * int(head[1]) + MACHINES[decode[0]][0] * int(decode[1])
+    assert [needed] == list(map(int, re.findall(r"N2_CPUS: (\d+)", TEXT)))
+
+
+def test_the_policy_lets_objects_be_read_in_an_earlier_version() -> None:
+    """An address on S3 may name one."""
+    (policy,) = [json.loads(block) for block in BLOCKS if '"s3:PutObject"' in block]
+    objects = next(item for item in policy["Statement"] if item["Resource"].endswith("/*"))
+    assert {"s3:GetObject", "s3:GetObjectVersion", "s3:PutObject", "s3:DeleteObject"} <= set(objects["Action"])
+
+
 def machines_of(pool: str) -> list[str]:
     """The types that Amazon's commands and Google's name for a pool; Google's first pool is made with the cluster."""
     google = "clusters create patchstream" if pool == "head" else f"node-pools create {pool}"
