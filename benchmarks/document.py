@@ -35,6 +35,9 @@ these figures are shared with other work, so ratios within one run count, not si
 | What does decoding cost, and what does `--decode fast` change? | `python benchmarks/decode.py PHOTOS` |
 | What does predicting through a Triton server cost? | `python benchmarks/through_triton.py` |
 | What does a GPU do? | `python benchmarks/gpu/run.py` |
+
+`ceilings`, `peers`, `end_to_end`, `endurance` and `through_triton` make their model with transformers:
+`pip install -c constraints.txt -e '.[peers]'`.
 """
 
 NO_GPU = """## GPUs
