@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import ray
-from ray._private.utils import get_num_cpus
+from ray._private.utils import estimate_available_memory, get_num_cpus
 
 from cluster.check import check_nodes
 from cluster.token import check_token
@@ -225,11 +225,13 @@ def _own_cpus() -> int:
 
 
 def _store_bytes(cpus: int) -> int:
-    """Size of the local object store. Beyond what shared memory holds, Ray would put all of it on the disk."""
+    """Size of the local object store. Beyond what shared memory holds, Ray would put all of it on the disk. Of a
+    container's limit it takes no larger share than of a machine's memory: the rest is what actors can book."""
     wanted = _STORE_BYTES_A_CPU * cpus
     if os.path.isdir(_SHARED_MEMORY):
         wanted = min(wanted, int(0.9 * psutil.disk_usage(_SHARED_MEMORY).free))
-    store = min(max(_STORE_BYTES, wanted), psutil.virtual_memory().available * _STORE_SHARE)
+    available = min(psutil.virtual_memory().available, estimate_available_memory())
+    store = min(max(_STORE_BYTES, wanted), available * _STORE_SHARE)
     return max(int(store), 100 * _MIB)
 
 

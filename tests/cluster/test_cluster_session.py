@@ -109,6 +109,15 @@ def test_cores_that_the_process_may_not_use_are_not_counted(monkeypatch: pytest.
     assert _start(None)["num_cpus"] == 1
 
 
+def test_the_store_leaves_actors_their_share_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `docker run -m 4g` on a large machine, half a gigabyte in use: Ray books what the store leaves of it."""
+    monkeypatch.setattr("ray._private.utils.get_system_memory", lambda: 4 << 30)
+    monkeypatch.setattr("ray._private.utils.get_cgroup_mem_stats", lambda: (1 << 29, 4 << 30))
+    assert _start(2)["object_store_memory"] <= 0.2 * 3.5 * (1 << 30)
+    monkeypatch.setattr("ray._private.utils.get_cgroup_mem_stats", lambda: (4 << 30, 4 << 30))
+    assert _start(2)["object_store_memory"] == 100 << 20  # nothing left: the least that Ray takes
+
+
 def test_a_ray_that_does_not_come_up_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray gives its own processes half a minute, and raises a bare Exception then."""
 
