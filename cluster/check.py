@@ -8,6 +8,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from schemas.errors import ClusterError
+from schemas.machines import SHARE
 from schemas.release import PACKAGES, Release, release
 
 # Holds names of variables that every node must have set: how a job that was submitted asks for credentials.
@@ -22,32 +23,40 @@ _GONE = (
 )
 
 
-def check_nodes() -> dict[str, frozenset[str]]:
+def check_nodes(shared: Callable[[], Sequence[str]] = tuple) -> dict[str, frozenset[str]]:
     """Ask every node for its release; gives the flags of its CPU, as Linux names them, by node ID. Raises ClusterError
-    naming each node that cannot import the packages, that has other ones, or that lacks a variable which the job was
-    said to need.
+    naming each node that cannot import the packages, that has other ones, that lacks a variable which the job was
+    said to need, or that takes tasks and does not see one of the files `shared`, which are asked for where there are
+    several nodes.
 
     A node that dies meanwhile is no longer asked; one that joins later is checked by its workers.
     """
     mine = release()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    files = list(shared()) if len(alive) > 1 else []
     needed = os.environ.get(NEEDED_VARIABLES, "").split()
     task = ray.remote(num_cpus=0, max_retries=1)(_looker())
     asked = {
         node["NodeID"]: task.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(PACKAGES, needed)
-        for node in ray.nodes()
-        if node["Alive"]
+        ).remote(PACKAGES, needed, files if node["Resources"].get("CPU") else [])
+        for node in alive
     }
     ray.wait(list(asked.values()), num_returns=len(asked), timeout=_ANSWER_S)
     answers = {node: _answer(reference) for node, reference in asked.items()}
-    wrong = [f"node {node[:12]}{text}" for node, answer in answers.items() if (text := _problem(answer, mine))]
-    if wrong:
-        raise ClusterError(
-            f"{len(wrong)} of {len(asked)} nodes cannot work on this job:\n  "
-            + "\n  ".join(wrong)
-            + f"\nThe driver on {mine.host} has {mine}. Install the same on every node, use one image, or submit with "
+    wrong = {node: text for node, answer in answers.items() if (text := _problem(answer, mine))}
+    blind = {node: text for node, answer in answers.items() if (text := _unseen(answer))}
+    if wrong or blind:
+        lines = [f"node {node[:12]}{text}" for found in (wrong, blind) for node, text in found.items()]
+        alike = (
+            f"\nThe driver on {mine.host} has {mine}. Install the same on every node, use one image, or submit with "
             "--working-dir; variables are set where `ray start` runs"
+        )
+        raise ClusterError(
+            f"{len(wrong | blind)} of {len(asked)} nodes cannot work on this job:\n  "
+            + "\n  ".join(lines)
+            + (alike if wrong else "")
+            + (f"\n{SHARE}" if blind else "")
         )
     return {node: frozenset(answer.flags) for node, answer in answers.items() if isinstance(answer, _Answer)}
 
@@ -60,19 +69,21 @@ class _Answer(NamedTuple):
     found: tuple[str, ...]
     why: str
     flags: list[str]
+    unseen: list[str]
 
 
-def _looker() -> Callable[[Sequence[str], Sequence[str]], tuple[Any, ...]]:
+def _looker() -> Callable[[Sequence[str], Sequence[str], Sequence[str]], tuple[Any, ...]]:
     """The function that a node runs. A nested one, because it travels by value: a node without the packages could not
     import it, nor the class of its result."""
 
-    def look(packages: Sequence[str], needed: Sequence[str]) -> tuple[Any, ...]:
+    def look(packages: Sequence[str], needed: Sequence[str], files: Sequence[str]) -> tuple[Any, ...]:
         import importlib
         import os
         import socket
         import traceback
 
         missing = [name for name in needed if not os.environ.get(name)]
+        unseen = [path for path in files if not os.path.exists(path)]
         try:
             for package in packages:
                 importlib.import_module(package)
@@ -80,8 +91,8 @@ def _looker() -> Callable[[Sequence[str], Sequence[str]], tuple[Any, ...]]:
             # Another release may lack it, and is to be told what it has, not what it lacks.
             read = getattr(importlib.import_module("schemas.machines"), "cpuinfo", lambda *names: "")
         except Exception:  # noqa: BLE001 - whatever a broken installation raises is what the driver must hear
-            return socket.gethostname(), missing, (), traceback.format_exc(limit=0).strip().splitlines()[-1], []
-        return socket.gethostname(), missing, found, "", read("flags", "Features").split()
+            return socket.gethostname(), missing, (), traceback.format_exc(limit=0).strip().splitlines()[-1], [], unseen
+        return socket.gethostname(), missing, found, "", read("flags", "Features").split(), unseen
 
     return look
 
@@ -108,3 +119,10 @@ def _problem(answer: _Answer | str | None, mine: Release) -> str:
     wrong = [f"has {Release(*answer.found)}"] if answer.found[:2] != mine[:2] else []
     wrong += [f"{', '.join(answer.missing)} not set in its environment"] if answer.missing else []
     return where + "; ".join(wrong) if wrong else ""
+
+
+def _unseen(answer: _Answer | str | None) -> str:
+    """Which files of the driver's disk a node does not see, behind its name; empty for none."""
+    if not isinstance(answer, _Answer) or not answer.unseen:
+        return ""
+    return f" on {answer.host}: does not see {', '.join(answer.unseen)}"

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -44,13 +44,15 @@ def ray_session(
     cpus: int | None = None,
     bundles: Sequence[Mapping[str, float]] = (),
     wait_s: float = 0.0,
+    shared: Callable[[], Sequence[str]] = tuple,
 ) -> Iterator[Machines]:
     """Ray for the duration of the block.
 
     Attaches to `address` or `RAY_ADDRESS` when given, uses a session that is already open, or else starts a local
     one and shuts it down at the end. Raises ClusterError when an address does not answer, or a node of the cluster
     does not run the code that this process runs. With `wait_s` a cluster that lacks `bundles` (what each actor needs)
-    is asked to grow, and given that long; the job then starts with what there is.
+    is asked to grow, and given that long; the job then starts with what there is. `shared` gives files of this
+    machine's disk that every node must see.
     """
     if ray.is_initialized():
         yield machines()
@@ -62,7 +64,7 @@ def ray_session(
     with contextlib.nullcontext() if address else _own_token(), _connected(address, verbose, cpus):
         if address and wait_s:
             _wait_for_machines(bundles, wait_s)
-        flags = check_nodes() if address else {}
+        flags = check_nodes(shared) if address else {}
         yield machines(flags)._replace(may_grow=bool(address))
 
 

@@ -26,8 +26,9 @@ def run(spec: JobSpec, *, address: str | None = None, report: bool = True) -> An
     from cluster.session import ray_session
     from pipeline.flow import run as run_flow
     from pipeline.storage import options_for
+    from pipeline.witnesses import local_witnesses
 
-    summary = run_flow(spec, partial(ray_session, address))
+    summary = run_flow(spec, partial(ray_session, address, shared=partial(local_witnesses, spec)))
     if report:
         _report(summary.out, spec, _log.warning)
     _check_rate(summary, spec.max_failure_rate, options_for(summary.out, spec.storage_options))
@@ -53,8 +54,12 @@ def run_job(
     from cluster.session import ray_session
     from pipeline.flow import run as run_flow
     from pipeline.storage import options_for
+    from pipeline.witnesses import local_witnesses
 
-    connect = partial(ray_session, address, verbose=verbose, bundles=first_bundles(spec), wait_s=wait_s)
+    shared = partial(local_witnesses, spec)
+    connect = partial(
+        ray_session, address, verbose=verbose, bundles=first_bundles(spec), wait_s=wait_s, shared=shared
+    )
     with native_messages_aside(verbose), Screen(quiet=json_output) as screen:
         summary = run_flow(spec, connect, screen.show)
     page = _report(summary.out, spec, screen.warn) if report else None

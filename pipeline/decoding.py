@@ -1,5 +1,6 @@
 """The decoding task: ranges of manifest rows in, decoded tables out. It runs in Ray's workers."""
 
+import os
 import socket
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,9 @@ from pipeline.images.stage import Reading, fetch_and_decode
 from pipeline.predictors.null import no_pixels
 from pipeline.sinks.intervals import Spans
 from pipeline.sources.manifest import ManifestPart, read_rows
+from pipeline.storage import filesystem, is_local, join
 from schemas.errors import ClusterError
+from schemas.machines import SHARE
 from schemas.release import Release, check_release
 
 
@@ -48,6 +51,7 @@ def cut(rest: Spans, sizes: Iterable[int]) -> Iterator[pa.Table]:
 def decode_rows(ranges: pa.Table, job: DecodeJob) -> Iterator[pa.Table]:
     """Decoded tables for `ranges`, a table of `start` and `stop` rows."""
     check_release(job.driver)
+    _check_shared(job)
     spans = np.stack([ranges["start"].to_numpy(), ranges["stop"].to_numpy()], axis=1)
     logs.working_on(job.run_id, "decode", spans[0, 0], spans[-1, 1] - 1)
     manifest = pa.concat_tables(read_rows(job.out, job.parts, spans, job.reading.storage_options))
@@ -63,6 +67,14 @@ def decode_rows(ranges: pa.Table, job: DecodeJob) -> Iterator[pa.Table]:
             fetched_bytes=partial(metrics.count, "patchstream_bytes_total"),
         )
     logs.event("decoded", rows=manifest.num_rows)
+
+
+def _check_shared(job: DecodeJob) -> None:
+    """Machines that are there when the job begins are asked before; one that joins later has to see a local output."""
+    fs, path = filesystem(job.out, job.reading.storage_options)
+    host = socket.gethostname()
+    if is_local(fs) and host != job.driver.host and not os.path.exists(join(path, "manifest", job.parts[-1].name)):
+        raise ClusterError(f"{host} does not see {path}, the output of the job, which {job.driver.host} sees. {SHARE}")
 
 
 def _guard(run_id: str) -> CrashGuard:

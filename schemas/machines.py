@@ -4,6 +4,12 @@ import platform
 from pathlib import Path
 from typing import NamedTuple
 
+# What to do where a node does not see a file of the driver's disk.
+SHARE = (
+    "Local paths of --out and of sources must lead to the same files on every node: give a folder that all nodes "
+    "share, or an address in a store (s3://BUCKET/PREFIX)"
+)
+
 
 class Machines(NamedTuple):
     """Totals over all nodes: cores, GPUs, and bytes of Ray's object store."""

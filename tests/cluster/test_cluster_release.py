@@ -8,12 +8,17 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from support.checkpoints import make_checkpoint
 from support.commands import PATCHSTREAM
 
 from cluster.nodes import LocalCluster, NodeSize, local_cluster
-from schemas.errors import ClusterError
+from pipeline.decoding import DecodeJob, decode_rows
+from pipeline.images.stage import Reading
+from pipeline.sources.manifest import ManifestPart
+from schemas.errors import ClusterError, OutputError
+from schemas.preprocessing import Preprocessing
 from schemas.release import PACKAGES, VERSION, check_release, release
 
 ROOT = Path(__file__).parents[2]
@@ -47,11 +52,19 @@ def head() -> Iterator[LocalCluster]:
         yield cluster
 
 
-def refused(cluster: LocalCluster, tmp_path: Path, path: Path, extra: dict[str, str] | None = None) -> str:
+def refused(
+    cluster: LocalCluster,
+    tmp_path: Path,
+    path: Path,
+    extra: dict[str, str] | None = None,
+    *,
+    source: Path = ROOT / "docs",
+    out: Path | None = None,
+) -> str:
     """Standard error of a job on `cluster` and one more node that imports from `path`; it must end with code 2."""
     (node,) = cluster.join(NodeSize(store_bytes=100 << 20), environment={"PYTHONPATH": str(path)})
     try:
-        arguments = ("embed", ROOT / "docs", "--backend", "null", "--out", tmp_path / "out")
+        arguments = ("embed", source, "--backend", "null", "--out", out or tmp_path / "out")
         # From an empty folder: Ray lets workers import what lies in the folder that the driver was started in.
         done = subprocess.run(
             [*PATCHSTREAM, *map(str, arguments)],
@@ -103,3 +116,29 @@ def test_a_variable_that_a_node_does_not_have(head: LocalCluster, tmp_path: Path
     shown = refused(head, tmp_path, ROOT, {"PATCHSTREAM_NEEDS_ENV": "PATH SOME_TOKEN", "SOME_TOKEN": "hush"})
     assert shown.count("SOME_TOKEN not set in its environment") == 2
     assert "hush" not in shown
+
+
+@pytest.mark.slow
+def test_folders_that_a_node_does_not_see(head: LocalCluster, tmp_path: Path) -> None:
+    """A path of the driver's own: no other process has its working directory there."""
+    own = Path("/proc/self/cwd")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.jpg").touch()
+    shown = refused(head, tmp_path, ROOT, source=own / "photos", out=own / "out")
+    assert re.search(
+        r"1 of 2 nodes cannot work on this job:\n  node \w+ on \S+: does not see "
+        r"/proc/self/cwd/out/manifest/\S+\.parquet, /proc/self/cwd/photos/a\.jpg\n"
+        r"Local paths of --out and of sources must lead to the same files on every node: .* \(s3://BUCKET/PREFIX\)",
+        shown,
+    )
+
+
+def test_an_output_that_a_node_which_joined_later_does_not_see(tmp_path: Path) -> None:
+    part = ManifestPart("manifest-000000000000-000000000001-5f0c3a1e.parquet", 0, 1)
+    driver = release()._replace(host="another")
+    job = DecodeJob(str(tmp_path / "out"), [part], Reading(Preprocessing(resize=(1, 1))), 1, "run", driver, null=True)
+    ranges = pa.table({"start": [0], "stop": [1]})
+    with pytest.raises(ClusterError, match=r"does not see \S+/out, the output of the job, which another sees\. Local"):
+        next(decode_rows(ranges, job))
+    with pytest.raises(OutputError, match="of the run's manifest"):  # on the driver's machine it is damaged or lost
+        next(decode_rows(ranges, job._replace(driver=release())))
