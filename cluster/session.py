@@ -29,6 +29,7 @@ _STORE_SHARE = 0.2
 _SHARED_MEMORY = "/dev/shm"
 _KNOCK_S = 10.0
 _LOOK_S = 1.0
+_ASK_AGAIN_S = 10.0
 _SLOW_START_S = 120.0
 # How Ray begins where it finds a cluster of another Ray or Python.
 _MISMATCH = "Version mismatch"
@@ -126,12 +127,15 @@ def _wait_for_machines(bundles: Sequence[Mapping[str, float]], wait_s: float) ->
 
     wanted = [dict(bundle) for bundle in bundles] or [{"CPU": 1.0}]
     gpus, cpus = (sum(bundle.get(name, 0.0) for bundle in wanted) for name in ("GPU", "CPU"))
-    deadline = time.monotonic() + wait_s
-    request_resources(bundles=wanted)
+    asked_at, deadline = float("-inf"), time.monotonic() + wait_s
     try:
         while (now := machines()).gpus < gpus or now.cpus < cpus:
             if time.monotonic() > deadline:
                 break
+            if time.monotonic() - asked_at >= _ASK_AGAIN_S:
+                # A cluster has one request, which another job replaces when it waits too, or no longer does.
+                request_resources(bundles=wanted)
+                asked_at = time.monotonic()
             time.sleep(_LOOK_S)
     finally:
         # A request stands until it is taken back, and would keep idle machines.

@@ -50,3 +50,43 @@ def test_a_node_that_comes_later_is_waited_for(tmp_path: Path) -> None:
             waiting.kill()
             waiting.wait()
         assert "waiting is over 1.0 2 [True]" in (tmp_path / "log").read_text()
+
+
+ASKED_AGAIN = """
+import threading, time
+import ray
+from ray.autoscaler.sdk import request_resources
+from ray.experimental.internal_kv import _internal_kv_get
+from cluster import session
+
+session._ASK_AGAIN_S = 0.5
+
+def until(wanted):
+    while not ray.is_initialized() or (_internal_kv_get("autoscaler_resource_request") or b"").decode() != wanted:
+        time.sleep(0.05)
+
+def another_job():
+    until('[{"GPU": 1.0}]')
+    request_resources(bundles=[])  # its machines have come
+    print("taken back", flush=True)
+    until('[{"GPU": 1.0}]')
+    print("asked again", flush=True)
+    come = session.machines()._replace(gpus=1.0)
+    session.machines = lambda flags={}: come
+
+threading.Thread(target=another_job, daemon=True).start()
+with session.ray_session(bundles=[{"GPU": 1.0}], wait_s=60.0):
+    assert _internal_kv_get("autoscaler_resource_request") == b"[]"
+"""
+
+
+@pytest.mark.slow
+def test_a_request_that_another_job_took_back_is_made_again() -> None:
+    root = Path(__file__).parents[2]
+    where = {"PYTHONPATH": str(root)}
+    with local_cluster((), head=NodeSize(cpus=0, store_bytes=100 << 20), environment=where) as cluster:
+        done = subprocess.run(
+            [sys.executable, "-c", ASKED_AGAIN], cwd=root, env={**os.environ, **cluster.variables},
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "taken back\nasked again\n"), done.stderr
