@@ -122,7 +122,7 @@ def _work(
     spec = resolved.spec
     rows, left = opened.stop - opened.first, intervals.count(rest)
     placement = place_job(resolved, machines, left)
-    meter = Meter(rows, rows - left, failed, placement, spec.fetch.concurrency)
+    meter = Meter(rows, rows - left, failed, placement, spec.fetch.concurrency, _count if machines.may_grow else None)
     attempt.device = "triton" if spec.backend == "triton" else "gpu" if spec.gpus_per_actor else "cpu"
     job = WriteJob(fence, opened.schema, opened.record.part_metadata(), opened.record.run_id)
 
@@ -156,6 +156,12 @@ def _work(
         "workers keep dying on them, most likely for want of memory. Run the same command with a smaller "
         "--batch-size, or on machines with more of it; what was committed stays"
     )
+
+
+def _count() -> tuple[float, float]:
+    """Cores and GPUs that the cluster has now."""
+    there: dict[str, float] = ray.cluster_resources()
+    return there.get("CPU", 0.0), there.get("GPU", 0.0)
 
 
 def _distance(resolved: ResolvedJob, opened: Opened, placement: Placement, rest: Spans) -> Distance:

@@ -14,6 +14,7 @@ _WINDOW_S = 15.0
 _SILENT_S = 300.0
 # Over less than this a rate is noise: small blocks that were finished one after the other arrive together.
 _LEAST_S = 1.0
+_COUNT_S = 5.0
 
 
 class Progress(NamedTuple):
@@ -32,13 +33,18 @@ class Progress(NamedTuple):
 
 
 Listener = Callable[[Progress], None]
+# Cores and GPUs that the cluster has at this moment.
+Count = Callable[[], tuple[float, float]]
 
 
 class Meter:
     """Counts rows as they arrive and are committed, and turns the counts into rates."""
 
-    def __init__(self, total: int, done: int, failures: int, placement: Placement, readers: int) -> None:
-        """`readers` are the reads that each decoding task has under way at once."""
+    def __init__(
+        self, total: int, done: int, failures: int, placement: Placement, readers: int, count: Count | None = None
+    ) -> None:
+        """`readers` are the reads that each decoding task has under way at once; `count` is for a cluster that may
+        grow, and the placement that of its beginning."""
         self.total = total
         self.done = done
         self.failures = failures
@@ -54,6 +60,10 @@ class Meter:
         self._started = time.monotonic()
         self._blocks = 0
         self._heard = self._started
+        self._count = count
+        self._counts = 0
+        self._counted = float("-inf")
+        self._cpus = self._gpus = 0.0
         self._base: tuple[float, int] | None = None
         self._recent: deque[tuple[float, int]] = deque([(self._started, done)])
 
@@ -97,6 +107,10 @@ class Meter:
     def look(self) -> Progress:
         """Counts, rates and the time left, as of now."""
         now = time.monotonic()
+        if self._count and self._blocks and now - self._counted >= _COUNT_S:
+            cpus, gpus = self._count()
+            self._cpus, self._gpus = self._cpus + cpus, self._gpus + gpus
+            self._counts, self._counted = self._counts + 1, now
         since, count = self._recent[0]
         rate_now = (self.done - count) / max(now - since, 1e-9)
         steady = self._steady(now)
@@ -134,16 +148,22 @@ class Meter:
         rows = self.images + self.failed
         if not rows or wall <= 0:
             return None
+        actors, decoders = self._room()
         if not self._placement.actor_gpus:
             # On CPUs everybody draws on the same cores: the larger share of the work is what to look at.
             shares = {"predict": self.seconds.predict, "decode": self.seconds.decode}
         else:
-            shares = {
-                "predict": self.seconds.predict / max(self._placement.actors.max, 1),
-                "decode": self.seconds.decode / max(self._placement.decoders, 1),
-            }
+            shares = {"predict": self.seconds.predict / actors, "decode": self.seconds.decode / decoders}
         name = max(shares, key=lambda stage: shares[stage])
-        fetching = self.seconds.fetch / max(self._placement.decoders * self._readers, 1)
+        fetching = self.seconds.fetch / (decoders * self._readers)
         on_gpus = bool(self._placement.actor_gpus)
-        working = max(shares.values()) if on_gpus else sum(shares.values()) / max(self._placement.decoders, 1)
+        working = max(shares.values()) if on_gpus else sum(shares.values()) / decoders
         return "fetch" if fetching > working else name
+
+    def _room(self) -> tuple[float, float]:
+        """Actors and decoding tasks that there is room for, on a cluster that may grow in the mean over its counts."""
+        actors, decoders = float(self._placement.actors.max), float(self._placement.decoders)
+        if self._counts and self._placement.actor_gpus:
+            actors = min(actors, self._gpus / self._counts / self._placement.actor_gpus)
+            decoders = self._cpus / self._counts
+        return max(actors, 1.0), max(decoders, 1.0)

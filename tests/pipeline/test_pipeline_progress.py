@@ -9,6 +9,7 @@ from pipeline.placement import place
 from pipeline.progress import Meter
 from schemas.attempt import AttemptRecord, StageSeconds
 from schemas.machines import Machines
+from schemas.spec import ActorRange
 
 MACHINE = Machines(cpus=2.0, gpus=0.0, object_store_bytes=1e9, nodes=1, node_cpus=(2.0,))
 
@@ -108,6 +109,26 @@ def test_the_bottleneck_counts_all_the_actors_that_there_may_be(clock: dict[str,
     assert ours.bottleneck() == "predict"
     ours.committed(0, 0, 0, StageSeconds(fetch=270.0))
     assert ours.bottleneck() == "fetch"
+
+
+def test_the_bottleneck_of_a_cluster_that_grows_counts_what_it_had(clock: dict[str, float]) -> None:
+    """It begins with two cores and one GPU, and has as many for half of the time as it has in the end."""
+    begun = Machines(cpus=2.0, gpus=1.0, object_store_bytes=1e10, node_cpus=(2.0,), may_grow=True)
+    actors = ActorRange(min=1, max=4)
+    placement = place(begun, rows=100, actors=actors, gpus_per_actor=1.0, batch_size=8, pixel_bytes=1, model_bytes=1)
+    counts = iter([(2.0, 1.0), (14.0, 1.0), (14.0, 4.0)])
+    ours = Meter(100, 0, 0, placement, 16, lambda: next(counts))
+    ours.look()  # while nothing has come yet nobody works
+    ours.received(8)
+    ours.look()
+    clock["s"] += 4.0
+    ours.look()
+    clock["s"] += 1.0
+    ours.committed(100, 0, 1, StageSeconds(decode=16.0, predict=4.0))  # 40% of eight cores, 80% of the GPU
+    assert ours.look().bottleneck == "predict"
+    ours.committed(0, 0, 0, StageSeconds(decode=21.0))  # in all 37% of ten cores, 20% of two GPUs
+    clock["s"] += 5.0
+    assert ours.look().bottleneck == "decode"
 
 
 def test_cores_that_wait_for_bytes_are_held_up_by_fetching(clock: dict[str, float]) -> None:
