@@ -57,9 +57,7 @@ def run_job(
     from pipeline.witnesses import local_witnesses
 
     shared = partial(local_witnesses, spec)
-    connect = partial(
-        ray_session, address, verbose=verbose, bundles=first_bundles(spec), wait_s=wait_s, shared=shared
-    )
+    connect = partial(ray_session, address, verbose=verbose, bundles=first_bundles(spec), wait_s=wait_s, shared=shared)
     with native_messages_aside(verbose), Screen(quiet=json_output) as screen:
         summary = run_flow(spec, connect, screen.show)
     page = _report(summary.out, spec, screen.warn) if report else None

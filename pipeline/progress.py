@@ -139,7 +139,9 @@ class Meter:
         # Up to the last rows: writing what is still held has another pace, which in a short job would count.
         attempt.images_per_s = self._rate(self._recent[-1][0])
         attempt.stage_seconds = self.seconds
-        attempt.actors, attempt.decode_tasks = self._placement.actors.max, self._placement.decoders
+        attempt.actors = self._placement.actors.max
+        # Of a cluster the cores that gave this rate are not known: it may have grown, and others compute there too.
+        attempt.decode_tasks = None if self._count else self._placement.decoders
         attempt.bottleneck = self.bottleneck()
 
     def bottleneck(self) -> str | None:

@@ -132,7 +132,8 @@ def _measured(attempts: list[AttemptRecord]) -> tuple[Device, float]:
     """What ran the model, and its seconds for an image: an actor's, or a core's with decoding, which shares the cores.
 
     On CPUs the stages' own seconds count up to twice, because each also waits for cores that the other has. They do
-    where no attempt ran for long enough to have a rate: that of a shorter one is mostly start-up.
+    where no attempt ran for long enough to have a rate: that of a shorter one is mostly start-up; and where none ran
+    on a known number of cores.
     """
     if not all(attempt.device == "cpu" for attempt in attempts):
         seconds = sum(attempt.stage_seconds.predict for attempt in attempts)

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,18 @@ def test_many_rows_without_a_model(tmp_path: Path, connect: Connect) -> None:
     flat = written["cls"].combine_chunks().flatten().to_numpy().reshape(-1, width)
     np.testing.assert_allclose(flat, null_features(rows, width), atol=1e-6)
     assert maintenance.verify(spec.out, {}).problems == []
+
+
+@pytest.mark.parametrize(("may_grow", "tasks"), [(False, 2), (True, None)])
+def test_the_cores_of_a_rate_are_those_of_a_machine_of_its_own(
+    tmp_path: Path, connect: Connect, may_grow: bool, tasks: int | None
+) -> None:
+    """A cluster may have more of them in the end than in the beginning, and others that compute there."""
+    (tmp_path / "list.csv").write_text("uri\n" + "".join(f"http://nowhere/{i}.jpg\n" for i in range(20)))
+    spec = spec_for(tmp_path / "o", sources=[str(tmp_path / "list.csv")], model="null", backend="null")
+    with connect() as machines:
+        cluster = machines._replace(may_grow=may_grow)
+        assert run(spec, lambda: nullcontext(cluster)).attempt.decode_tasks == tasks
 
 
 def test_shards_fill_one_directory(tmp_path: Path, connect: Connect, pictures: Path) -> None:
