@@ -263,6 +263,18 @@ def exists(fs: AbstractFileSystem, path: str) -> bool:
     return True
 
 
+def remove(fs: AbstractFileSystem, path: str, *, recursive: bool = False) -> None:
+    """Remove a file, or a folder with all in it, unless it is gone already. Raises what the store raises.
+
+    A request whose answer got lost is sent again by the client; Google Cloud Storage then says that nothing is there.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if recursive:
+            fs.rm(path, recursive=True)
+        else:
+            fs.rm_file(path)
+
+
 def read_json(fs: AbstractFileSystem, path: str) -> Any:
     """The JSON document at `path`, or None where there is none."""
     try:

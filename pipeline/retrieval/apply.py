@@ -16,7 +16,7 @@ from pipeline.retrieval.matrix import Matrix
 from pipeline.retrieval.output import staged
 from pipeline.retrieval.parts import Part, list_parquet, open_parquet
 from pipeline.retrieval.store import FeatureStore
-from pipeline.storage import Options, exists, filesystem, join, put_bytes, read_json, redact
+from pipeline.storage import Options, exists, filesystem, join, put_bytes, read_json, redact, remove
 from schemas.errors import OutputError, SpecError
 from schemas.run import AppliedHead, RunRecord, difference
 from schemas.spec import FEATURE_NAMES
@@ -144,7 +144,7 @@ def _remove_stale(store: FeatureStore, fs: Any, root: str, record: RunRecord) ->
             with open_parquet(fs, path) as file:
                 ours = record.describes((file.schema_arrow.metadata or {}).get(METADATA_KEY))
             if ours:
-                fs.rm_file(path)
+                remove(fs, path)
 
 
 def _names(fs: Any, root: str, kind: str) -> list[str]:

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
-from pipeline.storage import exists, is_local, join, put_bytes
+from pipeline.storage import exists, is_local, join, put_bytes, remove
 from pipeline.store_errors import write_error
 from schemas.errors import SpecError
 
@@ -102,7 +102,7 @@ def _put_in_place(fs: AbstractFileSystem, staging: str, home: str, name: str) ->
     # The record goes first and comes last: without it `list_results` and `index.load` take the rest for no result.
     # The old files go before the new ones come, so that a swap that is cut short leaves no two halves.
     for file in sorted(old, key=_is_record, reverse=True):
-        _remove_file(fs, join(home, file))
+        remove(fs, join(home, file))  # another command of this name may have been faster
     if is_local(fs):
         _swap_folders(Path(staging), name, Path(home, name))
         fresh = [file for file in fresh if file in beside]
@@ -111,11 +111,6 @@ def _put_in_place(fs: AbstractFileSystem, staging: str, home: str, name: str) ->
             os.replace(join(staging, file), join(home, file))
         else:
             fs.cp_file(join(staging, file), join(home, file))
-
-
-def _remove_file(fs: AbstractFileSystem, path: str) -> None:
-    with suppress(FileNotFoundError):  # another command of this name was faster
-        fs.rm_file(path)
 
 
 def _below(fs: AbstractFileSystem, folder: str) -> list[str]:

@@ -40,6 +40,7 @@ from pipeline.storage import (
     put_bytes,
     read_json,
     redact,
+    remove,
 )
 from pipeline.store_errors import reading, write_error
 from schemas.errors import OutputError, PatchstreamError
@@ -207,7 +208,7 @@ def _carry_out(fs: AbstractFileSystem, out: str, held: Held, plan: dict[str, lis
         else:
             _replace(fs, out, plan["remove"], staged)
         held.check()  # else the plan that is there now is another's
-        fs.rm_file(join(out, SWAP_PLAN))
+        remove(fs, join(out, SWAP_PLAN))
         _clear(fs, out)
     except PatchstreamError:
         raise
@@ -218,7 +219,7 @@ def _carry_out(fs: AbstractFileSystem, out: str, held: Held, plan: dict[str, lis
 def _replace(fs: AbstractFileSystem, out: str, old: list[str], staged: list[str]) -> None:
     for name in old:
         if exists(fs, join(out, name)):
-            fs.rm_file(join(out, name))
+            remove(fs, join(out, name))
     for name in staged:
         _move(fs, join(out, _STAGING, name), join(out, name))
 
@@ -228,13 +229,13 @@ def _move(fs: AbstractFileSystem, source: str, target: str) -> None:
         fs.mv(source, target)
     else:
         fs.cp_file(source, target)
-        fs.rm_file(source)
+        remove(fs, source)
 
 
 def _clear(fs: AbstractFileSystem, out: str) -> None:
     staging = join(out, _STAGING)
     try:
         if exists(fs, staging):
-            fs.rm(staging, recursive=True)
+            remove(fs, staging, recursive=True)
     except Exception as error:  # each driver has errors of its own, not all of them an OSError
         raise write_error(staging, error) from error

@@ -14,7 +14,7 @@ from fsspec import AbstractFileSystem
 
 from pipeline.sources.columns import ColumnMisfit, concatenated, conformed, unified
 from pipeline.sources.expand import expand
-from pipeline.storage import Options, filesystem, join, put_bytes, redact
+from pipeline.storage import Options, filesystem, join, put_bytes, redact, remove
 from pipeline.store_errors import manifest_error, reading
 from schemas.errors import OutputError, SourceError
 from schemas.spec import JobSpec
@@ -132,7 +132,7 @@ def _remove_leftovers(fs: AbstractFileSystem, path: str, first_row: int, check: 
     for name in (str(place).rpartition("/")[2] for place in found):
         if _PART_NAME.fullmatch(name) and part_named(name).first >= first_row:
             check()
-            fs.rm_file(join(path, "manifest", name))
+            remove(fs, join(path, "manifest", name))
 
 
 def _fitted(table: pa.Table, schema: pa.Schema, out: str) -> pa.Table:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from support.faults import Rule
+from support.flaky_proxy import FlakyProxy
 from support.fleeting import fleeting
 from support.gcs import GcsServer
 from support.runs import RunContent, run_record
@@ -21,7 +24,7 @@ from pipeline.signals import interruptible
 from pipeline.sinks import compaction, intervals, ledger
 from pipeline.sinks.parts import Part, list_parts, read_columns, write_part
 from pipeline.sinks.verify import verify
-from pipeline.storage import filesystem
+from pipeline.storage import filesystem, put_bytes
 from schemas.errors import Interrupted, OutputError
 
 FS = fsspec.filesystem("file")
@@ -204,3 +207,21 @@ def test_a_store_that_goes_away_in_the_middle_of_a_swap_is_named(
             store.leave("nothing")
             compaction.recover(store.out, store.options)
         assert [part.rows for part in list_parts(fs, out)] == [6]
+
+
+@pytest.mark.timeout(120)
+def test_a_removal_whose_answer_was_lost_ends_no_swap(
+    gcs_server: GcsServer, flaky_proxy: Callable[..., FlakyProxy[GcsServer]]
+) -> None:
+    """gcsfs sends it again, and hears that there is nothing: an old part, what was staged, the plan."""
+    proxy = flaky_proxy(gcs_server, [Rule("status", "*/out/*", methods=("DELETE",), first=1, forward=True)])
+    place, options = f"gs://{gcs_server.make_bucket()}/out", {"gs": proxy.server.storage_options}
+    fs, out = filesystem(place, options)
+    for rows in ([0, 1, 2], [3, 4, 5]):
+        write_part(fs, out, "images", pa.table({"row": rows}), b"{}")
+    put_bytes(fs, f"{out}/_swap/images/left.parquet", b"of a swap that never began")
+    assert compaction.compact(place, 1 << 20, options) == 2
+    assert [part.rows for part in list_parts(fs, out)] == [6]
+    assert fs.find(f"{out}/_swap") == []
+    spoilt = [target.partition("?")[0] for _, target, _, fault in proxy.control.stats()["log"] if fault]
+    assert sorted(target.rpartition(".")[2] for target in spoilt if "." in target) == ["json", *["parquet"] * 4]

@@ -1,7 +1,7 @@
 """Freezing: what ends up under manifest/, after interruptions too."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,11 +9,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.faults import Rule
+from support.flaky_proxy import FlakyProxy
+from support.gcs import GcsServer
 
 from pipeline.sources import manifest
 from pipeline.sources.columns import content_table
 from pipeline.sources.manifest import check_parts, part_named, read_rows, read_schema, write_manifest
 from pipeline.sources.update import replaced_rows
+from pipeline.storage import filesystem
 from schemas.errors import OutputError, SourceError
 from schemas.tables import MANIFEST_FIELDS
 
@@ -178,3 +182,16 @@ def test_rows_under_the_name_of_others_are_noticed(tmp_path: Path) -> None:
     (tmp_path / "manifest" / part.name).rename(tmp_path / "manifest" / other)
     (problem,) = check_parts(str(tmp_path), [part_named(other)], {})
     assert problem.endswith("-000000000006.parquet: the rows in it are not those that its name stands for")
+
+
+def test_a_removal_of_leftovers_whose_answer_was_lost_ends_no_freeze(
+    gcs_server: GcsServer, flaky_proxy: Callable[..., FlakyProxy[GcsServer]]
+) -> None:
+    """gcsfs sends it again, and hears that there is nothing."""
+    proxy = flaky_proxy(gcs_server, [Rule("status", methods=("DELETE",), first=1, forward=True)])
+    out, options = f"gs://{gcs_server.make_bucket()}/out", {"gs": proxy.server.storage_options}
+    (left,) = write_manifest([rows(0, 9)], out, options)
+    (part,) = write_manifest([rows(0, 5)], out, options)
+    assert proxy.control.faults() == 1
+    fs, path = filesystem(out, options)
+    assert [name.rpartition("/")[2] for name in fs.find(f"{path}/manifest")] == [part.name] != [left.name]
