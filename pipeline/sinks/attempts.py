@@ -8,12 +8,13 @@ store seconds, which a new attempt waits out before it reads what is done.
 import os
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 
 from fsspec import AbstractFileSystem
 
-from pipeline.attempt_files import is_alive, read_attempt, shares_rows
+from pipeline.attempt_files import as_known, read_attempt, shares_rows
 from pipeline.record import current_versions
 from pipeline.storage import Options, create_bytes, filesystem, is_local, join, put_bytes, redact
 from pipeline.store_errors import reading
@@ -25,6 +26,8 @@ _SETTLE_S = 1.0
 _SETTLE_REMOTE_S = 5.0
 # Clocks of two machines may differ by some of it.
 _LATELY_S = 60.0
+# Run again, these are refused on account of their own dead attempt.
+_NOT_TAKING_OVER = frozenset({"compact", "retry"})
 
 
 class Fence:
@@ -63,26 +66,28 @@ def claim(
     """Open a new attempt on the rows of `shard`.
 
     Raises OutputError if an attempt on overlapping rows is alive on this machine, or, without `take_over`, if one on
-    another machine has not said that it ended: whether it lives cannot be seen from here.
+    another machine has not said that it ended: whether it lives cannot be seen from here. One that a later attempt has
+    taken over from holds up nobody: its fence turns it away.
     """
     fs, path = filesystem(out, storage_options)
+    records = as_known(read_attempts(out, storage_options))
     unfinished = False
-    for record in read_attempts(out, storage_options):
+    for position, record in enumerate(records):
         if not shares_rows(record, shard):
             continue
-        # One that was stopped may have left writes behind, as one that was killed.
-        unfinished |= record.status != "done" and _ended_lately(record)
+        unfinished |= _may_have_left_writes(record, records[position + 1 :])
         if record.status == "running":
-            if record.host == socket.gethostname() and record.pid != os.getpid() and is_alive(record):
+            if record.host == socket.gethostname() and record.pid != os.getpid():
                 raise OutputError(
                     f"{redact(out)}: process {record.pid} has been writing there since {record.started}. "
                     "Wait for it or stop it first; two runs must not write the same rows"
                 )
             if record.host != socket.gethostname() and not take_over:
+                again = "" if record.command in _NOT_TAKING_OVER else "run its own command again or "
                 raise OutputError(
                     f"{redact(out)}: attempt {record.attempt} (process {record.pid} on {record.host}) has been running "
-                    f"since {record.started}, and `{command}` would end it. Wait for it; if it is dead, run its own "
-                    "command again or give --force"
+                    f"since {record.started}, and `{command}` would end it. Wait for it; if it is dead, {again}give "
+                    "--force"
                 )
     record = _open(fs, path, shard, command)
     if unfinished:
@@ -150,9 +155,17 @@ def _require_own(fs: AbstractFileSystem, path: str, number: int, maker: tuple[st
         )
 
 
-def _ended_lately(record: AttemptRecord) -> bool:
-    ended = record.ended and datetime.fromisoformat(record.ended)
-    return not ended or abs((datetime.now(UTC) - ended).total_seconds()) < _LATELY_S
+def _may_have_left_writes(record: AttemptRecord, later: Sequence[AttemptRecord]) -> bool:
+    """Whether writes that passed the fence may still be under way: of one that was killed or stopped, unless it ended,
+    or one of the `later` attempts closed the fence to it, more than a minute ago."""
+    if record.status == "done":
+        return False
+    closed = [other.started for other in later if shares_rows(record, other)]
+    return all(_is_lately(time) for time in (record.ended, *closed) if time)
+
+
+def _is_lately(moment: str) -> bool:
+    return abs((datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()) < _LATELY_S
 
 
 def _numbers(fs: AbstractFileSystem, path: str) -> list[int]:

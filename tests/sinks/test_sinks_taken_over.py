@@ -1,0 +1,47 @@
+"""What a dead attempt holds up on another machine than its own, and what once a later one has taken over from it."""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from pipeline.sinks import attempts
+from schemas.errors import OutputError
+from schemas.spec import Shard
+
+
+@pytest.mark.parametrize(("began_s_ago", "waits"), [(5, True), (600, False)])
+def test_what_was_taken_over_holds_up_nobody_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, began_s_ago: int, waits: bool
+) -> None:
+    out, whole = str(tmp_path), Shard(index=0, count=1)
+    with monkeypatch.context() as there:
+        there.setattr("socket.gethostname", lambda: "another")
+        dead, _ = attempts.claim(out, whole, {}, "embed")
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    _, again = attempts.claim(out, whole, {}, "embed")
+    assert slept == [attempts._SETTLE_S]
+    again.status = "done"
+    again.started = (datetime.now(UTC) - timedelta(seconds=began_s_ago)).isoformat()
+    (tmp_path / "attempts/000002.json").write_text(again.model_dump_json())
+    slept.clear()
+    fence, _ = attempts.claim(out, whole, {}, "compact", take_over=False)
+    assert slept == [attempts._SETTLE_S] * waits
+    fence.check()
+    with pytest.raises(OutputError, match="has taken over from attempt 1"):
+        dead.check()
+
+
+@pytest.mark.parametrize("command", ["embed", "compact", "retry"])
+def test_the_way_past_a_dead_attempt_is_one_that_leads_past_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """`compact` and `retry` take over from nobody without --force, themselves included."""
+    whole = Shard(index=0, count=1)
+    with monkeypatch.context() as there:
+        there.setattr("socket.gethostname", lambda: "another")
+        attempts.claim(str(tmp_path), whole, {}, command)
+    own = "run its own command again or " if command == "embed" else ""
+    with pytest.raises(OutputError, match=f"if it is dead, {own}give --force$"):
+        attempts.claim(str(tmp_path), whole, {}, "compact", take_over=False)
