@@ -91,7 +91,12 @@ def claim(
                 )
     record = _open(fs, path, shard, command)
     if unfinished:
-        time.sleep(_SETTLE_S if is_local(fs) else _SETTLE_REMOTE_S)
+        try:
+            time.sleep(_SETTLE_S if is_local(fs) else _SETTLE_REMOTE_S)
+        except BaseException:  # a signal; the caller has no record yet that it could end
+            record.status = "interrupted"
+            finish(out, record, storage_options)
+            raise
     return Fence(out, record, shard, storage_options), record
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,10 +19,11 @@ from support.faults import WRITES, Rule
 from support.flaky_proxy import FlakyProxy
 
 from pipeline.attempt_files import as_known
+from pipeline.signals import interruptible
 from pipeline.sinks import attempts
 from pipeline.sinks.ray_writer import WriteJob, write_blocks
 from schemas.attempt import AttemptRecord
-from schemas.errors import OutputError
+from schemas.errors import Interrupted, OutputError
 from schemas.spec import Shard
 from schemas.tables import images_schema, output_fields, predicted_schema
 
@@ -234,3 +236,16 @@ def test_an_attempt_whose_first_answer_was_lost_is_there_once(
     attempts.finish(out, record, options)
     assert attempts.read_attempts(out, options) == [record]
     assert attempts.claim(out, whole, options, "compact", take_over=False)[0].number == 2
+
+
+def test_a_signal_while_writes_are_waited_for_ends_the_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, whole = str(tmp_path), Shard(index=0, count=1)
+    with monkeypatch.context() as there:
+        there.setattr("socket.gethostname", lambda: "another")
+        attempts.claim(out, whole, {}, "embed")
+    with monkeypatch.context() as patch:
+        patch.setattr("time.sleep", lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted), interruptible():
+            attempts.claim(out, whole, {}, "embed")
+    assert [record.status for record in attempts.read_attempts(out, {})] == ["running", "interrupted"]
+    attempts.claim(out, whole, {}, "compact", take_over=False)
