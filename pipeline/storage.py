@@ -222,7 +222,13 @@ def _create_local(path: str, data: bytes) -> bool:
     try:
         # Exclusive here as well, but a reader may see the file before its data.
         with open(path, "xb") as file:
-            file.write(data)
+            try:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:
+                os.unlink(path)  # what is half there would be taken for somebody else's
+                raise
     except FileExistsError:
         return False
     return True

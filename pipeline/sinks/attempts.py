@@ -46,18 +46,22 @@ class Fence:
         that cannot be read."""
         fs, path = filesystem(self.out, self.storage_options)
         _require_own(fs, path, self.number, self._maker)
+        all_read = True
         for newer in sorted(_numbers(fs, path)):
             if newer <= self._harmless:
                 continue
             record = _read(fs, path, newer)
             if record is None:
-                return  # just being made, so not yet writing; the next check sees it whole
+                # Just being made, so not yet writing, or left empty by a kill; a later check may see it whole.
+                all_read = False
+                continue
             if shares_rows(record, self.shard):
                 raise OutputError(
                     f"{redact(self.out)}: attempt {newer} (process {record.pid} on {record.host}) has taken over "
                     f"from attempt {self.number}, which therefore stops. Only one may write the same rows"
                 )
-            self._harmless = newer
+            if all_read:
+                self._harmless = newer
 
 
 def claim(

@@ -227,6 +227,20 @@ def test_file_size_limit(tmp_path: Path) -> None:
     assert told.endswith("[]\n")
 
 
+def test_what_cannot_be_created_whole_without_hard_links_is_not_there(tmp_path: Path) -> None:
+    full = """
+import errno
+from pipeline.storage import create_bytes as put_bytes
+def refuse(source, target):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    raise OSError(errno.EPERM, "Operation not permitted")
+os.link = refuse
+"""
+    told = write_elsewhere(tmp_path / "000001.json", 5000, before=full)
+    assert "the file is larger than the limit for files here" in told
+    assert told.endswith("[]\n")
+
+
 def test_folder_without_write_permission() -> None:
     as_nobody = "os.getuid() == 0 and os.setuid(65534)"
     with tempfile.TemporaryDirectory() as name:

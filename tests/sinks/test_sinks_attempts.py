@@ -249,3 +249,20 @@ def test_a_signal_while_writes_are_waited_for_ends_the_attempt(tmp_path: Path, m
             attempts.claim(out, whole, {}, "embed")
     assert [record.status for record in attempts.read_attempts(out, {})] == ["running", "interrupted"]
     attempts.claim(out, whole, {}, "compact", take_over=False)
+
+
+def test_a_record_that_stays_empty_hides_no_newer_one(tmp_path: Path) -> None:
+    """Where there are no hard links, a kill may come between the file and its data."""
+    out = str(tmp_path)
+    left, record = attempts.claim(out, Shard(index=0, count=2), {}, "embed")
+    empty = tmp_path / "attempts/000002.json"
+    empty.touch()
+    attempts.claim(out, Shard(index=1, count=2), {}, "embed")
+    left.check()
+    empty.write_text(record.model_copy(update={"attempt": 2, "shard_count": 1}).model_dump_json())
+    with pytest.raises(OutputError, match=r"attempt 2 .* has taken over"):
+        left.check()
+    empty.write_text("")
+    attempts.claim(out, Shard(index=0, count=1), {}, "embed")
+    with pytest.raises(OutputError, match=r"attempt 4 .* has taken over"):
+        left.check()
