@@ -171,6 +171,20 @@ def _was_here(beat: bytes) -> bool:
         return False
 
 
+def process_mark(pid: int) -> str | None:
+    """This boot of this machine, and at which tick of it the process began: what no other process of that number has.
+    None where there is no such process, where we may not look, and elsewhere than on Linux.
+
+    Seconds since 1970 would not do: those of a process move with the clock when that is set.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        # proc_pid_stat(5): the name, field 2, may hold spaces and brackets; starttime is field 22.
+        return f"{boot} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
+    except OSError:
+        return None
+
+
 def is_running(pid: int, started_before: float = float("inf")) -> bool:
     """Whether the process runs on this machine and, if asked for, had started by then (seconds since 1970).
 

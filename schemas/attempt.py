@@ -53,6 +53,7 @@ class AttemptRecord(BaseModel):
     started: str
     host: str
     pid: int
+    process: str | None = None  # what tells it from others of that number, whatever the clock says
     versions: dict[str, str] = {}  # as in run.json, of the one who ran it
     status: AttemptStatus = "running"
     ended: str | None = None

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from fsspec import AbstractFileSystem
 
 from pipeline.attempt_files import as_known, read_attempt, shares_rows
+from pipeline.lock import process_mark
 from pipeline.record import current_versions
 from pipeline.storage import Options, create_bytes, filesystem, is_local, join, put_bytes, redact
 from pipeline.store_errors import reading
@@ -116,6 +117,7 @@ def _open(fs: AbstractFileSystem, path: str, shard: Shard, command: str) -> Atte
             started=_now(),
             host=socket.gethostname(),
             pid=os.getpid(),
+            process=process_mark(os.getpid()),
             versions=current_versions(),
             command=command,
         )

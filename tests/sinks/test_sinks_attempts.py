@@ -12,13 +12,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 from support.faults import WRITES, Rule
 from support.flaky_proxy import FlakyProxy
 
-from pipeline.attempt_files import as_known
+from pipeline.attempt_files import as_known, is_alive
 from pipeline.signals import interruptible
 from pipeline.sinks import attempts
 from pipeline.sinks.ray_writer import WriteJob, write_blocks
@@ -175,6 +176,16 @@ def test_a_living_attempt_is_not_overrun(tmp_path: Path) -> None:
         other.wait()
     fence, _ = attempts.claim(str(tmp_path), Shard(index=0, count=1), {}, "embed")
     assert fence.number == 2
+
+
+def test_a_clock_that_is_set_kills_no_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In seconds since 1970 a process began as much later as the clock was set forward meanwhile."""
+    _, record = attempts.claim(str(tmp_path), Shard(index=0, count=1), {}, "embed")
+    assert is_alive(record.model_copy(update={"process": None})), "as earlier versions wrote it"
+    assert not is_alive(record.model_copy(update={"process": f"{record.process}0"})), "another of that number"
+    created = psutil.Process.create_time
+    monkeypatch.setattr("psutil.Process.create_time", lambda process: created(process) + 3600)
+    assert is_alive(record)
 
 
 def test_a_run_on_another_machine_is_ended_only_on_purpose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
