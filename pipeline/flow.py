@@ -33,8 +33,9 @@ from pipeline.sinks.attempts import Fence
 from pipeline.sinks.compaction import compact, drop_repeats, recover, remove_rows
 from pipeline.sinks.intervals import Spans
 from pipeline.sinks.ledger import Ledger, read_ledger
+from pipeline.sinks.parts import remove_abandoned
 from pipeline.sinks.ray_writer import Committed, Received, WriteJob, commit_stream
-from pipeline.storage import absolute, redact
+from pipeline.storage import absolute, filesystem, redact
 from schemas.attempt import AttemptRecord, Distance
 from schemas.errors import Interrupted, OutputError
 from schemas.losses import unwrap
@@ -256,7 +257,8 @@ def _context(resolved: ResolvedJob, placement: Placement) -> ray.data.DataContex
 
 
 def _finish(spec: JobSpec, opened: Opened) -> None:
-    """Tidy up once nothing is pending: no row twice, no replaced version, no needlessly small part."""
+    """Tidy up once nothing is pending: no row twice, no replaced version, no needlessly small part,
+    nothing of writers that were killed."""
     ledger = read_ledger(spec.out, spec.storage_options)
     if len(ledger.twice):
         drop_repeats(spec.out, ledger.twice, spec.storage_options)
@@ -264,6 +266,7 @@ def _finish(spec: JobSpec, opened: Opened) -> None:
     for folder in ("images", "failures") if len(mine) else ():
         remove_rows(spec.out, folder, mine, spec.storage_options)
     compact(spec.out, spec.sink.compact_bytes, spec.storage_options, opened.first, opened.stop)
+    remove_abandoned(*filesystem(spec.out, spec.storage_options))
     forget_crashes(opened.record.run_id)
 
 

@@ -6,8 +6,11 @@ its rows are known without opening it.
 """
 
 import hashlib
+import os
 import re
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +22,7 @@ from fsspec import AbstractFileSystem
 
 from pipeline.columns import is_damage, open_columns
 from pipeline.encoding import encode
-from pipeline.storage import exists, join, put_bytes, redact
+from pipeline.storage import exists, is_local, join, put_bytes, redact
 from pipeline.store_errors import read_error, reading
 from schemas.errors import OutputError
 from schemas.tables import FAILURES_SCHEMA
@@ -27,6 +30,9 @@ from schemas.tables import FAILURES_SCHEMA
 FOLDERS = ("images", "failures")
 
 _NAME = re.compile(r"part-(\d{12,})-(\d{12,})-(\d+)-[0-9a-f]{12}\.parquet")
+# What `put_bytes` writes on a disk before it renames it.
+_UNFINISHED = re.compile(rf"\.{_NAME.pattern}\.[0-9a-f]{{8}}\.tmp")
+_ABANDONED_S = 3600.0
 
 
 class DamagedPart(OutputError):
@@ -121,6 +127,20 @@ def write_part(
     check()
     put_bytes(fs, join(out, folder, name), data)
     return Part(folder, name, int(rows[0]), int(rows[-1]), len(rows), len(data))
+
+
+def remove_abandoned(fs: AbstractFileSystem, out: str) -> None:
+    """Remove the hidden halves of parts that writers who were killed left on a disk; a store keeps none to see.
+
+    What was written to within the hour may be another shard's at work.
+    """
+    if not is_local(fs):
+        return
+    for folder in FOLDERS:
+        with suppress(OSError):  # no such folder, another was faster, or not ours to remove: nothing that a run needs
+            for entry in os.scandir(join(out, folder)):
+                if _UNFINISHED.fullmatch(entry.name) and time.time() - entry.stat().st_mtime > _ABANDONED_S:
+                    os.unlink(entry.path)
 
 
 def read_row_numbers(fs: AbstractFileSystem, out: str, part: Part) -> npt.NDArray[np.int64]:

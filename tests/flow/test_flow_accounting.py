@@ -1,6 +1,10 @@
 """Whatever a directory holds at the start and a pass leaves behind, each row ends in exactly one place."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +82,32 @@ def test_rows_of_two_parts_end_in_one(spec: JobSpec, connect: Connect) -> None:
     summary = run(spec, connect)
     assert summary.images == ROWS
     assert table(out).equals(before)
+    all_there(spec)
+
+
+WRITING = """
+import os, signal, sys
+import fsspec, pyarrow as pa
+from pipeline.sinks.parts import write_part
+os.replace = lambda source, target: os.kill(os.getpid(), signal.SIGKILL)
+write_part(fsspec.filesystem("file"), sys.argv[1], "images", pa.table({"row": [int(sys.argv[2])]}), b"{}")
+"""
+
+
+def test_what_killed_writers_left_goes_with_the_next_run(spec: JobSpec, connect: Connect) -> None:
+    """Unless it is so young that another shard may still be writing it."""
+    run(spec, connect)
+    images = Path(spec.out) / "images"
+    parts = set(images.iterdir())
+    for row in range(2):
+        subprocess.run([sys.executable, "-c", WRITING, spec.out, str(row)], check=False, timeout=60)
+    old, young = sorted(set(images.iterdir()) - parts)
+    assert old.name.startswith(".part-000000000000-")
+    os.utime(old, (time.time() - 7200,) * 2)
+    (images / ".part-notes.tmp").touch()
+    os.utime(images / ".part-notes.tmp", (0, 0))
+    run(spec, connect)
+    assert set(images.iterdir()) - parts == {young, images / ".part-notes.tmp"}
     all_there(spec)
 
 
