@@ -11,6 +11,7 @@ from pipeline.predictors.batches import Wanted
 from pipeline.predictors.null import NULL_DIM
 from pipeline.record import check_empty, check_same, freezing, new_record, read_record, require_record, write_record
 from pipeline.sinks import intervals
+from pipeline.sinks.compaction import recover
 from pipeline.sinks.intervals import Spans
 from pipeline.sinks.ledger import Ledger, pending, read_ledger, shard_rows
 from pipeline.sources.manifest import (
@@ -233,6 +234,8 @@ def _update(resolved: ResolvedJob) -> RunRecord:
         # Read anew: another job may just have added what there was to add.
         record = require_record(spec.out, spec.storage_options)
         known = [part_named(name) for name in record.manifest_parts]
+        # In the midst of a swap images are out of sight: they would be taken up again under a new signature.
+        recover(spec.out, spec.storage_options)
         images = read_ledger(spec.out, spec.storage_options).images
         done = partial(intervals.contains, images)
         fresh = new_and_changed(read_sources(spec), spec.out, known, done, spec.storage_options)

@@ -1,5 +1,7 @@
 """Old versions that still stand in the parts beside their replacements, as after a kill before the last step."""
 
+import json
+import shutil
 from pathlib import Path
 
 import fsspec
@@ -54,3 +56,24 @@ def test_rows_that_were_replaced_are_a_problem_and_count_once(tmp_path: Path) ->
         remove_rows(out, folder, run.replaced, {})
     assert verify(out, {}).problems == []
     assert status(out, {})["images"] == status(out, {})["failures"] == 2
+
+
+def test_a_swap_that_was_cut_short_replaces_nothing(tmp_path: Path) -> None:
+    """Its rows are out of sight; an address that was signed anew is another try only where there is no image."""
+    out = tmp_path / "out"
+
+    def listed(signature: int, *, update: bool) -> Opened:
+        (tmp_path / "in").write_text(f"uri\nhttp://host/a.jpg?X-Amz-Signature={signature}\n")
+        (tmp_path / "in").replace(tmp_path / "in.csv")
+        values = {"sources": [str(tmp_path / "in.csv")], "out": str(out), "model": "null", "backend": "null"}
+        return open_directory(resolve_job(build_spec({**values, "update": update})))
+
+    store(tmp_path, listed(1, update=False), {0: ""})
+    (part,) = (out / "images").iterdir()
+    (out / "_swap").mkdir()
+    shutil.move(out / "images", out / "_swap")
+    (out / "images").mkdir()
+    (out / "_swap" / "plan.json").write_text(json.dumps({"remove": [], "add": [f"images/{part.name}"]}))
+    run = listed(2, update=True)
+    assert (run.record.manifest_rows, len(run.replaced)) == (1, 0)
+    assert status(str(out), {})["images"] == 1
