@@ -120,25 +120,39 @@ def retry(
     verbose: Annotated[bool, typer.Option("--verbose", help="Show tracebacks and Ray's own output.")] = False,
 ) -> int:
     """Run the failed rows of a directory again, within the limits and where the run did: those worth it, or all."""
-    from jobs.run import run_job
+    from jobs.console import native_messages_aside
+    from jobs.run import EarlySession, run_job
     from pipeline.maintenance import NothingToRetry, reopen_failures
-    from pipeline.maintenance import status as look
+    from pipeline.signals import interruptible
 
     options = parse_options(storage_options)
     batch = batch_size and batch_size_of(batch_size)
     given = {"gpus_per_actor": gpus_per_actor, "backend": backend, "batch_size": batch}
     changes = {key: value for key, value in given.items() if value is not None} | nested_values(context.params)
-    try:
-        reopened, values = reopen_failures(directory, everything, options, changes, force=force)
-    except NothingToRetry as nothing:
-        emit(str(nothing), to_stderr=True)
-        if json_output:
-            found = look(directory, options)
-            rows = found["manifest_rows"] - found["replaced"]
-            emit(json.dumps({**found, "rows": rows, "report": None, "attempt": None}))  # also what a run's summary has
-        return 0
-    emit(f"{reopened:,} failed rows are pending again", to_stderr=True)
-    return run_job(values, address=address, report=True, json_output=json_output, verbose=verbose, wait_s=cluster_wait)
+    session = EarlySession(address, verbose=verbose, wait_s=cluster_wait)
+    with native_messages_aside(verbose), interruptible(), session:
+        try:
+            reopened, values = reopen_failures(
+                directory, everything, options, changes, force=force, connect=session.begin
+            )
+        except NothingToRetry as nothing:
+            emit(str(nothing), to_stderr=True)
+            if json_output:
+                emit(json.dumps(_summary_of_nothing(directory, options)))
+            return 0
+        emit(f"{reopened:,} failed rows are pending again", to_stderr=True)
+        return run_job(
+            values, address=address, report=True, json_output=json_output, verbose=verbose, wait_s=cluster_wait,
+            session=session,
+        )  # fmt: skip
+
+
+def _summary_of_nothing(directory: str, storage_options: dict[str, Any]) -> dict[str, Any]:
+    """The status, and what the summary of a run has besides."""
+    from pipeline.maintenance import status as look
+
+    found = look(directory, storage_options)
+    return {**found, "rows": found["manifest_rows"] - found["replaced"], "report": None, "attempt": None}
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {"status": status, "verify": verify, "compact": compact, "retry": retry}

@@ -3,17 +3,19 @@
 import json
 import logging
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from jobs.console import Screen, native_messages_aside, plain_summary, print_summary
 from jobs.output import emit, with_options
 from schemas.errors import TooManyFailures
+from schemas.machines import Machines
 from schemas.spec import JobSpec, build_spec
 
 if TYPE_CHECKING:
-    from pipeline.flow import Summary
+    from pipeline.flow import Connect, Summary
 
 _log = logging.getLogger(__name__)
 
@@ -23,12 +25,10 @@ def run(spec: JobSpec, *, address: str | None = None, report: bool = True) -> An
 
     Errors are those of `schemas.errors`, as for the command: also TooManyFailures, once every row is accounted for.
     """
-    from cluster.session import ray_session
     from pipeline.flow import run as run_flow
     from pipeline.storage import options_for
-    from pipeline.witnesses import local_witnesses
 
-    summary = run_flow(spec, partial(ray_session, address, shared=partial(local_witnesses, spec)))
+    summary = run_flow(spec, partial(_session, spec, address))
     if report:
         _report(summary.out, spec, _log.warning)
     _check_rate(summary, spec.max_failure_rate, options_for(summary.out, spec.storage_options))
@@ -44,20 +44,20 @@ def run_job(
     verbose: bool,
     attention: tuple[str, int] | None = None,
     wait_s: float = 0.0,
+    session: "EarlySession | None" = None,
 ) -> int:
     """Run the job that `values` describe and tell the person about it; returns the exit code.
 
     `attention`: a folder for attention maps, and of how many images. `wait_s`: for machines that have yet to come.
+    `session`: that of this job, where it has begun.
     """
     spec = build_spec(dict(values))
     write_maps = _attention_writer(spec, *attention) if attention else None
-    from cluster.session import ray_session
     from pipeline.flow import run as run_flow
     from pipeline.storage import options_for
-    from pipeline.witnesses import local_witnesses
 
-    shared = partial(local_witnesses, spec)
-    connect = partial(ray_session, address, verbose=verbose, bundles=first_bundles(spec), wait_s=wait_s, shared=shared)
+    opened = partial(_session, spec, address, verbose=verbose, wait_s=wait_s)
+    connect: Connect = session.go_on if session else opened
     with native_messages_aside(verbose), Screen(quiet=json_output) as screen:
         summary = run_flow(spec, connect, screen.show)
     page = _report(summary.out, spec, screen.warn) if report else None
@@ -72,6 +72,41 @@ def run_job(
             print_summary(summary, page, maps, needed)
     _check_rate(summary, spec.max_failure_rate, needed)
     return 0
+
+
+class EarlySession:
+    """Ray for a job that must know, before it changes anything, whether it can run: begun by itself, ended by the run,
+    or where there is none by the block."""
+
+    def __init__(self, address: str | None, *, verbose: bool, wait_s: float) -> None:
+        self._open = partial(_session, address=address, verbose=verbose, wait_s=wait_s)
+        self._held = ExitStack()
+
+    def begin(self, spec: JobSpec) -> Machines:
+        """Raises ClusterError as `ray_session` does."""
+        self._machines = self._held.enter_context(self._open(spec))
+        return self._machines
+
+    @contextmanager
+    def go_on(self) -> Iterator[Machines]:
+        with self._held:
+            yield self._machines
+
+    def __enter__(self) -> "EarlySession":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._held.close()
+
+
+def _session(
+    spec: JobSpec, address: str | None, *, verbose: bool = False, wait_s: float = 0.0
+) -> AbstractContextManager[Machines]:
+    from cluster.session import ray_session
+    from pipeline.witnesses import local_witnesses
+
+    shared = partial(local_witnesses, spec)
+    return ray_session(address, verbose=verbose, bundles=first_bundles(spec), wait_s=wait_s, shared=shared)
 
 
 def _attention_writer(spec: JobSpec, directory: str, images: int) -> Callable[[], str]:

@@ -1,6 +1,6 @@
 """What can be done with a run's directory after, or between, its attempts."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -20,8 +20,9 @@ from pipeline.sinks.verify import verify as verify_parts
 from pipeline.sources.manifest import check_parts
 from pipeline.storage import Options, filesystem, redact
 from schemas.errors import OutputError
+from schemas.machines import Machines
 from schemas.run import RunRecord
-from schemas.spec import WHOLE, build_spec
+from schemas.spec import WHOLE, JobSpec, build_spec
 
 
 class NothingToRetry(OutputError):
@@ -83,22 +84,19 @@ def reopen_failures(
     changes: Mapping[str, Any] = _NONE,
     *,
     force: bool = False,
+    connect: Callable[[JobSpec], Machines] | None = None,
 ) -> tuple[int, dict[str, Any]]:
     """Make failed rows pending again (the retryable ones, or all), by taking them out of `failures/`.
 
-    `changes`: values of the spec that differ from those of the run: how hard it is tried, and where. Returns how many
+    `changes`: values of the spec that differ from those of the run: how hard it is tried, and where. `connect` gives
+    the machines, and is called only if there is something to do; without it nobody looks for any. Returns how many
     rows, and the values of the spec that runs them. Should that run be cut short, they simply stay pending. Raises
     NothingToRetry when no row qualifies, OutputError while a run is writing there (as `compact`) and for what `apply`
     wrote, and, with nothing taken out, whatever would keep such a run from beginning: SpecError, CheckpointError,
     OutputError or ClusterError.
     """
     record = require_record(out, storage_options)
-    if record.applied:
-        raise OutputError(
-            f"{redact(out)}: `apply` labelled the rows of run {record.applied.run_id} here, and its failures are those "
-            f"of that run: retry that run, then `patchstream apply DIR --probe {record.applied.probe} --out …` as "
-            "before takes up what it gained"
-        )
+    _require_failures_of_its_own(out, record)
     values = {**_changed(_same_again(record), changes), "out": out, "storage_options": dict(storage_options)}
     spec = build_spec(values)  # wrong options are wrong where nothing is to be done as well
     compaction.recover(out, storage_options)  # in the midst of a swap rows are out of sight
@@ -114,12 +112,26 @@ def reopen_failures(
             if count
             else f"{redact(out)} has no failures, there is nothing to retry"
         )
-    open_directory(resolve_job(spec))
+    resolved = resolve_job(spec)
+    open_directory(resolved)
+    if connect:
+        from pipeline.predicting import place_job  # here, because it loads Ray, and the other commands need none
+
+        place_job(resolved, connect(spec), intervals.count(intervals.union([again, left])))
     # Also where nothing is taken out: the run that follows would end one that is still at work.
     with _attempt(out, "retry", storage_options, force=force):
         if len(again):
             compaction.remove_rows(out, "failures", again, storage_options)
     return intervals.count(again), values
+
+
+def _require_failures_of_its_own(out: str, record: RunRecord) -> None:
+    if record.applied:
+        raise OutputError(
+            f"{redact(out)}: `apply` labelled the rows of run {record.applied.run_id} here, and its failures are those "
+            f"of that run: retry that run, then `patchstream apply DIR --probe {record.applied.probe} --out …` as "
+            "before takes up what it gained"
+        )
 
 
 @contextmanager

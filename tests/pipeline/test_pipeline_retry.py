@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,14 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.checkpoints import make_checkpoint
+from support.ports import LOOPBACK, free_port
 
+from cluster.session import ray_session
 from jobs.cli import run_command
 from pipeline.maintenance import reopen_failures, status, verify
 from pipeline.opening import Opened, open_directory, resolve_job
 from pipeline.sinks import attempts
 from pipeline.sinks.parts import write_part
-from schemas.errors import CheckpointError, OutputError, PatchstreamError, SpecError
-from schemas.spec import WHOLE, build_spec
+from schemas.errors import CheckpointError, ClusterError, OutputError, PatchstreamError, SpecError
+from schemas.machines import Machines
+from schemas.spec import WHOLE, JobSpec, build_spec
 from schemas.tables import FAILURES_SCHEMA
 
 COMMIT = "3f49326eb077187dfe1c2a2bb15fbd74e6ab91e3"
@@ -70,6 +74,8 @@ def test_a_hub_model_is_tried_again_at_its_commit(tmp_path: Path, hub: Path, rev
         ("gone", {}, CheckpointError),
         ("another", {}, OutputError),
         ("none", {"gpus_per_actor": -1}, SpecError),
+        ("no Ray", {}, ClusterError),
+        ("no GPUs", {"gpus_per_actor": 1}, ClusterError),
     ],
 )
 def test_a_refusal_leaves_the_failures_where_they_are(
@@ -81,8 +87,15 @@ def test_a_refusal_leaves_the_failures_where_they_are(
         shutil.rmtree(snapshot)
     elif change == "another":
         make_checkpoint(snapshot, "vit", image_size=32, hidden_size=32, num_attention_heads=2, num_hidden_layers=2)
+
+    def connect(spec: JobSpec) -> Machines:
+        if change == "no GPUs":
+            return large(gpus=0.0)
+        with ray_session(f"{LOOPBACK}:{free_port()}") as machines:
+            return machines
+
     with pytest.raises(error):
-        reopen_failures(str(tmp_path / "out"), False, {}, placement)
+        reopen_failures(str(tmp_path / "out"), False, {}, placement, connect=connect)
     assert status(str(tmp_path / "out"), {})["failures"] == 1
 
 
@@ -156,10 +169,15 @@ def server(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def large(gpus: float) -> Machines:
+    return Machines(8.0, gpus, 1e9, node_cpus=(8.0,), node_gpus=(gpus,), node_memory=(1e11,))
+
+
 @pytest.fixture
 def run_again(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`retry` from the command line up to the run itself; returns the spec of that."""
     asked: list[Any] = []
+    monkeypatch.setattr("cluster.session.ray_session", lambda *given, **more: nullcontext(large(gpus=8.0)))
     monkeypatch.setattr("jobs.run.run_job", lambda values, **_: asked.append(build_spec(values)) or 0)
 
     def retry(*arguments: object) -> Any:
@@ -190,9 +208,16 @@ def test_machines_that_were_scaled_away_are_waited_for(
 ) -> None:
     failed_run(tmp_path, gpus_per_actor=1, dtype="bfloat16")
     asked: list[float] = []
+    waited: list[float] = []
+
+    def grown(*given: Any, wait_s: float, **more: Any) -> Any:
+        waited.append(wait_s)
+        return nullcontext(large(gpus=1.0))
+
+    monkeypatch.setattr("cluster.session.ray_session", grown)
     monkeypatch.setattr("jobs.run.run_job", lambda values, *, wait_s, **_: asked.append(wait_s) or 0)
     assert run_command(["retry", str(tmp_path / "out"), "--cluster-wait", "900"]) == 0
-    assert asked == [900]
+    assert asked == waited == [900]
 
 
 @pytest.mark.usefixtures("server")
