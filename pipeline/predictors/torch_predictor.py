@@ -255,7 +255,8 @@ def _check_gpu(dtype: str) -> None:
     since, instead = _UNITS.get(dtype, ((0, 0), ""))
     if capability < since:
         raise ClusterError(
-            f"{name} (compute capability {capability[0]}.{capability[1]}) has no {dtype} units; use --dtype {instead}"
+            f"{name} (compute capability {capability[0]}.{capability[1]}) has no {dtype} units; use --dtype {instead} "
+            "in another --out"
         )
     if dtype == "float8":
         _check_compiler()
@@ -266,7 +267,8 @@ def _check_compiler() -> None:
     if not has_compiler():
         raise ClusterError(
             "--dtype float8 compiles its passes, without which it is slower than bfloat16, and this machine has no C "
-            "compiler or no Python.h: install gcc, libc6-dev and Python's headers there, or use --dtype bfloat16"
+            "compiler or no Python.h: install gcc, libc6-dev and Python's headers there, or use --dtype bfloat16 in "
+            "another --out"
         )
 
 
@@ -278,5 +280,5 @@ def _check_float8(name: str, device: str = "cuda") -> None:
     except RuntimeError as error:
         raise ClusterError(
             f"torch {torch.__version__} does not multiply in float8 with a scale for each row on {name} ({error}); "
-            "use --dtype bfloat16"
+            "use --dtype bfloat16 in another --out"
         ) from None

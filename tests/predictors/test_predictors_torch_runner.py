@@ -253,7 +253,8 @@ def test_a_gpu_without_float8_products_is_refused(monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmulAlgoGetHeuristic")
 
     monkeypatch.setattr(torch_predictor, "scaled_product", refuse)
-    with pytest.raises(ClusterError, match=r"float8 .* on NVIDIA X .*NOT_SUPPORTED.*use --dtype bfloat16"):
+    advice = "use --dtype bfloat16 in another --out"
+    with pytest.raises(ClusterError, match=rf"float8 .* on NVIDIA X .*NOT_SUPPORTED.*{advice}"):
         torch_predictor._check_float8("NVIDIA X", "cpu")
 
 
@@ -266,5 +267,19 @@ def test_float8_is_refused_where_its_passes_cannot_be_compiled(monkeypatch: pyte
     torch_predictor._check_gpu("float8")
     monkeypatch.setattr(torch_predictor, "has_compiler", lambda: False)
     torch_predictor._check_gpu("bfloat16")
-    with pytest.raises(ClusterError, match=r"no C compiler .*install gcc.*or use --dtype bfloat16"):
+    with pytest.raises(ClusterError, match=r"no C compiler .*install gcc.*or use --dtype bfloat16 in another --out"):
         torch_predictor._check_gpu("float8")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "instead"), [((7, 5), "bfloat16", "float16"), ((8, 0), "float8", "bfloat16")]
+)
+def test_a_gpu_without_the_units_names_what_it_has(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: str, instead: str
+) -> None:
+    """A directory holds one precision: the other one needs another."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with pytest.raises(ClusterError, match=f"has no {dtype} units; use --dtype {instead} in another --out"):
+        torch_predictor._check_gpu(dtype)
