@@ -60,8 +60,10 @@ class ResolvedJob(NamedTuple):
     @property
     def model_bytes(self) -> int:
         """Memory an actor books: the weights in float32, as much again for them in the layout of a library, and what
-        several batches are computed in."""
-        return 8 * self.info.parameters + _BATCHES_BYTES if self.info else 1 << 20
+        several batches are computed in. A server's client has no weights."""
+        if self.info is None:
+            return 1 << 20
+        return _BATCHES_BYTES if self.spec.triton else 8 * self.info.parameters + _BATCHES_BYTES
 
     @property
     def image_gflop(self) -> float:
