@@ -65,6 +65,11 @@ class PredictActor:
             metrics.show("patchstream_batch_fill", pictures / (-(-pictures // batch) * batch))
         return self._predict(decoded)
 
+    def __del__(self) -> None:
+        """Let go of what others hold for the predictor. Ray Data deletes this when it is done with the actor."""
+        if close := getattr(getattr(self, "_predict", None), "close", None):
+            close()
+
 
 def _refusing(error: PatchstreamError) -> Predictor:
     def refuse(decoded: pa.Table) -> pa.Table:

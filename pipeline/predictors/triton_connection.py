@@ -1,6 +1,7 @@
 """One connection to a Triton server over gRPC: a request at a time, through shared memory on the same host.
 
-The regions are unlinked as soon as the server has mapped them, so that a killed actor leaves nothing in /dev/shm.
+The regions are unlinked as soon as the server has mapped them, so that a killed actor leaves nothing in /dev/shm. What
+the server has mapped it gives back when the connection is closed; that of an actor that was killed, when it ends.
 """
 
 import contextlib

@@ -1,0 +1,65 @@
+"""A whole job through a real Triton server: what the server counts of it, and what is left there afterwards."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tritonclient.grpc as triton
+from support.served_model import Exported, export
+from support.triton import TritonServer, server_folder, triton_server
+
+from jobs.demo.draw import write_pictures
+from pipeline.flow import Connect, run
+from schemas.spec import build_spec
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+PICTURES = 64
+COPIES = 4
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    server_folder()
+    return export(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def server(exported: Exported, log_dir: Path) -> Iterator[TritonServer]:
+    with triton_server(exported.repository, [exported.name], log_dir=log_dir) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: TritonServer) -> Iterator[Any]:
+    with triton.InferenceServerClient(server.url.removeprefix("grpc://")) as asking:
+        yield asking
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("pictures")
+    write_pictures(folder, PICTURES, seed=3)
+    return [str(folder)] * COPIES
+
+
+def regions(client: Any) -> Any:
+    """What the server has mapped of its clients' memory."""
+    return client.get_system_shared_memory_status(as_json=True).get("regions", {})
+
+
+def test_shared_memory_is_given_back_at_the_end_of_a_job(
+    exported: Exported, server: TritonServer, client: Any, sources: list[str], tmp_path: Path, connect: Connect
+) -> None:
+    seen: list[Any] = []
+    values = {"sources": sources, "model": exported.info.name, "out": str(tmp_path / "o"), "backend": "triton"}
+    spec = build_spec({**values, "triton": {"url": server.url}, "sink": {"commit_s": 0.1}})
+    summary = run(spec, connect, lambda progress: seen.append(regions(client)))
+    assert summary.images == COPIES * PICTURES
+    assert any(seen), "no memory was shared: there is nothing to give back"
+    patient_until = time.monotonic() + 120  # the actors end by themselves, behind the job
+    while regions(client) and time.monotonic() < patient_until:
+        time.sleep(0.2)
+    assert not regions(client)
