@@ -9,6 +9,7 @@ from pipeline.lock import Held
 from pipeline.models import ModelInfo, choose_dtype, inspect_model, require_classes, with_head, with_labels
 from pipeline.predictors.batches import Wanted
 from pipeline.predictors.null import NULL_DIM
+from pipeline.predictors.triton_protocol import ServedModel
 from pipeline.record import check_empty, check_same, freezing, new_record, read_record, require_record, write_record
 from pipeline.sinks import intervals
 from pipeline.sinks.compaction import recover
@@ -27,7 +28,7 @@ from pipeline.storage import Options
 from schemas.errors import OutputError, SpecError
 from schemas.preprocessing import Preprocessing
 from schemas.run import ModelRecord, RunRecord
-from schemas.spec import WHOLE, JobSpec, Shard
+from schemas.spec import WHOLE, JobSpec, Shard, TritonSpec
 from schemas.tables import FeatureSize, feature_bytes, user_fields
 
 # Beside the weights in an actor: batches under way, Python and its libraries.
@@ -35,12 +36,14 @@ _BATCHES_BYTES = 256 << 20
 
 
 class ResolvedJob(NamedTuple):
-    """A spec with its model looked up: what is to be computed, in which precision. `info` is None without a model."""
+    """A spec with its model looked up: what is to be computed, in which precision. `info` is None without a model.
+    `served_batch`: images that its Triton server takes at once, 0 without one."""
 
     spec: JobSpec
     info: ModelInfo | None
     wanted: Wanted
     dtype: str
+    served_batch: int = 0
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -132,7 +135,10 @@ def resolve_job(spec: JobSpec) -> ResolvedJob:
     dims = tuple(sizes[name] for name in spec.features)
     top = min(spec.labels, info.num_labels)
     wanted = Wanted(spec.features, dims, spec.feature_dtype, top, info.labels, info.multi_label)
-    return ResolvedJob(spec, info, wanted, _dtype(spec, info, wanted))
+    if spec.triton:
+        served = _served(spec, spec.triton, info, wanted)
+        return ResolvedJob(spec, info, wanted, served.dtype, served.max_batch_size)
+    return ResolvedJob(spec, info, wanted, _dtype(spec))
 
 
 def _with_own_head(info: ModelInfo, head: str, storage_options: Options) -> ModelInfo:
@@ -167,20 +173,22 @@ def _without_cls(spec: JobSpec, info: ModelInfo) -> JobSpec:
     return spec.model_copy(update={"features": ("pooled",)})
 
 
-def _dtype(spec: JobSpec, info: ModelInfo, wanted: Wanted) -> str:
-    """The precision of the run. Where GPUs do the work it is settled without looking for one here: the machine that
-    starts a job often has none. An actor on a GPU that is too old for bfloat16 says so when it starts. A Triton
-    server says itself in which precision it serves, and that it serves this very model."""
-    if spec.triton:
-        from pipeline.predictors.triton import check_server
+def _served(spec: JobSpec, triton: TritonSpec, info: ModelInfo, wanted: Wanted) -> ServedModel:
+    """What the server says that it serves: this very model, in which precision, and how much of it at once."""
+    from pipeline.predictors.triton import check_server
 
-        served = check_server(info, wanted, spec.triton).dtype
-        if spec.dtype not in {"auto", served}:
-            raise SpecError(
-                f"--dtype {spec.dtype}: the server at {spec.triton.url} computes in {served}; leave out --dtype, or "
-                f"export the model again with --dtype {spec.dtype}"
-            )
-        return served
+    served = check_server(info, wanted, triton)
+    if spec.dtype not in {"auto", served.dtype}:
+        raise SpecError(
+            f"--dtype {spec.dtype}: the server at {triton.url} computes in {served.dtype}; leave out --dtype, or "
+            f"export the model again with --dtype {spec.dtype}"
+        )
+    return served
+
+
+def _dtype(spec: JobSpec) -> str:
+    """The precision of the run. Where GPUs do the work it is settled without looking for one here: the machine that
+    starts a job often has none. An actor on a GPU that is too old for bfloat16 says so when it starts."""
     if spec.gpus_per_actor:
         if spec.dtype == "int8":
             raise SpecError("--dtype int8 is for CPUs; on GPUs use float8 (sm89 and later), bfloat16 or auto")

@@ -22,6 +22,9 @@ _CPU_BLOCK_S = 2.0
 # What a batch of the automatic size may take one thread: until then nothing of it can be committed.
 _CPU_BATCH_S = 10.0
 _GFLOPS_A_THREAD = 50.0
+# What an actor may have under way with a Triton server: one of two cores still answers two of them within the usual
+# deadline of 60 s, and of ViT-B it makes a batch of 64.
+_SERVED_GFLOP = 3000.0
 # Blocks on their way from stage to stage. Ray Data reckons with two for each decoding task that runs, and grants these
 # three eighths of the limit; those that wait for an actor come out of another part of it.
 _STREAM_BYTES = 512 << 20
@@ -29,6 +32,8 @@ _BLOCKS_A_DECODER = 6
 _BLOCKS_A_LANE = 8
 # Parts of one job that are written at once: their blocks are held until they are stored.
 MOST_WRITES = 5
+# Of a small job, for each call that computes.
+_BLOCKS_A_CALL = 4
 # What Ray Data may use of the object store.
 _STORE_SHARE = 0.5
 _UNKNOWN = 1 << 30
@@ -83,11 +88,14 @@ def place(
     image_gflop: float = 0.0,
     output_bytes: int = 0,
     one_call: bool = False,
+    served_batch: int = 0,
+    in_flight: int = 1,
 ) -> Placement:
     """Placement for `rows` images of `pixel_bytes` and `image_gflop` each with a model of `model_bytes`.
 
     `output_bytes` are those of one image's features: patch features take more room than the pixels. `one_call`: an
-    actor on CPUs takes one at a time.
+    actor on CPUs takes one at a time, of which a server computes `in_flight` batches side by side, each of up to
+    `served_batch` images.
 
     Raises ClusterError when the GPUs asked for are not there, or no machine has the memory for an actor and none may
     come.
@@ -97,21 +105,28 @@ def place(
     staff = on_gpus(machines, actors, gpus_per_actor) if on_gpu else on_cpus(machines, actors, carried, one_call)
     chosen, lanes, cpus = staff.actors, staff.lanes, max(1, int(machines.cpus))
     row_bytes = max(1, pixel_bytes, output_bytes)
-    limits = [] if on_gpu or one_call else _cpu_batch_limits(staff, rows, image_gflop)
-    batch = batch_size or _automatic_batch(256 if on_gpu else 8, _LARGEST_BLOCK_BYTES / row_bytes, *limits)
+    limits: list[float] = []
+    if one_call and not on_gpu:
+        room = _block_room(machines, chosen.max, cpus) / row_bytes
+        limits = [most / in_flight for most in (room, *_served_limits(chosen.max, rows, image_gflop))]
+    elif not on_gpu:
+        limits = _cpu_batch_limits(staff, rows, image_gflop)
+    usual = 256 if on_gpu else served_batch or 8
+    batch = batch_size or _automatic_batch(usual, _LARGEST_BLOCK_BYTES / row_bytes, *limits)
     if actors is None:
         # More actors than batches would only load weights.
-        useful = max(1, min(chosen.max, -(-rows // (batch * lanes))))
+        useful = max(1, min(chosen.max, -(-rows // (batch * in_flight * lanes))))
         chosen = ActorRange(min=min(chosen.min, useful), max=useful)
-    blocks = max(1, _BLOCK_BYTES // (row_bytes * batch)) if pixel_bytes else 4096 // batch
+    blocks = max(1, _BLOCK_BYTES // (row_bytes * batch * in_flight)) if pixel_bytes else 4096 // batch
     if on_gpu:
-        room = min(_LARGEST_BLOCK_BYTES, _fair_block(machines, chosen.max, cpus)) / row_bytes
+        room = _block_room(machines, chosen.max, cpus) / row_bytes
         batch, blocks = _two_batches(batch, blocks, room, may_halve=batch_size is None)
-    elif image_gflop:
+    elif image_gflop and not one_call:
         # A result can be committed only when its block is done, and a crash must not cost minutes.
         blocks = max(1, min(blocks, int(_images_in(_CPU_BLOCK_S, staff, image_gflop) // batch)))
     # Small inputs: blocks small enough that every lane gets several.
-    block_rows = batch * max(1, min(blocks, rows // (batch * chosen.max * lanes * 4) or 1))
+    at_once = batch * in_flight
+    block_rows = at_once * max(1, min(blocks, rows // (at_once * chosen.max * lanes * _BLOCKS_A_CALL) or 1))
     spread = -(-rows // (cpus * 4))
     task_rows = max(block_rows, min(_TASK_ROWS, spread), -(-rows // _MAX_LONG_TASKS))
     return Placement(
@@ -139,9 +154,10 @@ def _blocks(lanes: int, decoders: int) -> int:
     return _BLOCKS_A_DECODER * decoders + _BLOCKS_A_LANE * lanes
 
 
-def _fair_block(machines: Machines, lanes: int, decoders: int) -> float:
-    """Bytes of a block of which as many as there may be fit into the object store; no limit where it is not known."""
-    return machines.object_store_bytes * _STORE_SHARE / _blocks(lanes, decoders) or float("inf")
+def _block_room(machines: Machines, lanes: int, decoders: int) -> float:
+    """Bytes of the largest block of which as many as there may be fit into the object store, where that is known."""
+    fair = machines.object_store_bytes * _STORE_SHARE / _blocks(lanes, decoders)
+    return min(_LARGEST_BLOCK_BYTES, fair or float("inf"))
 
 
 def _carried_by_memory(machines: Machines, model_bytes: int, gpus_per_actor: float) -> int:
@@ -175,6 +191,12 @@ def _cpu_batch_limits(staff: Staff, rows: int, image_gflop: float) -> list[float
         _images_in(_CPU_BATCH_S, staff, image_gflop) if image_gflop else float("inf"),
         rows // (staff.now * staff.lanes),
     ]
+
+
+def _served_limits(actors: int, rows: int, image_gflop: float) -> list[float]:
+    """Images that an actor may have under way with a server: those that a slow one computes in time, and as many as
+    leave every actor several blocks."""
+    return [_SERVED_GFLOP / image_gflop if image_gflop else float("inf"), rows // (actors * _BLOCKS_A_CALL)]
 
 
 def _images_in(seconds: float, staff: Staff, image_gflop: float) -> float:

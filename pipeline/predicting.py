@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 def place_job(resolved: ResolvedJob, machines: Machines, rows: int) -> Placement:
     """Placement of a job of `rows` pending rows. Raises ClusterError when the GPUs asked for are not there."""
     spec = resolved.spec
+    batch_size = None if spec.batch_size == "auto" else min(spec.batch_size, resolved.served_batch or spec.batch_size)
     on_cpus = spec.backend == "torch" and not spec.gpus_per_actor
     if on_cpus and (warning := misfit(spec.dtype, resolved.dtype, machines.node_cpu_flags)):
         log.warning("%s", warning)
@@ -30,13 +31,15 @@ def placement_of(resolved: ResolvedJob, machines: Machines, rows: int) -> Placem
         rows=rows,
         actors=spec.actors,
         gpus_per_actor=spec.gpus_per_actor,
-        batch_size=None if spec.batch_size == "auto" else spec.batch_size,
+        batch_size=batch_size,
         pixel_bytes=resolved.pixel_bytes,
         model_bytes=resolved.model_bytes,
         image_gflop=resolved.image_gflop,
         output_bytes=resolved.output_bytes,
         # Its requests in flight are several as it is.
-        one_call=spec.backend == "triton",
+        one_call=spec.triton is not None,
+        served_batch=resolved.served_batch,
+        in_flight=spec.triton.in_flight if spec.triton and not spec.gpus_per_actor else 1,
     )
 
 

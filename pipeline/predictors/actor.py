@@ -91,7 +91,7 @@ def build_predictor(job: ActorJob) -> Predictor:
 
         if job.triton is None:
             raise ValueError("backend triton needs the address of a server")
-        return TritonPredictor(job.model, job.wanted, job.dtype, job.triton)
+        return TritonPredictor(job.model, job.wanted, job.dtype, job.triton, job.batch_size)
     from pipeline.predictors.torch_predictor import TorchPredictor
 
     return TorchPredictor(

@@ -201,6 +201,20 @@ def test_every_core_gets_a_batch_of_a_small_job(rows: int, batch: int) -> None:
     assert -(-rows // batch) >= min(rows, placement.lanes)
 
 
+@pytest.mark.parametrize(
+    ("image_gflop", "rows", "batch"), [(1.0, 100_000, 64), (34.0, 100_000, 16), (832.0, 100_000, 1), (1.0, 1000, 8)]
+)
+def test_requests_are_as_large_as_a_server_takes_them(image_gflop: float, rows: int, batch: int) -> None:
+    machines = Machines(cpus=16, gpus=0, object_store_bytes=16 * GIB)
+    served = {"one_call": True, "served_batch": 64, "in_flight": 4, "image_gflop": image_gflop, "rows": rows}
+    placement = placed(machines, **served)
+    assert placement.batch_size == batch, "not what four cores here would compute"
+    assert placement.block_rows % (4 * batch) == 0
+    assert -(-rows // placement.block_rows) >= 4 * placement.actors.max == 16
+    asked = placed(machines, **served, batch_size=8)
+    assert (asked.batch_size, asked.block_rows % 32) == (8, 0)
+
+
 def test_decoding_is_not_fused_into_the_actor(tmp_path: Path) -> None:
     """Ray Data fuses stages with equal resources; ours must stay two operators."""
     import ray

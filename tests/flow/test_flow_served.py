@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import tritonclient.grpc as triton
-from support.served_model import Exported, export
+from support.served_model import MAX_BATCH, Exported, export
 from support.triton import TritonServer, server_folder, triton_server
 
 from jobs.demo.draw import write_pictures
 from pipeline.flow import Connect, run
+from pipeline.opening import ResolvedJob
 from schemas.spec import build_spec
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -48,6 +49,32 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def regions(client: Any) -> Any:
     """What the server has mapped of its clients' memory."""
     return client.get_system_shared_memory_status(as_json=True).get("regions", {})
+
+
+def counted(client: Any, name: str) -> tuple[int, int]:
+    """Requests and images that the server has answered."""
+    (model,) = client.get_inference_statistics(name, as_json=True)["model_stats"]
+    return int(model["inference_stats"].get("success", {}).get("count", 0)), int(model.get("inference_count", 0))
+
+
+def test_requests_carry_full_batches(
+    exported: Exported,
+    server: TritonServer,
+    client: Any,
+    sources: list[str],
+    tmp_path: Path,
+    connect: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a model that is taken for one as heavy as ViT-B, of which a core here would compute three images in 2 s."""
+    monkeypatch.setattr(ResolvedJob, "image_gflop", 34.0)
+    values = {"sources": sources, "model": exported.info.name, "out": str(tmp_path / "o"), "backend": "triton"}
+    spec = build_spec({**values, "triton": {"url": server.url}})
+    before = counted(client, exported.name)
+    assert run(spec, connect).images == COPIES * PICTURES
+    requests, images = (now - then for now, then in zip(counted(client, exported.name), before, strict=True))
+    assert images == COPIES * PICTURES
+    assert requests == images / MAX_BATCH
 
 
 def test_shared_memory_is_given_back_at_the_end_of_a_job(

@@ -164,9 +164,8 @@ def test_a_run_at_work_on_another_machine_is_ended_only_by_force(
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Triton server that serves whatever is asked for, in float16."""
-    monkeypatch.setattr(
-        "pipeline.predictors.triton.check_server", lambda info, wanted, spec: SimpleNamespace(dtype="float16")
-    )
+    served = SimpleNamespace(dtype="float16", max_batch_size=64)
+    monkeypatch.setattr("pipeline.predictors.triton.check_server", lambda info, wanted, spec: served)
 
 
 def large(gpus: float) -> Machines:

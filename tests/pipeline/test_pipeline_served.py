@@ -32,3 +32,8 @@ def test_an_actor_books_no_memory_for_weights_that_a_server_has(resolved: Resolv
     placement = place_job(resolved, SMALL, rows=100_000)
     assert placement.actors.max == 2
     assert 0 < placement.actor_memory_bytes < GIB, "Ray Data fuses stages that book the same"
+
+
+def test_no_request_is_larger_than_the_server_takes(resolved: ResolvedJob) -> None:
+    asked = resolved._replace(spec=resolved.spec.model_copy(update={"batch_size": 100}))
+    assert place_job(asked, SMALL, rows=100_000).batch_size == 64
