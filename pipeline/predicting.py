@@ -14,7 +14,6 @@ log = logging.getLogger(__name__)
 def place_job(resolved: ResolvedJob, machines: Machines, rows: int) -> Placement:
     """Placement of a job of `rows` pending rows. Raises ClusterError when the GPUs asked for are not there."""
     spec = resolved.spec
-    batch_size = None if spec.batch_size == "auto" else min(spec.batch_size, resolved.served_batch or spec.batch_size)
     on_cpus = spec.backend == "torch" and not spec.gpus_per_actor
     if on_cpus and (warning := misfit(spec.dtype, resolved.dtype, machines.node_cpu_flags)):
         log.warning("%s", warning)
@@ -26,6 +25,7 @@ def place_job(resolved: ResolvedJob, machines: Machines, rows: int) -> Placement
 def placement_of(resolved: ResolvedJob, machines: Machines, rows: int) -> Placement:
     """The same without those warnings, for who asks again."""
     spec = resolved.spec
+    batch_size = None if spec.batch_size == "auto" else min(spec.batch_size, resolved.served_batch or spec.batch_size)
     return place(
         machines,
         rows=rows,

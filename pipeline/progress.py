@@ -140,9 +140,14 @@ class Meter:
         attempt.images_per_s = self._rate(self._recent[-1][0])
         attempt.stage_seconds = self.seconds
         attempt.actors = self._placement.actors.max
-        # Of a cluster the cores that gave this rate are not known: it may have grown, and others compute there too.
-        attempt.decode_tasks = None if self._count else self._placement.decoders
+        attempt.decode_tasks = self._cores(attempt.shard_count)
         attempt.bottleneck = self.bottleneck()
+
+    def _cores(self, shards: int) -> int | None:
+        """Those that gave the rate: of a cluster in the mean. Other shards may compute there too; then nobody knows."""
+        if self._count is None:
+            return self._placement.decoders
+        return round(self._cpus / self._counts) if self._counts and shards == 1 else None
 
     def bottleneck(self) -> str | None:
         """The stage that is busiest for what it has: predict by actors, decode by decoding tasks, fetch by reads."""

@@ -68,7 +68,7 @@ class AttemptRecord(BaseModel):
     stage_seconds: StageSeconds = StageSeconds()
     actors: int | None = None
     device: AttemptDevice | None = None  # what the model ran on
-    decode_tasks: int | None = None  # of a machine of its own: one for each core that `images_per_s` took
+    decode_tasks: int | None = None  # one for each core that `images_per_s` took; None where that is not known
     bottleneck: str | None = None
     message: str | None = None
     distance: Distance | None = None  # for the 8-bit precisions

@@ -122,13 +122,15 @@ def test_many_rows_without_a_model(tmp_path: Path, connect: Connect) -> None:
     assert maintenance.verify(spec.out, {}).problems == []
 
 
-@pytest.mark.parametrize(("may_grow", "tasks"), [(False, 2), (True, None)])
-def test_the_cores_of_a_rate_are_those_of_a_machine_of_its_own(
-    tmp_path: Path, connect: Connect, may_grow: bool, tasks: int | None
+@pytest.mark.parametrize(("may_grow", "shards", "tasks"), [(False, 1, 2), (True, 1, 3), (True, 2, None)])
+def test_the_cores_of_a_rate_are_those_that_there_were(
+    tmp_path: Path, connect: Connect, may_grow: bool, shards: int, tasks: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A cluster may have more of them in the end than in the beginning, and others that compute there."""
+    """A cluster may have more of them later than in the beginning, and other shards that compute there."""
+    monkeypatch.setattr("pipeline.flow._count", lambda: (3.0, 0.0))
     (tmp_path / "list.csv").write_text("uri\n" + "".join(f"http://nowhere/{i}.jpg\n" for i in range(20)))
-    spec = spec_for(tmp_path / "o", sources=[str(tmp_path / "list.csv")], model="null", backend="null")
+    values = {"sources": [str(tmp_path / "list.csv")], "model": "null", "backend": "null"}
+    spec = spec_for(tmp_path / "o", shard={"index": 0, "count": shards}, **values)
     with connect() as machines:
         cluster = machines._replace(may_grow=may_grow)
         assert run(spec, lambda: nullcontext(cluster)).attempt.decode_tasks == tasks
