@@ -84,8 +84,9 @@ def _connected(address: str | None, verbose: bool, cpus: int | None) -> Iterator
             raise ClusterError(
                 f"Ray could not be started on this machine: {why}. Where it is busy, the same command may pass"
             ) from error
-        told = _other_versions(address, why) if why.startswith(_MISMATCH) else _nobody(address, why.splitlines()[0])
-        raise told from error
+        if why.startswith(_MISMATCH):
+            raise _other_versions(address, why) from error
+        raise _nobody(address, why.splitlines()[0]) from error
     try:
         yield
     finally:
