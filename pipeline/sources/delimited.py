@@ -41,7 +41,8 @@ def read_delimited(source: str, delimiter: str, uri_column: str, storage_options
     Arrow's errors."""
     with _on_disk(source, storage_options) as path:
         quotes = quotes_enclose(path, source, delimiter, _BLOCK_BYTES)
-        names, columns = [], []
+        names: list[str] = []
+        columns: list[_Column] = []
         for batch in _batches(path, delimiter, quotes):
             names = batch.schema.names
             columns = columns or [_Column(is_text=name == uri_column) for name in names]
