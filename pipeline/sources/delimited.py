@@ -5,10 +5,12 @@ rows. Arrow would settle the types on the first block.
 """
 
 import gzip
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from decimal import Decimal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,10 +25,10 @@ from schemas.errors import SourceError
 # A row has to fit into one.
 _BLOCK_BYTES = 4 << 20
 _MISSING = pa.array(pa_csv.ConvertOptions().null_values)
-_INTEGER, _FLOAT = pa.int64(), pa.float64()
+_INTEGER, _FLOAT, _TIME = pa.int64(), pa.float64(), pa.time32("s")
 # What values may be, the first that holds all of a column; else they are text.
 _KINDS = (
-    *(_INTEGER, pa.bool_(), pa.date32()),
+    *(_INTEGER, pa.bool_(), pa.date32(), _TIME),
     *(pa.timestamp(unit, zone) for unit in ("s", "ns") for zone in (None, "UTC")),
     _FLOAT,
 )
@@ -34,13 +36,14 @@ _KINDS = (
 _ZERO_IN_FRONT = "^[+-]?0[0-9xX]"
 # From 16 digits on a float64 leaves out whole numbers.
 _LONG_NUMBER = "^[+-]?[0-9]{16,}$"
+_NO_TIME = "^[^:]*$"
 
 
 def read_delimited(source: str, delimiter: str, uri_column: str, storage_options: Options) -> Iterator[pa.Table]:
     """Tables of some thousand rows, and an empty one in front. Raises SourceError for quotes that are not closed, and
     Arrow's errors."""
     with _on_disk(source, storage_options) as path:
-        quotes = quotes_enclose(path, source, delimiter, _BLOCK_BYTES)
+        quotes = quotes_enclose(path, source, delimiter, 2 * _BLOCK_BYTES)
         names: list[str] = []
         columns: list[_Column] = []
         for batch in _batches(path, delimiter, quotes):
@@ -48,6 +51,8 @@ def read_delimited(source: str, delimiter: str, uri_column: str, storage_options
             columns = columns or [_Column(is_text=name == uri_column) for name in names]
             for column, values in zip(columns, batch.columns, strict=True):
                 column.look(values)
+        if any(name == uri_column and not column.is_unicode for name, column in zip(names, columns, strict=True)):
+            raise SourceError(f"{redact(source)}: column `{uri_column}` is no UTF-8; save the table as UTF-8")
         for batch in _batches(path, delimiter, quotes):
             read = [column.read(values) for column, values in zip(columns, batch.columns, strict=True)]
             yield pa.table(read, names=names)
@@ -80,11 +85,11 @@ def _batches(path: str, delimiter: str, quotes: bool) -> Iterator[pa.RecordBatch
     """All columns as bytes; an empty batch first."""
     form = pa_csv.ParseOptions(delimiter=delimiter, quote_char='"' if quotes else False, newlines_in_values=quotes)
     size = pa_csv.ReadOptions(block_size=_BLOCK_BYTES)
-    with pa.OSFile(path) as file, pa_csv.open_csv(file, size, form) as reader:
+    with pa.OSFile(os.fsencode(path)) as file, pa_csv.open_csv(file, size, form) as reader:
         schema = pa.schema([(name, pa.binary()) for name in reader.schema.names])
     types = pa_csv.ConvertOptions(column_types=schema)
     yield pa.record_batch([pa.array([], field.type) for field in schema], schema=schema)
-    with pa.OSFile(path) as file, pa_csv.open_csv(file, size, form, types) as reader:
+    with pa.OSFile(os.fsencode(path)) as file, pa_csv.open_csv(file, size, form, types) as reader:
         yield from reader
 
 
@@ -98,13 +103,13 @@ class _Column:
 
     def __init__(self, *, is_text: bool) -> None:
         self._kinds = () if is_text else _KINDS
-        self._unicode = True
+        self.is_unicode = True
         self._seen = self._zeros = self._beyond_float = False
 
     def look(self, values: pa.Array) -> None:
         texts = _cast(values, pa.string())
         if texts is None:
-            self._kinds, self._unicode = (), False
+            self._kinds, self.is_unicode = (), False
         if not self._kinds:
             return
         texts = _present(texts).drop_null()
@@ -116,17 +121,17 @@ class _Column:
             self._zeros = bool(pc.any(pc.match_substring_regex(texts, _ZERO_IN_FRONT)).as_py())
         if _FLOAT in self._kinds and not self._beyond_float:
             numbers = texts.filter(pc.match_substring_regex(texts, _LONG_NUMBER)).to_pylist()
-            self._beyond_float = any(float(number) != int(number) for number in numbers)
+            self._beyond_float = any(float(number) != Decimal(number) for number in numbers)
 
     def read(self, values: pa.Array) -> pa.Array:
         if not self._kinds:
-            return values.cast(pa.string()) if self._unicode else values
+            return values.cast(pa.string()) if self.is_unicode else values
         if not self._seen:
             return pa.nulls(len(values))
         texts, kind = values.cast(pa.string()), self._kinds[0]
         if (kind == _INTEGER and self._zeros) or (kind == _FLOAT and self._beyond_float):
             return pc.if_else(pc.is_valid(_present(texts)), texts, pa.scalar(None, pa.string()))
-        return _present(texts).cast(kind)
+        return _cast(_present(texts), kind)
 
 
 def _present(texts: pa.Array) -> pa.Array:
@@ -135,7 +140,13 @@ def _present(texts: pa.Array) -> pa.Array:
 
 
 def _cast(values: pa.Array, kind: pa.DataType) -> pa.Array | None:
+    """None where some do not fit."""
     try:
-        return values.cast(kind)
+        if kind != _TIME:
+            return values.cast(kind)
+        if pc.any(pc.match_substring_regex(values, _NO_TIME)).as_py():
+            return None
+        # Arrow reads a time from a CSV, and from texts only with a day.
+        return pc.binary_join_element_wise("1970-01-01T", values, "").cast(pa.timestamp("s")).cast(kind)
     except pa.ArrowInvalid:
         return None

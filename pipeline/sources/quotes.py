@@ -11,7 +11,7 @@ from schemas.errors import SourceError
 
 _READ_BYTES = 4 << 20
 _IN_QUOTES = re.compile(r'(?:"[^"]*")+')
-_ENCLOSED = re.compile(r'(?:^|\t)"[^"\t]*"(?=[\t\r\n]|$)')
+_ENCLOSED = re.compile(r'(?:^|\t)"[^"]*"(?=[\t\r\n]|$)')
 
 _log = logging.getLogger(__name__)
 
@@ -45,8 +45,8 @@ def quotes_enclose(path: str, source: str, delimiter: str, most_characters: int)
     if rows.ill_line is not None:
         raise SourceError(
             f"{redact(source)}, line {rows.ill_line}: nothing closes a quote with which a value of the row that begins "
-            "here begins, so that all lines behind it would be one value. Close it; a quote that is part of a value is "
-            "written as two, in a value that is in quotes itself"
+            f"here begins, or not within {most_characters:,} characters, so that all lines behind it would be one "
+            "value. Close it; a quote that is part of a value is written as two, in a value that is in quotes itself"
         )
     if rows.spanning:
         _log.warning(

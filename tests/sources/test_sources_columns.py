@@ -1,6 +1,6 @@
 """The user's own columns, and tables that hold the image bytes."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, time
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +63,21 @@ def test_a_csv_column_that_turns_to_text_is_text_throughout(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("filler", [1, 30_000])
 def test_a_csv_column_has_the_first_type_that_holds_all_its_values(tmp_path: Path, filler: int) -> None:
-    header = "uri,real,day,moment,zoned,yes,none,clock,bytes,note\n"
-    plain = f"/x.jpg,1,2024-01-02,2024-01-02,2024-01-02T03:04:05Z,true,,00:10:00,x,{'x' * 200}\n" * filler
-    odd = "/a.jpg, 0.5 ,NA,2024-01-02 03:04:05,2024-01-02 05:04:05+02:00,False,,x,caf\xe9,NA\n"
+    header = "uri,real,day,moment,zoned,yes,none,clock,hour,bytes,note\n"
+    plain = f"/x.jpg,1,2024-01-02,2024-01-02,2024-01-02T03:04:05Z,true,,00:10:00,00:10:00,x,{'x' * 200}\n" * filler
+    odd = "/a.jpg, 0.5 ,NA,2024-01-02 03:04:05,2024-01-02 05:04:05+02:00,False,,12:30,x,caf\xe9,NA\n"
     (tmp_path / "t.csv").write_bytes((header + plain + odd).encode("latin-1"))
     (row,) = read(tmp_path / "t.csv").slice(filler).to_pylist()
     utc = datetime(2024, 1, 2, 3, 4, 5, tzinfo=UTC)
     assert (row["real"], row["day"], row["moment"], row["zoned"]) == (0.5, None, utc.replace(tzinfo=None), utc)
-    assert (row["yes"], row["none"], row["clock"], row["bytes"], row["note"]) == (False, None, "x", b"caf\xe9", "NA")
+    assert (row["yes"], row["none"], row["clock"], row["bytes"], row["note"]) == (
+        False,
+        None,
+        time(12, 30),
+        b"caf\xe9",
+        "NA",
+    )
+    assert row["hour"] == "x"
 
 
 @pytest.mark.parametrize("filler", [0, 30_000])
@@ -78,7 +85,7 @@ def test_identifiers_in_a_csv_that_no_float_holds_are_text(tmp_path: Path, fille
     """Arrow takes a column of them for floats: neighbours would become equal. Behind much filler, in a late block."""
     lines = [f"/x.jpg,0.5,1e300,18446744073709551616,{'x' * 200}"] * filler
     lines += ["/a.jpg,17293822569102704643,9007199254740993.0,9223372036854775808,"]
-    lines += ["/b.jpg, 17293822569102704644,,-1e20,"]
+    lines += [f"/b.jpg, 17293822569102704644,,-1e20,{'1' * 5000}"]
     (tmp_path / "t.csv").write_text("\n".join(["uri,id,real,round,filler", *lines]) + "\n")
     table = read(tmp_path / "t.csv").slice(filler)
     assert [text.strip() for text in table["id"].to_pylist()] == ["17293822569102704643", "17293822569102704644"]

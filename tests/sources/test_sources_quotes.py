@@ -163,3 +163,22 @@ def test_lines_are_counted_whatever_ends_them(tmp_path: Path, end: str) -> None:
 def test_a_zero_alone_is_a_number(tmp_path: Path) -> None:
     found = rows(tmp_path / "t.csv", "uri,a,b,c\n007.jpg,0,0.5,00:10:00\n08.jpg,10,0,00:20:00\n")
     assert [(row["a"], row["b"]) for row in found] == [(0, 0.5), (10, 0.0)]
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
+@pytest.mark.parametrize("mark", ["", '"'])
+def test_a_value_may_be_longer_than_what_is_read_at_a_time(tmp_path: Path, name: str, mark: str) -> None:
+    end = "," if name == "t.csv" else "\t"
+    content = f'uri{end}text\n"a.jpg"{end}{mark}{"x" * (5 << 20)}{mark}\nb.jpg{end}"y"\n'
+    assert [(row["uri"], len(row["text"])) for row in rows(tmp_path / name, content)] == [
+        ("a.jpg", 5 << 20),
+        ("b.jpg", 1),
+    ]
+
+
+def test_a_tsv_of_which_the_quotes_break_rows_says_what_would_help(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(SourceError, match=r"t\.tsv cannot be read as TSV.* Expected 2 columns, got 3"):
+        rows(tmp_path / "t.tsv", 'uri\tcaption\na.jpg\t"a\tb"\nb.jpg\t"foo" bar\n')
+    assert "put the names in the header in quotes" in caplog.text

@@ -1,5 +1,6 @@
 """CSV, TSV, JSONL and Parquet tables of addresses, on disks and in stores that fail."""
 
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -117,6 +118,16 @@ def test_what_is_no_such_table_is_an_error(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\x00\xff\xd8 no table \n\n1,2,3\n")
     with pytest.raises(SourceError, match=f"{tmp_path}/{name}"):
         read(tmp_path / name)
+
+
+def test_a_table_that_is_no_utf8_or_lies_where_a_name_is_none(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes("uri,n\ncaf\xe9.jpg,1\n".encode("latin-1"))
+    with pytest.raises(SourceError, match=r"t\.csv: column `uri` is no UTF-8; save the table as UTF-8"):
+        read(tmp_path / "t.csv")
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    os.mkdir(folder)
+    write(Path(folder, "t.csv"), [{"uri": "/a.jpg", "n": 1}])
+    assert uris(f"{tmp_path}/caf?/t.csv") == ["/a.jpg"]
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet"])
