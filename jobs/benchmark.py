@@ -103,7 +103,8 @@ def look(
     connect = partial(ray_session, address, verbose=verbose, bundles=first_bundles(spec), wait_s=wait_s)
     began = time.monotonic()
     with connect() as machines:
-        connected_s = time.monotonic() - began
+        # Who waits for machines waits longer than anything takes to start.
+        connected_s = 0.0 if wait_s else time.monotonic() - began
         if machines.nodes > 1 and scratch is None:
             raise SpecError(
                 f"the cluster has {machines.nodes} nodes, and all must see the folder in which the whole job is tried: "

@@ -115,9 +115,10 @@ def reopen_failures(
     resolved = resolve_job(spec)
     open_directory(resolved)
     if connect:
-        from pipeline.predicting import place_job  # here, because it loads Ray, and the other commands need none
+        from pipeline.predicting import placement_of  # here, because it loads Ray, and the other commands need none
 
-        place_job(resolved, connect(spec), intervals.count(intervals.union([again, left])))
+        attempts.require_free(out, WHOLE, storage_options, "retry", take_over=force)  # before machines are waited for
+        placement_of(resolved, connect(spec), intervals.count(intervals.union([again, left])))
     # Also where nothing is taken out: the run that follows would end one that is still at work.
     with _attempt(out, "retry", storage_options, force=force):
         if len(again):

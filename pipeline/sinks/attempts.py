@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 
 from fsspec import AbstractFileSystem
 
-from pipeline.attempt_files import as_known, read_attempt, shares_rows
+from pipeline.attempt_files import as_known, is_alive, read_attempt, shares_rows
 from pipeline.lock import process_mark
 from pipeline.record import current_versions
 from pipeline.storage import Options, create_bytes, filesystem, is_local, join, put_bytes, redact
@@ -65,35 +65,47 @@ class Fence:
                 self._harmless = newer
 
 
+def require_free(
+    out: str, shard: Shard, storage_options: Options, command: str, *, take_over: bool = True
+) -> list[AttemptRecord]:
+    """The records of the attempts there, as they are known.
+
+    Raises OutputError if an attempt on overlapping rows is alive on this machine, or, without `take_over`, if one on
+    another machine has not said that it ended: whether it lives cannot be seen from here. There one that a later
+    attempt has taken over from holds up nobody: its fence turns it away.
+    """
+    records = read_attempts(out, storage_options)
+    known = as_known(records)
+    for record, settled in zip(records, known, strict=True):
+        if record.status != "running" or not shares_rows(record, shard):
+            continue
+        here = record.host == socket.gethostname()
+        if here and record.pid != os.getpid() and is_alive(record):
+            raise OutputError(
+                f"{redact(out)}: process {record.pid} has been writing there since {record.started}. "
+                "Wait for it or stop it first; two runs must not write the same rows"
+            )
+        if not here and settled.status == "running" and not take_over:
+            again = "" if record.command in _NOT_TAKING_OVER else "run its own command again or "
+            raise OutputError(
+                f"{redact(out)}: attempt {record.attempt} (process {record.pid} on {record.host}) has been running "
+                f"since {record.started}, and `{command}` would end it. Wait for it; if it is dead, {again}give "
+                "--force"
+            )
+    return known
+
+
 def claim(
     out: str, shard: Shard, storage_options: Options, command: str, *, take_over: bool = True
 ) -> tuple[Fence, AttemptRecord]:
-    """Open a new attempt on the rows of `shard`.
-
-    Raises OutputError if an attempt on overlapping rows is alive on this machine, or, without `take_over`, if one on
-    another machine has not said that it ended: whether it lives cannot be seen from here. One that a later attempt has
-    taken over from holds up nobody: its fence turns it away.
-    """
+    """Open a new attempt on the rows of `shard`. Raises OutputError as `require_free` does."""
     fs, path = filesystem(out, storage_options)
-    records = as_known(read_attempts(out, storage_options))
-    unfinished = False
-    for position, record in enumerate(records):
-        if not shares_rows(record, shard):
-            continue
-        unfinished |= _may_have_left_writes(record, records[position + 1 :])
-        if record.status == "running":
-            if record.host == socket.gethostname() and record.pid != os.getpid():
-                raise OutputError(
-                    f"{redact(out)}: process {record.pid} has been writing there since {record.started}. "
-                    "Wait for it or stop it first; two runs must not write the same rows"
-                )
-            if record.host != socket.gethostname() and not take_over:
-                again = "" if record.command in _NOT_TAKING_OVER else "run its own command again or "
-                raise OutputError(
-                    f"{redact(out)}: attempt {record.attempt} (process {record.pid} on {record.host}) has been running "
-                    f"since {record.started}, and `{command}` would end it. Wait for it; if it is dead, {again}give "
-                    "--force"
-                )
+    records = require_free(out, shard, storage_options, command, take_over=take_over)
+    unfinished = any(
+        _may_have_left_writes(record, records[position + 1 :])
+        for position, record in enumerate(records)
+        if shares_rows(record, shard)
+    )
     record = _open(fs, path, shard, command)
     if unfinished:
         try:

@@ -55,7 +55,7 @@ class Given:
             monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=lambda: self.clock))
 
     @contextmanager
-    def connect(self, address: str | None, *, verbose: bool) -> Iterator[Machines]:
+    def connect(self, address: str | None, **_: Any) -> Iterator[Machines]:
         self.clock += 5.0
         yield self.machines
 
@@ -82,7 +82,7 @@ def test_a_source_is_named_until_it_has_all_images_of_the_rehearsal(
 ) -> None:
     """A thousand are all that is listed, however many there are; where no more are, half a second would be all."""
     given.measured = FAST._replace(listed=listed)
-    together = look(spec_for(checkpoint), 20.0, None, None, False)[-1]
+    together = look(spec_for(checkpoint), 20.0, None, 0.0, None, False)[-1]
     (spec,) = given.rehearsed
     assert spec.limit == together.images == 4000
     assert spec.sources == ("photos",) * times
@@ -92,23 +92,24 @@ def test_a_source_is_named_until_it_has_all_images_of_the_rehearsal(
 def test_the_cores_that_actors_on_gpus_book_decode_nothing(given: Given, checkpoint: Path) -> None:
     given.machines = Machines(8, 2, 1e9, 1, (8.0,), (2.0,), (64e9,))
     given.measured = FAST._replace(forward=[Forward("float32", 8, 0, 1e-3, [])])
-    shape = look(spec_for(checkpoint, gpus_per_actor=1, dtype="float32"), 20.0, None, None, False)[1]
+    shape = look(spec_for(checkpoint, gpus_per_actor=1, dtype="float32"), 20.0, None, 0.0, None, False)[1]
     assert (shape.cpus, shape.gpus, shape.actor_cpus) == (8, 2, 2)
 
 
 def test_the_start_of_ray_is_part_of_the_start_up(
     given: Given, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measured, shape, placement, together = look(spec_for(checkpoint), 20.0, None, None, False)
+    measured, shape, placement, together = look(spec_for(checkpoint), 20.0, None, 0.0, None, False)
     assert together.startup_s == 5.0 + 2.0
     show(result(measured, shape, placement, together), measured, shape)
     assert "after 7 s of start-up, Ray's included;" in capsys.readouterr().out
+    assert look(spec_for(checkpoint), 20.0, "h:1", 900.0, None, False)[-1].startup_s == 2.0, "waiting is no start-up"
 
 
 def test_without_two_batches_there_is_no_rate(given: Given, checkpoint: Path) -> None:
     given.batches = 1
     with pytest.raises(SpecError, match=r"--seconds 20: all 4000 images of the rehearsal came at once.* give more"):
-        look(spec_for(checkpoint), 20.0, None, None, False)
+        look(spec_for(checkpoint), 20.0, None, 0.0, None, False)
 
 
 @pytest.mark.parametrize("actors", [None, {"min": 2, "max": 8}])

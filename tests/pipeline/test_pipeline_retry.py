@@ -99,6 +99,20 @@ def test_a_refusal_leaves_the_failures_where_they_are(
     assert status(str(tmp_path / "out"), {})["failures"] == 1
 
 
+def test_no_machine_is_asked_for_while_somebody_writes_there(tmp_path: Path, hub: Path) -> None:
+    failed_run(tmp_path)
+    out = str(tmp_path / "out")
+    _, attempt = attempts.claim(out, WHOLE, {}, "embed")
+    attempt.host = "another"
+    (tmp_path / "out" / "attempts" / f"{attempt.attempt:06d}.json").write_text(attempt.model_dump_json())
+
+    def connect(spec: JobSpec) -> Machines:
+        raise AssertionError("a cluster would grow for it")
+
+    with pytest.raises(OutputError, match=r"on another.* has been running since .*give --force"):
+        reopen_failures(out, False, {}, connect=connect)
+
+
 def test_damaged_failures_are_named(tmp_path: Path, hub: Path) -> None:
     failed_run(tmp_path)
     out = str(tmp_path / "out")

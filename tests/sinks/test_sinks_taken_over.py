@@ -1,10 +1,12 @@
 """What a dead attempt holds up on another machine than its own, and what once a later one has taken over from it."""
 
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from pipeline.lock import process_mark
 from pipeline.sinks import attempts
 from schemas.errors import OutputError
 from schemas.spec import Shard
@@ -45,3 +47,15 @@ def test_the_way_past_a_dead_attempt_is_one_that_leads_past_it(
     own = "run its own command again or " if command == "embed" else ""
     with pytest.raises(OutputError, match=f"if it is dead, {own}give --force$"):
         attempts.claim(str(tmp_path), whole, {}, "compact", take_over=False)
+
+
+def test_who_is_alive_here_is_not_joined_though_it_was_taken_over(tmp_path: Path) -> None:
+    """Its next write is turned away, but until then two jobs would share this machine."""
+    whole = Shard(index=0, count=1)
+    _, living = attempts.claim(str(tmp_path), whole, {}, "embed")
+    living.pid, living.process = os.getppid(), process_mark(os.getppid())
+    (tmp_path / "attempts/000001.json").write_text(living.model_dump_json())
+    later = living.model_copy(update={"attempt": 2, "host": "another", "status": "done"})
+    (tmp_path / "attempts/000002.json").write_text(later.model_dump_json())
+    with pytest.raises(OutputError, match=f"process {os.getppid()} has been writing there"):
+        attempts.claim(str(tmp_path), whole, {}, "embed")
