@@ -34,7 +34,7 @@ def export_triton(
     from pipeline.models import inspect_model
     from pipeline.predictors.triton_repository import Serving, check_serving
     from pipeline.predictors.triton_repository import export_triton as export
-    from schemas.spec import parse_image_size
+    from schemas.values import parse_image_size
 
     options = parse_options(storage_options)
     serving = check_serving(Serving(dtype, max_batch, instances, gpu))

@@ -21,7 +21,7 @@ def models(
 ) -> int:
     """What a checkpoint is: family, sizes, preprocessing, heads, labels, pooling, parameters, cost and digest."""
     from pipeline.models import inspect_model
-    from schemas.spec import parse_image_size
+    from schemas.values import parse_image_size
 
     info = inspect_model(
         model,

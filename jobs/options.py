@@ -61,7 +61,7 @@ def sampled_values(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def nested_values(given: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Options that stand one level down in the spec, over those that `base` already has there."""
-    from schemas.spec import ActorRange, Shard
+    from schemas.values import ActorRange, Shard
 
     base = base or {}
     values: dict[str, Any] = {}

@@ -25,7 +25,8 @@ def predict(
     """Label the images of {"input_data": [base64 or URL, …]} on standard input; prints [[{"label", "score"}, …], …]."""
     from pipeline.models import choose_dtype, inspect_model
     from pipeline.online import FORM, Settings, answer, parse_request
-    from schemas.spec import FetchSpec, parse_image_size
+    from schemas.spec import FetchSpec
+    from schemas.values import parse_image_size
 
     if sys.stdin.isatty():
         raise SpecError(f"predict reads {FORM} on standard input, and nothing is piped into it")

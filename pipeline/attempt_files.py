@@ -12,7 +12,7 @@ from pipeline.storage import redact
 from pipeline.store_errors import reading
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
-from schemas.spec import Shard
+from schemas.values import Shard
 
 
 def read_attempt(fs: AbstractFileSystem, place: str) -> AttemptRecord | None:

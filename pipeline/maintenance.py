@@ -22,7 +22,8 @@ from pipeline.storage import Options, filesystem, redact
 from schemas.errors import OutputError
 from schemas.machines import Machines
 from schemas.run import RunRecord
-from schemas.spec import WHOLE, JobSpec, build_spec
+from schemas.spec import JobSpec, build_spec
+from schemas.values import WHOLE
 
 
 class NothingToRetry(OutputError):

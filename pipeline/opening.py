@@ -9,7 +9,6 @@ from pipeline.lock import Held
 from pipeline.models import ModelInfo, choose_dtype, inspect_model, require_classes, with_head, with_labels
 from pipeline.predictors.batches import Wanted
 from pipeline.predictors.null import NULL_DIM
-from pipeline.predictors.triton_protocol import ServedModel
 from pipeline.record import check_empty, check_same, freezing, new_record, read_record, require_record, write_record
 from pipeline.sinks import intervals
 from pipeline.sinks.compaction import recover
@@ -28,8 +27,9 @@ from pipeline.storage import Options
 from schemas.errors import OutputError, SpecError
 from schemas.preprocessing import Preprocessing
 from schemas.run import ModelRecord, RunRecord
-from schemas.spec import WHOLE, JobSpec, Shard, TritonSpec
+from schemas.spec import JobSpec
 from schemas.tables import FeatureSize, feature_bytes, user_fields
+from schemas.values import WHOLE, Shard
 
 # Beside the weights in an actor: batches under way, Python and its libraries.
 _BATCHES_BYTES = 256 << 20
@@ -136,7 +136,9 @@ def resolve_job(spec: JobSpec) -> ResolvedJob:
     top = min(spec.labels, info.num_labels)
     wanted = Wanted(spec.features, dims, spec.feature_dtype, top, info.labels, info.multi_label)
     if spec.triton:
-        served = _served(spec, spec.triton, info, wanted)
+        from pipeline.predictors.triton import served_model
+
+        served = served_model(info, wanted, spec.triton, spec.dtype)
         return ResolvedJob(spec, info, wanted, served.dtype, served.max_batch_size)
     return ResolvedJob(spec, info, wanted, _dtype(spec))
 
@@ -171,19 +173,6 @@ def _without_cls(spec: JobSpec, info: ModelInfo) -> JobSpec:
     if "features" in spec.model_fields_set:
         raise SpecError(f"{spec.model} ({info.architecture}) has no CLS token; ask for --features pooled")
     return spec.model_copy(update={"features": ("pooled",)})
-
-
-def _served(spec: JobSpec, triton: TritonSpec, info: ModelInfo, wanted: Wanted) -> ServedModel:
-    """What the server says that it serves: this very model, in which precision, and how much of it at once."""
-    from pipeline.predictors.triton import check_server
-
-    served = check_server(info, wanted, triton)
-    if spec.dtype not in {"auto", served.dtype}:
-        raise SpecError(
-            f"--dtype {spec.dtype}: the server at {triton.url} computes in {served.dtype}; leave out --dtype, or "
-            f"export the model again with --dtype {spec.dtype}"
-        )
-    return served
 
 
 def _dtype(spec: JobSpec) -> str:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from pipeline.staff import Staff, on_cpus, on_gpus
 from schemas.errors import ClusterError
 from schemas.machines import Machines
-from schemas.spec import ActorRange
+from schemas.values import ActorRange
 
 log = logging.getLogger(__name__)
 

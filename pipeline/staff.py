@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from schemas.errors import ClusterError
 from schemas.machines import Machines
-from schemas.spec import ActorRange
+from schemas.values import ActorRange
 
 _log = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from pipeline.predictors.batches import (
 )
 from pipeline.predictors.triton_connection import Connection, DeadlineMissed, ServerAway, ServerError
 from pipeline.predictors.triton_protocol import LOGITS, ServedModel, check_model, default_model_name
-from schemas.errors import ClusterError
+from schemas.errors import ClusterError, SpecError
 from schemas.spec import TritonSpec
 
 _log = logging.getLogger(__name__)
@@ -227,6 +227,18 @@ def check_server(info: ModelInfo, wanted: Wanted, spec: TritonSpec, connect_s: f
         ) from error
     connection.close()
     return connection.model
+
+
+def served_model(info: ModelInfo, wanted: Wanted, spec: TritonSpec, dtype: str) -> ServedModel:
+    """`check_server` for a run in `dtype`, or in whichever is served where that is `auto`. Raises SpecError too where
+    the server computes in another."""
+    served = check_server(info, wanted, spec)
+    if dtype not in {"auto", served.dtype}:
+        raise SpecError(
+            f"--dtype {dtype}: the server at {spec.url} computes in {served.dtype}; leave out --dtype, or export the "
+            f"model again with --dtype {dtype}"
+        )
+    return served
 
 
 def probabilities(logits: Floats, *, multi_label: bool) -> Floats:

@@ -21,7 +21,7 @@ from pipeline.storage import Options, create_bytes, filesystem, is_local, join, 
 from pipeline.store_errors import reading
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
-from schemas.spec import Shard
+from schemas.values import Shard
 
 _SETTLE_S = 1.0
 _SETTLE_REMOTE_S = 5.0

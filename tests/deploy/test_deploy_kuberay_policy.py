@@ -14,7 +14,8 @@ from support.kustomize import Resource, build
 from jobs.cli import app
 from pipeline.placement import place
 from schemas.machines import Machines
-from schemas.spec import ActorRange, build_spec
+from schemas.spec import build_spec
+from schemas.values import ActorRange
 
 ROOT = Path(__file__).parents[2]
 OVERLAYS = sorted(path.parent for path in (ROOT / "deploy/kuberay").glob("overlays/*/*/kustomization.yaml"))

@@ -9,7 +9,8 @@ import pytest
 from pipeline.placement import place
 from schemas.errors import ClusterError
 from schemas.machines import Machines
-from schemas.spec import ActorRange, build_spec
+from schemas.spec import build_spec
+from schemas.values import ActorRange
 
 # Ray's own deprecations, about Ray's own code.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -9,7 +9,7 @@ from pipeline.placement import place
 from pipeline.progress import Meter
 from schemas.attempt import AttemptRecord, StageSeconds
 from schemas.machines import Machines
-from schemas.spec import ActorRange
+from schemas.values import ActorRange
 
 MACHINE = Machines(cpus=2.0, gpus=0.0, object_store_bytes=1e9, nodes=1, node_cpus=(2.0,))
 

@@ -23,8 +23,9 @@ from pipeline.sinks import attempts
 from pipeline.sinks.parts import write_part
 from schemas.errors import CheckpointError, ClusterError, OutputError, PatchstreamError, SpecError
 from schemas.machines import Machines
-from schemas.spec import WHOLE, JobSpec, build_spec
+from schemas.spec import JobSpec, build_spec
 from schemas.tables import FAILURES_SCHEMA
+from schemas.values import WHOLE
 
 COMMIT = "3f49326eb077187dfe1c2a2bb15fbd74e6ab91e3"
 NAME = "somebody/vit"

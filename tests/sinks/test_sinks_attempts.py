@@ -25,8 +25,8 @@ from pipeline.sinks import attempts
 from pipeline.sinks.ray_writer import WriteJob, write_blocks
 from schemas.attempt import AttemptRecord
 from schemas.errors import Interrupted, OutputError
-from schemas.spec import Shard
 from schemas.tables import images_schema, output_fields, predicted_schema
+from schemas.values import Shard
 
 
 def test_the_newest_attempt_wins(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_what_is_known_to_be_over_does_not_run(tmp_path: Path) -> None:
 
 def test_a_directory_that_was_begun_anew_is_not_the_old_ones(tmp_path: Path) -> None:
     whole = Shard(index=0, count=1)
-    claim = "import sys; from pipeline.sinks.attempts import claim; from schemas.spec import Shard; "
+    claim = "import sys; from pipeline.sinks.attempts import claim; from schemas.values import Shard; "
     claim += "claim(sys.argv[1], Shard(index=0,count=1), {}, 'embed')"
     old, record = attempts.claim(str(tmp_path), whole, {}, "embed")
     shutil.rmtree(tmp_path / "attempts")
@@ -165,7 +165,7 @@ def test_shards_do_not_fence_each_other(tmp_path: Path) -> None:
 
 
 def test_a_living_attempt_is_not_overrun(tmp_path: Path) -> None:
-    claim = "import sys,time; from pipeline.sinks.attempts import claim; from schemas.spec import Shard; "
+    claim = "import sys,time; from pipeline.sinks.attempts import claim; from schemas.values import Shard; "
     claim += "claim(sys.argv[1], Shard(index=0,count=1), {}, 'embed'); print('in', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", claim, str(tmp_path)], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None

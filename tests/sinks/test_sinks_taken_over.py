@@ -9,7 +9,7 @@ import pytest
 from pipeline.lock import process_mark
 from pipeline.sinks import attempts
 from schemas.errors import OutputError
-from schemas.spec import Shard
+from schemas.values import Shard
 
 
 @pytest.mark.parametrize(("began_s_ago", "waits"), [(5, True), (600, False)])
