@@ -15,7 +15,8 @@ from pipeline.columns import ColumnReads
 from pipeline.record import require_record
 from pipeline.results import list_results
 from pipeline.retrieval.arrays import Floats, Ints, Preparation, Progress, no_progress
-from pipeline.retrieval.matrix import Matrix, map_matrix, prepare_matrix
+from pipeline.retrieval.matrix import Matrix, map_matrix
+from pipeline.retrieval.matrix_files import prepare_matrix
 from pipeline.retrieval.parts import (
     NoParts,
     Part,

@@ -17,8 +17,9 @@ import pytest
 import torch
 from support.runs import RunContent, write_run
 
-from pipeline.retrieval import matrix as module
+from pipeline.retrieval import matrix_files as module
 from pipeline.retrieval.arrays import unit
+from pipeline.retrieval.matrix import map_matrix
 from pipeline.retrieval.nearest import top_k
 from pipeline.retrieval.parts import stream_part
 from pipeline.retrieval.store import FeatureStore
@@ -166,7 +167,7 @@ def test_a_matrix_larger_than_memory_and_swap_is_mapped(tmp_path: Path) -> None:
         pytest.skip("the file system has no sparse files")
     np.save(tmp_path / "rows.npy", np.arange(count))
     np.save(tmp_path / "norms.npy", np.ones(count, np.float32))
-    matrix = module.map_matrix(tmp_path, "cls", np.empty(0, np.int64))
+    matrix = map_matrix(tmp_path, "cls", np.empty(0, np.int64))
     assert matrix.vectors.nbytes > room
     assert matrix.take(np.array([count - 1])).sum() == 0
 
@@ -189,7 +190,7 @@ def test_a_process_that_ends_while_a_thread_makes_a_matrix_leaves_none(tmp_path:
     code = (
         "import atexit, os, sys, threading\n"
         "from pathlib import Path\n"
-        "from pipeline.retrieval.matrix import _staged_folder\n"
+        "from pipeline.retrieval.matrix_files import _staged_folder\n"
         "begun = threading.Event()\n"
         "def make():\n"
         "    with _staged_folder(Path(sys.argv[1]) / 'pooled-x', 1) as folder:\n"
