@@ -22,9 +22,9 @@ _CPU_BLOCK_S = 2.0
 # What a batch of the automatic size may take one thread: until then nothing of it can be committed.
 _CPU_BATCH_S = 10.0
 _GFLOPS_A_THREAD = 50.0
-# What an actor may have under way with a Triton server: one of two cores still answers two of them within the usual
-# deadline of 60 s, and of ViT-B it makes a batch of 64.
-_SERVED_GFLOP = 3000.0
+# What all actors together may have under way with a Triton server: one of two cores still answers within the usual
+# deadline of 60 s.
+_SERVED_GFLOP = 6000.0
 # Blocks on their way from stage to stage. Ray Data reckons with two for each decoding task that runs, and grants these
 # three eighths of the limit; those that wait for an actor come out of another part of it.
 _STREAM_BYTES = 512 << 20
@@ -105,10 +105,11 @@ def place(
     staff = on_gpus(machines, actors, gpus_per_actor) if on_gpu else on_cpus(machines, actors, carried, one_call)
     chosen, lanes, cpus = staff.actors, staff.lanes, max(1, int(machines.cpus))
     row_bytes = max(1, pixel_bytes, output_bytes)
+    room = _block_room(machines, chosen.max, cpus) / row_bytes
+    work = _served_images(chosen.max, image_gflop)
     limits: list[float] = []
     if one_call and not on_gpu:
-        room = _block_room(machines, chosen.max, cpus) / row_bytes
-        limits = [most / in_flight for most in (room, *_served_limits(chosen.max, rows, image_gflop))]
+        limits = [most / in_flight for most in (room, work, rows // (chosen.max * _BLOCKS_A_CALL))]
     elif not on_gpu:
         limits = _cpu_batch_limits(staff, rows, image_gflop)
     usual = 256 if on_gpu else served_batch or 8
@@ -117,15 +118,17 @@ def place(
         # More actors than batches would only load weights.
         useful = max(1, min(chosen.max, -(-rows // (batch * in_flight * lanes))))
         chosen = ActorRange(min=min(chosen.min, useful), max=useful)
-    blocks = max(1, _BLOCK_BYTES // (row_bytes * batch * in_flight)) if pixel_bytes else 4096 // batch
+    # Of a size that was asked for as many as there is room for.
+    at_once = batch * max(1, min(in_flight, int(room // batch)))
+    blocks = max(1, _BLOCK_BYTES // (row_bytes * at_once)) if pixel_bytes else 4096 // batch
     if on_gpu:
-        room = _block_room(machines, chosen.max, cpus) / row_bytes
         batch, blocks = _two_batches(batch, blocks, room, may_halve=batch_size is None)
-    elif image_gflop and not one_call:
+        at_once = batch
+    elif image_gflop:
         # A result can be committed only when its block is done, and a crash must not cost minutes.
-        blocks = max(1, min(blocks, int(_images_in(_CPU_BLOCK_S, staff, image_gflop) // batch)))
+        soon = work if one_call else _images_in(_CPU_BLOCK_S, staff, image_gflop)
+        blocks = max(1, min(blocks, int(soon // at_once)))
     # Small inputs: blocks small enough that every lane gets several.
-    at_once = batch * in_flight
     block_rows = at_once * max(1, min(blocks, rows // (at_once * chosen.max * lanes * _BLOCKS_A_CALL) or 1))
     spread = -(-rows // (cpus * 4))
     task_rows = max(block_rows, min(_TASK_ROWS, spread), -(-rows // _MAX_LONG_TASKS))
@@ -193,10 +196,9 @@ def _cpu_batch_limits(staff: Staff, rows: int, image_gflop: float) -> list[float
     ]
 
 
-def _served_limits(actors: int, rows: int, image_gflop: float) -> list[float]:
-    """Images that an actor may have under way with a server: those that a slow one computes in time, and as many as
-    leave every actor several blocks."""
-    return [_SERVED_GFLOP / image_gflop if image_gflop else float("inf"), rows // (actors * _BLOCKS_A_CALL)]
+def _served_images(actors: int, image_gflop: float) -> float:
+    """Images that an actor may have under way with a server that is a slow one."""
+    return _SERVED_GFLOP / max(2, actors) / image_gflop if image_gflop else float("inf")
 
 
 def _images_in(seconds: float, staff: Staff, image_gflop: float) -> float:
