@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import tritonclient.grpc as triton
+from support.commands import end, start
 from support.served_model import MAX_BATCH, Exported, export
 from support.triton import TritonServer, server_folder, triton_server
 
@@ -51,6 +52,14 @@ def regions(client: Any) -> Any:
     return client.get_system_shared_memory_status(as_json=True).get("regions", {})
 
 
+def left(client: Any) -> Any:
+    """The same, once the actors have had time to end by themselves, behind the job."""
+    patient_until = time.monotonic() + 120
+    while regions(client) and time.monotonic() < patient_until:
+        time.sleep(0.2)
+    return regions(client)
+
+
 def counted(client: Any, name: str) -> tuple[int, int]:
     """Requests and images that the server has answered."""
     (model,) = client.get_inference_statistics(name, as_json=True)["model_stats"]
@@ -86,7 +95,23 @@ def test_shared_memory_is_given_back_at_the_end_of_a_job(
     summary = run(spec, connect, lambda progress: seen.append(regions(client)))
     assert summary.images == COPIES * PICTURES
     assert any(seen), "no memory was shared: there is nothing to give back"
-    patient_until = time.monotonic() + 120  # the actors end by themselves, behind the job
-    while regions(client) and time.monotonic() < patient_until:
-        time.sleep(0.2)
-    assert not regions(client)
+    assert not left(client)
+
+
+def test_shared_memory_is_given_back_at_the_end_of_a_command(
+    exported: Exported, server: TritonServer, client: Any, sources: list[str], tmp_path: Path
+) -> None:
+    """Whose Ray ends with it, and its actors too."""
+    log = tmp_path / "log"
+    seen: list[Any] = []
+    where = ["--out", tmp_path / "o", "--backend", "triton", "--triton-url", server.url]
+    command = start("embed", *sources, "--model", exported.info.name, *where, log=log)
+    try:
+        while command.poll() is None:
+            seen.append(regions(client))
+            time.sleep(0.05)
+    finally:
+        end(command.pid)
+    assert command.returncode == 0, log.read_text()
+    assert any(seen), "no memory was shared: there is nothing to give back"
+    assert not left(client)
