@@ -24,7 +24,7 @@ from schemas.errors import SourceError
 
 # A row has to fit into one.
 _BLOCK_BYTES = 4 << 20
-_MISSING = pa.array(pa_csv.ConvertOptions().null_values)
+_MISSING = pa_csv.ConvertOptions().null_values
 _INTEGER, _FLOAT, _TIME = pa.int64(), pa.float64(), pa.time32("s")
 # What values may be, the first that holds all of a column; else they are text.
 _KINDS = (
@@ -136,7 +136,8 @@ class _Column:
 
 def _present(texts: pa.Array) -> pa.Array:
     trimmed = pc.utf8_trim(texts, characters=" \t")
-    return pc.if_else(pc.is_in(trimmed, _MISSING), pa.scalar(None, pa.string()), trimmed)
+    # An array at the top of a module would import pandas with it.
+    return pc.if_else(pc.is_in(trimmed, pa.array(_MISSING)), pa.scalar(None, pa.string()), trimmed)
 
 
 def _cast(values: pa.Array, kind: pa.DataType) -> pa.Array | None:
