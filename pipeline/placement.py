@@ -118,8 +118,8 @@ def place(
         # More actors than batches would only load weights.
         useful = max(1, min(chosen.max, -(-rows // (batch * in_flight * lanes))))
         chosen = ActorRange(min=min(chosen.min, useful), max=useful)
-    # Of a size that was asked for as many as there is room for.
-    at_once = batch * max(1, min(in_flight, int(room // batch)))
+    # A size that was asked for is kept, however long it takes; no more are under way than there is room for.
+    at_once = batch * max(1, min(in_flight, int((room if batch_size else min(room, work)) // batch)))
     blocks = max(1, _BLOCK_BYTES // (row_bytes * at_once)) if pixel_bytes else 4096 // batch
     if on_gpu:
         batch, blocks = _two_batches(batch, blocks, room, may_halve=batch_size is None)

@@ -210,7 +210,7 @@ def test_requests_are_as_large_as_a_server_takes_them(image_gflop: float, rows: 
     served = {"one_call": True, "served_batch": 64, "in_flight": 4, "image_gflop": image_gflop, "rows": rows}
     placement = placed(machines, **served)
     assert placement.batch_size == batch, "not what four cores here would compute"
-    assert placement.block_rows % (4 * batch) == 0
+    assert placement.block_rows % (4 * batch) == 0 or placement.block_rows == batch == 1
     assert -(-rows // placement.block_rows) >= 4 * placement.actors.max == 16
     asked = placed(machines, **served, batch_size=8)
     assert (asked.batch_size, asked.block_rows % 32) == (8, 0)
@@ -224,7 +224,7 @@ def test_a_slow_server_answers_all_actors_in_time(cpus: int, image_gflop: float)
     served = {"one_call": True, "served_batch": 64, "in_flight": 4, "image_gflop": image_gflop}
     placement = placed(machines, **served, rows=10_000_000)
     under_way = placement.actors.max * min(placement.block_rows, 4 * placement.batch_size) * image_gflop
-    assert under_way <= 6000 or placement.batch_size == 1
+    assert under_way <= 6000 or placement.block_rows == 1
     assert placement.block_rows * image_gflop <= 6000
     pixels = 3 * 518 * 518
     asked = placed(machines, **served, rows=10_000_000, batch_size=64, pixel_bytes=pixels)
