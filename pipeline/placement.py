@@ -122,12 +122,15 @@ def place(
     at_once = batch * max(1, min(in_flight, int((room if batch_size else min(room, work)) // batch)))
     blocks = max(1, _BLOCK_BYTES // (row_bytes * at_once)) if pixel_bytes else 4096 // batch
     if on_gpu:
+        room = _block_room(machines, chosen.max, cpus) / row_bytes
         batch, blocks = _two_batches(batch, blocks, room, may_halve=batch_size is None)
         at_once = batch
     elif image_gflop:
         # A result can be committed only when its block is done, and a crash must not cost minutes.
         soon = work if one_call else _images_in(_CPU_BLOCK_S, staff, image_gflop)
         blocks = max(1, min(blocks, int(soon // at_once)))
+    if one_call and not on_gpu:
+        blocks = max(1, min(blocks, int(room // at_once)))
     # Small inputs: blocks small enough that every lane gets several.
     block_rows = at_once * max(1, min(blocks, rows // (at_once * chosen.max * lanes * _BLOCKS_A_CALL) or 1))
     spread = -(-rows // (cpus * 4))

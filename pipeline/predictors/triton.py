@@ -7,7 +7,6 @@ Several requests are in flight, each on a connection of its own. While the serve
 import logging
 import queue
 import random
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -81,10 +80,10 @@ class Outage:
 
 class TritonPredictor:
     """Runs the model `spec.model_name`, by default the one that `export-triton` made of `info`, served in `dtype`. A
-    request has `batch_size` images, or what the server takes at once where that is less."""
+    request has `batch_size` images; without one a table is cut into as many requests as may be in flight."""
 
     def __init__(
-        self, info: ModelInfo, wanted: Wanted, dtype: str, spec: TritonSpec, batch_size: int = sys.maxsize
+        self, info: ModelInfo, wanted: Wanted, dtype: str, spec: TritonSpec, batch_size: int | None = None
     ) -> None:
         self._wanted = wanted
         self._spec = spec
@@ -102,7 +101,7 @@ class TritonPredictor:
         """Predicted table for a decoded one. Raises SpecError if the server holds another model."""
         started = time.perf_counter()
         pixels = pixels_of(decoded, *self._image_size)
-        share = max(1, min(self._batch_size, -(-len(pixels) // self._spec.in_flight)))
+        share = self._batch_size or max(1, -(-len(pixels) // self._spec.in_flight))
         parts = [pixels[start : start + share] for start in range(0, len(pixels), share)]
         results = list(self._threads.map(self._request, parts))
         predictions = self._predictions([result for result in results if not isinstance(result, Failed)])

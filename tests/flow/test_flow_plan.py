@@ -230,6 +230,7 @@ def test_a_slow_server_answers_all_actors_in_time(cpus: int, image_gflop: float)
     asked = placed(machines, **served, rows=10_000_000, batch_size=64, pixel_bytes=pixels)
     assert asked.batch_size == 64
     assert asked.block_rows == 64 or asked.block_rows * pixels <= 128 * 2**20
+    assert asked.block_rows % 64 == 0, "else requests would have fewer than were asked for"
 
 
 def test_decoding_is_not_fused_into_the_actor(tmp_path: Path) -> None:
