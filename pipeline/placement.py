@@ -125,16 +125,12 @@ def place(
         room = _block_room(machines, chosen.max, cpus) / row_bytes
         batch, blocks = _two_batches(batch, blocks, room, may_halve=batch_size is None)
         at_once = batch
-    elif image_gflop:
+    else:
         # A result can be committed only when its block is done, and a crash must not cost minutes.
-        soon = work if one_call else _images_in(_CPU_BLOCK_S, staff, image_gflop)
-        blocks = max(1, min(blocks, int(soon // at_once)))
-    if one_call and not on_gpu:
-        blocks = max(1, min(blocks, int(room // at_once)))
+        soon = min(room, work) if one_call else _images_in(_CPU_BLOCK_S, staff, image_gflop)
+        blocks = max(1, int(min(blocks, soon / at_once)))
     # Small inputs: blocks small enough that every lane gets several.
     block_rows = at_once * max(1, min(blocks, rows // (at_once * chosen.max * lanes * _BLOCKS_A_CALL) or 1))
-    spread = -(-rows // (cpus * 4))
-    task_rows = max(block_rows, min(_TASK_ROWS, spread), -(-rows // _MAX_LONG_TASKS))
     return Placement(
         actors=chosen,
         actor_cpus=staff.actor_cpus,
@@ -146,13 +142,20 @@ def place(
         decode_cpus=staff.decode_cpus,
         batch_size=batch,
         block_rows=block_rows,
-        task_rows=-(-task_rows // block_rows) * block_rows,
+        task_rows=_task_rows(rows, block_rows, cpus),
         decoders=cpus,
         # A limit for the machines of today would hold back those that come. Ray Data's own goes with the store.
         stream_bytes=float("inf")
         if machines.may_grow
         else max(_STREAM_BYTES, block_rows * row_bytes * _blocks(chosen.max * lanes, cpus)),
     )
+
+
+def _task_rows(rows: int, block_rows: int, cpus: int) -> int:
+    """Rows of a decoding task, in whole blocks: several tasks for each core, and not too many of them in all."""
+    spread = -(-rows // (cpus * 4))
+    least = max(block_rows, min(_TASK_ROWS, spread), -(-rows // _MAX_LONG_TASKS))
+    return -(-least // block_rows) * block_rows
 
 
 def _blocks(lanes: int, decoders: int) -> int:
@@ -193,10 +196,7 @@ def _carried_by_memory(machines: Machines, model_bytes: int, gpus_per_actor: flo
 def _cpu_batch_limits(staff: Staff, rows: int, image_gflop: float) -> list[float]:
     """Images of a batch whose threads are done soon, and of which every lane gets one. Small batches are hardly slower:
     of ViT-B/16, 1.07 (float32) to 0.87 (bfloat16) times the images/s of eight one by one."""
-    return [
-        _images_in(_CPU_BATCH_S, staff, image_gflop) if image_gflop else float("inf"),
-        rows // (staff.now * staff.lanes),
-    ]
+    return [_images_in(_CPU_BATCH_S, staff, image_gflop), rows // (staff.now * staff.lanes)]
 
 
 def _served_images(actors: int, image_gflop: float) -> float:
@@ -205,8 +205,8 @@ def _served_images(actors: int, image_gflop: float) -> float:
 
 
 def _images_in(seconds: float, staff: Staff, image_gflop: float) -> float:
-    """About how many images one call computes in that time."""
-    return seconds * _GFLOPS_A_THREAD * staff.threads / image_gflop
+    """About how many images one call computes in that time; all, where their cost is not known."""
+    return seconds * _GFLOPS_A_THREAD * staff.threads / image_gflop if image_gflop else float("inf")
 
 
 def _two_batches(batch: int, blocks: int, room: float, *, may_halve: bool) -> tuple[int, int]:
