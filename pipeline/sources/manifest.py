@@ -146,7 +146,7 @@ def _fitted(table: pa.Table, schema: pa.Schema, out: str) -> pa.Table:
         return conformed(table, schema)
     except ColumnMisfit as error:
         name, kind = error.column, schema.field(error.column).type
-        way_out = f"write `{name}` as plain numbers, without zeros in front, as this run holds it, or "
+        way_out = f"write `{name}` without zeros in front, as plain numbers, as this run holds it, or "
         raise OutputError(
             f"column `{name}` of the sources does not hold what it did, {kind}, when {redact(out)} was started "
             f"({error.__cause__}); {way_out if error.zeros else ''}start a new --out"
