@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from schemas.errors import OutputError, PatchstreamError
 from schemas.redaction import redact
 
+# Answers of web servers and stores that may be others the next time: also those of proxies in front of a server (520 to
+# 530), but not the two that say what it never does.
+TRANSIENT_STATUS = frozenset({408, 425, 429, *range(500, 600)} - {501, 505})
 # What a disk of this machine says that has no room; no store answers so.
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _ELSEWHERE = "choose another --out"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.storage import redact
+from pipeline.store_errors import TRANSIENT_STATUS
 from schemas.errors import ImageError
 
 
@@ -54,13 +55,7 @@ _NOT_A_FILE = Verdict("NotAFile", again=False, retryable=False)
 _IO = Verdict("StorageError", again=True, retryable=True)
 _UNREADABLE = Verdict("ServerError", again=True, retryable=True)
 
-# Also those of proxies in front of a server (520 to 530), but not the two that say what it never does.
-_TRANSIENT_STATUS = dict.fromkeys({*range(500, 600)} - {501, 505}, "ServerError") | {
-    408: "TimedOut",
-    425: "ServerError",
-    429: "Throttled",
-    503: "Throttled",
-}
+_NAMED_STATUS = dict.fromkeys(TRANSIENT_STATUS, "ServerError") | {408: "TimedOut", 429: "Throttled", 503: "Throttled"}
 
 # S3 gives these with 400 or 403, though the object is as good as ever: new credentials, or a clock that was set, and it
 # is read. The third is of the service that gives out tokens.
@@ -164,8 +159,8 @@ def _judge_status(status: int, wait_s: float | None) -> Verdict:
         return _NOT_FOUND
     if status in {401, 403, 407}:
         return _FORBIDDEN
-    if status in _TRANSIENT_STATUS:
-        return Verdict(_TRANSIENT_STATUS[status], again=True, retryable=True, wait_s=wait_s)
+    if status in _NAMED_STATUS:
+        return Verdict(_NAMED_STATUS[status], again=True, retryable=True, wait_s=wait_s)
     return Verdict(f"Http{status}", again=False, retryable=status >= 500)
 
 

@@ -36,12 +36,12 @@ def quotes_enclose(path: str, source: str, delimiter: str, most_characters: int)
     """
     if not _has_quotes(path):
         return False
-    if delimiter == "\t":
-        ill = _rows(path, delimiter, most_characters, strict=True).ill_line
-        if ill is not None and not _names_in_quotes(path):
-            _tell_characters(path, source, ill)
+    rows = _rows(path, delimiter, most_characters, strict=delimiter == "\t")
+    if delimiter == "\t" and rows.ill_line is not None:
+        if not _names_in_quotes(path):
+            _tell_characters(path, source, rows.ill_line)
             return False
-    rows = _rows(path, delimiter, most_characters)
+        rows = _rows(path, delimiter, most_characters)
     if rows.ill_line is not None:
         raise SourceError(
             f"{redact(source)}, line {rows.ill_line}: nothing closes a quote with which a value of the row that begins "

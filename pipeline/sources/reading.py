@@ -17,6 +17,7 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 
 from pipeline.storage import Options, is_local, open_filesystem, redact
+from pipeline.store_errors import TRANSIENT_STATUS
 from schemas.errors import SourceError
 
 T = TypeVar("T")
@@ -27,7 +28,6 @@ _BASE_S = 0.2
 # What is read at a time grows while reading goes on in one direction and starts over after a leap.
 _LEAST_BYTES = 256 << 10
 _MOST_BYTES = 8 << 20
-_TRANSIENT_STATUS = frozenset({408, 425, 429, *range(500, 600)} - {501, 505})
 
 
 @contextlib.contextmanager
@@ -181,7 +181,7 @@ def _may_pass(error: Exception) -> bool:
     cause = _cause(error)
     status = _status(cause)
     if status is not None:
-        return status in _TRANSIENT_STATUS
+        return status in TRANSIENT_STATUS
     if isinstance(cause, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
         return False
     return isinstance(cause, ConnectionError | TimeoutError) or _from_http(cause)
