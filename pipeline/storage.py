@@ -31,6 +31,8 @@ Options = Mapping[str, Any]
 _NO_CHAINS = frozenset({"s3", "gs", "http"})
 # These keep copies of what the address behind them leads to, and have no paths of their own: `simplecache::s3://b/k`.
 CACHES = frozenset({"simplecache", "filecache", "blockcache", "cached"})
+# Their drivers answer from listings they keep, Azure's even where `refresh` is asked for.
+_LISTINGS_KEPT = frozenset({"s3", "gs", "abfs", "abfss", "az"})
 # As long as botocore waits, unless told otherwise.
 _SILENT_S = 60.0
 _ALIASES = {"gcs": "gs", "s3a": "s3", "https": "http", "local": "file"}
@@ -111,7 +113,7 @@ def open_filesystem(url: str, storage_options: Options) -> tuple[AbstractFileSys
 
 def _uncached(url: str, storage_options: Options) -> dict[str, Any]:
     kind = scheme(url)
-    ours: dict[str, Any] = {"use_listings_cache": False} if kind in {"s3", "gs"} else {}
+    ours: dict[str, Any] = {"use_listings_cache": False} if kind in _LISTINGS_KEPT else {}
     if kind == "gs":
         ours["requests_timeout"] = _gcs_timeout()
     return ours | options_for(url, storage_options)

@@ -1,10 +1,13 @@
 """On Azure the container stands in front of the account, where elsewhere a user does: `abfss://container@account/…`."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 from support.runs import RunContent, run_record
 from support.source_rows import spec_of
 
@@ -13,6 +16,7 @@ from pipeline.sinks.parts import split
 from pipeline.sources.columns import content_table
 from pipeline.sources.manifest import write_manifest
 from pipeline.sources.update import new_and_changed
+from pipeline.storage import filesystem
 from schemas.errors import OutputError
 from schemas.tables import images_schema, predicted_schema
 
@@ -39,3 +43,25 @@ def test_the_output_tells_containers_apart() -> None:
     rows = [{"row": 0, "uri": CATS}, {"row": 1, "uri": DOGS}]
     images, _ = split(pa.Table.from_pylist(rows, schema=predicted_schema([], [])), images_schema([], []))
     assert images["uri"].to_pylist() == [CATS, DOGS]
+
+
+class _KeepsListings(MemoryFileSystem):  # type: ignore[misc]
+    """Lists as Azure's driver does: from what it found before, whatever `refresh` says, unless it may keep nothing."""
+
+    protocol = ("abfs",)
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> Any:
+        if path in self.dircache:
+            return self.dircache[path] if detail else [entry["name"] for entry in self.dircache[path]]
+        found = super().ls(path, detail=True)
+        self.dircache[path] = found
+        return found if detail else [entry["name"] for entry in found]
+
+
+def test_no_listing_is_kept_from_what_another_process_writes_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_registry, "abfs", _KeepsListings)
+    fs, folder = filesystem("abfs://features/run/attempts", {})
+    fs.pipe_file(f"{folder}/000001.json", b"{}")
+    assert len(fs.ls(folder, refresh=True)) == 1
+    fs.pipe_file(f"{folder}/000002.json", b"{}")  # as another process would: the driver hears nothing of it
+    assert len(fs.ls(folder, refresh=True)) == 2
