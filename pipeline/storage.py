@@ -139,7 +139,8 @@ def absolute(url: str) -> str:
     `filesystem` reads them (`~`, `file:`, `local:`), also where another file system lies in a local file."""
     if is_chained(url):
         inside, mark, place = url.rpartition("::")
-        return url if "://" in place else f"{inside}{mark}{absolute(place)}"
+        local = "file://" if "://" in place else ""
+        return f"{inside}{mark}{local}{absolute(place)}" if scheme(place) == "file" else url
     return os.path.abspath(LocalFileSystem._strip_protocol(url)) if scheme(url) == "file" else url
 
 

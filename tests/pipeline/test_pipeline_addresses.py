@@ -98,6 +98,7 @@ def test_addresses_that_are_absolute_already(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.chdir(tmp_path)
     assert absolute("./out/../in") == absolute("in") == f"{tmp_path}/in"
     assert absolute("zip://a.png::x.zip") == f"zip://a.png::{tmp_path}/x.zip"
+    assert absolute("simplecache::file://in/") == f"simplecache::file://{tmp_path}/in"
     for url in ("s3://b/~/k", "memory://k", "zip://a::/b", "zip://a::file:///b", "s3://b/a::c", "https://h/~me/k"):
         assert absolute(url) == url
 

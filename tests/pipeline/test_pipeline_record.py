@@ -12,13 +12,15 @@ import pytest
 from support.runs import RunContent, run_record
 
 from pipeline import lock
-from pipeline.record import check_same, freezing, read_record, require_record
+from pipeline.maintenance import reopen_failures
+from pipeline.opening import open_directory, resolve_job
+from pipeline.record import check_same, freezing, read_record, require_record, write_record
 from pipeline.report.run import open_run
 from pipeline.retrieval.store import FeatureStore
 from schemas.errors import OutputError, SourceError
 from schemas.preprocessing import Preprocessing
 from schemas.run import ModelRecord, RunRecord
-from schemas.spec import RECORDED_FIELDS, JobSpec
+from schemas.spec import RECORDED_FIELDS, JobSpec, build_spec
 
 NOBODY = {"endpoint_url": "http://127.0.0.1:1", "key": "hidden", "secret": "hidden"}
 
@@ -211,3 +213,57 @@ def test_a_place_that_is_no_run(tmp_path: Path, read: Callable[..., object]) -> 
         read(str(tmp_path / "nowhere"), {})
     with pytest.raises(OutputError, match=r"cannot read s3://nowhere/out/run\.json: EndpointConnectionError"):
         read("s3://nowhere/out", NOBODY)
+
+
+def opened(source: str, out: Path, **values: object) -> RunRecord:
+    """The record of a run of no model over `source`, begun or gone on with."""
+    spec = {"sources": [source], "out": str(out), "model": "null", "backend": "null", **values}
+    return open_directory(resolve_job(build_spec(spec))).record
+
+
+@pytest.fixture
+def years(tmp_path: Path) -> list[Path]:
+    folders = [tmp_path / "2023", tmp_path / "2024"]
+    for folder in folders:
+        (folder / "photos").mkdir(parents=True)
+        (folder / "photos" / f"{folder.name}.jpg").write_bytes(b"")
+    return folders
+
+
+@pytest.mark.parametrize("source", [".", "photos", "*/*.jpg", "file://photos", "simplecache::file://photos"])
+@pytest.mark.parametrize("update", [False, True])
+def test_the_same_words_in_another_folder_are_another_source(
+    source: str, update: bool, years: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(years[0])
+    begun = opened(source, tmp_path / "out")
+    monkeypatch.chdir(years[1])
+    with pytest.raises(OutputError, match=r"spec\.sources: there .*/2023.* → now .*/2024"):
+        opened(source, tmp_path / "out", update=update)
+    (recorded,) = begun.spec["sources"]
+    assert opened(recorded, tmp_path / "out", update=update) == begun
+
+
+def test_a_folder_is_one_source_however_it_is_spelt(
+    years: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(years[0])
+    begun = opened("photos", tmp_path / "out")
+    for source in ("photos/", "./photos", str(years[0] / "photos"), "../2023/photos"):
+        assert opened(source, tmp_path / "out") == begun
+
+
+@pytest.mark.parametrize("typed", ["photos", "photos/", "{}/photos/"])
+def test_a_run_whose_source_was_recorded_as_typed_goes_on(
+    typed: str, years: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(years[0])
+    out = tmp_path / "out"
+    begun = opened("photos", out)
+    recorded = changed(begun, "spec.sources", [typed.format(years[0])])
+    write_record(str(out), recorded, {})
+    assert opened("photos", out) == recorded
+    with pytest.raises(OutputError, match=r"spec\.sources"):
+        opened("../2024/photos", out)
+    monkeypatch.chdir(tmp_path)
+    assert reopen_failures(str(out), False, {})[0] == 0, "retry has run.json alone to go by"
