@@ -53,12 +53,12 @@ class OwnHead(NamedTuple):
 class ModelInfo:
     """A checkpoint, described. Small and picklable: it travels to the actors, which load by it.
 
-    `name` is what the user gave; `revision` the commit of a hub model. `digest` is the SHA-256 over config and
-    weights. `pooled` says which image-level representation `pooled` is, and `pooled_size` its width. `labels` are in
-    the order of the logits, empty without a classifier; `label_digest` is the SHA-256 of the file they come from, if it
-    was one of the user's. `multi_label`: each score is a sigmoid of its own, as it also is for a single label;
-    `regression`: the head gives quantities, of which there are no scores. `zero_head`: so many classes has a head that
-    was left out because it is all zeros. `plan` says how the tensors map to ours.
+    `name` leads to it: an absolute path, an address or a hub name; `revision` is the commit of a hub model. `digest` is
+    the SHA-256 over config and weights. `pooled` says which image-level representation `pooled` is, and `pooled_size`
+    its width. `labels` are in the order of the logits, empty without a classifier; `label_digest` is the SHA-256 of the
+    file they come from, if it was one of the user's. `multi_label`: each score is a sigmoid of its own, as it also is
+    for a single label; `regression`: the head gives quantities, of which there are no scores. `zero_head`: so many
+    classes has a head that was left out because it is all zeros. `plan` says how the tensors map to ours.
     `zero_shot` is set where the labels are the user's own words, `head` where the classifier is the user's own.
     """
 

@@ -40,7 +40,7 @@ _REFUSED = NO_ROOM | {errno.EROFS}
 
 
 class Place(NamedTuple):
-    """A checkpoint on this machine. `revision` is the commit of a hub model."""
+    """A checkpoint on this machine. `name` leads to it from any folder; `revision` is the commit of a hub model."""
 
     name: str
     folder: Path
@@ -56,7 +56,7 @@ def resolve(model: str, revision: str | None, storage_options: Mapping[str, Any]
     on_disk = "://" in model and scheme(model) == "file"
     path = Path(filesystem(model, {})[1] if on_disk else model).expanduser()
     if path.exists():
-        return Place(model, path.absolute())
+        return Place(str(path.absolute()), path.absolute())
     if "://" in model and not on_disk:
         return Place(redact(model), _download(model, storage_options))
     if on_disk or model.startswith(("/", ".", "~")) or not HUB_NAME.fullmatch(model):

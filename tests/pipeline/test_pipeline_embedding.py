@@ -8,10 +8,13 @@ from PIL import Image
 from support.checkpoints import make_checkpoint
 from support.runs import RunContent, run_record
 
-from pipeline.embedding import Embedder
-from pipeline.models import inspect_model
+from pipeline.embedding import Embedder, model_of
+from pipeline.models import inspect_model, load_model
+from pipeline.opening import open_directory, resolve_job
+from pipeline.record import require_record
 from schemas.errors import ImageError, SpecError
 from schemas.run import ModelRecord, RunRecord
+from schemas.spec import build_spec
 
 
 def record_of(checkpoint: Path) -> RunRecord:
@@ -47,3 +50,25 @@ def test_a_run_without_a_model_embeds_nothing() -> None:
     record = record.model_copy(update={"model": record.model.model_copy(update={"family": "null"})})
     with pytest.raises(SpecError, match="without a model"):
         Embedder(record, "cls").image(b"")
+
+
+@pytest.mark.parametrize("model", ["vit", "./models/vit", "models/vit", "models/vit/model.safetensors"])
+def test_the_model_of_a_run_is_found_from_another_folder(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`models/vit` might as well be a name on the hub."""
+    make_checkpoint(tmp_path / "models" / "vit", "vit")
+    monkeypatch.chdir(tmp_path / "models" if model == "vit" else tmp_path)
+    Image.new("RGB", (40, 40)).save(tmp_path / "1.png")
+    out = str(tmp_path / "out")
+    spec = build_spec({"sources": [str(tmp_path / "1.png")], "model": model, "out": out})
+    begun = open_directory(resolve_job(spec)).record
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    info = model_of(require_record(out, {}), None, {})
+    assert load_model(info)
+    again = spec.model_copy(update={"model": info.name})
+    assert open_directory(resolve_job(again)).record == begun
+    earlier = begun.model_copy(update={"model": begun.model.model_copy(update={"name": model})})
+    (tmp_path / "out" / "run.json").write_text(earlier.model_dump_json())
+    assert open_directory(resolve_job(again)).record == earlier, "another spelling of the same weights"
