@@ -87,6 +87,8 @@ def _check_rows(store: "FeatureStore", k: int | None, ks: list[int] | None) -> N
 
 
 def _show_clusters(summary: dict[str, Any], directory: str) -> None:
+    from pipeline.storage import join
+
     if "sweep" in summary:
         print_table(["k", "inertia", "silhouette"], [list(trial.values()) for trial in summary["sweep"]])
         emit(f"elbow at {summary['elbow']}, best silhouette at {summary['k']}\n")
@@ -95,7 +97,7 @@ def _show_clusters(summary: dict[str, Any], directory: str) -> None:
         for item in summary["clusters"]
     ]
     print_table(["cluster", "size", "medoid", "what distinguishes it (share of the cluster, of all)"], rows)
-    emit(f"\n{summary['rows']:,} rows in {directory}/clusters/{summary['name']}/")
+    emit(f"\n{summary['rows']:,} rows in {join(directory, 'clusters', summary['name'])}/")
 
 
 def _labels(labels: list[dict[str, Any]]) -> str:
@@ -137,6 +139,7 @@ def duplicates(
     from pipeline.retrieval.duplicates import check_threshold, find_duplicates, write_duplicates
     from pipeline.retrieval.output import check_name
     from pipeline.retrieval.thresholds import pairs_around
+    from pipeline.storage import join
 
     check_name(name)
     if html is not None and around is None:
@@ -166,8 +169,9 @@ def duplicates(
         return 0
     emit(f"{summary['groups']:,} groups with {summary['in_groups']:,} of {summary['rows']:,} rows: "
          f"{summary['exact']:,} with the bytes of the one kept, {summary['near']:,} near it")  # fmt: skip
-    emit(f"{directory}/duplicates/{name}/  row, group, keep, score")
-    emit(f"{directory}/duplicates/{name}.delete.txt  {summary['to_delete']:,} addresses")
+    written = join(directory, "duplicates", name)
+    emit(f"{written}/  row, group, keep, score")
+    emit(f"{written}.delete.txt  {summary['to_delete']:,} addresses")
     for reason in ("kept_elsewhere", "of_line_breaks"):
         if summary[f"not_listed_because_{reason}"]:
             count = summary[f"not_listed_because_{reason}"]

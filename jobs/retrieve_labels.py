@@ -39,6 +39,7 @@ def probe(
     """Train a linear classifier on the features, judge it on held-out rows, and save it."""
     from pipeline.retrieval.labels import column_text, labels_from_column, labels_from_csv
     from pipeline.retrieval.output import check_name
+    from pipeline.storage import join
 
     check_name(name)
     if (label_column is None) == (labels is None):
@@ -61,7 +62,8 @@ def probe(
         return 0
     _show_probe(summary)
     command = f"patchstream apply {shlex.quote(directory)} --probe {name} --out DIR2"
-    emit(f"\nsaved in {directory}/probes/{name}/; next: {with_options(command, parse_options(storage_options))}")
+    saved = join(directory, "probes", name)
+    emit(f"\nsaved in {saved}/; next: {with_options(command, parse_options(storage_options))}")
     return 0
 
 
@@ -146,13 +148,14 @@ def apply(
 ) -> int:
     """Label every row with a trained head, without touching an image."""
     from pipeline.retrieval.apply import apply_head
+    from pipeline.storage import join
 
     with opened(directory, storage_options) as store:
         summary = apply_head(store, probe, out, top_k=top_k, storage_options=parse_options(storage_options))
     if as_json:
         print_json(summary)
         return 0
-    emit(f"{summary['rows']:,} rows with the best {top_k} of {summary['labels']} labels in {out}/")
+    emit(f"{summary['rows']:,} rows with the best {top_k} of {summary['labels']} labels in {join(out, '')}")
     if summary["unlabelled"]["count"]:
         rows = ", ".join(str(row) for row in summary["unlabelled"]["rows"])
         emit(

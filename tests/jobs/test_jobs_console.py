@@ -46,6 +46,12 @@ def test_places_are_printed_as_they_are(capsys: pytest.CaptureFixture[str], out:
     assert out in lines[-1]
 
 
+def test_a_dataset_is_told_as_the_store_has_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a bucket `features//images` is another place than `features/images`."""
+    print_summary(Summary("s3://my-bucket/features/", 3, 3, 0, attempt()), None, None)
+    assert " s3://my-bucket/features/images/*.parquet\n" in capsys.readouterr().out
+
+
 def test_a_run_of_a_moment_has_no_rate(capsys: pytest.CaptureFixture[str]) -> None:
     print_summary(Summary("o", 3, 2, 1, attempt().model_copy(update={"startup_s": 4.4})), None, None)
     assert "3 rows in 4.5 s\n" in capsys.readouterr().out

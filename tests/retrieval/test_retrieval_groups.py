@@ -40,3 +40,19 @@ def test_lists_of_many_vectors_take_what_the_docs_say(tmp_path: Path, monkeypatc
         tracemalloc.stop()
     # Ids and lengths, 12 bytes, were there before; a chunk and the sample that finds the lists take 50 at this size.
     assert peak < (90 - 12 + 50) * count
+
+
+def test_places_are_printed_as_a_store_has_them(run: Run, tmp_path: Path) -> None:
+    """A directory is often named with a slash, and in a bucket `run//clusters` is another place than `run/clusters`."""
+    content = RunContent({"cls": clustered(60, 8, 4)}, user={"kind": [f"k{row % 2}" for row in range(60)]})
+    directory = write_run(tmp_path / "run", content)
+    commands = {
+        ("kmeans", f"{directory}/", "-k", 4): [f"rows in {directory}/clusters/k4/"],
+        ("duplicates", f"{directory}/"): [f"{directory}/duplicates/main/ ", f"{directory}/duplicates/main.delete.txt "],
+        ("probe", f"{directory}/", "--label-column", "kind"): [f"saved in {directory}/probes/main/;"],
+        ("apply", directory, "--probe", "main", "--out", f"{tmp_path}/labelled/"): [f"in {tmp_path}/labelled/"],
+    }
+    for command, expected in commands.items():
+        told = run(*command)
+        assert [place for place in expected if place not in told] == []
+        assert f"{tmp_path}/labelled//" not in told
