@@ -147,13 +147,14 @@ class TorchPredictor:
     def _fastest(self) -> Runner:
         """The runner whose batch size was measured to be best, of the one asked for and its half.
 
-        Both get as many images as a call brings: of two batches the copies of one lie open, of four those of one in
-        four. What is compiled would be compiled anew for each size, which takes longer than a better one saves.
+        Both get as many images as a call brings, and no more than two batches of the larger: what a call of more than
+        four takes is timed too short, which would flatter the half. What is compiled would be compiled anew for each
+        size, which takes longer than a better one saves.
         """
         largest = self._fitting()
         if largest.batch == 1 or (self._plan is not None and self._plan.compiled != "nothing"):
             return largest
-        most = 4 * largest.batch
+        most = 2 * largest.batch
         pixels = _noise((min(self._call_rows or most, most), *self._shape))
         rates = {largest.batch: _images_per_s(largest, pixels)}
         try:
@@ -236,7 +237,10 @@ def _noise(shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
 
 
 def _images_per_s(runner: Runner, pixels: npt.NDArray[np.uint8]) -> float:
-    """Of calls that follow one another as in a job, copies included: the next is handed over while one computes."""
+    """Of calls that follow one another as in a job, copies included: the next is handed over while one computes.
+
+    Of up to four batches: a call of more waits in `start`, while the device computes on before the clock begins.
+    """
     before, underway = runner.start(pixels), runner.start(pixels)
     before.results()
     started = time.perf_counter()

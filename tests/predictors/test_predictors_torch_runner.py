@@ -215,7 +215,7 @@ def test_without_memory_the_batch_is_halved_and_nothing_is_lost(
     monkeypatch.setattr(predictor, "_forward", small)
     runner = predictor._fastest()
     assert runner.batch == predictor.batch_size == 1, "the smaller of two that are as fast"
-    assert timed == [(8, True), (8, True)], "as many images as the larger has in four batches, and not all black"
+    assert timed == [(4, True), (4, True)], "as many images as the larger has in two batches, and not all black"
     predictor._batch, predictor._call_rows = 2, 3
     predictor._fastest()
     assert timed[2:] == [(3, True), (3, True)], "as many images as a call brings"
