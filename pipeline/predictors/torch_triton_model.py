@@ -20,6 +20,8 @@ class TritonPythonModel:
         import torch
 
         from pipeline.models import inspect_model, load_model
+        from pipeline.models.gpu import plan_gpu
+        from pipeline.models.precision import describe_hardware
 
         config = json.loads(args["model_config"])
         settings = {key: value["string_value"] for key, value in config["parameters"].items()}
@@ -33,6 +35,13 @@ class TritonPythonModel:
             raise ValueError(f"checkpoint has digest {info.digest}, config.pbtxt says {settings['digest']}")
         on_gpu = args["model_instance_kind"] == "GPU"
         self._device = torch.device(f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu")
+        if on_gpu:
+            with torch.cuda.device(self._device):
+                hardware = describe_hardware(cuda=True)
+            bias = info.network.relative_positions != "none"
+            plan = plan_gpu(hardware, settings["dtype"], attention_bias=bias, work_gflop=0)
+            # torch itself takes cuDNN's attention also where `plan_gpu` has it out for wrong results.
+            torch.backends.cuda.enable_cudnn_sdp("CUDNN_ATTENTION" in plan.attention)
         self._model = load_model(info, dtype=getattr(torch, settings["dtype"]), device=self._device)
 
     def execute(self, requests: list[Any]) -> list[Any]:
