@@ -119,8 +119,7 @@ class Runner:
             self._compute(self._slot)
             self._fetch(self._slot, [result[start:stop] for result in found])
             self._slot = (self._slot + 1) % SLOTS
-        # Its waiter sleeps: the decoders beside it have use for the core.
-        fetched = torch.cuda.Event(blocking=True) if self._cuda else None  # type: ignore[no-untyped-call]
+        fetched = self._event()
         self._record(fetched, self._out)
         return Underway(found, fetched)
 
@@ -203,7 +202,8 @@ class Runner:
         return graphs
 
     def _event(self) -> Any:
-        return torch.cuda.Event() if self._cuda else None  # type: ignore[no-untyped-call]
+        # The host sleeps until then, and does not spin: the decoders beside it have use for the core.
+        return torch.cuda.Event(blocking=True) if self._cuda else None  # type: ignore[no-untyped-call]
 
     def _on(self, stream: Any) -> AbstractContextManager[Any]:
         return torch.cuda.stream(stream) if stream is not None else nullcontext()

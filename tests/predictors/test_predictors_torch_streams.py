@@ -108,14 +108,15 @@ class Stream:
 
 
 class Event:
-    def __init__(self, machine: Machine) -> None:
-        self.machine, self.clock = machine, Clock()
+    def __init__(self, machine: Machine, blocking: bool) -> None:
+        self.machine, self.blocking, self.clock = machine, blocking, Clock()
 
     def record(self, stream: Stream) -> None:
         self.machine.learn(stream.name, self.machine.clock(self.machine.host))
         self.clock = dict(self.machine.clock(stream.name))
 
     def synchronize(self) -> None:
+        assert self.blocking, "the host would spin on a core until then"
         self.machine.learn(self.machine.host, self.clock)
 
 
@@ -131,7 +132,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         machine.stream = before
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda: Stream(machine, next(names)))
-    monkeypatch.setattr(torch.cuda, "Event", lambda blocking=False: Event(machine))
+    monkeypatch.setattr(torch.cuda, "Event", lambda blocking=False: Event(machine, blocking))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(machine, machine.stream))
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(machine, "stream", stream.name))
