@@ -151,12 +151,17 @@ class TorchPredictor:
         four takes is timed too short, which would flatter the half. What is compiled would be compiled anew for each
         size, which takes longer than a better one saves.
         """
-        largest = self._fitting()
-        if largest.batch == 1 or (self._plan is not None and self._plan.compiled != "nothing"):
-            return largest
-        most = 2 * largest.batch
-        pixels = _noise((min(self._call_rows or most, most), *self._shape))
-        rates = {largest.batch: _images_per_s(largest, pixels)}
+        largest, rates = self._fitting(), dict[int, float]()
+        while not rates:
+            if largest.batch == 1 or (self._plan is not None and self._plan.compiled != "nothing"):
+                return largest
+            most = 2 * largest.batch
+            pixels = _noise((min(self._call_rows or most, most), *self._shape))
+            with suppress(torch.OutOfMemoryError):
+                rates[largest.batch] = _images_per_s(largest, pixels)
+            if not rates:
+                del largest  # its memory is for the next
+                largest = self._smaller()
         try:
             half = self._made(largest.batch // 2)
             rates[half.batch] = _images_per_s(half, pixels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -130,3 +131,29 @@ def test_the_batch_size_that_is_faster_is_taken(
     device.seconds = {8: 1.0, 4: half_s}
     predictor = make_predictor(8, call_rows)
     assert predictor._fastest().batch == predictor.batch_size == best
+
+
+@pytest.mark.parametrize("fits", [1, 2, 4, 8])
+def test_what_lacks_memory_as_it_is_timed_is_halved(
+    device: Device, make_predictor: Callable[[int, int], TorchPredictor], monkeypatch: pytest.MonkeyPatch, fits: int
+) -> None:
+    """Another actor of the GPU may have taken what was free when the kernels were chosen."""
+    device.seconds = {size: float(size) for size in (16, 8, 4, 2, 1)}
+    predictor = make_predictor(16, 0)
+    start, made = Runner.start, predictor._made
+    alive: weakref.WeakSet[Runner] = weakref.WeakSet()
+
+    def lacking(runner: Runner, pixels: Any) -> Any:
+        if runner.batch > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return start(runner, pixels)
+
+    def remember(batch: int) -> Runner:
+        assert batch < fits or not alive, "what was too large has the memory still"
+        runner = made(batch)
+        alive.add(runner)
+        return runner
+
+    monkeypatch.setattr(Runner, "start", lacking)
+    monkeypatch.setattr(predictor, "_made", remember)
+    assert predictor._fastest().batch == predictor.batch_size == max(1, fits // 2), "as fast as the larger"
