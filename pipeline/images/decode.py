@@ -12,6 +12,7 @@ from typing import Literal
 
 from PIL import Image, UnidentifiedImageError
 
+from pipeline.images import boxes
 from pipeline.images.failures import decode_failure, not_an_image, too_many_pixels
 from pipeline.images.formats import FORMATS
 from pipeline.images.jpeg import decode_jpeg, refuse_early_end, refuse_endless_scans, scale_denominator
@@ -75,6 +76,7 @@ def decode_into(data: bytes, out: Pixels, spec: DecodeSpec) -> ImageFacts:
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
+    boxes.refuse_early_end(data)
     # Half, because Pillow refuses from twice its limit on; it looks inside icons, where we cannot.
     Image.MAX_IMAGE_PIXELS = max_pixels // 2
     try:

@@ -35,6 +35,8 @@ _DAMAGED = (
     (b"BM", "BMP"),
     (b"\x00\x00\x00\x0cjP", "JPEG 2000"),
 )
+# The brands of ISO media files that Pillow and pi_heif take for pictures.
+_BRANDS = frozenset(b"heic heix heim heis hevc hevx hevm hevs avif avis mif1 msf1".split())
 _TRUNCATED_WORDS = ("truncat", "premature", "unexpected end", "not enough image data", "end of file", "eof")
 
 
@@ -48,11 +50,22 @@ def not_an_image(data: bytes) -> ImageError:
     """No decoder recognises `data`: say what it looks like instead."""
     if not data:
         return ImageError("decode", "NotAnImage", "the file is empty (0 bytes)")
-    for magic, name in _DAMAGED:
-        if data.startswith(magic):
-            message = f"starts like a {name} but its header cannot be read: damaged or cut short ({len(data):,} bytes)"
-            return ImageError("decode", "Corrupt", message)
+    name = _damaged_kind(data)
+    if name:
+        message = f"starts like a {name} but its header cannot be read: damaged or cut short ({len(data):,} bytes)"
+        return ImageError("decode", "Corrupt", message)
     return ImageError("decode", "NotAnImage", f"{_likely_kind(data)}; first bytes: {data[:16].hex(' ')}")
+
+
+def is_heic_or_avif(data: bytes) -> bool:
+    """Whether `data` says that it is one. A video is of the same family of files."""
+    return data[4:8] == b"ftyp" and data[8:12] in _BRANDS
+
+
+def _damaged_kind(data: bytes) -> str | None:
+    if is_heic_or_avif(data):
+        return "HEIC or AVIF"
+    return next((name for magic, name in _DAMAGED if data.startswith(magic)), None)
 
 
 def _likely_kind(data: bytes) -> str:
