@@ -32,11 +32,19 @@ _DAMAGED = (
     (b"GIF8", "GIF"),
     (b"II*\x00", "TIFF"),
     (b"MM\x00*", "TIFF"),
+    (b"II+\x00", "TIFF"),
+    (b"MM\x00+", "TIFF"),
     (b"BM", "BMP"),
     (b"\x00\x00\x00\x0cjP", "JPEG 2000"),
 )
 # The brands of ISO media files that Pillow and pi_heif take for pictures.
 _BRANDS = frozenset(b"heic heix heim heis hevc hevx hevm hevs avif avis mif1 msf1".split())
+_JPEG_XL = (b"\xff\x0a", b"\x00\x00\x00\x0cJXL ")
+_DAMAGE = "damaged or cut short"
+# Of a TIFF that is whole, but whose pixels it has no mode for, Pillow says no more than of a damaged one.
+_DAMAGE_OF_TIFF = (
+    "damaged, cut short, or of a kind of pixels that is not decoded, such as floats in colour, 64 bits or many bands"
+)
 _TRUNCATED_WORDS = ("truncat", "premature", "unexpected end", "not enough image data", "end of file", "eof")
 
 
@@ -52,7 +60,8 @@ def not_an_image(data: bytes) -> ImageError:
         return ImageError("decode", "NotAnImage", "the file is empty (0 bytes)")
     name = _damaged_kind(data)
     if name:
-        message = f"starts like a {name} but its header cannot be read: damaged or cut short ({len(data):,} bytes)"
+        why = _DAMAGE_OF_TIFF if name == "TIFF" else _DAMAGE
+        message = f"starts like a {name} but its header cannot be read: {why} ({len(data):,} bytes)"
         return ImageError("decode", "Corrupt", message)
     return ImageError("decode", "NotAnImage", f"{_likely_kind(data)}; first bytes: {data[:16].hex(' ')}")
 
@@ -72,6 +81,8 @@ def _likely_kind(data: bytes) -> str:
     for magic, kind in _KINDS:
         if data.startswith(magic):
             return f"not an image but {kind}"
+    if data.startswith(_JPEG_XL):
+        return "JPEG XL, which is not decoded"
     head = data[:1024].lstrip().lower()
     if head.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
         return "not an image but an HTML page (an error or log-in page under the image's address?)"
