@@ -6,7 +6,7 @@ from typing import Any
 import aiohttp
 import yarl
 
-from pipeline.images.verdict import HttpStatusError, TruncatedBodyError, retry_after_s, too_many_bytes
+from pipeline.images.verdict import HttpStatusError, TruncatedBodyError, bad_address, retry_after_s, too_many_bytes
 
 # A server that ignores Range sends the whole container; what lies before the range is read and dropped up to this.
 _MAX_SKIPPED_BYTES = 256 << 20
@@ -26,7 +26,8 @@ async def get_bytes(
     """The body of `url`, or of it `extent`, (start, length) in bytes. `name` is what a message calls it.
 
     `need(nbytes)` is called before memory is spent. Raises ImageError `TooManyBytes` from the header alone where
-    there is one, HttpStatusError, TruncatedBodyError, and aiohttp's own exceptions.
+    there is one, `BadAddress` for an address that cannot be one, HttpStatusError, TruncatedBodyError, and aiohttp's own
+    exceptions.
     """
     options = dict(request)
     headers = {"Accept-Encoding": "identity", **options.pop("headers", {})}
@@ -47,7 +48,12 @@ async def get_bytes(
 def _exact_url(url: str) -> yarl.URL:
     """The address exactly as given, for a signature covers its bytes; quoted only where it could not be sent."""
     sendable = url.isascii() and url.isprintable() and " " not in url
-    return yarl.URL(url, encoded=sendable)
+    try:
+        exact = yarl.URL(url, encoded=sendable)
+        _ = exact.port  # of an encoded address it is not looked at before
+    except ValueError as error:  # a port above 65535, brackets without their other half, a host of empty labels
+        raise bad_address(url, error) from error
+    return exact
 
 
 async def _whole_body(

@@ -211,3 +211,8 @@ def too_many_bytes(url: str, size: int, max_bytes: int) -> ImageError:
     """The row for a file that is larger than the user allows."""
     message = f"{redact(url)}: at least {size:,} bytes; the limit is {max_bytes:,} (fetch.max_bytes)"
     return ImageError("fetch", "TooManyBytes", message)
+
+
+def bad_address(url: str, error: Exception) -> ImageError:
+    """The row for an address that no request can be made of."""
+    return ImageError("fetch", "BadAddress", f"{redact(url)}: {scrub(str(error))}; correct the address")
