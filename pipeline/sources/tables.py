@@ -13,9 +13,9 @@ from urllib.parse import urlsplit, urlunsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.columns import held_bytes, holds_images, places_of
+from pipeline.columns import held_bytes, holds_images, is_damage, places_of
 from pipeline.sources.columns import content_table
-from pipeline.sources.reading import open_object
+from pipeline.sources.reading import open_object, source_error
 from pipeline.sources.stores import Entry
 from pipeline.sources.text import TEXT_SUFFIXES, read_text
 from pipeline.storage import CACHES, Options, is_chained, redact, scheme
@@ -126,7 +126,9 @@ def parquet_kind(source: str, uri_column: str, image_column: str, storage_option
         try:
             metadata = pq.read_metadata(file)
             schema = metadata.schema.to_arrow_schema()
-        except (pa.ArrowException, OSError):
+        except (pa.ArrowException, OSError) as error:
+            if not is_damage(error):
+                raise source_error(source, error) from error
             return None
     uris = uri_column if uri_column in schema.names else None
     candidates = [field.name for field in schema if holds_images(field.type)]
