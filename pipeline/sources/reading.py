@@ -82,6 +82,12 @@ class _RangeReader(io.RawIOBase):
         self._start = 0
         self._block = b""
         self._ahead = _LEAST_BYTES
+        self._copy: BinaryIO | None = None
+
+    def close(self) -> None:
+        if self._copy is not None:
+            self._copy.close()
+        super().close()
 
     def readable(self) -> bool:
         return True
@@ -118,9 +124,15 @@ class _RangeReader(io.RawIOBase):
         self._start, self._block = start, patiently(self._uri, lambda: self._fetch(start, stop))
 
     def _fetch(self, start: int, stop: int) -> bytes:
+        if self._copy is not None:
+            self._copy.seek(start)
+            return self._copy.read(stop - start)
         data: bytes = self._fs.cat_file(self._path, start=start, end=stop)
         if len(data) == self._size != stop - start:
-            return data[start:stop]  # the server gave the whole file, whatever was asked for
+            # The server gave the whole file, whatever was asked for, and would each time.
+            self._copy = tempfile.TemporaryFile(prefix="patchstream-")  # noqa: SIM115  # closed with the reader
+            self._copy.write(data)
+            return data[start:stop]
         if len(data) != stop - start:
             raise ConnectionError(f"{len(data):,} bytes came instead of {stop - start:,}")
         return data
