@@ -18,7 +18,7 @@ from pipeline.sources.stores import Entry
 from pipeline.sources.tables import BATCH_ROWS, parquet_kind, read_image_table, read_uri_table, suffix
 from pipeline.sources.tar import COMPRESSED, SIDECARS, TarImage, list_tar
 from pipeline.sources.text import TEXT_SUFFIXES
-from pipeline.storage import filesystem, is_chained, is_local, redact, scheme
+from pipeline.storage import CACHES, filesystem, is_chained, is_local, redact, scheme
 from schemas.errors import SourceError, SpecError
 from schemas.spec import JobSpec
 
@@ -220,17 +220,28 @@ def _plain_table(entries: list[Entry]) -> pa.Table:
 def _without_output(entries: Iterator[Entry], source: str, spec: JobSpec) -> Iterator[Entry]:
     """What an earlier attempt wrote below the source is no input. Raises SpecError where that would be all of it."""
     inside = _folder(spec.out, spec)
-    one_store = scheme(source) == scheme(spec.out) and not is_chained(source)
-    if one_store and _folder(source, spec).startswith(inside):
+    behind = _behind_caches(source)
+    one_store = scheme(behind) == scheme(spec.out) and not is_chained(behind)
+    if one_store and _folder(behind, spec).startswith(inside):
         raise SpecError(
             f"{redact(source)} lies in --out {redact(spec.out)}, and what lies there is no input; choose an --out "
             "below the source or beside it"
         )
-    if scheme(source) != "file":
-        return (entry for entry in entries if not entry.uri.startswith(inside))
+    if scheme(behind) != "file":
+        return (entry for entry in entries if not _behind_caches(entry.uri).startswith(inside))
     # A folder may be named by several paths, through links; thousands of entries share one.
     real = lru_cache(1024)(os.path.realpath)
-    return (entry for entry in entries if not f"{real(os.path.dirname(entry.uri))}/".startswith(inside))
+    return (entry for entry in entries if not f"{real(os.path.dirname(_local_path(entry.uri)))}/".startswith(inside))
+
+
+def _behind_caches(url: str) -> str:
+    """`s3://b/k` of `simplecache::s3://b/k`."""
+    cache, _, behind = url.partition("::")
+    return _behind_caches(behind) if cache in CACHES else url
+
+
+def _local_path(uri: str) -> str:
+    return _behind_caches(uri).removeprefix("file://")
 
 
 def _folder(url: str, spec: JobSpec) -> str:

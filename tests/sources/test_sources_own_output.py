@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from support.s3 import S3Server
 from support.source_rows import read, rows_of, spec_of, tree
 
 from pipeline.sources.manifest import write_manifest
@@ -48,3 +49,16 @@ def test_an_output_below_a_source_that_is_a_link_is_no_input(tmp_path: Path) -> 
     for source in (link / "out", real / "outer" / "back"):
         with pytest.raises(SpecError, match="lies in --out"):
             rows_of(spec_of(source, out=str(real / "out")))
+
+
+@pytest.mark.parametrize("cache", ["simplecache", "filecache", "simplecache::blockcache"])
+def test_an_output_behind_a_cache_is_no_input(tmp_path: Path, s3_server: S3Server, cache: str) -> None:
+    real = tree(tmp_path / "in", ["a.jpg", "out/run.json", "outer/b.jpg"])
+    base = s3_server.upload(real, s3_server.make_bucket(), "in")
+    (tmp_path / "link").symlink_to(real)
+    for folder, out in ((base, f"{base}/out"), (f"file://{real}", str(tmp_path / "link" / "out"))):
+        options = s3_server.storage_options if folder == base else {}
+        rows = rows_of(spec_of(f"{cache}::{folder}", out=out, storage_options=options))
+        assert rows == [f"{cache}::{folder}/a.jpg", f"{cache}::{folder}/outer/b.jpg"]
+        with pytest.raises(SpecError, match=r"out lies in --out"):
+            rows_of(spec_of(f"{cache}::{folder}/out", out=out, storage_options=options))
