@@ -5,6 +5,7 @@ rows. Arrow would settle the types on the first block.
 """
 
 import gzip
+import logging
 import os
 import shutil
 import tempfile
@@ -38,6 +39,8 @@ _ZERO_IN_FRONT = "^[+-]?0[0-9xX]"
 _LONG_NUMBER = "^[+-]?[0-9]{16,}$"
 _NO_TIME = "^[^:]*$"
 
+_log = logging.getLogger(__name__)
+
 
 def read_delimited(source: str, delimiter: str, uri_column: str, storage_options: Options) -> Iterator[pa.Table]:
     """Tables of some thousand rows, and an empty one in front. Raises SourceError for quotes that are not closed, and
@@ -51,8 +54,12 @@ def read_delimited(source: str, delimiter: str, uri_column: str, storage_options
             columns = columns or [_Column(is_text=name == uri_column) for name in names]
             for column, values in zip(columns, batch.columns, strict=True):
                 column.look(values)
-        if any(name == uri_column and not column.is_unicode for name, column in zip(names, columns, strict=True)):
-            raise SourceError(f"{redact(source)}: column `{uri_column}` is no UTF-8; save the table as UTF-8")
+        for name in (name for name, column in zip(names, columns, strict=True) if not column.is_unicode):
+            if name == uri_column:
+                raise SourceError(f"{redact(source)}: column `{name}` is no UTF-8; save the table as UTF-8")
+            _log.warning(
+                "%s: column `%s` is no UTF-8 and rides along as bytes; save the table as UTF-8", redact(source), name
+            )
         for batch in _batches(path, delimiter, quotes):
             read = [column.read(values) for column, values in zip(columns, batch.columns, strict=True)]
             yield pa.table(read, names=names)

@@ -62,7 +62,9 @@ def test_a_csv_column_that_turns_to_text_is_text_throughout(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("filler", [1, 30_000])
-def test_a_csv_column_has_the_first_type_that_holds_all_its_values(tmp_path: Path, filler: int) -> None:
+def test_a_csv_column_has_the_first_type_that_holds_all_its_values(
+    tmp_path: Path, filler: int, caplog: pytest.LogCaptureFixture
+) -> None:
     header = "uri,real,day,moment,zoned,yes,none,clock,hour,bytes,note\n"
     plain = f"/x.jpg,1,2024-01-02,2024-01-02,2024-01-02T03:04:05Z,true,,00:10:00,00:10:00,x,{'x' * 200}\n" * filler
     odd = "/a.jpg, 0.5 ,NA,2024-01-02 03:04:05,2024-01-02 05:04:05+02:00,False,,12:30,x,caf\xe9,NA\n"
@@ -78,6 +80,8 @@ def test_a_csv_column_has_the_first_type_that_holds_all_its_values(tmp_path: Pat
         "NA",
     )
     assert row["hour"] == "x"
+    (told,) = caplog.messages
+    assert told.endswith("t.csv: column `bytes` is no UTF-8 and rides along as bytes; save the table as UTF-8")
 
 
 @pytest.mark.parametrize("filler", [0, 30_000])
