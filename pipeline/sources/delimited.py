@@ -4,6 +4,7 @@ A table is read three times, from the local disk: for its quotes, for the types 
 rows. Arrow would settle the types on the first block.
 """
 
+import codecs
 import gzip
 import logging
 import os
@@ -43,9 +44,11 @@ _log = logging.getLogger(__name__)
 
 
 def read_delimited(source: str, delimiter: str, uri_column: str, storage_options: Options) -> Iterator[pa.Table]:
-    """Tables of some thousand rows, and an empty one in front. Raises SourceError for quotes that are not closed, and
-    Arrow's errors."""
+    """Tables of some thousand rows, and an empty one in front. Raises SourceError for quotes that are not closed and
+    for UTF-16, and Arrow's errors."""
     with _on_disk(source, storage_options) as path:
+        with open(path, "rb") as file:
+            refuse_utf_16(source, file.read(2))
         quotes = quotes_enclose(path, source, delimiter, 2 * _BLOCK_BYTES)
         names: list[str] = []
         columns: list[_Column] = []
@@ -63,6 +66,12 @@ def read_delimited(source: str, delimiter: str, uri_column: str, storage_options
         for batch in _batches(path, delimiter, quotes):
             read = [column.read(values) for column, values in zip(columns, batch.columns, strict=True)]
             yield pa.table(read, names=names)
+
+
+def refuse_utf_16(source: str, start: bytes) -> None:
+    """Excel's "Unicode text" and PowerShell's `>` write it; a byte order mark tells."""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise SourceError(f"{redact(source)} is UTF-16; save it as UTF-8")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.sources.delimited import read_delimited
+from pipeline.sources.delimited import read_delimited, refuse_utf_16
 from pipeline.sources.reading import open_unpacked
 from pipeline.storage import Options, redact
 from schemas.errors import SourceError
@@ -37,6 +37,8 @@ def _read_jsonl(source: str, storage_options: Options) -> Iterator[pa.Table]:
     number = 0
     texts: dict[str, bool] = {}  # of each column with whole numbers or text, whether it is text
     with open_unpacked(source, storage_options) as file:
+        refuse_utf_16(source, file.read(2))
+        file.seek(0)
         while lines := list(islice(file, _BATCH_ROWS)):
             rows = [_object(source, number + place, line) for place, line in enumerate(lines, 1) if line.strip()]
             number += len(lines)

@@ -120,6 +120,15 @@ def test_what_is_no_such_table_is_an_error(tmp_path: Path, name: str) -> None:
         read(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl"])
+@pytest.mark.parametrize("kind", ["utf-16-le", "utf-16-be"])
+def test_a_table_in_utf_16_says_so(tmp_path: Path, name: str, kind: str) -> None:
+    text = "\ufeff" + write(tmp_path / name).read_text()
+    (tmp_path / name).write_text(text, kind)
+    with pytest.raises(SourceError, match=f"{name} is UTF-16; save it as UTF-8"):
+        read(tmp_path / name)
+
+
 def test_a_table_that_is_no_utf8_or_lies_where_a_name_is_none(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes("uri,n\ncaf\xe9.jpg,1\n".encode("latin-1"))
     with pytest.raises(SourceError, match=r"t\.csv: column `uri` is no UTF-8; save the table as UTF-8"):
