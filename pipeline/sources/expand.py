@@ -42,7 +42,8 @@ def expand(source: str, spec: JobSpec) -> Iterator[pa.Table]:
             f"{redact(shown)} holds bytes that are no UTF-8, which the record of a run cannot; name the folder above "
             "it, or write ? for each of them"
         )
-    if source.lower().partition("?")[0].endswith(COMPRESSED):
+    path = source.partition("?")[0] if scheme(source) == "http" else source  # elsewhere a ? stands for a character
+    if path.lower().endswith(COMPRESSED):
         raise SourceError(
             f"{redact(source)} is a compressed tar, whose members cannot be read by range; unpack it "
             "(`gunzip`, `zstd -d` …) and give the .tar"

@@ -174,12 +174,12 @@ def test_an_empty_shard_has_no_rows(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["x.tar.gz", "x.tgz", "*.tar.gz", "X.TAR.ZST"])
+@pytest.mark.parametrize("name", ["x.tar.gz", "x.tgz", "*.tar.gz", "x-????.tar.gz", "X.TAR.ZST"])
 def test_compressed_tars_are_refused_with_the_way_out(tmp_path: Path, name: str) -> None:
     with pytest.raises(SourceError, match=r"compressed tar, whose members cannot be read by range; unpack"):
         read(tmp_path / name)
     with pytest.raises(SourceError, match="compressed tar"):
-        read(f"https://h.example/{name}?sig=1".replace("*", "x"))
+        read(f"https://h.example/{name.replace("?", "0")}?sig=1".replace("*", "x"))
 
 
 # --- many shards
