@@ -76,7 +76,7 @@ def recognise(config: Config, shapes: Shapes, where: str) -> tuple[Format, str]:
         reason = candidate.recognise(config, shapes)
         if reason:
             return candidate, reason
-    given = config.get("model_type") or config.get("architecture") or "no model_type in config.json"
+    given = config.get("architecture") or config.get("model_type") or "no model_type in config.json"
     known = ", ".join(sorted({f"{row.family} ({row.layout})" for row in FORMATS}))
     raise CheckpointError(
         f"{where}: this checkpoint is of a family that is not supported ({given}). Supported are: {known}."

@@ -35,8 +35,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 # (EMA) goes before what was trained, as timm has it.
 STATE_DICTS = ("state_dict", "model", "model_state_dict", "teacher", "module")
 RUNNING_MEANS = ("state_dict_ema", "model_ema")
-# What DataParallel and torch.compile put before every name.
-WRAPPERS = ("module.", "_orig_mod.")
+# What DataParallel, torch.compile and transformers around a model of timm's put before every name.
+WRAPPERS = ("module.", "_orig_mod.", "timm_model.")
 
 Each = TypeVar("Each")
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checkpoints import make_timm_checkpoint, timm_outputs, timm_preprocessed, worst_error
+import torch
+from safetensors.torch import save_file
+from support.checkpoints import make_timm_checkpoint, timm_outputs, timm_preprocessed, transformers, worst_error
 from support.testdata import needs_testdata, photos
 from timm.data import resolve_data_config
 from timm.models._hub import _parse_model_cfg
@@ -123,7 +125,6 @@ def published_clip_towers() -> dict[str, dict[str, Any]]:
 
 
 def test_published_clip_towers_and_their_classifiers_are_told_apart() -> None:
-    import torch
     from timm.models import create_model
 
     widths = {}
@@ -133,6 +134,34 @@ def test_published_clip_towers_and_their_classifiers_are_told_apart() -> None:
             with torch.device("meta"):
                 widths[architecture] = create_model(architecture, depth=1, weight_init="skip").embed_dim
         assert is_clip_embedding(config, widths[architecture]) == ("_ft_" not in name), name
+
+
+@needs_testdata
+@pytest.mark.parametrize("architecture", ["vit_base_patch16_224", "beit_base_patch16_224"])
+def test_what_transformers_saves_of_a_model_of_timm(architecture: str, tmp_path: Path) -> None:
+    model = make_timm_checkpoint(tmp_path / "timm", architecture, **SMALL)
+    made_with = {key: value for key, value in SMALL.items() if key != "num_classes"}  # those transformers says itself
+    edit(tmp_path / "timm", model_args=made_with, label_names=(names := [f"kind {i}" for i in range(37)]))
+    reference = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "timm").eval()
+    reference.save_pretrained(tmp_path / "saved")
+    pixels, values = timm_preprocessed(model, photos(2))
+    with torch.no_grad():
+        expected = reference(values).logits
+    whole = inspect_model(str(tmp_path / "timm"))
+    for in_memory in (False, True):
+        if in_memory:
+            save_file(reference.state_dict(), tmp_path / "saved/model.safetensors")
+        info = inspect_model(str(tmp_path / "saved"))
+        assert (info.family, info.preprocessing, info.network) == (whole.family, whole.preprocessing, whole.network)
+        assert list(info.labels) == names
+        ours = load_model(info)(pixels)
+        assert ours.logits is not None
+        assert worst_error(ours.logits, expected) < 1e-4
+    transformers.AutoModel.from_pretrained(tmp_path / "timm").save_pretrained(tmp_path / "body")
+    assert inspect_model(str(tmp_path / "body")).num_labels == 0
+    edit(tmp_path / "saved", architecture="resnet50")
+    with pytest.raises(CheckpointError, match=r"a family that is not supported \(resnet50\)"):
+        inspect_model(str(tmp_path / "saved"))
 
 
 @pytest.mark.parametrize("where", ["beside", "within"])

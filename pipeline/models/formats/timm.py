@@ -2,7 +2,7 @@
 
 config.json is as timm pushes it to the hub: `architecture`, `num_classes`, `global_pool`, `model_args` (where the model
 was made with other arguments than its name implies) and `pretrained_cfg`. In its first form what `pretrained_cfg`
-holds stood beside the rest.
+holds stood beside the rest. transformers saves a model of timm's in the same layout, and adds its own `model_type`.
 """
 
 import re
@@ -12,6 +12,9 @@ from typing import Any
 from pipeline.models.architecture import Activation
 from pipeline.models.formats.format import ACTIVATION_NAMES, Config, Shapes
 from schemas.errors import CheckpointError
+
+# The `model_type` of transformers' TimmWrapperModel and TimmWrapperForImageClassification.
+WRAPPED = "timm_wrapper"
 
 # Attention heads by width: a state dict does not show them. Every ViT, DeiT and BEiT of timm follows this, but for
 # the few below it.
@@ -49,7 +52,9 @@ def by_architecture(pattern: str, *tensors: str) -> Callable[[Config, Shapes], s
 
     def recognise(config: Config, shapes: Shapes) -> str:
         name = str(config.get("architecture", ""))
-        if "model_type" in config or not re.match(pattern, name) or not all(each in shapes for each in tensors):
+        if config.get("model_type", WRAPPED) != WRAPPED or not re.match(pattern, name):
+            return ""
+        if not all(each in shapes for each in tensors):
             return ""
         return f"config.json says architecture {name!r}"
 
