@@ -29,22 +29,24 @@ BILINEAR, BICUBIC = 2, 3
 
 
 class Processor(NamedTuple):
-    """Defaults of an image processor class. `square`: a size given as one number is a square, not a shortest edge."""
+    """Defaults of an image processor class. `square`: a size given as one number is a square, not a shortest edge.
+    `crops`: it crops unless told otherwise; `crop` to what size."""
 
     size: Any
     resample: int
     square: bool = True
     crop: int | None = None
+    crops: bool = False
     mean: tuple[float, float, float] = HALF
     std: tuple[float, float, float] = HALF
 
 
 PROCESSORS: Mapping[str, Processor] = {
     "ViT": Processor(size=224, resample=BILINEAR),
-    "Beit": Processor(size=224, resample=BICUBIC),
-    "DeiT": Processor(size=256, resample=BICUBIC, crop=224),
-    "Bit": Processor({"shortest_edge": 224}, BICUBIC, square=False, crop=224, mean=CLIP_MEAN, std=CLIP_STD),
-    "CLIP": Processor({"shortest_edge": 224}, BICUBIC, square=False, crop=224, mean=CLIP_MEAN, std=CLIP_STD),
+    "Beit": Processor(size=224, resample=BICUBIC, crop=224),
+    "DeiT": Processor(size=256, resample=BICUBIC, crop=224, crops=True),
+    "Bit": Processor({"shortest_edge": 224}, BICUBIC, False, crop=224, crops=True, mean=CLIP_MEAN, std=CLIP_STD),
+    "CLIP": Processor({"shortest_edge": 224}, BICUBIC, False, crop=224, crops=True, mean=CLIP_MEAN, std=CLIP_STD),
     "Siglip": Processor({"height": 224, "width": 224}, BICUBIC, square=False),
 }
 # By the `model_type` of config.json, for files that name no class: those of the first ViT on the hub (160 bytes of
@@ -102,8 +104,14 @@ def _from_processor(config: Mapping[str, Any], path: Path) -> Preprocessing:
     if config.get("do_resize", True):
         resize, shortest_edge = _size(config.get("size", defaults.size), defaults.square, path)
     crop = None
-    if config.get("do_center_crop", defaults.crop is not None):
-        crop, _ = _size(config.get("crop_size", defaults.crop or 224), True, path)
+    if config.get("do_center_crop", defaults.crops):
+        side = config.get("crop_size", defaults.crop)
+        if side is None:
+            raise CheckpointError(
+                f"{path}: do_center_crop is true, but there is no crop_size; add it, such as "
+                '"crop_size": {"height": 224, "width": 224}, or set do_center_crop to false'
+            )
+        crop, _ = _size(side, True, path)
         if crop is None:
             raise CheckpointError(f"{path}: crop_size {config.get('crop_size')!r} is no height and width")
     rescale = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0

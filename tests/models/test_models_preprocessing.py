@@ -88,6 +88,31 @@ def test_silent_keys_mean_what_the_library_means(tmp_path: Path, name: str, valu
     assert ours.resample == int(processor.resample)
 
 
+NULLS = ("size", "do_resize", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize", "resample")
+
+
+@pytest.mark.parametrize("name", ["ViT", "Beit", "DeiT", "CLIP", "Bit", "Siglip"])
+@pytest.mark.parametrize("values", [{"do_center_crop": True}, *({key: None} for key in NULLS)], ids=str)
+def test_what_the_library_refuses_is_refused_and_a_null_is_what_it_takes_it_for(
+    tmp_path: Path, name: str, values: dict[str, Any]
+) -> None:
+    folder = write(tmp_path, image_processor_type=f"{name}ImageProcessor", **values)
+    processor = getattr(transformers, f"{name}ImageProcessorPil").from_pretrained(folder)
+    image = Image.fromarray(np.full((300, 400, 3), 200, dtype=np.uint8))
+    try:
+        theirs = processor(image, return_tensors="np")["pixel_values"][0]
+    except ValueError:
+        theirs = None
+    if theirs is None or theirs.shape[1] != theirs.shape[2]:
+        with pytest.raises(CheckpointError, match=r"preprocessor_config\.json: "):
+            read_preprocessing(folder)
+        return
+    ours = read_preprocessing(folder)
+    assert theirs.shape[1:] == ours.output_size
+    expected = (200 * ours.rescale_factor - np.array(ours.mean)) / np.array(ours.std)
+    np.testing.assert_allclose(theirs[:, 48, 48], expected, rtol=1e-6)
+
+
 def test_another_image_size(tmp_path: Path) -> None:
     write(tmp_path, **VIT)
     assert read_preprocessing(tmp_path, image_size=384).resize == (384, 384)
@@ -131,6 +156,7 @@ def test_timm_resizes_another_size_alike(tmp_path: Path, size: tuple[int, int], 
         ({**VIT, "image_mean": [0.5, 0.5]}, "mean"),
         ({**VIT, "rescale_factor": -1}, "rescale_factor"),
         ({**VIT, "image_std": [0.5, 0.0, 0.5]}, "image_std"),
+        ({**VIT, "do_center_crop": True}, "do_center_crop is true, but there is no crop_size; add it"),
     ],
 )
 def test_refused(tmp_path: Path, values: dict[str, Any], said: str) -> None:
