@@ -169,9 +169,11 @@ def decode(photos: list[Path], rounds: int) -> list[dict[str, Any]]:
     from PIL import Image
 
     from pipeline.images.formats import prepare_process
+    from pipeline.images.limits import steady_memory
     from schemas.preprocessing import Preprocessing
 
     prepare_process()
+    steady_memory()
     found = []
     for side in SIDES:
         times: dict[str, list[float]] = {}

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 
 from pipeline.images.decode import DecodeSpec, decode_into
 from pipeline.images.formats import prepare_process
+from pipeline.images.limits import steady_memory
 from schemas.preprocessing import Preprocessing
 
 _BANDS = ((0.0, 0.5), (0.5, 3.0), (3.0, 1000.0))  # megapixels
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--json")
     options = parser.parse_args()
     prepare_process()
+    steady_memory()
     preprocessing = Preprocessing(resize=(options.size, options.size))
     if options.model:
         from pipeline.models import inspect_model

@@ -25,6 +25,7 @@ def decode_core_seconds(photos: list[str], model: Path) -> float:
     """CPU seconds to fetch and decode one photo, in one process."""
     import pyarrow as pa
 
+    from pipeline.images.limits import steady_memory
     from pipeline.images.stage import Reading, fetch_and_decode
     from pipeline.models import inspect_model
     from pipeline.sources.expand import expand
@@ -39,6 +40,7 @@ def decode_core_seconds(photos: list[str], model: Path) -> float:
     def decode(rows: pa.Table) -> int:
         return sum(table.num_rows for table in fetch_and_decode(rows, Reading(preprocessing), batch_rows=32))
 
+    steady_memory()
     decode(manifest.slice(0, 8))  # what is imported at the first photo is start-up
     started = time.process_time()
     rows = decode(manifest)

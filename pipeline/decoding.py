@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from pipeline import logs, metrics
 from pipeline.images.guard import CrashGuard, forget
+from pipeline.images.limits import steady_memory
 from pipeline.images.stage import Reading, fetch_and_decode
 from pipeline.predictors.null import no_pixels
 from pipeline.sinks.intervals import Spans
@@ -58,6 +59,7 @@ def decode_rows(ranges: pa.Table, job: DecodeJob) -> Iterator[pa.Table]:
     if job.null:
         yield from no_pixels(manifest, job.block_rows)
         return
+    steady_memory()
     with closing(_guard(job.run_id)) as guard:
         yield from fetch_and_decode(
             manifest,

@@ -7,8 +7,6 @@ import warnings
 import pi_heif
 from PIL import Image, ImageFile
 
-from pipeline.images.limits import steady_memory
-
 # Left out on purpose: EPS starts Ghostscript; IPTC opens what it wraps with any plugin, EPS included; WMF, BUFR,
 # GRIB, HDF5 and MPEG only identify a file and cannot decode it; FPX and MIC need a package that is not installed.
 FORMATS = (
@@ -56,11 +54,10 @@ FORMATS = (
 def _register_once() -> None:
     pi_heif.register_heif_opener(thumbnails=False)
     Image.init()
-    steady_memory()
 
 
 def prepare_process() -> None:
-    """Register HEIC, make Pillow strict and silent, and keep the memory flat. Cheap to call again.
+    """Register HEIC and make Pillow strict and silent. Cheap to call again.
 
     Its warnings are silenced because a worker's log is no place for what belongs into a row.
     """

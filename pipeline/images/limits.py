@@ -27,6 +27,9 @@ def steady_memory() -> None:
     By default it raises that size to 32 MiB as such blocks are freed, and the files and pictures that come and go in
     many threads then leave holes that add up to gigabytes. Fixing the size also fixes the other threshold, at which
     the top of the heap is given back, so low that each picture would pay dozens of page faults: hence both.
+
+    For a process that only decodes: a forward pass takes its activations anew for each batch, and would pay for every
+    page of them.
     """
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
