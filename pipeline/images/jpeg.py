@@ -1,9 +1,12 @@
 """JPEG pixels through simplejpeg: Pillow's own, bit for bit, faster, and at a smaller scale where asked."""
 
 import math
+import threading
 
+import numpy as np
 import pyarrow as pa
 import simplejpeg
+from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.images.failures import truncated
@@ -14,6 +17,8 @@ _DENOMINATORS = (8, 4, 2)
 # Encoders write about ten; each costs a pass over all coefficients, and a file of thousands keeps a decoder busy for
 # hours. The limit that libjpeg-turbo's own tools take against such files.
 _MAX_SCANS = 500
+# What a thread keeps for its next picture: one of 16 megapixels.
+_KEPT_BYTES = 64 << 20
 
 
 def scale_denominator(size: tuple[int, int], target: tuple[int, int]) -> int:
@@ -34,7 +39,8 @@ def refuse_endless_scans(image: Image.Image, data: bytes) -> None:
 
 
 def decode_jpeg(data: bytes, size: tuple[int, int], denominator: int) -> Image.Image | None:
-    """A picture of `size` (width, height), divided by `denominator`, in mode RGB.
+    """A picture of `size` (width, height), divided by `denominator`, in mode RGB. It is whole until this thread decodes
+    another: copy what is to stay.
 
     None where simplejpeg has the least doubt about the file: Pillow shall decide then. Raises ImageError
     `Truncated` for a file whose scan ends early, which Pillow would fill up with grey in silence.
@@ -42,7 +48,7 @@ def decode_jpeg(data: bytes, size: tuple[int, int], denominator: int) -> Image.I
     width, height = (math.ceil(side / denominator) for side in size)
     least = {"min_height": height, "min_width": width} if denominator > 1 else {}
     try:
-        pixels = simplejpeg.decode_jpeg(data, "RGBX", **least)
+        pixels = simplejpeg.decode_jpeg(data, "RGBX", **least, buffer=_scratch(4 * width * height))
     except ValueError as error:
         if "premature end" in str(error).lower():
             raise truncated(str(error)) from error
@@ -51,6 +57,24 @@ def decode_jpeg(data: bytes, size: tuple[int, int], denominator: int) -> Image.I
         return None
     # Pillow keeps RGB in four bytes a pixel, so this memory becomes an image without a copy.
     return Image.fromarrow(pa.array(pixels.reshape(-1)), "RGB", (width, height))
+
+
+class _Kept(threading.local):
+    pixels: NDArray[np.uint8] = np.empty(0, np.uint8)
+
+
+_KEPT = _Kept()
+
+
+def _scratch(count: int) -> NDArray[np.uint8]:
+    """At least `count` bytes, where that is possible those of this thread's picture before: new ones are mapped page by
+    page, for a sixth of the time that a picture of 0.8 megapixels takes and a twentieth at 12."""
+    if count > _KEPT_BYTES:
+        return np.empty(count, np.uint8)
+    if count > len(_KEPT.pixels):
+        _KEPT.pixels = np.empty(0, np.uint8)  # so that there are never two
+        _KEPT.pixels = np.empty(count, np.uint8)
+    return _KEPT.pixels
 
 
 def refuse_early_end(data: bytes) -> None:
