@@ -18,7 +18,7 @@ from jobs.options import (
     sampled_values,
 )
 from jobs.output import emit
-from schemas.errors import ClusterError, SpecError
+from schemas.errors import SpecError
 
 if TYPE_CHECKING:
     from pipeline.advice import Measured, Shape
@@ -109,11 +109,6 @@ def look(
             raise SpecError(
                 f"the cluster has {machines.nodes} nodes, and all must see the folder in which the whole job is tried: "
                 "give --scratch s3://BUCKET/PREFIX, or a folder that they share"
-            )
-        if not machines.cpus:
-            raise ClusterError(
-                "no node of the cluster takes tasks yet, so there is nothing to measure on: start its workers first "
-                "(`ray start` on them), or give --cluster-wait 900 where the cluster grows by itself"
             )
         placement = place_job(resolved, machines, _PLACED_ROWS)
         cpus = 1.0 if spec.gpus_per_actor else placement.actor_cpus

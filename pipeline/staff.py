@@ -43,8 +43,10 @@ class Staff(NamedTuple):
 
 
 def on_gpus(machines: Machines, actors: ActorRange | None, gpus_per_actor: float) -> Staff:
-    """Actors that have `gpus_per_actor` each, whose calls take turns. Raises ClusterError when they are not there."""
+    """Actors that have `gpus_per_actor` each, whose calls take turns. Raises ClusterError when the GPUs are not there,
+    or no core to decode on."""
     _check_gpus(machines, actors, gpus_per_actor)
+    _check_cores(machines)
     fit = sum(int(gpus / gpus_per_actor) for gpus in machines.node_gpus or (machines.gpus,))
     chosen = actors or ActorRange(min=1, max=max(1, fit))
     now = min(chosen.max, fit)
@@ -54,7 +56,9 @@ def on_gpus(machines: Machines, actors: ActorRange | None, gpus_per_actor: float
 
 def on_cpus(machines: Machines, actors: ActorRange | None, by_memory: int, one_call: bool) -> Staff:
     """Actors on the cores, never more of them than `by_memory`; with `one_call` an actor takes one at a time.
-    More than there are cores are not made: they would take minutes to start, and memory."""
+    More than there are cores are not made: they would take minutes to start, and memory. Raises ClusterError where
+    there is no core."""
+    _check_cores(machines)
     nodes = [max(1, int(cores)) for cores in machines.node_cpus] or [max(1, int(machines.cpus))]
     room = sum(nodes)
     if actors and actors.min > room and not one_call and not machines.may_grow:
@@ -140,4 +144,13 @@ def _check_gpus(machines: Machines, actors: ActorRange | None, gpus_per_actor: f
             f"{asked} needs {needed:g} GPUs, the cluster has {machines.gpus:g} GPUs and {machines.cpus:g} CPUs. "
             f"Ask for fewer, add GPU nodes, {wait}or leave out --gpus-per-actor to run on CPUs (`retry` has it from "
             "the run: --gpus-per-actor 0)"
+        )
+
+
+def _check_cores(machines: Machines) -> None:
+    if not machines.cpus:
+        raise ClusterError(
+            "no node of the cluster takes tasks yet (it has 0 CPUs), and a job is laid out for the nodes that it "
+            "finds. Give --cluster-wait 900 where the cluster grows by itself, keep some workers there (`min_workers`, "
+            "on Kubernetes `minReplicas`), or start them (`ray start` on each)"
         )

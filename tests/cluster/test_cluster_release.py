@@ -98,12 +98,14 @@ def test_a_node_that_cannot_import_the_package(head: LocalCluster, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_nothing_is_measured_where_no_node_takes_tasks(head: LocalCluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["benchmark", "embed"])
+def test_nothing_begins_where_no_node_takes_tasks(head: LocalCluster, tmp_path: Path, command: str) -> None:
     """As on a cluster that has yet to grow."""
     model = make_checkpoint(tmp_path / "vit", "vit", image_size=32, hidden_size=64, num_attention_heads=2)
     (tmp_path / "photos.csv").write_text(f"uri\n{tmp_path / 'none.jpg'}\n")
+    out = ("--out", str(tmp_path / "out")) if command == "embed" else ()
     done = subprocess.run(
-        [*PATCHSTREAM, "benchmark", str(tmp_path / "photos.csv"), "--model", str(model)],
+        [*PATCHSTREAM, command, str(tmp_path / "photos.csv"), "--model", str(model), *out],
         env={**os.environ, **head.variables, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100,
         check=False,
     )  # fmt: skip

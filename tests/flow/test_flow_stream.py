@@ -176,6 +176,18 @@ def test_a_job_that_waits_for_a_larger_machine_says_so_at_once(
     assert [line for line in told if "the job waits until the cluster has a larger one" in line]
 
 
+@pytest.mark.parametrize("may_grow", [True, False])
+@pytest.mark.parametrize(("gpus", "one_call"), [(0, False), (0, True), (1, False)])
+def test_a_job_is_not_laid_out_for_a_cluster_without_cores(may_grow: bool, gpus: int, one_call: bool) -> None:
+    """Workers scaled to zero, or GPUs beside which nothing can be decoded: it would keep to one core for its life."""
+    empty = Machines(cpus=0, gpus=gpus, object_store_bytes=0, may_grow=may_grow)
+    with pytest.raises(ClusterError, match=r"0 CPUs.* Give --cluster-wait 900 .*`min_workers`.*`ray start` on each"):
+        place(
+            empty, rows=100, actors=None, gpus_per_actor=float(gpus), batch_size=None, pixel_bytes=PIXELS_224,
+            model_bytes=MODEL_BYTES, one_call=one_call,
+        )  # fmt: skip
+
+
 def test_memory_for_few_actors_gives_each_more_cores() -> None:
     """ViT-L on four cores with 4 GiB."""
     placement = placed(cluster(4, 0, memory_gib=4), model_bytes=8 * 304_000_000)
