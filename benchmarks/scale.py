@@ -85,7 +85,7 @@ def measure(rows: int) -> dict[str, Any]:
 def plan_with_holes(out: str, rows: int) -> dict[str, Any]:
     """Resume planning when every tenth row is missing and no part is dense: every part has to be opened.
 
-    Parts are as large as compaction leaves them for ViT-B/16 with `cls` and `pooled`: 256 MiB at about 6 KB a row.
+    Parts are as large as `compact` makes them for ViT-B/16 with `cls` and `pooled`: 256 MiB at about 6 KB a row.
     """
     import fsspec
     import numpy as np

@@ -30,7 +30,7 @@ from pipeline.record import warn_of_versions
 from pipeline.signals import interruptible
 from pipeline.sinks import attempts, intervals
 from pipeline.sinks.attempts import Fence
-from pipeline.sinks.compaction import compact, drop_repeats, recover, remove_rows
+from pipeline.sinks.compaction import FULL_FRACTION, compact, drop_repeats, recover, remove_rows
 from pipeline.sinks.intervals import Spans
 from pipeline.sinks.ledger import Ledger, read_ledger
 from pipeline.sinks.parts import remove_abandoned
@@ -265,7 +265,7 @@ def _finish(spec: JobSpec, opened: Opened) -> None:
     mine = intervals.intersect(opened.replaced, opened.first, opened.stop)
     for folder in ("images", "failures") if len(mine) else ():
         remove_rows(spec.out, folder, mine, spec.storage_options)
-    compact(spec.out, spec.sink.compact_bytes, spec.storage_options, opened.first, opened.stop)
+    compact(spec.out, spec.sink.compact_bytes, spec.storage_options, opened.first, opened.stop, FULL_FRACTION)
     remove_abandoned(*filesystem(spec.out, spec.storage_options))
     forget_crashes(opened.record.run_id)
 

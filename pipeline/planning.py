@@ -7,11 +7,13 @@ import math
 from typing import NamedTuple
 
 from pipeline.placement import Placement, place
+from pipeline.sinks.compaction import FULL_FRACTION
 from schemas.errors import SpecError
 from schemas.machines import Machines
+from schemas.spec import SinkSpec
 
 MAX_IMAGES = 1_000_000_000
-PART_BYTES = 256 << 20
+SINK = SinkSpec()
 SHARD_IMAGES = 100_000_000
 # Blocks that Ray Data keeps for each decoding task (one being made, one waiting) and each call of an actor (two given
 # out, one result), before back-pressure stops the upstream stage.
@@ -118,7 +120,7 @@ def make_plan(
             *fleet,
             *throughput,
             *_memory(costs, placement, math.ceil(cores - actors)),
-            *_traces(images, costs),
+            *_traces(images, costs, throughput[0].value),
         )
     )
 
@@ -213,13 +215,16 @@ def _memory(costs: Costs, placement: Placement, tasks: int) -> list[Step]:
     ]
 
 
-def _traces(images: int, costs: Costs) -> list[Step]:
+def _traces(images: int, costs: Costs, rate: float) -> list[Step]:
     output = images * costs.output_bytes
+    part, why = min(SINK.part_bytes, rate * costs.output_bytes * SINK.commit_s), "as committed"
+    if part < SINK.compact_bytes * FULL_FRACTION:
+        part, why = SINK.compact_bytes, "after compaction"
     search = images * costs.search_bytes
     text = f"on the disk of whoever searches, for one feature: {images:,} × {costs.search_bytes:,} bytes"
     return [
         Step("output", output, "bytes", f"{images:,} × {costs.output_bytes:,.0f} bytes a row"),
-        Step("parts", math.ceil(output / PART_BYTES), "files", f"output ÷ {PART_BYTES >> 20} MiB after compaction"),
+        Step("parts", math.ceil(output / part), "files", f"output ÷ {part / 2**20:,.0f} MiB {why}"),
         Step("manifest", images * (costs.uri_bytes / 2 + 16), "bytes", f"{images:,} × (half the address + 16 bytes)"),
         *([Step("vectors for search", search, "bytes", text)] if search else []),
         Step("shards", math.ceil(images / SHARD_IMAGES), "jobs", f"--shard I/N, one for each {SHARD_IMAGES:,} images"),

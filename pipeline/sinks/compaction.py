@@ -50,14 +50,25 @@ _STAGING = "_swap"
 _LOCK = "_swapping"
 # A part this close to the target stays as it is: rewriting it would gain nothing.
 _GOOD_FRACTION = 0.5
+# At the end of a run, for which somebody waits: what was committed because it was full stays (64 of 256 MiB where
+# nothing else is asked, on the disk less), and what the clock cut is merged.
+FULL_FRACTION = 0.125
 # Arrow joins the chunks of a column to take rows of it, and one array holds no more than 2 GiB of texts (26.0).
 _TAKEN_ROWS = 1 << 12
 
 log = logging.getLogger(__name__)
 
 
-def compact(out: str, target_bytes: int, storage_options: Options, first: int = 0, stop: int | None = None) -> int:
+def compact(
+    out: str,
+    target_bytes: int,
+    storage_options: Options,
+    first: int = 0,
+    stop: int | None = None,
+    good_fraction: float = _GOOD_FRACTION,
+) -> int:
     """Bring parts within rows [first, stop) to about `target_bytes`; returns how many parts went into larger ones.
+    Those of at least `good_fraction` of it stay as they are.
 
     Rows inside a new part ascend. Rows that stand twice are kept once: the copy in the earlier part.
     """
@@ -67,7 +78,7 @@ def compact(out: str, target_bytes: int, storage_options: Options, first: int = 
     for folder in FOLDERS:
         mine = [part for part in list_parts(fs, path) if part.folder == folder]
         mine = [part for part in mine if part.first >= first and (stop is None or part.last < stop)]
-        for group in _groups(mine, target_bytes):
+        for group in _groups(mine, target_bytes, good_fraction):
             with _swapping(fs, path) as held:
                 # What somebody else has rewritten meanwhile is left to the next time.
                 if all(is_there(fs, join(path, part.path)) for part in group):
@@ -137,12 +148,12 @@ def _swapping(fs: AbstractFileSystem, out: str) -> Iterator[Held]:
         yield held
 
 
-def _groups(parts: list[Part], target_bytes: int) -> Iterator[list[Part]]:
+def _groups(parts: list[Part], target_bytes: int, good_fraction: float) -> Iterator[list[Part]]:
     """Neighbours in row order that together come to about `target_bytes`, where there are at least two."""
     group: list[Part] = []
     size = 0
     for part in sorted(parts, key=lambda part: part.first):
-        if part.size >= target_bytes * _GOOD_FRACTION:
+        if part.size >= target_bytes * good_fraction:
             continue
         if group and size + part.size > target_bytes:
             if len(group) > 1:

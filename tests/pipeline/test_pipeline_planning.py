@@ -79,8 +79,21 @@ def test_by_hand_on_a_gpu() -> None:
     # 256 images of 150,528 bytes, two batches a block; 2 blocks for each of 6 tasks and 6 for each of 2 actors.
     assert plan.value("object store") == (2 * 6 + 6 * 2) * 2 * 256 * 150_528
     assert plan.value("output") == 8e9
-    assert plan.value("parts") == math.ceil(8e9 / 2**28)
+    # 16 MB a second: 64 MiB are full before the half minute is over.
+    assert plan.value("parts") == math.ceil(8e9 / 2**26)
     assert plan.value("shards") == 1
+
+
+@pytest.mark.parametrize(
+    ("rate", "part", "why"),
+    [(100, 2**28, "256 MiB after compaction"), (200, 48_000_000, "46 MiB as committed"), (300, 2**26, "64 MiB as")],
+)
+def test_parts_that_the_clock_cuts_small_are_merged(rate: int, part: int, why: str) -> None:
+    plan = make_plan(1_000_000, COSTS._replace(predict_s=1 / rate), DEVICES["l4"])
+    assert plan.value("throughput") == pytest.approx(rate)
+    (step,) = [step for step in plan.steps if step.name == "parts"]
+    assert step.value == math.ceil(8e9 / part)
+    assert step.arithmetic.startswith(f"output ÷ {why}")
 
 
 @pytest.mark.parametrize(("tokens", "width", "block_rows"), [(196, 1024, 128), (577, 1024, 32), (1369, 1536, 8)])
