@@ -1,7 +1,8 @@
 """HTTP around the pages of `explore`, for one person on one machine.
 
-What guards it: the loopback address or a token; a check of the Host header, so that a site whose name is made to
-resolve to this machine cannot read it; a content policy without scripts; limits on the size and time of a request.
+What guards it: the loopback address or a token; without one a check of the Host header, so that a site whose name is
+made to resolve to this machine cannot read it; a content policy without scripts; limits on the size and time of a
+request.
 """
 
 import hmac
@@ -65,7 +66,6 @@ class ExploreServer(ThreadingHTTPServer):
         check_reach(host, token)
         self.exploration = exploration
         self.token = token
-        self.local = is_loopback(host)
         if ":" in host:
             self.address_family = socket.AF_INET6
         try:
@@ -130,12 +130,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _guarded(self) -> Response | None:
         """Why this request is refused, None if it is not."""
-        # A name of another site may be made to point here; an address cannot.
-        if self.server.local and not is_loopback(_host_name(self.headers.get("Host", "")) or ""):
-            return self._plain(421, "This server answers to localhost only.")
-        if self.server.token is None:
-            return None
-        return self._check_token(self.server.token)
+        # A name of another site may be made to point here; an address cannot. With a token such a site has no cookie
+        # to send, and the name may be that of a proxy.
+        if self.server.token is not None:
+            return self._check_token(self.server.token)
+        if not is_loopback(_host_name(self.headers.get("Host", "")) or ""):
+            return self._plain(421, "This server answers to localhost only; behind a proxy, start it with a --token.")
+        return None
 
     def _check_token(self, token: str) -> Response | None:
         cookie = f"patchstream_{self.server.server_address[1]}"

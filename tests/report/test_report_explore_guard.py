@@ -97,6 +97,21 @@ def test_report_explore_with_a_token(explored: tuple[Album, Path]) -> None:
         assert headers["location"] == "/"
 
 
+def test_report_explore_behind_a_proxy_on_this_machine(explored: tuple[Album, Path]) -> None:
+    _, run = explored
+    with serving(open_exploration(open_run(str(run), {}), None), token=TOKEN) as server:
+        client, asked = Client(server), {"Host": "photos.example"}
+        assert client.request("/", headers=asked)[0] == 401
+        status, headers, _ = client.request(f"/?token={quote(TOKEN)}", headers=asked)
+        assert (status, headers["location"]) == (303, "/")
+        known = {**asked, "Cookie": headers["set-cookie"].partition(";")[0]}
+        assert client.request("/", headers=known)[0] == 200
+        data = jpeg((1, 2, 3))
+        no_model = client.upload(data, headers={**known, "Origin": "https://photos.example"})
+        assert (no_model[0], b"No search by picture" in no_model[2]) == (404, True)
+        assert client.upload(data, headers={**known, "Origin": "https://elsewhere.example"})[0] == 403
+
+
 def test_report_explore_other_hosts_need_a_token(explored: tuple[Album, Path]) -> None:
     _, run = explored
     exploration = open_exploration(open_run(str(run), {}), None)
