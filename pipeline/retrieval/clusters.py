@@ -119,7 +119,8 @@ def top_labels(store: FeatureStore, folder: str, label_column: str | None = None
 
     `share` is how much of the cluster has the label, `base` how much of all rows. They are ordered by
     share · ln(share / base): what makes up much of a cluster and is rare elsewhere comes first. The label is the first
-    of `labels`, or the content of `label_column`; one of blanks is none. Raises SpecError if that column is not there.
+    of `labels`, or the content of `label_column`; one of blanks is none, but its row counts. Raises SpecError if that
+    column is not there.
     """
     check_label_column(store, label_column)
     if label_column is None and "labels" not in store.schema.names:
@@ -128,10 +129,10 @@ def top_labels(store: FeatureStore, folder: str, label_column: str | None = None
     label = f"CAST(i.{quote(store.sql_name(label_column))} AS VARCHAR)" if label_column else "i.labels[1].label"
     found = store.sql(
         f"WITH named AS (SELECT c.cluster, {label} AS label FROM images i JOIN _clusters c ON i.row = c.row), "
-        "counts AS (SELECT cluster, label, count(*) AS n FROM named WHERE trim(label) <> '' GROUP BY ALL), "
+        "counts AS (SELECT cluster, label, count(*) AS n FROM named GROUP BY ALL), "
         "shares AS (SELECT cluster, label, n / sum(n) OVER (PARTITION BY cluster) AS share, "
         "sum(n) OVER (PARTITION BY label) / sum(n) OVER () AS base FROM counts) "
-        "SELECT cluster, label, share, base FROM shares WHERE share > base "
+        "SELECT cluster, label, share, base FROM shares WHERE share > base AND trim(label) <> '' "
         "QUALIFY row_number() OVER (PARTITION BY cluster ORDER BY share * ln(share / base) DESC, label) "
         f"<= {_TOP_LABELS} ORDER BY cluster, share * ln(share / base) DESC, label",
         {"_clusters": folder},

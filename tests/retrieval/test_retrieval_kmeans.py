@@ -192,9 +192,10 @@ def test_empty_cells_say_nothing_about_a_cluster(tmp_path: Path) -> None:
     table = pa.table({"row": range(40), "cluster": [row // 20 for row in range(40)]})
     pq.write_table(table, tmp_path / "clusters" / "two" / "clusters.parquet")
     found = top_labels(store, str(tmp_path / "clusters" / "two"), "kind")
-    assert [[(item["label"], item["share"]) for item in found[number]] for number in (0, 1)] == [
-        [("cat", 1.0)],
-        [("dog", 1.0)],
+    # The shares are those of all rows, of which 5 of 20 say cat and 15 of 20 say dog.
+    assert [found[number] for number in (0, 1)] == [
+        [{"label": "cat", "share": 0.25, "base": 0.125}],
+        [{"label": "dog", "share": 0.75, "base": 0.375}],
     ]
 
 
