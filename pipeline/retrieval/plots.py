@@ -8,11 +8,13 @@ from scipy.sparse import csr_array
 
 _MOST_CLASSES = 40
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 460, 240, 64, 44, 34
+# A program that does not know light-dark() passes over the whole declaration and keeps the plain one before it; without
+# one it would fill everything with black.
 _STYLE = (
     "<style>svg{color-scheme:light dark;font:12px system-ui,sans-serif}"
-    "text{fill:light-dark(#222,#ddd)}.axis{stroke:light-dark(#999,#777)}"
+    "text{fill:#222;fill:light-dark(#222,#ddd)}.axis{stroke:#999;stroke:light-dark(#999,#777)}"
     ".line{fill:none;stroke:#2a78d6;stroke-width:2}.dot{fill:#2a78d6}.mark{stroke:#d6652a;stroke-dasharray:4 3}"
-    ".back{fill:light-dark(#fff,#181818)}</style>"
+    ".back{fill:#fff;fill:light-dark(#fff,#181818)}</style>"
 )
 
 

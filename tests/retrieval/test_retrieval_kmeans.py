@@ -1,6 +1,7 @@
 """k-means: as good as scikit-learn's, streamed as in memory, and what it writes."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,15 @@ def test_chart_is_well_formed() -> None:
     svg = line_charts([("inertia <k>", [2, 4, 8], [3.0, 2.0, 1.5], 4), ("flat", [2, 4], [1.0, 1.0], 2)], "k")
     root = ElementTree.fromstring(svg)
     assert len(root.findall(".//{http://www.w3.org/2000/svg}circle")) == 5
+
+
+def test_charts_have_colours_where_light_dark_is_unknown() -> None:
+    """Older browsers and most other programs that show SVG leave out what they do not know."""
+    svg = line_charts([("inertia", [2, 4], [3.0, 2.0], 4)], "k")
+    known = re.sub(r"[a-z]+:light-dark\([^)]*\);?", "", svg)
+    assert known != svg
+    for rule in ("text{fill:#222;", ".axis{stroke:#999;", ".back{fill:#fff;"):
+        assert rule in known
 
 
 def test_clusters_from_python(tmp_path: Path) -> None:
