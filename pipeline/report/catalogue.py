@@ -70,10 +70,14 @@ class Catalogue:
         folded = wanted.text.casefold()
         named = [code for name, code in self._code_of.items() if folded in name.casefold()]
         matching[np.isin(codes, named)] = True
-        for batch in batches(self._run.fs, self._run.parts("images"), ["row", "uri"]):
-            hit = pc.fill_null(pc.match_substring(batch.column("uri"), wanted.text, ignore_case=True), False)
-            found = batch.column("row").filter(hit).to_numpy()
-            matching[found[found < len(matching)]] = True  # an update may add rows while this is served
+
+        def look() -> None:
+            for batch in batches(self._run.fs, self._run.parts("images"), ["row", "uri"]):
+                hit = pc.fill_null(pc.match_substring(batch.column("uri"), wanted.text, ignore_case=True), False)
+                found = batch.column("row").filter(hit).to_numpy()
+                matching[found[found < len(matching)]] = True  # an update may add rows while this is served
+
+        self._run.whole_pass(look)
         return rows[matching[rows]]
 
     def _sort(self, rows: NDArray[np.int64], order: Order) -> NDArray[np.int64]:
@@ -87,6 +91,12 @@ def failures_between(
     run: RunDirectory, replaced: NDArray[np.int64], start: int, stop: int
 ) -> tuple[list[dict[str, object]], int]:
     """Failures number `start` to `stop` in the order of the parts, and how many there are; none of `replaced`."""
+    return run.whole_pass(lambda: _failures_between(run, replaced, start, stop))
+
+
+def _failures_between(
+    run: RunDirectory, replaced: NDArray[np.int64], start: int, stop: int
+) -> tuple[list[dict[str, object]], int]:
     found: list[pa.RecordBatch] = []
     position = 0
     columns = ["row", "uri", "stage", "error", "message", "retryable"]

@@ -1,9 +1,9 @@
 """Opening an output directory for reading: its record, its attempts and the parts of its tables."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +19,8 @@ from schemas.errors import OutputError
 from schemas.run import RunRecord
 
 BATCH_ROWS = 65_536
+
+T = TypeVar("T")
 
 
 class PartGone(OutputError):
@@ -51,6 +53,17 @@ class RunDirectory:
         """Raise OutputError if another run stands in the place of this one."""
         if (read_json(self.fs, join(self.root, "run.json")) or {}).get("run_id") != self.record.run_id:
             raise OutputError(f"the run in {redact(self.url)} became another while it was read; run the command again")
+
+    def whole_pass(self, read: Callable[[], T]) -> T:
+        """What `read` gives, which lists parts and reads them; begun anew where a compaction took some from under it.
+
+        Raises OutputError if another run stands in the place of this one, PartGone where that happens again.
+        """
+        try:
+            return read()
+        except PartGone:
+            self.check_same()
+            return read()
 
     def features(self) -> dict[str, int]:
         """The feature columns of `images/` and their lengths, `cls` first; empty where there is no part yet."""

@@ -1,17 +1,22 @@
 """`report` and `explore` of a run whose parts are put in the place of others meanwhile, or when that was cut short."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from report.album import Album
 from report.explore_client import Client, serving
 from report.html_page import Page
 
-from pipeline.report import write_report
+from pipeline.report import catalogue, write_report
 from pipeline.report.explore_state import open_exploration
-from pipeline.report.run import open_run
+from pipeline.report.run import batches, open_run
 from pipeline.sinks import compaction
+from pipeline.sinks.parts import part_name
 from schemas.errors import OutputError
 
 pytestmark = pytest.mark.timeout(120)
@@ -71,6 +76,38 @@ def test_report_explore_shows_pictures_after_a_compaction(run: Path) -> None:
         assert client.page("/picture", row=3).text == before.text
         assert "uri " in client.page("/picture", row=50).text
         assert client.request("/thumbnail?row=50")[1]["content-type"] == "image/webp"
+
+
+def two_failure_parts(run: Path) -> None:
+    """Leave the failures of a run in two parts, which a compaction merges."""
+    (whole,) = (run / "failures").glob("*.parquet")
+    (part, *_) = (run / "images").glob("*.parquet")
+    table = pq.read_table(whole).replace_schema_metadata(pq.read_schema(part).metadata)
+    whole.unlink()
+    for piece in (table.slice(0, 2), table.slice(2)):
+        pq.write_table(piece, run / "failures" / part_name(piece["row"].to_numpy()))
+
+
+@pytest.mark.parametrize(
+    ("page", "query", "shows"),
+    [("/", {"text": "0050"}, "1 pictures"), ("/failures", {}, "NotAnImage")],
+)
+def test_report_explore_looks_again_where_a_compaction_falls_into_a_pass(
+    run: Path, monkeypatch: pytest.MonkeyPatch, page: str, query: dict[str, str], shows: str
+) -> None:
+    two_failure_parts(run)
+    merged: list[int] = []
+
+    def compacted_first(*args: Any) -> Iterator[pa.RecordBatch]:
+        if not merged:
+            merged.append(compaction.compact(str(run), 1 << 30, {}))
+        return batches(*args)
+
+    with serving(open_exploration(open_run(str(run), {}), None)) as server:
+        monkeypatch.setattr(catalogue, "batches", compacted_first)
+        found = Client(server).page(page, **query)
+    assert merged == [4]
+    assert shows in found.text
 
 
 def test_report_explore_does_not_mix_in_another_run(run: Path) -> None:
