@@ -7,7 +7,7 @@ from datetime import datetime
 from fsspec import AbstractFileSystem
 from pydantic import ValidationError
 
-from pipeline.lock import is_running, process_mark
+from pipeline.processes import is_running, is_same
 from pipeline.storage import redact
 from pipeline.store_errors import reading
 from schemas.attempt import AttemptRecord
@@ -59,6 +59,5 @@ def shares_rows(record: AttemptRecord, other: AttemptRecord | Shard) -> bool:
 def is_alive(record: AttemptRecord) -> bool:
     """Whether the process that opened the attempt still runs here, and is not a later one of the same number."""
     if record.process is not None:
-        # Who may not look at another user's process is told no mark.
-        return is_running(record.pid) and process_mark(record.pid) in {None, record.process}
+        return is_same(record.pid, record.process)
     return is_running(record.pid, datetime.fromisoformat(record.started).timestamp() + 1)

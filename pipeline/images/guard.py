@@ -18,15 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-import psutil
+from pipeline.processes import is_same, process_mark
 
 _NOTE = struct.Struct("<qd")  # row or -1, monotonic time of its start
 _NOTHING = -1
 # A decoder that hangs inside C for this long is ended with its process; time_limit has had its turn long before.
 HANG_S = 300.0
 _WATCH_S = 5.0
-# By so much the start of a process may seem to move when the clock of the machine is set.
-_CLOCK_S = 10
 _TRIES = 100
 
 
@@ -74,8 +72,8 @@ class CrashGuard:
     def _collect(self) -> None:
         """Turn the notes of dead processes into strikes. Two processes that do so at once count a death once."""
         for path in self._folder.glob("*.note"):
-            pid, _, started = path.stem.partition("-")
-            if _is_alive(int(pid), int(started)):
+            pid, _, mark = path.stem.partition("-")
+            if is_same(int(pid), mark or None):
                 continue
             with contextlib.suppress(FileNotFoundError):  # another process was faster
                 content = path.read_bytes()
@@ -101,7 +99,7 @@ def forget(folder: str | os.PathLike[str]) -> None:
 
 def _open_note(folder: Path) -> tuple[Path, mmap.mmap]:
     pid = os.getpid()
-    path = folder / f"{pid}-{_started(pid)}.note"
+    path = folder / f"{pid}-{process_mark(pid) or ''}.note"
     with _created(path) as file:
         # Not a hole, as `truncate` makes one: on a full disk what is written to it through the map is a SIGBUS.
         os.posix_fallocate(file.fileno(), 0, _NOTE.size)
@@ -118,19 +116,3 @@ def _created(path: Path) -> BinaryIO:
         with contextlib.suppress(FileNotFoundError):
             return path.open("a+b")
     raise OSError(f"{path.parent} is taken away again and again while a note is to be put there")
-
-
-def _started(pid: int) -> int:
-    """When a process started, in seconds since the epoch."""
-    created_s: float = psutil.Process(pid).create_time()
-    return round(created_s)
-
-
-def _is_alive(pid: int, started: int) -> bool:
-    """Whether the process that had this id at that time is still there; a reused id is another process."""
-    try:
-        if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-            return False
-        return abs(_started(pid) - started) <= _CLOCK_S
-    except psutil.NoSuchProcess:
-        return False

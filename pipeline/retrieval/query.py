@@ -11,6 +11,7 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
+from pipeline.processes import is_running
 from pipeline.signals import heeding_signals
 from schemas.errors import OutputError, PatchstreamError, SpecError
 
@@ -81,17 +82,9 @@ def temporary_folder() -> str:
     base, ours = Path(tempfile.gettempdir()), f"{TEMPORARY}{socket.gethostname()}-"
     for folder in base.glob(f"{TEMPORARY}*"):
         owner = re.fullmatch(rf"{re.escape(ours)}(\d{{1,9}})-[0-9a-f]{{32}}", folder.name)
-        if owner and not _at_work(int(owner[1])):
+        if owner and not is_running(int(owner[1])):
             shutil.rmtree(folder, ignore_errors=True)  # of another user it stays
     return str(base / f"{ours}{os.getpid()}-{uuid.uuid4().hex}")
-
-
-def _at_work(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except OSError as error:  # it may be another user's
-        return not isinstance(error, ProcessLookupError)
-    return True
 
 
 def quote(name: str) -> str:

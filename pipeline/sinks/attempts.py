@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from fsspec import AbstractFileSystem
 
 from pipeline.attempt_files import as_known, is_alive, read_attempt, shares_rows
-from pipeline.lock import process_mark
+from pipeline.processes import process_mark
 from pipeline.record import current_versions
 from pipeline.storage import Options, create_bytes, filesystem, is_local, join, put_bytes, redact
 from pipeline.store_errors import reading

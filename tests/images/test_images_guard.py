@@ -163,6 +163,39 @@ def test_the_note_of_a_living_process_is_left_alone(tmp_path):
     assert done.stdout.strip() == "0"
 
 
+def test_the_note_of_a_living_process_is_left_alone_when_the_clock_is_set(tmp_path):
+    """The start of a process in seconds since 1970 moves with it."""
+    mine = CrashGuard(tmp_path)
+    with mine.noted(3):
+        code = (
+            "import sys, psutil; began = psutil.Process.create_time\n"
+            "psutil.Process.create_time = lambda process: began(process) - 3600\n"
+            "from pipeline.images.guard import CrashGuard; print(CrashGuard(sys.argv[1]).strikes(3))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=True,
+            timeout=60,
+        )
+    assert done.stdout.strip() == "0"
+
+
+def test_the_number_of_a_dead_process_may_be_that_of_another_by_now(tmp_path):
+    mine = CrashGuard(tmp_path)
+    (note,) = tmp_path.glob("*.note")
+    mark = note.name.partition("-")[2]
+    another = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        (tmp_path / f"{another.pid}-{mark}").write_bytes(CrashGuard.note(4))
+        mine.close()
+        assert CrashGuard(tmp_path).strikes(4) == 1
+    finally:
+        another.communicate(b"\n", timeout=60)
+
+
 def test_a_note_costs_microseconds(tmp_path):
     guard = CrashGuard(tmp_path)
     started = time.perf_counter()

@@ -18,6 +18,7 @@ from support.fleeting import fleeting
 
 from pipeline import lock
 from pipeline.lock import locked
+from pipeline.processes import is_running
 from pipeline.storage import filesystem
 from schemas.errors import OutputError
 
@@ -26,6 +27,7 @@ HOLDING = """
 import sys, time
 from fsspec.implementations.local import LocalFileSystem
 from pipeline.lock import locked
+from pipeline.processes import is_running
 with locked(LocalFileSystem(), sys.argv[1], "testing"):
     print("held", flush=True)
     time.sleep(60)
@@ -81,10 +83,10 @@ def test_a_living_holder_is_waited_for_and_named(
 
 def test_a_killed_process_that_nobody_has_waited_for_holds_nothing(tmp_path: Path) -> None:
     holder = held_by_another(tmp_path / "_lock")
-    assert lock.is_running(holder.pid)
+    assert is_running(holder.pid)
     os.kill(holder.pid, signal.SIGKILL)
     os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # dead, and a zombie
-    assert not lock.is_running(holder.pid)
+    assert not is_running(holder.pid)
     started = time.monotonic()
     with locked(FS, str(tmp_path / "_lock"), "testing"):
         assert time.monotonic() - started < lock._BEAT_S

@@ -21,6 +21,7 @@ from support.runs import RunContent, write_run
 from jobs.retrieve_screen import print_json
 from pipeline.retrieval import sql
 from pipeline.retrieval.duplicates import find_duplicates, write_duplicates
+from pipeline.retrieval.query import temporary_folder
 from pipeline.retrieval.store import FeatureStore
 from schemas.errors import OutputError, SpecError
 
@@ -149,6 +150,19 @@ def test_what_a_killed_command_left_in_temporary_files_goes_with_the_next(
     assert list(left.iterdir())
     store.connect().close()
     assert list(tmp_path.iterdir()) == [elsewhere]
+
+
+def test_what_a_process_left_goes_though_nobody_has_asked_for_its_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and a zombie
+    left = Path(temporary_folder().replace(f"-{os.getpid()}-", f"-{child.pid}-"))
+    left.mkdir()
+    temporary_folder()
+    child.wait()
+    assert not left.exists()
 
 
 def test_a_run_of_which_every_image_failed(tmp_path: Path) -> None:

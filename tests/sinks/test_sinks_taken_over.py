@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.lock import process_mark
+from pipeline.processes import process_mark
 from pipeline.sinks import attempts
 from schemas.errors import OutputError
 from schemas.values import Shard
