@@ -1,6 +1,7 @@
 """WebDataset shards: which members are images, where their bytes lie, what rides along, what is broken."""
 
 import io
+import re
 import tarfile
 import threading
 import time
@@ -179,7 +180,7 @@ def test_compressed_tars_are_refused_with_the_way_out(tmp_path: Path, name: str)
     with pytest.raises(SourceError, match=r"compressed tar, whose members cannot be read by range; unpack"):
         read(tmp_path / name)
     with pytest.raises(SourceError, match="compressed tar"):
-        read(f"https://h.example/{name.replace("?", "0")}?sig=1".replace("*", "x"))
+        read(f"https://h.example/{re.sub('[*?]', 'x', name)}?sig=1")
 
 
 # --- many shards
