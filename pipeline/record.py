@@ -22,6 +22,7 @@ from pipeline.storage import (
     filesystem,
     is_local,
     join,
+    lasting,
     put_bytes,
     read_json,
     redact,
@@ -102,7 +103,7 @@ def recorded_spec(spec: JobSpec) -> dict[str, Any]:
     for name in PLACE_FIELDS:
         if values[name] is not None:
             values[name] = redact(absolute(values[name]))
-    values["sources"] = [redact(absolute(source)) for source in spec.sources]
+    values["sources"] = [redact(lasting(source)) for source in spec.sources]
     if spec.triton:
         values["triton"]["url"] = redact(spec.triton.url)
     return values
@@ -180,7 +181,7 @@ def _identity(record: RunRecord) -> dict[str, Any]:
     model = record.model.model_dump(mode="json")
     spec = {name: value for name, value in record.spec.items() if name in RESULT_FIELDS}
     # Earlier versions recorded them as they were typed: those are read from here.
-    spec["sources"] = [absolute(source) for source in spec.get("sources", ())]
+    spec["sources"] = [lasting(source) for source in spec.get("sources", ())]
     return {"spec": spec, "model": {name: model[name] for name in _MODEL_IDENTITY}}
 
 

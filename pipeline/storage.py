@@ -33,6 +33,7 @@ _NO_CHAINS = frozenset({"s3", "gs", "http"})
 CACHES = frozenset({"simplecache", "filecache", "blockcache", "cached"})
 # Their drivers answer from listings they keep, Azure's even where `refresh` is asked for.
 _LISTINGS_KEPT = frozenset({"s3", "gs", "abfs", "abfss", "az"})
+_PACKAGE = re.compile(r"^/.*/runtime_resources/working_dir_files/[^/]+/")
 # As long as botocore waits, unless told otherwise.
 _SILENT_S = 60.0
 _ALIASES = {"gcs": "gs", "s3a": "s3", "https": "http", "local": "file"}
@@ -142,6 +143,12 @@ def absolute(url: str) -> str:
         local = "file://" if "://" in place else ""
         return f"{inside}{mark}{local}{absolute(place)}" if scheme(place) == "file" else url
     return os.path.abspath(LocalFileSystem._strip_protocol(url)) if scheme(url) == "file" else url
+
+
+def lasting(url: str) -> str:
+    """`url` as it is recorded: absolute, but relative where it lies in what a Ray job brought along (`--working-dir`),
+    whose folder is named by its content and is another one for the next job."""
+    return _PACKAGE.sub("", absolute(url))
 
 
 def real_name(path: str) -> str:

@@ -25,7 +25,7 @@ from fsspec import AbstractFileSystem
 from pipeline.models.hub import SMALL_FILES, TEXT_FILES, from_hub, nowhere
 from pipeline.models.tokenizing import NAMES
 from pipeline.models.weights import WEIGHT_SUFFIXES, is_weight_file
-from pipeline.storage import exists, filesystem, redact, scheme
+from pipeline.storage import exists, filesystem, lasting, redact, scheme
 from pipeline.store_errors import NO_ROOM
 from schemas.errors import CheckpointError
 
@@ -56,7 +56,7 @@ def resolve(model: str, revision: str | None, storage_options: Mapping[str, Any]
     on_disk = "://" in model and scheme(model) == "file"
     path = Path(filesystem(model, {})[1] if on_disk else model).expanduser()
     if path.exists():
-        return Place(str(path.absolute()), path.absolute())
+        return Place(lasting(str(path)), path.absolute())
     if "://" in model and not on_disk:
         return Place(redact(model), _download(model, storage_options))
     if on_disk or model.startswith(("/", ".", "~")) or not HUB_NAME.fullmatch(model):

@@ -267,3 +267,18 @@ def test_a_run_whose_source_was_recorded_as_typed_goes_on(
         opened("../2024/photos", out)
     monkeypatch.chdir(tmp_path)
     assert reopen_failures(str(out), False, {})[0] == 0, "retry has run.json alone to go by"
+
+
+def test_what_a_ray_job_brings_along_is_one_source_from_job_to_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--working-dir` is unpacked into a folder that is named by its content."""
+    records = []
+    for package in ("_ray_pkg_a1", "_ray_pkg_b2"):
+        folder = tmp_path / "runtime_resources" / "working_dir_files" / package
+        folder.mkdir(parents=True)
+        (folder / "list.csv").write_text("uri\ns3://bucket/1.jpg\n")
+        monkeypatch.chdir(folder)
+        records.append(opened("list.csv", tmp_path / "out"))
+    assert records[0] == records[1]
+    assert records[0].spec["sources"] == ["list.csv"]
