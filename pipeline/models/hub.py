@@ -5,7 +5,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.models.weights import ADAPTER_CONFIG, SAFETENSORS, TORCH
+from pipeline.models.weights import ADAPTER_CONFIG, SAFETENSORS, TORCH, is_weight_file
 from pipeline.storage import redact
 from pipeline.store_errors import NO_ROOM
 from schemas.errors import CheckpointError
@@ -113,14 +113,31 @@ def _fetched_before(name: str, revision: str | None, otherwise: str) -> Path:
 
 
 def _on_the_hub(name: str, revision: str | None) -> tuple[str | None, list[str]]:
-    """The commit, and the files to fetch: safetensors where the model has them, else `.bin`."""
+    """The commit, and the files to fetch: safetensors where the model has them, else `.bin`.
+
+    Raises CheckpointError where it has neither, nor an adapter, which is refused once it is there.
+    """
     from huggingface_hub import HfApi, constants
 
     info = HfApi().model_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     names = {sibling.rfilename for sibling in info.siblings or []}
     if any(each in names for each in SAFETENSORS):
         return info.sha, _PREFERRED
+    if not names & {*TORCH, ADAPTER_CONFIG}:
+        raise CheckpointError(_without_weights(name, sorted(names)))
     return info.sha, [*SMALL_FILES, *TEXT_FILES, *TORCH, "pytorch_model-*-of-*.bin"]
+
+
+def _without_weights(name: str, names: list[str]) -> str:
+    others = [each for each in names if is_weight_file(each.rpartition("/")[2])]
+    advice = "Name another model"
+    if others:
+        advice = (
+            f"Fetch the one that is meant (hf download {name} {others[0]} --local-dir FOLDER), beside a config.json "
+            f"(a .npz needs none), and give FOLDER/{others[0]} as --model"
+        )
+    found = ", ".join(others[:20]) or "none"
+    return f"{name}: has neither {SAFETENSORS[0]} nor {TORCH[0]}. Its weight files: {found}. {advice}"
 
 
 def _unreachable(name: str, why: str) -> str:

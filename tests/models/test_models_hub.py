@@ -156,6 +156,30 @@ def test_a_model_with_terms_says_where_to_accept_them(hub: Hub) -> None:
         inspect_model(NAME)
 
 
+@pytest.mark.parametrize("with_config", [True, False])
+def test_weights_of_other_names_are_those_that_the_hub_has(hub: Hub, with_config: bool) -> None:
+    (hub.folder / "model.safetensors").rename(hub.folder / "checkpoint-9.pth")
+    (hub.folder / "training_args.bin").touch()
+    if not with_config:
+        for name in ("config.json", "preprocessor_config.json"):
+            (hub.folder / name).unlink()
+    said = rf"{NAME}: has neither model\.safetensors nor pytorch_model\.bin\. Its weight files: checkpoint-9\.pth\. "
+    with pytest.raises(CheckpointError, match=said) as error:
+        inspect_model(NAME)
+    assert f"hf download {NAME} checkpoint-9.pth --local-dir FOLDER" in str(error.value)
+    assert hub.asked == [f"/api/models/{NAME}"], "nothing is fetched"
+    (hub.folder / "checkpoint-9.pth").unlink()
+    with pytest.raises(CheckpointError, match=r"Its weight files: none\. Name another model"):
+        inspect_model(NAME)
+
+
+def test_an_adapter_on_the_hub(hub: Hub) -> None:
+    (hub.folder / "model.safetensors").rename(hub.folder / "adapter_model.safetensors")
+    (hub.folder / "adapter_config.json").write_text('{"base_model_name_or_path": "google/vit-base"}')
+    with pytest.raises(CheckpointError, match="an adapter for google/vit-base, not a model"):
+        inspect_model(NAME)
+
+
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_what_was_fetched_is_found_while_the_hub_is_out_of_order(hub: Hub, status: int) -> None:
     info = inspect_model(NAME)
