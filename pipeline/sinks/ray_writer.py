@@ -28,6 +28,9 @@ from schemas.spec import SinkSpec
 _TICK_S = 0.2
 # What a signal leaves time for: Kubernetes grants 30 s before it kills.
 _DRAIN_S = 15.0
+# Blocks between the stream and the driver. Nothing counts their bytes or their age: Ray Data holds the stream back by
+# what it has not yet given out.
+_FED = 2
 # For Ray Data to end an execution.
 _STOP_S = 5.0
 
@@ -120,7 +123,7 @@ class _Feed:
 
     def __init__(self, bundles: Generator[Any, None, None]) -> None:
         self._bundles = bundles
-        self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=64)
+        self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=_FED)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="patchstream-feed", daemon=True)
         self._thread.start()
