@@ -67,7 +67,7 @@ class TorchPredictor:
         self._wanted = wanted
         # Asking for no more than is needed lets the last block compute the prefix tokens alone.
         self._on_request = [name for name in wanted.features if name not in VECTOR_NAMES]
-        self._batch, self._call_rows = batch_size, call_rows
+        self._dtype, self._batch, self._call_rows = dtype, batch_size, call_rows
         self._turn = threading.Lock()
         self._ended = 0.0
         self._shape = (*info.preprocessing.output_size, 3)
@@ -83,9 +83,6 @@ class TorchPredictor:
                 compiler=has_compiler(),
             )
             if self._plan.compiled != "nothing":
-                # Where Triton cannot build after all (a read-only home), other precisions lose a few percent, float8
-                # all that it is chosen for.
-                torch._dynamo.config.suppress_errors = dtype != "float8"
                 compile_trunk(self._model.trunk, self._plan.compiled)
             self._runner = self._fastest()
             # What was tried and not taken, for the other actors of this GPU.
@@ -196,6 +193,10 @@ class TorchPredictor:
 
     def _made(self, batch: int) -> Runner:
         plan = self._plan or GpuPlan((), "nothing", graphs=False)
+        if plan.compiled != "nothing":
+            # Where Triton cannot build after all (a read-only home), other precisions lose a few percent, float8 all
+            # that it is chosen for. Each time, for it holds in the thread that sets it.
+            torch._dynamo.config.suppress_errors = self._dtype != "float8"
         return Runner(
             self._forward,
             batch=batch,

@@ -1,23 +1,28 @@
-"""The batch size that a GPU is found to be fastest with, on a device with a clock of its own."""
+"""The batch size that a GPU is found to be fastest with, on a device with a clock of its own; and a smaller one."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from support.checkpoints import make_checkpoint
+from torch._dynamo.exc import BackendCompilerFailed
 
 from pipeline.models import ModelInfo, inspect_model
+from pipeline.models.gpu import GpuPlan
 from pipeline.predictors import torch_predictor
 from pipeline.predictors.batches import Wanted
 from pipeline.predictors.torch_predictor import TorchPredictor
-from pipeline.predictors.torch_runner import Runner
+from pipeline.predictors.torch_runner import Runner, compile_trunk
 
 SIDE = 32
 
@@ -81,15 +86,18 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     return device
 
 
+def wanting(info: ModelInfo) -> Wanted:
+    return Wanted(("cls",), (info.hidden_size,), "float32", 0, info.labels, False)
+
+
 @pytest.fixture
 def make_predictor(
     info: ModelInfo, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[int, int], TorchPredictor]:
     """One that has begun on a CPU, by batch size and the images of a call, and goes on on `device`."""
-    wanted = Wanted(("cls",), (info.hidden_size,), "float32", 0, info.labels, False)
 
     def make(batch: int, call_rows: int) -> TorchPredictor:
-        predictor = TorchPredictor(info, wanted, dtype="float32", batch_size=batch, call_rows=call_rows)
+        predictor = TorchPredictor(info, wanting(info), dtype="float32", batch_size=batch, call_rows=call_rows)
         monkeypatch.setattr(predictor, "_device", torch.device("cuda"))
         monkeypatch.setattr(predictor, "_forward", device.forward)
         in_host_memory(monkeypatch)
@@ -157,3 +165,33 @@ def test_what_lacks_memory_as_it_is_timed_is_halved(
     monkeypatch.setattr(Runner, "start", lacking)
     monkeypatch.setattr(predictor, "_made", remember)
     assert predictor._fastest().batch == predictor.batch_size == max(1, fits // 2), "as fast as the larger"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8"])
+def test_a_smaller_batch_that_cannot_be_compiled_runs_as_it_is_in_any_thread(
+    info: ModelInfo, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, dtype: str
+) -> None:
+    """Not in float8, which is slower than bfloat16 then. A call that lacks memory need not be of the first thread."""
+
+    def fails(*arguments: Any) -> Any:
+        raise RuntimeError("no kernel can be built in a read-only home")
+
+    predictor = TorchPredictor(info, wanting(info), dtype=dtype, batch_size=4)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, 3), np.uint8)
+    expected = predictor.predict(pixels)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=fails))
+    torch.compiler.reset()
+    request.addfinalizer(torch.compiler.reset)  # dynamo passes over a function that has failed
+    compile_trunk(predictor._model.trunk, "trunk")
+    monkeypatch.setattr(predictor, "_plan", GpuPlan((), "trunk", graphs=False))
+    full = Runner(lambda batch: (batch,), batch=4, shape=(1, 1, 3), device=torch.device("cpu"), graphs=False)
+    monkeypatch.setattr(full, "start", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(predictor, "_runner", full)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(predictor.predict, pixels)
+    if dtype == "float8":
+        with pytest.raises(BackendCompilerFailed, match="read-only home"):
+            found.result()
+        return
+    np.testing.assert_allclose(found.result().features["cls"], expected.features["cls"], atol=0.05)
+    assert predictor.batch_size == 2
