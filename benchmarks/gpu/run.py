@@ -1,4 +1,4 @@
-"""What a GPU does with our networks, against what it can do: one command, under eight minutes, needs torch alone.
+"""What a GPU does with our networks, against what it can do: one command, under eight minutes, needs torch and numpy.
 
     python benchmarks/gpu/run.py [--minutes 6] [--models ViT-L/16 …] [--json F]          (from the repository's root)
     python benchmarks/gpu/run.py --tiny                                                  (small sizes, also on a CPU)
