@@ -41,8 +41,14 @@ _ALIASES = {"gcs": "gs", "s3a": "s3", "https": "http", "local": "file"}
 
 def scheme(url: str) -> str:
     """`file`, `s3`, `gs`, `http`, …; aliases such as `https`, `s3a` and `gcs` folded into one name."""
-    protocol = str(get_protocol(url))
+    protocol = str(get_protocol(small_scheme(url)))
     return _ALIASES.get(protocol, protocol)
+
+
+def small_scheme(url: str) -> str:
+    """`url` with its scheme in small letters, as fsspec knows it; `HTTPS://` is the same (RFC 3986, 3.1)."""
+    kind, mark, place = url.partition("://")
+    return f"{kind.lower()}{mark}{place}" if mark and kind.isalnum() else url
 
 
 def is_chained(url: str) -> bool:
@@ -95,6 +101,7 @@ def open_filesystem(url: str, storage_options: Options) -> tuple[AbstractFileSys
     no driver serves `url`, and SpecError as `options_for` raises it. Listings are never cached: a bucket changes while
     a job runs. Instances are cached by fsspec for each process.
     """
+    url = small_scheme(url)
     options = _uncached(url, storage_options)
     if is_chained(url):  # fsspec wants those of what lies behind the first store by name
         # A cache on the way (`zip://a.png::simplecache::s3://…`) stands there by its name alone.
@@ -142,7 +149,7 @@ def absolute(url: str) -> str:
         inside, mark, place = url.rpartition("::")
         local = "file://" if "://" in place else ""
         return f"{inside}{mark}{local}{absolute(place)}" if scheme(place) == "file" else url
-    return os.path.abspath(LocalFileSystem._strip_protocol(url)) if scheme(url) == "file" else url
+    return os.path.abspath(LocalFileSystem._strip_protocol(small_scheme(url))) if scheme(url) == "file" else url
 
 
 def lasting(url: str) -> str:

@@ -23,7 +23,7 @@ from pipeline.images.verdict import (
     changed,
     too_many_bytes,
 )
-from pipeline.storage import is_chained, is_local, open_filesystem, real_name, scheme
+from pipeline.storage import is_chained, is_local, open_filesystem, real_name, scheme, small_scheme
 from schemas.errors import ImageError
 
 Need = Callable[[int], None]
@@ -98,7 +98,7 @@ class Reader:
             with self._opening:
                 fs = self._file_systems.get(kind) or self._open(kind)
                 self._file_systems[kind] = fs
-        return fs, url if kind == "http" else str(fs._strip_protocol(url))
+        return fs, url if kind == "http" else str(fs._strip_protocol(small_scheme(url)))
 
     def open_early(self, url: str) -> None:
         """Open the file system of `url` in the calling thread, if it is one that serves every address.

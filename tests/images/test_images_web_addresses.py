@@ -1,7 +1,13 @@
-"""Web addresses that are none, or are written in an unusual way."""
+"""Addresses that are none, or are written in capitals."""
+
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from support.http_server import HttpServer
 from support.manifests import decode_all, manifest_of
+from support.s3 import S3Server
+from support.shards import png, shades
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -22,3 +28,17 @@ def test_a_malformed_address_shows_no_password() -> None:
     assert row["error"] == "BadAddress"
     assert "hunter2" not in row["message"]
     assert "0123abc" not in row["message"]
+
+
+def test_a_scheme_in_capitals_is_the_same(
+    tmp_path: Path, http_server: Callable[..., HttpServer], s3_server: S3Server
+) -> None:
+    (tmp_path / "A b.png").write_bytes(png(7))
+    web = http_server(tmp_path).url_of("A b.png")
+    stored = s3_server.put(s3_server.make_bucket(), "A b.png", png(8))
+    addresses = [web.replace("http://", "HTTP://"), stored.replace("s3://", "S3://"), f"FILE://{tmp_path}/A b.png"]
+    options = {"s3": s3_server.storage_options}
+    table = decode_all(manifest_of(addresses), storage_options=options)
+    assert table["error"].to_pylist() == [None] * 3
+    assert shades(table) == [7, 8, 7]
+    assert table["uri"].to_pylist() == addresses

@@ -195,3 +195,18 @@ def test_a_driver_that_fails_when_it_is_opened_tells_no_token(
 def test_which_file_systems_are_local(tmp_path: Path) -> None:
     assert is_local(filesystem(str(tmp_path), {})[0])
     assert not is_local(filesystem("memory://x", {})[0])
+
+
+@pytest.mark.parametrize("address", ["FILE:///tmp/A b", "File:///tmp/A b", "file:///tmp/A b"])
+def test_a_scheme_may_be_written_in_capitals(address: str) -> None:
+    assert scheme(address) == "file"
+    assert absolute(address) == "/tmp/A b"
+    fs, path = filesystem(address, {})
+    assert (is_local(fs), path) == (True, "/tmp/A b")
+
+
+def test_capitals_behind_the_scheme_and_in_paths_stay() -> None:
+    assert scheme("HTTPS://Host/A.jpg") == "http"
+    assert scheme("S3A://Bucket/Key") == "s3"
+    assert absolute("S3://Bucket/Key") == "S3://Bucket/Key"
+    assert filesystem("Memory://A/B", {})[1] == "/A/B"
