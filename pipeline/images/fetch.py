@@ -107,7 +107,7 @@ class _Fetcher:
         if not read.url:
             raise ImageError("fetch", "NoAddress", "the row of the table holds no address")
         if read.size is not None and read.size > self._fetch.max_bytes:
-            raise too_many_bytes(read.url, read.size, self._fetch.max_bytes)
+            raise _too_large(read.url, read.size, self._fetch.max_bytes)
         return self._whole(read.url, read.size, attempts)
 
     def _whole(self, url: str, size: int | None, attempts: Attempts) -> bytes:
@@ -187,6 +187,15 @@ class _Fetcher:
             new = TableRun(read.url, read.run, self._image_column, self._reader, read.etag)
             run = self._runs.setdefault(id(read.run), new)
         return run
+
+
+def _too_large(url: str, size: int, max_bytes: int) -> ImageError:
+    """Why a listed file is not read. One that holds images is a row of its own only where it is broken."""
+    error = too_many_bytes(url, size, max_bytes)
+    if url.partition("?")[0].lower().endswith((".tar", ".parquet")):
+        hint = "a shard or table among the failures is one that cannot be listed to its end: fetch it anew"
+        return ImageError("fetch", error.error, f"{error}; {hint} and run with --update")
+    return error
 
 
 def _is_header_of(header: tarfile.TarInfo, member: Member) -> bool:

@@ -107,6 +107,16 @@ def test_a_member_above_the_byte_limit(tmp_path):
     assert table["error"].to_pylist() == [None, "TooManyBytes", None]
 
 
+@pytest.mark.parametrize("name", ["a.tar", "A.TAR", "t.parquet", "a.tar?X-Amz-Signature=0"])
+def test_a_broken_shard_above_the_byte_limit_is_not_told_to_raise_it_only(tmp_path, name):
+    (row,) = decode_all(manifest_of([tmp_path / name], size=[9 << 30])).to_pylist()
+    assert (row["error"], row["retryable"]) == ("TooManyBytes", False)
+    assert "a shard or table among the failures is one that cannot be listed to its end" in row["message"]
+    assert row["message"].endswith("--update")
+    (picture,) = decode_all(manifest_of([tmp_path / "a.png"], size=[9 << 30])).to_pylist()
+    assert picture["message"].endswith("(fetch.max_bytes)")
+
+
 @pytest.mark.parametrize("kind", ["s3", "gs"])
 def test_shards_in_a_store(tmp_path, request, kind):
     store = request.getfixturevalue({"s3": "s3_server", "gs": "gcs_server"}[kind])
