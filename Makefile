@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# What pyproject.toml asks for: pip would say so only when gigabytes are there. Without pip is what a failed `venv` left.
+FITS := -c 'import pip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))'
 TESTS ?= tests
 
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -18,7 +20,9 @@ help:  ## list the tasks
 # pip, and not another installer: it takes the plain torch build that fits the machine. torchvision comes without its
 # dependencies, because only the tests want it (timm, their reference, imports it).
 $(STAMP): pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python $(FITS) 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python $(FITS) || { echo "$$($(BIN)/python --version) is not one of 3.11 to 3.14; name one that is:" \
+		"make install PYTHON=python3.12"; exit 1; } >&2
 	@$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .

@@ -89,7 +89,7 @@ def ignored(path: str) -> bool:
 
 
 def test_python_is_one_that_the_project_supports() -> None:
-    wanted = re.search(r'requires-python = ">=(3\.\d+)"', (ROOT / "pyproject.toml").read_text())
+    wanted = re.search(r'requires-python = ">=(3\.\d+),<3\.\d+"', (ROOT / "pyproject.toml").read_text())
     assert wanted is not None
     images = set(re.findall(r"FROM python:(3\.\d+)\.\d+-slim", DOCKERFILE.read_text()))
     assert images == {wanted.group(1)}
