@@ -17,8 +17,8 @@ export RAY_USAGE_STATS_ENABLED := 0
 help:  ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
-# pip, and not another installer: it takes the plain torch build that fits the machine. torchvision comes without its
-# dependencies, because only the tests want it (timm, their reference, imports it).
+# torch as the index has it: PyPI's for Linux brings CUDA, also to machines without a GPU (README says how not to).
+# torchvision comes without its dependencies, because only the tests want it (timm, their reference, imports it).
 $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python $(FITS) 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python $(FITS) || { echo "$$($(BIN)/python --version) is not one of 3.11 to 3.14; name one that is:" \
