@@ -1,6 +1,7 @@
 """The manifests of the Triton server: valid, confined, and reachable from the job that they are for."""
 
 import copy
+import re
 import shutil
 import subprocess
 import tomllib
@@ -80,3 +81,15 @@ def test_the_address_is_the_one_that_the_comment_gives() -> None:
     text = (FOLDER / "kustomization.yaml").read_text()
     assert "--triton-url grpc://patchstream-triton:8001" in text
     assert {item["metadata"]["namespace"] for item in resources().values()} == {"patchstream"}
+
+
+def test_the_steps_name_the_model_that_the_server_loads() -> None:
+    (container,) = resources()["Deployment", "patchstream-triton"]["spec"]["template"]["spec"]["containers"]
+    (loaded,) = (arg.removeprefix("--load-model=") for arg in container["args"] if arg.startswith("--load-model="))
+    text = (ROOT / "docs/operations.md").read_text()
+    job, submitted = (
+        text.split("\n3. In `deploy/kuberay/components/cpu/job.toml`: ")[1].split("\n\n")[0].split("; a command")
+    )
+    given = tomllib.loads("\n".join(re.findall("`([^`]* = [^`]*)`", job)))
+    assert given["model"].endswith(f"/{loaded}")
+    assert f"`--backend {given['backend']} --triton-url {given['triton']['url']}`" in submitted
