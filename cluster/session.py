@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import signal
@@ -27,6 +28,7 @@ _STORE_BYTES = 2048 * _MIB
 _STORE_BYTES_A_CPU = 1024 * _MIB
 _STORE_SHARE = 0.2
 _SHARED_MEMORY = "/dev/shm"
+_SHARED_MEMORY_SHARE = 0.9
 _KNOCK_S = 10.0
 _LOOK_S = 1.0
 _ASK_AGAIN_S = 10.0
@@ -234,12 +236,25 @@ def _own_cpus() -> int:
 def _store_bytes(cpus: int) -> int:
     """Size of the local object store. Beyond what shared memory holds, Ray would put all of it on the disk. Of a
     container's limit it takes no larger share than of a machine's memory: the rest is what actors can book."""
-    wanted = _STORE_BYTES_A_CPU * cpus
-    if os.path.isdir(_SHARED_MEMORY):
-        wanted = min(wanted, int(0.9 * psutil.disk_usage(_SHARED_MEMORY).free))
     available = min(psutil.virtual_memory().available, estimate_available_memory())
-    store = min(max(_STORE_BYTES, wanted), available * _STORE_SHARE)
-    return max(int(store), 100 * _MIB)
+
+    def within(wanted: float) -> int:
+        return max(int(min(max(_STORE_BYTES, wanted), available * _STORE_SHARE)), 100 * _MIB)
+
+    wanted = _STORE_BYTES_A_CPU * cpus
+    if not os.path.isdir(_SHARED_MEMORY):
+        return within(wanted)
+    free = psutil.disk_usage(_SHARED_MEMORY).free
+    store = within(min(wanted, _SHARED_MEMORY_SHARE * free))
+    if store > free:
+        _log.warning(
+            "%s has %s MiB free, too little for Ray's object store of %s MiB, which goes to the disk instead and "
+            "is slower there. Start the container with `docker run --shm-size=%dg`, on Kubernetes with an emptyDir of "
+            "`medium: Memory` at %s",
+            *(_SHARED_MEMORY, f"{free // _MIB:,}", f"{store // _MIB:,}"),
+            *(math.ceil(within(wanted) / _SHARED_MEMORY_SHARE / 1024 / _MIB), _SHARED_MEMORY),
+        )
+    return store
 
 
 def _logging(verbose: bool) -> dict[str, Any]:

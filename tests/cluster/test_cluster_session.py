@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 from ray._private.utils import check_version_info, get_num_cpus
@@ -116,6 +118,25 @@ def test_the_store_leaves_actors_their_share_of_a_container(monkeypatch: pytest.
     assert _start(2)["object_store_memory"] <= 0.2 * 3.5 * (1 << 30)
     monkeypatch.setattr("ray._private.utils.get_cgroup_mem_stats", lambda: (4 << 30, 4 << 30))
     assert _start(2)["object_store_memory"] == 100 << 20  # nothing left: the least that Ray takes
+
+
+def test_a_container_with_little_shared_memory_is_told_what_to_give_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Docker gives 64 MiB, and Ray puts what does not fit on the disk."""
+    monkeypatch.setattr("ray._private.utils.get_system_memory", lambda: 32 << 30)
+    monkeypatch.setattr("ray._private.utils.get_cgroup_mem_stats", lambda: (0, 32 << 30))
+    memory, disk = psutil.virtual_memory(), psutil.disk_usage("/")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory._replace(available=32 << 30))
+    shared = {"free": 64 << 20}
+    monkeypatch.setattr("psutil.disk_usage", lambda path: disk._replace(**shared))
+    assert _start(4)["object_store_memory"] > 64 << 20
+    (told,) = caplog.messages
+    assert re.match(r"/dev/shm has 64 MiB free, too little for Ray's object store of 2,048 MiB", told)
+    (wanted,) = re.findall(r"docker run --shm-size=(\d+)g`, .*emptyDir of `medium: Memory` at /dev/shm", told)
+    shared["free"] = int(wanted) << 30
+    assert 4 << 30 <= _start(4)["object_store_memory"] <= shared["free"]
+    assert caplog.messages == [told], "with what was asked for there is nothing to say"
 
 
 def test_a_ray_that_does_not_come_up_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
