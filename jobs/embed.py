@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.options import batch_size_of, nested_values
+from jobs.options import batch_size_of, nested_values, parse_options
 from schemas.errors import SpecError
 
 _SOURCE_HELP = (
@@ -124,9 +124,9 @@ def job(
 
 def _values(given: dict[str, Any], task: str) -> dict[str, Any]:
     """Keys and values of the spec: the config file's, overlaid with the options that were given."""
-    from schemas.spec import JobSpec, read_config
+    from schemas.spec import JobSpec
 
-    values = read_config(given["config"]) if given["config"] else {}
+    values = _config(given["config"], given["storage_options"]) if given["config"] else {}
     values.setdefault("task", task)
     values |= {key: given[key] for key in _SPEC_KEYS if given[key] is not None}
     for key, option in (("sources", "source"), ("include", "include"), ("exclude", "exclude")):
@@ -154,6 +154,26 @@ def _values(given: dict[str, Any], task: str) -> dict[str, Any]:
         )
     values.setdefault("model", "null")
     return values
+
+
+def _config(path: str, storage_options: str | None) -> dict[str, Any]:
+    """Values of the config file, local or on an object store. Raises SpecError naming it."""
+    from schemas.spec import parse_config, read_config
+
+    if "://" not in path:
+        return read_config(path)
+    from pipeline.storage import filesystem, redact
+
+    fs, inside = filesystem(path, parse_options(storage_options))
+    try:
+        data = fs.cat_file(inside)
+    except Exception as error:  # noqa: BLE001  each driver has errors of its own
+        reason = "no such file" if isinstance(error, FileNotFoundError) else redact(str(error)) or type(error).__name__
+        raise SpecError(
+            f"--config {redact(path)}: cannot be read ({reason}). The store's options and credentials are those of the "
+            "environment and of --storage-options, not of the file"
+        ) from None
+    return parse_config(data, redact(path))
 
 
 def read_lines(path: str, option: str, storage_options: Mapping[str, Any]) -> list[str]:

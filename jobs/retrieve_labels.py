@@ -52,7 +52,7 @@ def probe(
         if label_column is not None:
             given = labels_from_column(store, label_column)
         else:
-            given = labels_from_csv(store, str(labels))
+            given = labels_from_csv(store, str(labels), parse_options(storage_options))
         _warn_unknown(given)
         warn_left_out(store, feature)
         options = {"few": few, "seeds": seeds, "seed": seed}

@@ -178,14 +178,20 @@ def build_spec(values: dict[str, Any]) -> JobSpec:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """Values of a `--config` TOML file. Raises SpecError if it cannot be read or is not TOML."""
+    """Values of a `--config` TOML file on this machine. Raises SpecError if it cannot be read or is not TOML."""
     try:
-        with Path(path).expanduser().open("rb") as file:
-            return tomllib.load(file)
+        data = Path(path).expanduser().read_bytes()
     except FileNotFoundError:
         raise SpecError(f"--config {path}: no such file") from None
     except OSError as error:
         raise SpecError(f"--config {path}: cannot be read ({error.strerror}); give a TOML file") from None
+    return parse_config(data, path)
+
+
+def parse_config(data: bytes, path: str) -> dict[str, Any]:
+    """Values of a `--config` TOML file, read from `path`. Raises SpecError if it is not TOML."""
+    try:
+        return tomllib.loads(data.decode())
     except tomllib.TOMLDecodeError as error:
         raise SpecError(f"--config {path} is not TOML: {error}") from None
     except UnicodeDecodeError as error:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.models.text_architecture import TextArchitecture
 from pipeline.models.weights import read_json
+from pipeline.storage import redact
 from schemas.errors import CheckpointError, SpecError
 
 if TYPE_CHECKING:
@@ -56,6 +57,11 @@ def find_vocabulary(folder: Path, given: str | None) -> Path:
     Raises SpecError where there is none.
     """
     if given is not None:
+        if "://" in given:
+            raise SpecError(
+                f"--vocabulary {redact(given)}: a vocabulary is read from a disk. Copy it to this machine and give its "
+                "path, or put it beside the checkpoint, from where it is taken in a bucket as well"
+            )
         path = Path(given).expanduser()
         if not path.is_file() or path.suffix not in SUFFIXES:
             raise SpecError(f"--vocabulary {given}: expected a file tokenizer.json, *.txt (wordpieces) or *.model")

@@ -1,11 +1,12 @@
 """Labels to learn from: a column that rode along, or a CSV file that names rows."""
 
 import csv
+import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from pipeline.retrieval.arrays import Ints
 from pipeline.retrieval.matrix import Matrix
 from pipeline.retrieval.query import quote
 from pipeline.retrieval.store import FeatureStore
-from pipeline.storage import redact
+from pipeline.storage import Options, filesystem, redact
 from schemas.errors import SpecError
 
 # The first of them that a file has names its rows: an address is no other table's, a number may be.
@@ -87,13 +88,14 @@ def column_text(store: FeatureStore, column: str, option: str) -> str:
     return f"CAST({quote(store.sql_name(column))} AS VARCHAR)"
 
 
-def labels_from_csv(store: FeatureStore, path: str) -> RowLabels:
-    """Labels in a CSV with the column `label` and `uri`, `row` or `name` (the last part of the uri).
+def labels_from_csv(store: FeatureStore, path: str, storage_options: Mapping[str, Any] = {}) -> RowLabels:
+    """Labels in a CSV, anywhere, with the column `label` and `uri`, `row` or `name` (the last part of the uri).
 
     Replaced rows get none by uri or name. Raises SpecError if the file is no such table, contradicts itself, names no
     row of the run, or goes by a name or an address that several pictures have.
     """
-    key, named = _read_csv(path)
+    text, path = _read_text(path, storage_options), redact(path)
+    key, named = _read_csv(text, path)
     rows, shared = _rows_by_key(store, key)
     ambiguous = [name for name in named if name in shared]
     if ambiguous:
@@ -132,28 +134,36 @@ def _labels_of_rows(path: str, named: dict[str, str], rows: dict[str, list[int]]
     return labels
 
 
-def _read_csv(path: str) -> tuple[str, dict[str, str]]:
+def _read_text(path: str, storage_options: Options) -> str:
+    fs, inside = filesystem(path, storage_options)
+    try:
+        return str(fs.cat_file(inside).decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise SpecError(f"--labels {redact(path)}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise SpecError(f"--labels {redact(path)}: not a CSV file in UTF-8 ({error})") from None
+    except Exception as error:  # noqa: BLE001  each driver has errors of its own
+        reason = getattr(error, "strerror", None) or redact(str(error)) or type(error).__name__
+        raise SpecError(f"--labels {redact(path)}: cannot be read as a file ({reason}); give a CSV file") from None
+
+
+def _read_csv(text: str, path: str) -> tuple[str, dict[str, str]]:
     """The column that names rows, and the label of each name in it."""
     try:
-        with Path(path).open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            fields = reader.fieldnames or []
-            key = next((name for name in _KEYS if name in fields), None)
-            if key is None or "label" not in fields:
-                raise SpecError(
-                    f"--labels {path}: needs a column `label` and one of {', '.join(_KEYS)}; it has {', '.join(fields)}"
-                )
-            if key == "row" and "name" in fields:
-                raise SpecError(
-                    f"--labels {path}: has both `row` and `name`, and a `row` of another table would name other "
-                    "pictures; leave one of them out"
-                )
-            return key, _labels_by_name(path, reader, key)
-    except FileNotFoundError:
-        raise SpecError(f"--labels {path}: no such file") from None
-    except OSError as error:
-        raise SpecError(f"--labels {path}: cannot be read as a file ({error.strerror}); give a CSV file") from None
-    except (UnicodeDecodeError, csv.Error) as error:
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        fields = reader.fieldnames or []
+        key = next((name for name in _KEYS if name in fields), None)
+        if key is None or "label" not in fields:
+            raise SpecError(
+                f"--labels {path}: needs a column `label` and one of {', '.join(_KEYS)}; it has {', '.join(fields)}"
+            )
+        if key == "row" and "name" in fields:
+            raise SpecError(
+                f"--labels {path}: has both `row` and `name`, and a `row` of another table would name other "
+                "pictures; leave one of them out"
+            )
+        return key, _labels_by_name(path, reader, key)
+    except csv.Error as error:
         raise SpecError(f"--labels {path}: not a CSV file in UTF-8 ({error})") from None
 
 

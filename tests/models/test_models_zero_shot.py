@@ -189,6 +189,8 @@ def test_refusals(tmp_path: Path) -> None:
         load_text(info)
     with pytest.raises(SpecError, match=r"expected a file tokenizer\.json"):
         load_text(info, str(tmp_path / "gone.txt"))
+    with pytest.raises(SpecError, match=r"s3://b/vocab\.txt: a vocabulary is read from a disk\. Copy it .*beside"):
+        load_text(info, "s3://b/vocab.txt")
     bad = tmp_path / "bad.txt"
     bad.write_text("one\ntwo\n")
     with pytest.raises(CheckpointError, match="no BERT vocabulary"):

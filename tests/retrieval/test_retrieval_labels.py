@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from support.runs import RunContent, clustered, write_run
+from support.s3 import S3Server
 
 from jobs import retrieve_labels
 from pipeline.retrieval.duplicates import same_bytes
@@ -65,6 +67,16 @@ def test_labels_of_signed_addresses(tmp_path: Path) -> None:
     lines = [f"x{row}.jpg,{row % 2}" for row in range(4)] + ["one?id=4,0"]
     found = labels_from_csv(store, write_csv(tmp_path / "name.csv", "name,label", lines))
     assert found.rows.tolist() == list(range(5))
+
+
+def test_labels_may_lie_in_a_bucket(store: FeatureStore, s3_server: S3Server) -> None:
+    url, options = f"s3://{s3_server.make_bucket()}/labels.csv", s3_server.storage_options
+    with pytest.raises(SpecError, match=r"--labels s3://.*/labels\.csv: no such file"):
+        labels_from_csv(store, url, options)
+    with fsspec.open(url, "wb", **options) as file:
+        file.write('row,label\n0,"a\r\nb"\n1,é\n'.encode("utf-8-sig"))
+    found = labels_from_csv(store, url, options)
+    assert (found.source, list(found.labels)) == (url, ["a\r\nb", "é"])
 
 
 def test_labels_that_match_no_row_show_both_sides(store: FeatureStore, tmp_path: Path) -> None:
