@@ -32,10 +32,12 @@ def explore(
     storage_options: Options = None,
 ) -> int:
     """Serve a local page: browse pictures, clusters and duplicates, search by picture or text. Ctrl-C ends it."""
-    from pipeline.report.explore_server import ExploreServer, check_reach
+    from pipeline.report.explore_server import ExploreServer, check_port, check_reach
     from pipeline.signals import stoppable
 
-    check_reach(host, token)  # before the vectors of a large run are read
+    # Before the vectors of a large run are read.
+    check_reach(host, token)
+    check_port(host, port)
     with stoppable() as stop:
         try:
             exploration = _open(directory, features, parse_options(storage_options), vocabulary)

@@ -54,6 +54,25 @@ def check_reach(host: str, token: str | None) -> None:
         raise SpecError("--token is too short; give at least 8 characters")
 
 
+def check_port(host: str, port: int) -> None:
+    """Raise OutputError if nobody could listen on `host:port` now."""
+    try:
+        with socket.socket(_family(host)) as probe:
+            # As the server will: where nobody listens any more, connections that linger are no hindrance.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise _taken(host, port, error) from error
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _taken(host: str, port: int, error: OSError) -> OutputError:
+    return OutputError(f"cannot listen on {host} port {port}: {error}; give another --port")
+
+
 class ExploreServer(ThreadingHTTPServer):
     """Serves one Exploration on `host:port` (0 takes a free port). With a `token` every request must carry it.
 
@@ -66,12 +85,11 @@ class ExploreServer(ThreadingHTTPServer):
         check_reach(host, token)
         self.exploration = exploration
         self.token = token
-        if ":" in host:
-            self.address_family = socket.AF_INET6
+        self.address_family = _family(host)
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
-            raise OutputError(f"cannot listen on {host} port {port}: {error}; give another --port") from error
+            raise _taken(host, port, error) from error
 
     def serve_until(self, told_to_stop: Callable[[], bool]) -> None:
         """Answer requests until `told_to_stop`, which is asked after each and several times a second."""

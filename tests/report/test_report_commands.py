@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,18 @@ def test_report_explore_command_refuses_open_doors(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="--token"):
         run("explore", str(directory), "--host", "0.0.0.0", "--port", "0")
     with pytest.raises(OutputError, match="holds no feature `pooled`"):
-        run("explore", str(directory), "--features", "pooled")
+        run("explore", str(directory), "--features", "pooled", "--port", "0")
+
+
+def test_report_explore_command_asks_for_its_port_before_it_reads(tmp_path: Path) -> None:
+    directory = Album(tmp_path, count=4, failed={}).write()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(OutputError, match=rf"cannot listen on 127\.0\.0\.1 port {port}: .*another --port"):
+            run("explore", str(directory), "--port", str(port))
+    assert not (directory / "index").exists(), "where the vectors are copied to"
 
 
 @pytest.mark.slow
