@@ -4,16 +4,13 @@ Nothing in a checkpoint is executed. A safetensors header is read by ourselves, 
 with the size it should have; the format is an 8-byte little-endian header length, a JSON header, then the data.
 """
 
-import argparse
 import json
-import os
-import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.models.architecture import Shape
 from pipeline.models.npz import read_npz_shapes
+from pipeline.models.state_dicts import load_torch, unwrapped
 from schemas.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -31,14 +28,6 @@ TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_stat
 # What PEFT saves in place of a model.
 ADAPTER = "adapter_model"
 ADAPTER_CONFIG = "adapter_config.json"
-# Under which keys training scripts keep a state dict; the first that is there counts. A running mean of the weights
-# (EMA) goes before what was trained, as timm has it.
-STATE_DICTS = ("state_dict", "model", "model_state_dict", "teacher", "module")
-RUNNING_MEANS = ("state_dict_ema", "model_ema")
-# What DataParallel, torch.compile and transformers around a model of timm's put before every name.
-WRAPPERS = ("module.", "_orig_mod.", "timm_model.")
-
-Each = TypeVar("Each")
 
 
 class Weights(NamedTuple):
@@ -151,8 +140,8 @@ def read_shapes(weights: Weights) -> dict[str, Shape]:
         elif weights.kind == "npz":
             shapes |= read_npz_shapes(path)
         else:
-            shapes |= {name: tuple(tensor.shape) for name, tensor in _load_torch(path).items()}
-    return _unwrapped(shapes)
+            shapes |= {name: tuple(tensor.shape) for name, tensor in _torch_tensors(path).items()}
+    return unwrapped(shapes)
 
 
 def read_tensors(weights: Weights) -> dict[str, "Tensor"]:
@@ -165,16 +154,14 @@ def read_tensors(weights: Weights) -> dict[str, "Tensor"]:
             _safetensors_shapes(path)
             tensors |= load_file(path)
         else:
-            tensors |= _load_torch(path)
-    return _unwrapped(tensors)
+            tensors |= _torch_tensors(path)
+    return unwrapped(tensors)
 
 
-def _unwrapped(named: Mapping[str, Each]) -> dict[str, Each]:
-    """The same under the names that the model itself gives: without a prefix of `WRAPPERS` that stands before all."""
-    for prefix in (*WRAPPERS, *WRAPPERS):  # one may be around the other, in either order
-        if all(name.startswith(prefix) for name in named):
-            named = {name.removeprefix(prefix): value for name, value in named.items()}
-    return dict(named)
+def _torch_tensors(path: Path) -> dict[str, "Tensor"]:
+    tensors = load_torch(path)
+    _require_floats(path, {name: str(each.dtype) for name, each in tensors.items() if not each.is_floating_point()})
+    return tensors
 
 
 def _refuse_stand_in(path: Path) -> None:
@@ -224,76 +211,4 @@ def _require_floats(path: Path, others: dict[str, str]) -> None:
         raise CheckpointError(
             f"{path}: {len(others)} tensors are not floating point ({name} is {dtype}); quantised checkpoints are not "
             "supported, use the float32, float16 or bfloat16 one"
-        )
-
-
-def _load_torch(path: Path) -> dict[str, "Tensor"]:
-    """A state dict saved by torch, with `weights_only`: anything but tensors and plain containers is refused.
-
-    The one class let through is argparse.Namespace, in which timm's train.py keeps its settings; it runs nothing.
-    """
-    import pickle
-
-    import torch
-
-    try:
-        _refuse_compressed(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (CheckpointError, MemoryError):
-        raise
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: loading it would run code stored in the file (pickle), which is refused. Convert it once where "
-            "you trust it: model.save_pretrained('folder') with transformers, with timm "
-            "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
-        ) from error
-    except Exception as error:  # what damaged bytes lead to has no end
-        raise CheckpointError(
-            f"{path}: not a state dict that torch can read, or truncated ({path.stat().st_size} bytes): {error}"
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict (names and their tensors)")
-    tensors = _state_dict(content)
-    if not tensors:
-        keys = ", ".join(sorted(map(str, content))[:20]) or "none"
-        raise CheckpointError(
-            f"{path}: no tensors, neither at the top nor under {', '.join(STATE_DICTS)}; its keys are: {keys}. Save "
-            "the state dict itself: torch.save(model.state_dict(), 'model.pth')"
-        )
-    others = {name: str(value.dtype) for name, value in tensors.items() if not value.is_floating_point()}
-    _require_floats(path, others)
-    return tensors
-
-
-def _state_dict(content: dict[str, Any]) -> dict[str, "Tensor"]:
-    """The tensors of a training script's file, wherever they are below it. A running mean counts where it is one of the
-    very weights that lie beside it."""
-    plain = content
-    while inner := [plain[key] for key in STATE_DICTS if isinstance(plain.get(key), dict)]:
-        plain = inner[0]
-    tensors = _tensors(plain)
-    means = (content[key] for key in RUNNING_MEANS if isinstance(content.get(key), dict))
-    found = [_tensors(one) for mean in means for one in (mean, mean.get("module")) if isinstance(one, dict)]
-    names = set(_unwrapped(tensors))
-    return next((one for one in found if one and (not names or set(_unwrapped(one)) == names)), tensors)
-
-
-def _tensors(content: Mapping[str, Any]) -> dict[str, "Tensor"]:
-    """The tensors of a state dict, without the count that torch's AveragedModel keeps among them."""
-    import torch
-
-    return {name: value for name, value in content.items() if isinstance(value, torch.Tensor) and name != "n_averaged"}
-
-
-def _refuse_compressed(path: Path) -> None:
-    """torch stores tensors uncompressed; an archive that grows when unpacked was not written by it."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        unpacked = sum(member.file_size for member in archive.infolist())
-    size = os.path.getsize(path)
-    if unpacked > size:
-        raise CheckpointError(
-            f"{path}: an archive of {size} bytes that unpacks to {unpacked}; torch writes no such file"
         )
