@@ -24,7 +24,7 @@ from fsspec import AbstractFileSystem
 
 from pipeline.models.hub import SMALL_FILES, TEXT_FILES, from_hub, nowhere
 from pipeline.models.tokenizing import NAMES
-from pipeline.models.weights import WEIGHT_SUFFIXES, is_weight_file
+from pipeline.models.weights import WEIGHT_SUFFIXES, is_weight_file, refuse_several
 from pipeline.storage import exists, filesystem, lasting, redact, scheme
 from pipeline.store_errors import NO_ROOM
 from schemas.errors import CheckpointError
@@ -86,12 +86,8 @@ def _download(url: str, storage_options: Mapping[str, Any]) -> Path:
         raise CheckpointError(f"{redact(url)}: cannot be read: {_named(cause)}") from error
     if not files:
         raise CheckpointError(f"{redact(url)}: no checkpoint there; expected config.json and model.safetensors")
-    archives = [_file_name(path) for path in files if _plain(path).endswith(".npz")]
-    if len(archives) > 1:
-        raise CheckpointError(
-            f"{redact(url)}: {len(archives)} checkpoints there; name one, such as "
-            f"{redact(url).rstrip('/')}/{archives[0]}"
-        )
+    if not one:
+        refuse_several(map(_file_name, files), redact(url))
     try:
         folder = _fetch(fs, redact(url), files)
     except OSError as error:

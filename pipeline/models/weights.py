@@ -5,6 +5,8 @@ with the size it should have; the format is an 8-byte little-endian header lengt
 """
 
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +30,8 @@ TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_stat
 # What PEFT saves in place of a model.
 ADAPTER = "adapter_model"
 ADAPTER_CONFIG = "adapter_config.json"
+# In the names of files that hold the weights together only.
+SHARD = re.compile(r"-\d+-of-\d+\.")
 
 
 class Weights(NamedTuple):
@@ -48,7 +52,8 @@ def find_weights(folder: Path) -> Weights:
 
     Under another name, a weight file is taken if it is the only one (`.bin` says too little for that).
 
-    Raises CheckpointError if there are none, or only an adapter's, or if a shard that the index names is not there.
+    Raises CheckpointError if there are none, several, or only an adapter's, or if a shard that the index names is not
+    there.
     """
     if folder.is_file():
         if folder.name.startswith(ADAPTER):
@@ -59,11 +64,13 @@ def find_weights(folder: Path) -> Weights:
             return Weights(_kind(folder / whole), (folder / whole,))
         if (folder / index).is_file():
             return _sharded(folder / index)
-    loose = [path for path in folder.iterdir() if is_weight_file(path.name) and path.suffix != ".bin"]
+    names = sorted(path.name for path in folder.iterdir())
+    loose = _loose(names)
     if len(loose) == 1:
-        return Weights(_kind(loose[0]), (loose[0],))
+        return Weights(_kind(folder / loose[0]), (folder / loose[0],))
     _refuse_adapter(folder)
-    found = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing"
+    refuse_several(names, str(folder))
+    found = ", ".join(names[:20]) or "nothing"
     raise CheckpointError(
         f"{folder}: no weights; expected model.safetensors (or shards with model.safetensors.index.json) or "
         f"pytorch_model.bin. Found: {found}"
@@ -73,6 +80,20 @@ def find_weights(folder: Path) -> Weights:
 def is_weight_file(name: str) -> bool:
     """Whether a file of this name may hold the weights of a model."""
     return name.endswith(WEIGHT_SUFFIXES) and not name.startswith((*TRAINING_STATE, ADAPTER))
+
+
+def _loose(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if is_weight_file(name) and not name.endswith(".bin"))
+
+
+def refuse_several(names: Iterable[str], where: str) -> None:
+    """Raise CheckpointError where several weight files lie in the folder `where`, and none by whose name it is the one
+    that counts."""
+    loose = _loose(names := set(names))
+    if len(loose) < 2 or names & {*SAFETENSORS, *TORCH, ADAPTER_CONFIG} or any(map(SHARD.search, loose)):
+        return
+    best = next((name for name in loose if "best" in name), loose[0])
+    raise CheckpointError(f"{where}: {len(loose)} checkpoints there; name one, such as {where.rstrip('/')}/{best}")
 
 
 def _refuse_adapter(folder: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from support.checkpoints import make_checkpoint
 from support.npz import arrays_of, mixer_arrays_of
+from support.s3 import S3Server
 
 from pipeline.models import inspect_model, load_model
 from schemas.errors import CheckpointError
@@ -42,6 +43,32 @@ def test_what_a_download_leaves_in_place_of_weights(folder: Path, name: str) -> 
     for page in ("<!DOCTYPE html><html>404</html>", "\n<HTML>", "<?xml version='1.0'?><Error>AccessDenied</Error>"):
         (folder / name).write_text(page)
         assert "a web page, not weights" in refusal(folder)
+
+
+def test_several_checkpoints_in_one_folder(
+    folder: Path, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As timm's train.py leaves them. From a store none is fetched before it is known which."""
+    monkeypatch.setenv("PATCHSTREAM_CACHE", str(tmp_path / "cache"))
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    for name in ("checkpoint-9.pth.tar", "last.pth.tar", "model_best.pth.tar"):
+        torch.save(tensors, folder / name)
+    options = s3_server.storage_options
+    url = s3_server.upload(folder, s3_server.make_bucket(), "output/train")
+    for place in (str(folder), url, f"{url}/"):
+        with pytest.raises(CheckpointError) as caught:
+            inspect_model(place, storage_options=options)
+        said = f"{place}: 3 checkpoints there; name one, such as {place.rstrip('/')}/model_best.pth.tar"
+        assert str(caught.value) == said
+    assert not (tmp_path / "cache").exists()
+    assert inspect_model(f"{url}/last.pth.tar", storage_options=options).num_labels == 37
+
+
+def test_shards_without_their_index_are_not_several_checkpoints(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model-00002-of-00002.safetensors").touch()
+    assert "no weights; expected model.safetensors (or shards with model.safetensors.index.json)" in refusal(folder)
 
 
 def test_what_deepspeed_saves(folder: Path) -> None:
