@@ -203,7 +203,14 @@ def _described(weights: Weights) -> tuple[Config, Shapes]:
     """
     shapes = read_shapes(weights)
     if weights.kind != "npz":
-        return timm.with_pretrained_cfg(read_json(weights.folder / "config.json")), shapes
+        path = weights.folder / "config.json"
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path}: no such file. Put the one there that came with the weights. For tensors by timm's names (of "
+                "timm's train.py, the first BEiT, DeiT, DINO and MAE) timm.models.save_for_hf writes one, or write "
+                f"what holds for them, such as {timm.EXAMPLE_CONFIG}"
+            )
+        return timm.with_pretrained_cfg(read_json(path)), shapes
     normalised = {name: array.shape for name, array in npz_vit.normalise(stand_ins(shapes)).items()}
     config = {"raw_shapes": shapes, "file_name": weights.files[0].name}
     if not _has_zero_head(weights.files[0], shapes):

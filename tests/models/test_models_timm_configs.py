@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.checkpoints import make_timm_checkpoint, timm_outputs, timm_preprocessed, transformers, worst_error
 from support.testdata import needs_testdata, photos
 from timm.data import resolve_data_config
 from timm.models._hub import _parse_model_cfg
 
 from pipeline.models import inspect_model, load_model, read_preprocessing
-from pipeline.models.formats.timm import trained_with_quick_gelu
+from pipeline.models.formats.timm import EXAMPLE_CONFIG, trained_with_quick_gelu
 from pipeline.models.formats.timm_vit import is_clip_embedding
 from schemas.errors import CheckpointError
 from schemas.preprocessing import Preprocessing
@@ -95,6 +95,29 @@ def read_preprocessing_of(config: dict[str, Any], folder: Path) -> Preprocessing
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     return read_preprocessing(folder)
+
+
+def test_what_to_write_for_weights_without_a_config(tmp_path: Path) -> None:
+    """As Microsoft published BEiT, with two biases and a count of positions; what the error says to write is enough."""
+    architecture = json.loads(EXAMPLE_CONFIG)["architecture"]
+    make_timm_checkpoint(tmp_path, architecture, depth=1, num_classes=37)
+    whole = inspect_model(str(tmp_path))
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).unlink()
+    path = tmp_path / "beit_ft.pth"
+    torch.save({"model": {**tensors, "blocks.0.attn.relative_position_index": torch.zeros(197, 197, dtype=int)}}, path)
+    with pytest.raises(CheckpointError, match=r"config\.json: no such file\..* such as \{") as error:
+        inspect_model(str(path))
+    (tmp_path / "config.json").write_text(f"{{{str(error.value).partition('{')[2]}")
+    info = inspect_model(str(path))
+    assert (info.network, info.preprocessing) == (whole.network, whole.preprocessing)
+    load_model(info)
+    page = Path(__file__).parents[2] / "docs/checkpoints.md"
+    assert EXAMPLE_CONFIG in " ".join(page.read_text().split())
+    torch.save({"model": {**tensors, "lm_head.weight": torch.zeros(8192, 768)}}, path)
+    with pytest.raises(CheckpointError, match=r"Hugging Face's layout, such as microsoft/beit-base-patch16-224-pt22k"):
+        inspect_model(str(path))
 
 
 def test_a_config_in_one_piece_must_say_all_of_its_pixels(tmp_path: Path) -> None:

@@ -16,6 +16,12 @@ from schemas.errors import CheckpointError
 # The `model_type` of transformers' TimmWrapperModel and TimmWrapperForImageClassification.
 WRAPPED = "timm_wrapper"
 
+# What to write where there is none, in the words of an error and of docs/checkpoints.md.
+EXAMPLE_CONFIG = (
+    '{"architecture": "beit_base_patch16_224", "num_classes": 37, "pretrained_cfg": {"input_size": [3, 224, 224], '
+    '"interpolation": "bicubic", "crop_pct": 0.9, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}'
+)
+
 # Attention heads by width: a state dict does not show them. Every ViT, DeiT and BEiT of timm follows this, but for
 # the few below it.
 HEADS = {

@@ -19,12 +19,18 @@ SPELLING: Spelling = {
 def architecture(config: Config, shapes: Shapes) -> Architecture:
     """With mean pooling the norm stands behind the pooling (`fc_norm`) and the last hidden state has none.
 
-    Raises CheckpointError where `beit_final_norm` is asked for: timm keeps no norm that it does not apply.
+    Raises CheckpointError for a pre-training head, which timm's networks lack, and where `beit_final_norm` is asked
+    for: timm keeps no norm that it does not apply.
     """
     if config.get("beit_final_norm"):
         raise CheckpointError(
             "--beit-final-norm is for pre-training checkpoints in Hugging Face layout; a BEiT of timm has no trained "
             "final norm that is left out; drop the option"
+        )
+    if "lm_head.weight" in shapes:
+        raise CheckpointError(
+            "a BEiT pre-training checkpoint as it was first published (lm_head is there); take its conversion to "
+            "Hugging Face's layout, such as microsoft/beit-base-patch16-224-pt22k"
         )
     width, _, *patch = timm.shape_of(shapes, "patch_embed.proj.weight", 4)
     shared = "rel_pos_bias.relative_position_bias_table" in shapes
