@@ -1,6 +1,7 @@
 """State dicts in files that torch saved: never unpickled, wherever in the file a training script put them."""
 
 import argparse
+import logging
 import os
 import zipfile
 from collections.abc import Mapping
@@ -11,6 +12,8 @@ from schemas.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 # Under which keys training scripts keep a state dict; the first that is there counts. A running mean of the weights
 # (EMA) goes before what was trained, as timm has it.
@@ -57,7 +60,7 @@ def load_torch(path: Path) -> dict[str, "Tensor"]:
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict (names and their tensors)")
-    tensors = _state_dict(content)
+    tensors = _state_dict(content, path)
     if not tensors:
         keys = ", ".join(sorted(map(str, content))[:20]) or "none"
         raise CheckpointError(
@@ -67,17 +70,31 @@ def load_torch(path: Path) -> dict[str, "Tensor"]:
     return tensors
 
 
-def _state_dict(content: dict[str, Any]) -> dict[str, "Tensor"]:
+def _state_dict(content: dict[str, Any], path: Path) -> dict[str, "Tensor"]:
     """The tensors of a training script's file, wherever they are below it. A running mean counts where it is one of the
-    very weights that lie beside it."""
+    very weights that lie beside it; buffers, such as BEiT's relative_position_index, it may lack."""
     plain = content
     while inner := [plain[key] for key in STATE_DICTS if isinstance(plain.get(key), dict)]:
         plain = inner[0]
     tensors = _tensors(plain)
-    means = (content[key] for key in RUNNING_MEANS if isinstance(content.get(key), dict))
-    found = [_tensors(one) for mean in means for one in (mean, mean.get("module")) if isinstance(one, dict)]
-    names = set(unwrapped(tensors))
-    return next((one for one in found if one and (not names or set(unwrapped(one)) == names)), tensors)
+    names = _trained(tensors)
+    for key in RUNNING_MEANS:
+        mean = content.get(key)
+        places = (mean, mean.get("module")) if isinstance(mean, dict) else ()
+        for one in filter(None, (_tensors(place) for place in places if isinstance(place, dict))):
+            if not names or _trained(one) == names:
+                return one
+            others = sorted(_trained(one) ^ names)
+            log.warning(
+                "%s: has a running mean (%s), but not of the weights beside it: %d other names, such as %s. What was "
+                "trained last is taken; for the other save that one alone",
+                *(path, key, len(others), others[0]),
+            )
+    return tensors
+
+
+def _trained(tensors: Mapping[str, "Tensor"]) -> set[str]:
+    return {name for name, tensor in unwrapped(tensors).items() if tensor.is_floating_point()}
 
 
 def _tensors(content: Mapping[str, Any]) -> dict[str, "Tensor"]:

@@ -79,6 +79,20 @@ def test_what_deepspeed_saves(folder: Path) -> None:
     assert torch.equal(load_model(info)(pixels).logits, load_model(whole)(pixels).logits)
 
 
+@pytest.mark.parametrize("lacks", [True, False])
+def test_a_running_mean_of_other_weights_is_told(folder: Path, lacks: bool, caplog: pytest.LogCaptureFixture) -> None:
+    last = load_file(folder / "model.safetensors")
+    mean = {name: tensor for name, tensor in last.items() if not (lacks and name == "classifier.bias")}
+    path = folder / "states.pt"
+    torch.save({"model": last, "model_ema": mean}, path)
+    inspect_model(str(path))
+    said = (
+        f"{path}: has a running mean (model_ema), but not of the weights beside it: 1 other names, such as classifier"
+    )
+    assert (said in caplog.text) == lacks
+    assert len(caplog.records) == lacks
+
+
 def test_a_file_without_tensors_names_its_keys(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save({"network": {"vit.x": torch.zeros(1)}, "epoch": 3}, folder / "model.pth")

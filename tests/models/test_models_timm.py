@@ -238,6 +238,7 @@ def test_the_state_dict_of_a_file_with_several(tmp_path: Path) -> None:
         ({"model": {"w": LAST}, "model_ema": {"shadow.w": MEAN}}, LAST),
         ({"state_dict": {"model": {"w": LAST}}}, LAST),
         ({"model_ema": {"w": MEAN}}, MEAN),
+        ({"model": {"w": LAST, "relative_position_index": torch.zeros(1, dtype=int)}, "model_ema": {"w": MEAN}}, MEAN),
         ({"w": LAST}, LAST),
     ],
 )
