@@ -40,10 +40,11 @@ def plan(
     device: Annotated[
         str, typer.Option(help="What runs the model: t4, a10g, l4, l40s, a100, h100, h200, cpu or cpu-amx.")
     ] = "l4",
-    devices: Annotated[int, typer.Option(min=1, help="How many of them (cpu: cores).")] = 1,
+    devices: Annotated[int | None, typer.Option(min=1, help="How many of them (cpu: cores); 1 if not given.")] = None,
     hours: Annotated[float | None, typer.Option(help="Instead of --devices: be done in this time.")] = None,
     cpus: Annotated[
-        int | None, typer.Option(min=1, help="Cores there are, for decoding and actors (default: what is needed).")
+        int | None,
+        typer.Option(min=1, help="Cores there are, for decoding and actors (default: what is needed; cpu: --devices)."),
     ] = None,
     run: Annotated[
         str | None, typer.Option(help="Instead of SOURCE: costs as a run in this DIR measured them.")

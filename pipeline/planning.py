@@ -92,15 +92,25 @@ def row_bytes(features: int, *, labels: int, uri_bytes: float) -> float:
 
 
 def make_plan(
-    images: int, costs: Costs, device: Device, *, devices: int = 1, hours: float | None = None, cpus: int | None = None
+    images: int,
+    costs: Costs,
+    device: Device,
+    *,
+    devices: int | None = None,
+    hours: float | None = None,
+    cpus: int | None = None,
 ) -> Plan:
-    """Plan for `images` on `devices` of a kind, or on as many as finish in `hours`; `cpus`: cores there are, for
-    decoding and actors.
+    """Plan for `images` on `devices` of a kind (one), or on as many as finish in `hours`; `cpus`: cores there are, for
+    decoding and actors. Where cores are the devices it is their number.
 
-    Raises SpecError for fewer than 1 or more than MAX_IMAGES images, and for times and counts that are not positive.
+    Raises SpecError for fewer than 1 or more than MAX_IMAGES images, for times and counts that are not positive, and
+    for cores whose number is given twice.
     """
     if not 1 <= images <= MAX_IMAGES:
         raise SpecError(f"--images {images}: between 1 and {MAX_IMAGES:,}; split a larger job by source")
+    if cpus is not None and not device.is_gpu:
+        devices = _cores(cpus, devices, hours)
+    devices = 1 if devices is None else devices
     if devices < 1 or (hours is not None and hours <= 0) or (cpus is not None and cpus < 1):
         raise SpecError("--devices, --hours and --cpus must be positive")
     speed = _speed(costs, device)
@@ -123,6 +133,16 @@ def make_plan(
             *_traces(images, costs, throughput[0].value),
         )
     )
+
+
+def _cores(cpus: int, devices: int | None, hours: float | None) -> int:
+    """Devices, where each is a core."""
+    if hours is not None or devices not in (None, cpus):
+        other = "--devices" if hours is None else "--hours"
+        raise SpecError(
+            f"--cpus {cpus} with {other}: each device is a core here, so both say how many; give one of them"
+        )
+    return cpus
 
 
 def _speed(costs: Costs, device: Device) -> list[Step]:

@@ -144,6 +144,18 @@ def test_cores_share_decoding_and_the_model() -> None:
     assert plan.value("object store") == (2 * 4 + 3 * 4) * 4 * 150_528
 
 
+def test_cores_that_are_the_devices_are_counted_once() -> None:
+    core = Device("core", 0.246, 1.0, False)
+    plan = make_plan(1000, COSTS, core, cpus=16)
+    for same in (make_plan(1000, COSTS, core, devices=16), make_plan(1000, COSTS, core, devices=16, cpus=16)):
+        assert plan.steps == same.steps
+    assert plan.value("devices") == plan.value("cores") == 16
+    with pytest.raises(SpecError, match=r"--cpus 16 with --devices: each device is a core here.* give one"):
+        make_plan(1000, COSTS, core, devices=4, cpus=16)
+    with pytest.raises(SpecError, match=r"--cpus 16 with --hours"):
+        make_plan(1000, COSTS, core, hours=2, cpus=16)
+
+
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 @pytest.mark.parametrize("images", [1, 1_000, 40_000_000, MAX_IMAGES])
 @pytest.mark.parametrize("hours", [0.5, 24.0, 1000.0])
