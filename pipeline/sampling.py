@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -96,7 +97,8 @@ def from_source(spec: JobSpec) -> Sample:
 
 
 def from_run(out: str, storage_options: dict[str, Any]) -> tuple[Sample, Device]:
-    """Costs of the run in `out`, from its finished attempts and the size of its parts, and what ran the model.
+    """Costs of the run in `out`, from its finished attempts and the size of its parts, and what ran the model: where
+    several kinds of device did, that of most images.
 
     Raises OutputError where no attempt has recorded what it took.
     """
@@ -104,6 +106,7 @@ def from_run(out: str, storage_options: dict[str, Any]) -> tuple[Sample, Device]
     attempts = [a for a in read_attempts(out, storage_options) if a.images and a.stage_seconds.predict > 0]
     if not attempts:
         raise OutputError(f"{out}: no attempt there has finished an image; plan from SOURCE and --model instead")
+    attempts = _of_one_device(attempts)
     images = sum(attempt.images for attempt in attempts)
     fs, root = storage.filesystem(out, storage_options)
     parts = [info for info in fs.ls(storage.join(root, "images"), detail=True) if info["name"].endswith(".parquet")]
@@ -128,14 +131,24 @@ def from_run(out: str, storage_options: dict[str, Any]) -> tuple[Sample, Device]
     return Sample(costs, record.model.name, origin), device
 
 
+def _of_one_device(attempts: list[AttemptRecord]) -> list[AttemptRecord]:
+    """Those of the device that most images were computed on: a rate of two kinds together is that of neither."""
+    images = Counter[str | None]()
+    for attempt in attempts:
+        images[attempt.device] += attempt.images
+    ((most, _),) = images.most_common(1)
+    return [attempt for attempt in attempts if attempt.device == most]
+
+
 def _measured(attempts: list[AttemptRecord]) -> tuple[Device, float]:
-    """What ran the model, and its seconds for an image: an actor's, or a core's with decoding, which shares the cores.
+    """What ran the model in `attempts` of one device, and its seconds for an image: an actor's, or a core's with
+    decoding, which shares the cores.
 
     On CPUs the stages' own seconds count up to twice, because each also waits for cores that the other has. They do
     where no attempt ran for long enough to have a rate: that of a shorter one is mostly start-up; and where none ran
     on a known number of cores.
     """
-    if not all(attempt.device == "cpu" for attempt in attempts):
+    if attempts[0].device != "cpu":
         seconds = sum(attempt.stage_seconds.predict for attempt in attempts)
         return Device("an actor as in that run", 0.0), seconds / sum(attempt.images for attempt in attempts)
     device = Device("a core as in that run", 0.0, is_gpu=False)

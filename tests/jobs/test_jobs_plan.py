@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from jobs.cli import run_command
 from jobs.plan import COMMANDS, parse_count, readable
-from schemas.attempt import AttemptRecord, StageSeconds
+from schemas.attempt import AttemptDevice, AttemptRecord, StageSeconds
 from schemas.errors import OutputError, SourceError, SpecError
 
 SIDE = 32
@@ -207,6 +207,22 @@ def test_from_a_run_on_cpus_the_cores_are_those_that_predict(
     assert found["images/s a device"] == pytest.approx(rate)
     assert found["cores"] == 100
     assert found["throughput"] == pytest.approx(100 * rate)
+
+
+def test_of_a_run_on_two_kinds_of_device_the_one_of_most_images_counts(measured: Path) -> None:
+    """60 images on a GPU; 40 failures that were tried again on CPUs, where everything took ten times as long."""
+    devices: tuple[tuple[int, AttemptDevice, float], ...] = ((1, "gpu", 1.0), (2, "cpu", 10.0))
+    for number, device, factor in devices:
+        path = measured / "attempts" / f"{number:06d}.json"
+        record = AttemptRecord.model_validate_json(path.read_bytes())
+        record.device = device
+        record.stage_seconds.decode *= factor
+        record.stage_seconds.predict *= factor
+        path.write_text(record.model_dump_json())
+    result = run("--run", str(measured), "--images", "1000000", "--devices", "4", "--json")
+    assert figures(result)["images/s a device"] == pytest.approx(250)
+    assert figures(result)["CPUs for each device"] == pytest.approx(0.5)
+    assert "1 attempt of " in json.loads(result.stdout)["origin"]
 
 
 def test_a_run_that_did_nothing_measures_nothing(measured: Path) -> None:
