@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.images.fetch import fetch_rows
@@ -17,8 +16,9 @@ from pipeline.opening import resolve_job
 from pipeline.planning import Costs, Device, row_bytes
 from pipeline.record import require_record
 from pipeline.sinks.attempts import read_attempts
+from pipeline.sinks.parts import list_parts
 from pipeline.sources.columns import concatenated
-from pipeline.sources.manifest import read_sources
+from pipeline.sources.manifest import part_named, read_columns, read_sources
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError, SourceError
 from schemas.spec import VECTOR_NAMES, JobSpec
@@ -108,13 +108,13 @@ def from_run(out: str, storage_options: dict[str, Any]) -> tuple[Sample, Device]
         raise OutputError(f"{out}: no attempt there has finished an image; plan from SOURCE and --model instead")
     attempts = _of_one_device(attempts)
     images = sum(attempt.images for attempt in attempts)
-    fs, root = storage.filesystem(out, storage_options)
-    parts = [info for info in fs.ls(storage.join(root, "images"), detail=True) if info["name"].endswith(".parquet")]
-    manifest = _read_manifest(fs, storage.join(root, "manifest", record.manifest_parts[0]))
+    parts = [part for part in list_parts(*storage.filesystem(out, storage_options)) if part.folder == "images"]
+    first = [part_named(record.manifest_parts[0])]
+    manifest = pa.Table.from_batches([next(read_columns(out, first, ["uri", "length", "size"], storage_options))])
     device, predict_s = _measured(attempts)
     file_bytes = _file_bytes(manifest)
     height, width = record.model.preprocessing.output_size
-    written = sum(info["size"] for info in parts) / max(1, sum(_rows(fs, info["name"]) for info in parts))
+    written = sum(part.size for part in parts) / max(1, sum(part.rows for part in parts))
     costs = Costs(
         file_bytes=file_bytes or TYPICAL_FILE_BYTES,
         decode_s=sum(attempt.stage_seconds.decode for attempt in attempts) / images,
@@ -179,14 +179,3 @@ def _fetched_bytes(rows: pa.Table, spec: JobSpec) -> float | None:
     fetched = fetch_rows(rows, fetch=spec.fetch, image_column=spec.image_column, storage_options=spec.storage_options)
     sizes = [len(one.result) for one in fetched if isinstance(one.result, bytes)]
     return statistics.fmean(sizes) if sizes else None
-
-
-def _read_manifest(fs: Any, path: str) -> pa.Table:
-    with fs.open(path, "rb") as file:
-        batches = pq.ParquetFile(file).iter_batches(LISTED, columns=["uri", "length", "size"])
-        return pa.Table.from_batches([next(batches)])
-
-
-def _rows(fs: Any, path: str) -> int:
-    with fs.open(path, "rb") as file:
-        return int(pq.read_metadata(file).num_rows)

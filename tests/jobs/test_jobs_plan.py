@@ -176,6 +176,15 @@ def test_from_a_run(measured: Path) -> None:
     assert found["output"] == pytest.approx(1e6 * written / 100)
 
 
+def test_parts_of_a_run_are_counted_from_their_names(measured: Path) -> None:
+    """Nothing is opened, and what is no part of the run is not counted."""
+    before = figures(run("--run", str(measured), "--json"))["output"]
+    for path in (measured / "images").iterdir():
+        path.write_bytes(b"x" * path.stat().st_size)
+    (measured / "images" / "mine.parquet").write_bytes(b"x" * 1_000_000)
+    assert figures(run("--run", str(measured), "--json"))["output"] == before
+
+
 def test_the_disk_that_search_takes_is_planned(measured: Path, pictures: Path, checkpoint: Path) -> None:
     """As much as the matrix that a search of the run leaves there, but for the headers of its files."""
     from pipeline.retrieval.store import FeatureStore
