@@ -55,6 +55,7 @@ class Costs(NamedTuple):
 
     `model_flop` are floating-point operations of a forward pass (two for a multiply and add). `predict_s`, where it
     was measured, are seconds of one device (of a core with decoding) and win over the estimate from `model_flop`.
+    `model_bytes`: memory that an actor books, None where it is not known.
     """
 
     file_bytes: float
@@ -65,6 +66,7 @@ class Costs(NamedTuple):
     predict_s: float | None = None
     uri_bytes: float = 80.0
     search_bytes: int = 0
+    model_bytes: int | None = None
 
 
 class Step(NamedTuple):
@@ -211,7 +213,7 @@ def _placement(images: int, costs: Costs, device: Device, devices: int, cores: f
         gpus_per_actor=float(device.is_gpu),
         batch_size=None,
         pixel_bytes=costs.pixel_bytes,
-        model_bytes=0,
+        model_bytes=costs.model_bytes or 0,
         image_gflop=costs.model_flop / 1e9,
         output_bytes=int(costs.output_bytes),
     )
@@ -224,14 +226,15 @@ def _memory(costs: Costs, placement: Placement, tasks: int) -> list[Step]:
     store = blocks * block
     text = f"({BLOCKS_PER_TASK} × {tasks:,} tasks + {BLOCKS_PER_CALL} × {calls:,} calls) × {block / 2**20:.1f} MiB"
     memory = store / OBJECT_STORE_SHARE + tasks * WORKER_BYTES
+    needs = f"object store ÷ {OBJECT_STORE_SHARE:g} + {tasks:,} workers × 1 GiB"
+    if costs.model_bytes is None:
+        needs += "; without that of the actors, which hold the model and which a run does not record"
+    else:
+        memory += placement.actors.max * costs.model_bytes
+        needs += f" + {placement.actors.max:,} actors × {costs.model_bytes / 2**30:,.2f} GiB"
     return [
         Step("object store", store, "bytes", text),
-        Step(
-            "memory",
-            memory,
-            "bytes",
-            f"all machines: object store ÷ {OBJECT_STORE_SHARE:g} + {tasks:,} workers × 1 GiB",
-        ),
+        Step("memory", memory, "bytes", f"all machines: {needs}"),
     ]
 
 

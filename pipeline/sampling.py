@@ -91,6 +91,7 @@ def from_source(spec: JobSpec) -> Sample:
         model_flop=forward_flop(resolved.info.network, resolved.info.image_size),
         uri_bytes=uri_bytes,
         search_bytes=_search_bytes(resolved.wanted.widths, spec.feature_dtype),
+        model_bytes=resolved.model_bytes,
     )
     origin = f"{listed.num_rows:,} images listed, {rows.num_rows} of them fetched and decoded here"
     return Sample(costs, resolved.info.name, origin)

@@ -80,6 +80,7 @@ def test_shows_its_arithmetic(pictures: Path, checkpoint: Path) -> None:
     lines = [line for line in result.stdout.splitlines() if "   = " in line]
     assert len(lines) >= 14
     assert any("989 TFLOP/s × 0.5 ÷" in line for line in lines)
+    assert any(line.endswith("1 actors × 0.25 GiB") for line in lines), "256 MiB beside the weights"
 
 
 def test_features_and_precision_change_the_output(pictures: Path, checkpoint: Path) -> None:
@@ -93,16 +94,8 @@ def test_features_and_precision_change_the_output(pictures: Path, checkpoint: Pa
 
 
 SAMPLED = (
-    "--include",
-    "*/1?.png",
-    "--exclude",
-    "*/10.png",
-    "--uri-column",
-    "u",
-    "--image-column",
-    "i",
-    "--revision",
-    "v1",
+    *("--include", "*/1?.png", "--exclude", "*/10.png"),
+    *("--uri-column", "u", "--image-column", "i", "--revision", "v1"),
 )
 
 
@@ -174,6 +167,7 @@ def test_from_a_run(measured: Path) -> None:
     assert found["read"] == pytest.approx(5e10)
     written = sum(path.stat().st_size for path in (measured / "images").glob("*.parquet"))
     assert found["output"] == pytest.approx(1e6 * written / 100)
+    assert "without that of the actors" in run("--run", str(measured)).stdout
 
 
 def test_parts_of_a_run_are_counted_from_their_names(measured: Path) -> None:

@@ -144,6 +144,17 @@ def test_cores_share_decoding_and_the_model() -> None:
     assert plan.value("object store") == (2 * 4 + 3 * 4) * 4 * 150_528
 
 
+@pytest.mark.parametrize(("device", "actors"), [("h100", 4), ("cpu", 1)])
+def test_actors_have_memory_too(device: str, actors: int) -> None:
+    """On GPUs one each; four cores have one."""
+    plans = [make_plan(10**6, COSTS._replace(model_bytes=b), DEVICES[device], devices=4) for b in (None, 5 << 30)]
+    without, with_model = (plan.value("memory") for plan in plans)
+    assert with_model - without == pytest.approx(actors * (5 << 30))
+    shown = [step.arithmetic for plan in plans for step in plan.steps if step.name == "memory"]
+    assert "without that of the actors, which hold the model" in shown[0]
+    assert shown[1].endswith(f" + {actors} actors × 5.00 GiB")
+
+
 def test_cores_that_are_the_devices_are_counted_once() -> None:
     core = Device("core", 0.246, 1.0, False)
     plan = make_plan(1000, COSTS, core, cpus=16)
