@@ -1,6 +1,6 @@
 """Whether `patchstream benchmark` predicts what the following real run then does.
 
-    python benchmarks/preflight.py PHOTOS --model FOLDER [--seconds 40] [--scale 3] [--rounds 3] [--only small]
+    python benchmarks/preflight.py PHOTOS --model FOLDER [--seconds 40] [--scale 5] [--rounds 3] [--only small]
         [--json F]
 
 Three inputs, made from PHOTOS: small JPEGs, the same photos enlarged to 12 megapixels, and the small ones in tar shards
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("photos", type=Path)
     parser.add_argument("--model", required=True)
     parser.add_argument("--seconds", type=float, default=40.0)
-    parser.add_argument("--scale", type=float, default=3.0)
+    parser.add_argument("--scale", type=float, default=5.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=["small", "large", "shards"], default=["small", "large", "shards"])
     parser.add_argument("--json")

@@ -44,6 +44,7 @@ from schemas.release import release
 from schemas.spec import JobSpec
 
 Connect = Callable[[], AbstractContextManager[Machines]]
+Place = Callable[[ResolvedJob, Machines, int], Placement]
 
 # Ray repeats lost tasks by itself. A further pass is for rows that a pass left behind all the same.
 _MAX_PASSES = 3
@@ -63,21 +64,22 @@ class Summary(NamedTuple):
     attempt: AttemptRecord
 
 
-def run(spec: JobSpec, connect: Connect, listen: Listener = lambda progress: None) -> Summary:
+def run(spec: JobSpec, connect: Connect, listen: Listener = lambda progress: None, place: Place = place_job) -> Summary:
     """Do what `spec` asks, or what is left of it.
 
-    `connect` gives the Ray cluster and is entered only if rows are pending. Raises PatchstreamError (see
-    `schemas.errors`): what was committed before that stays, and the same call goes on from there.
+    `connect` gives the Ray cluster and is entered only if rows are pending; `place` says what is done where on it.
+    Raises PatchstreamError (see `schemas.errors`): what was committed before that stays, and the same call goes on from
+    there.
     """
     spec = spec.model_copy(update={"out": absolute(spec.out)})
     try:
         with interruptible():
-            return _run(spec, connect, listen)
+            return _run(spec, connect, listen, place)
     except (KeyboardInterrupt, Interrupted) as stopped:
         raise _resumable(stopped, spec) from None
 
 
-def _run(spec: JobSpec, connect: Connect, listen: Listener) -> Summary:
+def _run(spec: JobSpec, connect: Connect, listen: Listener, place: Place) -> Summary:
     listen(Progress("model"))
     resolved = resolve_job(spec)
     listen(Progress("listing"))
@@ -92,7 +94,9 @@ def _run(spec: JobSpec, connect: Connect, listen: Listener) -> Summary:
             warn_of_versions(opened.record, attempt.versions)
             listen(Progress("starting"))
             with connect() as machines:
-                _work(resolved, opened, machines, fence, attempt, rest, opened.count(ledger.failures), listen)
+                placement = place(resolved, machines, attempt.rows_planned)
+                failed = opened.count(ledger.failures)
+                _work(resolved, opened, machines, placement, fence, attempt, rest, failed, listen)
         listen(Progress("finishing"))
         _finish(spec, opened)
         ledger = _complete_ledger(spec, opened)
@@ -113,6 +117,7 @@ def _work(
     resolved: ResolvedJob,
     opened: Opened,
     machines: Machines,
+    placement: Placement,
     fence: Fence,
     attempt: AttemptRecord,
     rest: Spans,
@@ -122,7 +127,6 @@ def _work(
     """Predict and commit `rest`, in as many passes as it takes. `failed` rows have come to their end as failures."""
     spec = resolved.spec
     rows, left = opened.stop - opened.first, intervals.count(rest)
-    placement = place_job(resolved, machines, left)
     meter = Meter(rows, rows - left, failed, placement, spec.fetch.concurrency, _count if machines.may_grow else None)
     attempt.device = "triton" if spec.backend == "triton" else "gpu" if spec.gpus_per_actor else "cpu"
     job = WriteJob(fence, opened.schema, opened.record.part_metadata(), opened.record.run_id)

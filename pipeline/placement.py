@@ -64,6 +64,11 @@ class Placement(NamedTuple):
         """Blocks that all actors compute side by side."""
         return self.actors.max * self.actor_lanes
 
+    @property
+    def stream_rows(self) -> int:
+        """Rows that have to be on their way for every stage to work."""
+        return self.block_rows * _blocks(self.lanes, self.decoders)
+
     def task_sizes(self, rows: int) -> Iterator[int]:
         """Rows of each decoding task, `rows` in all. Towards the end tasks shrink down to one block, so that no core is
         left alone with a long one (guided self-scheduling: Polychronopoulos and Kuck, IEEE Trans. Comput. C-36, 1987).

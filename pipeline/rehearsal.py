@@ -10,7 +10,7 @@ from typing import NamedTuple
 from pipeline.flow import Connect, run
 from pipeline.opening import ResolvedJob
 from pipeline.placement import Placement
-from pipeline.predicting import placement_of
+from pipeline.predicting import place_job, placement_of
 from pipeline.progress import Progress
 from pipeline.storage import Options, filesystem, join
 from schemas.errors import Interrupted
@@ -31,9 +31,11 @@ class Rehearsal(NamedTuple):
 
 def rows_to_rehearse(resolved: ResolvedJob, machines: Machines, placement: Placement, enough: float) -> tuple[int, int]:
     """Images of a rehearsal, `enough` for its time and four times what a job placed so works on at once; and its tail:
-    how many it works on at once itself, for it is placed for its own rows."""
+    how many it works on at once itself, for it is placed for its own rows, or has on the way, as far as half of them
+    are left to count."""
     images = int(max(_LEAST_IMAGES, 4 * _at_once(placement, machines), enough))
-    return images, _at_once(placement_of(resolved, machines, images), machines)
+    own = placement_of(resolved, machines, images)
+    return images, max(_at_once(own, machines), min(own.stream_rows, images // 4))
 
 
 def _at_once(placement: Placement, machines: Machines) -> int:
@@ -42,14 +44,24 @@ def _at_once(placement: Placement, machines: Machines) -> int:
     return lanes * placement.block_rows
 
 
+def place_for_long(resolved: ResolvedJob, machines: Machines, rows: int) -> Placement:
+    """Placement of a job of `rows` whose decoders are as far ahead as those of a long one may be for how long it takes:
+    no further than every stage has work. What they have done while the models load would else be most of a short one,
+    and the cores were free for the rest."""
+    placement = place_job(resolved, machines, rows)
+    needed = placement.stream_rows * max(1, resolved.pixel_bytes, resolved.output_bytes)
+    return placement._replace(stream_bytes=min(placement.stream_bytes, needed))
+
+
 def rehearse(
     spec: JobSpec, connect: Connect, *, images: int, listed: int, tail: int, scratch: str | None = None
 ) -> Rehearsal:
     """Run `spec` on `images` images and leave nothing behind. The sources, of which `listed` are known to be there, are
     named so often that they have as many.
 
-    `tail`: rows that all actors work on at once. So many at the beginning and at the end are not counted: the first
-    arrive together, and during the last some have nothing left to do. `scratch`: a folder or prefix that every node can
+    `tail`: rows that all actors work on at once, or that are on their way to them. So many at the beginning and at the
+    end are not counted: the first arrive together, having been decoded while the models loaded, and during the last
+    some have nothing left to do. `scratch`: a folder or prefix that every node can
     write to, by default a temporary folder of this machine.
     """
     seen: list[tuple[float, int]] = []
@@ -62,7 +74,7 @@ def rehearse(
     with _folder(scratch, spec.storage_options) as folder:
         values = {"out": join(folder, "out"), "sources": spec.sources * repeats, "limit": images}
         try:
-            summary = run(spec.model_copy(update=values), connect, listen)
+            summary = run(spec.model_copy(update=values), connect, listen, place_for_long)
         except Interrupted as stopped:  # which speaks of a folder that will be gone
             number = stopped.exit_code - 128
             raise Interrupted("interrupted; nothing was kept, the same command begins again", number) from None

@@ -116,6 +116,16 @@ def test_every_core_that_is_left_decodes(machines: Machines, pixel_bytes: int, h
     assert admitted(placement, machines, pixel_bytes, held) >= cores / max(placement.decode_cpus, 1.0)
 
 
+@pytest.mark.parametrize("held", [0, 1, 2])
+@pytest.mark.parametrize("cpus", [1, 2, 4, 16])
+def test_every_core_decodes_in_a_rehearsal_too(cpus: int, held: int) -> None:
+    """Its stream is no larger than it must be, so that its decoders do not get far ahead."""
+    machines = cluster(cpus, 0)
+    placement = placed(machines)
+    placement = placement._replace(stream_bytes=placement.stream_rows * PIXELS_224)
+    assert admitted(placement, machines, PIXELS_224, held) >= cpus / max(placement.decode_cpus, 1.0)
+
+
 def test_a_small_machine_holds_little() -> None:
     assert placed(cluster(2, 0)).stream_bytes == 512 << 20
 
