@@ -146,7 +146,6 @@ def result(measured: "Measured", shape: "Shape", placement: "Placement", togethe
         "decode": shape.decode,
         "stages": {cost.name: {"core_ms": cost.core_s * 1e3, "images_per_s_alone": cost.alone} for cost in costs},
         "ideal_images_per_s": ideal,
-        "together_images_per_s": together.images_per_s,
         "together_images": together.images,
         "predicted_images_per_s": together.images_per_s,
         "startup_s": together.startup_s,
@@ -166,9 +165,9 @@ def show(found: dict[str, Any], measured: "Measured", shape: "Shape") -> None:
     emit(f"{'stage':<12}{'core-ms an image':>18}{'images/s alone':>18}")
     for name, cost in found["stages"].items():
         emit(f"{name:<12}{cost['core_ms']:>18,.2f}{cost['images_per_s_alone']:>18,.1f}")
-    share = found["together_images_per_s"] / found["ideal_images_per_s"]
+    share = found["predicted_images_per_s"] / found["ideal_images_per_s"]
     emit(f"{'ideal':<12}{'':>18}{found['ideal_images_per_s']:>18,.1f}   if no stage ever waited")
-    emit(f"{'together':<12}{'':>18}{found['together_images_per_s']:>18,.1f}   {share:.0%} of it, measured on "
+    emit(f"{'together':<12}{'':>18}{found['predicted_images_per_s']:>18,.1f}   {share:.0%} of it, measured on "
          f"{found['together_images']} images\n")  # fmt: skip
     emit(f"{'precision':<12}{'batch':>18}{'ms an image':>18}")
     for item in measured.forward:

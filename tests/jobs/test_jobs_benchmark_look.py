@@ -106,6 +106,16 @@ def test_the_start_of_ray_is_part_of_the_start_up(
     assert look(spec_for(checkpoint), 20.0, "h:1", 900.0, None, False)[-1].startup_s == 2.0, "waiting is no start-up"
 
 
+def test_the_rate_of_the_rehearsal_has_one_name(
+    given: Given, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured, shape, placement, together = look(spec_for(checkpoint), 20.0, None, 0.0, None, False)
+    found = result(measured, shape, placement, together)
+    assert [name for name, value in found.items() if value == together.images_per_s] == ["predicted_images_per_s"]
+    show(found, measured, shape)
+    assert "80.0   20% of it, measured on 4000 images" in capsys.readouterr().out
+
+
 def test_without_two_batches_there_is_no_rate(given: Given, checkpoint: Path) -> None:
     given.batches = 1
     with pytest.raises(SpecError, match=r"--seconds 20: all 4000 images of the rehearsal came at once.* give more"):
