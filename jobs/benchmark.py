@@ -173,7 +173,8 @@ def show(found: dict[str, Any], measured: "Measured", shape: "Shape") -> None:
     for item in measured.forward:
         emit(f"{item.dtype:<12}{item.batch_size:>18}{item.image_s * 1e3:>18,.2f}")
     emit(f"\nexpect {found['predicted_images_per_s']:,.1f} images/s after {found['startup_s']:.0f} s of start-up, "
-         f"Ray's included; most of it goes to: {found['bottleneck']}")  # fmt: skip
+         "Ray's included; before that the model is read and the images are listed. Most of the time of an image goes "
+         f"to: {found['bottleneck']}")  # fmt: skip
     for sentence in found["advice"]:
         emit(f"  - {sentence}")
 

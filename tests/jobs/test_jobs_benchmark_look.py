@@ -102,7 +102,9 @@ def test_the_start_of_ray_is_part_of_the_start_up(
     measured, shape, placement, together = look(spec_for(checkpoint), 20.0, None, 0.0, None, False)
     assert together.startup_s == 5.0 + 2.0
     show(result(measured, shape, placement, together), measured, shape)
-    assert "after 7 s of start-up, Ray's included;" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "after 7 s of start-up, Ray's included;" in told
+    assert "included; before that the model is read and the images are listed." in told
     assert look(spec_for(checkpoint), 20.0, "h:1", 900.0, None, False)[-1].startup_s == 2.0, "waiting is no start-up"
 
 
