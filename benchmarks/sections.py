@@ -1,5 +1,6 @@
 """The sections of docs/benchmarks.md: one function for each kind of result, from its JSON to Markdown."""
 
+import statistics
 from collections.abc import Callable
 
 from tables import ROOT, Result, computes_bfloat16, figure, kind_of_cpu, origin, table
@@ -112,7 +113,8 @@ def end_to_end(name: str, found: Result) -> str:
         ". Images that were decoded while the models loaded are not paid for in it, which is worth up to "
         f"{decode_share:.1%}; {measured}"
     )
-    stages = found["rounds"][-1]["job"]["stage_seconds"]
+    rounds = [item["job"]["stage_seconds"] for item in found["rounds"]]
+    stages = {name: statistics.median(item[name] for item in rounds) for name in rounds[0]}
     each = ", ".join(f"{name} {seconds / found['images'] * 1e3:.1f}" for name, seconds in stages.items())
     started = (
         f" From the command to the first batch, Ray included, it took {found['command_to_first_batch_s']:.1f} s."
@@ -132,7 +134,7 @@ def end_to_end(name: str, found: Result) -> str:
         f"job ran at {found['steady_images_per_s']:.1f} in its steady "
         "state (medians); of the ideal of its own round it reached "
         f"{found['share_of_ideal']:.0%} in the median{above}.{started} Within the job, "
-        f"milliseconds of a worker for each image: {each}.\n"
+        f"milliseconds of a worker for each image, medians as well: {each}.\n"
     )
 
 

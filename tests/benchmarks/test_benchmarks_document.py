@@ -49,6 +49,15 @@ def test_the_readme_says_which_precisions_it_compares() -> None:
         assert f"{name} in float32" in mixed
 
 
+def test_the_stages_of_a_job_are_medians_of_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    name = "end_to_end-vit-base-bfloat16.json"
+    found = import_module("document").load(ROOT / "benchmarks" / "results")[name]
+    for item, predict_s in zip(found["rounds"], (40.0, 48.0, 80.0), strict=True):
+        item["job"]["stage_seconds"] = {"decode": 4.0, "predict": predict_s}
+    assert "decode 10.0, predict 120.0." in import_module("sections").end_to_end(name, found)
+
+
 def test_in_short_tells_of_every_run_and_of_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     document = import_module("document")
