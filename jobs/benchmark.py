@@ -158,10 +158,13 @@ def result(measured: "Measured", shape: "Shape", placement: "Placement", togethe
 
 def show(found: dict[str, Any], measured: "Measured", shape: "Shape") -> None:
     """The same for a person."""
+    from pipeline.sampling import LISTED
+
     where = f"{shape.cpus} CPUs" + (f" and {shape.gpus:g} GPUs" if shape.gpus else "")
     actors = f"{found['actors']} actor{'s' * (found['actors'] > 1)} of {found['calls']} calls"
     emit(f"{where}, {actors}, batches of {found['batch_size']}, {found['dtype']}, {found['decode']}")
-    emit(f"{measured.sampled} of {measured.listed:,} images listed, {measured.file_bytes / 1e3:,.1f} kB each\n")
+    alone = ", the first of the sources, which alone were looked at" if measured.listed >= LISTED else ""
+    emit(f"{measured.sampled} of {measured.listed:,} images listed{alone}, {measured.file_bytes / 1e3:,.1f} kB each\n")
     emit(f"{'stage':<12}{'core-ms an image':>18}{'images/s alone':>18}")
     for name, cost in found["stages"].items():
         emit(f"{name:<12}{cost['core_ms']:>18,.2f}{cost['images_per_s_alone']:>18,.1f}")

@@ -118,6 +118,19 @@ def test_the_rate_of_the_rehearsal_has_one_name(
     assert "80.0   20% of it, measured on 4000 images" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("listed", "said"), [(1000, True), (300, False)])
+def test_who_has_more_images_is_told_that_the_first_alone_were_looked_at(
+    given: Given, checkpoint: Path, capsys: pytest.CaptureFixture[str], listed: int, said: bool
+) -> None:
+    """Of two sources these may all be of one."""
+    given.measured = FAST._replace(listed=listed)
+    measured, shape, placement, together = look(spec_for(checkpoint), 20.0, None, 0.0, None, False)
+    show(result(measured, shape, placement, together), measured, shape)
+    told = capsys.readouterr().out
+    assert f"48 of {listed:,} images listed, " in told
+    assert ("listed, the first of the sources, which alone were looked at, 100.0 kB each" in told) == said
+
+
 def test_without_two_batches_there_is_no_rate(given: Given, checkpoint: Path) -> None:
     given.batches = 1
     with pytest.raises(SpecError, match=r"--seconds 20: all 4000 images of the rehearsal came at once.* give more"):
