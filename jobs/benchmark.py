@@ -51,7 +51,8 @@ def benchmark(
     cluster_wait: Annotated[float, typer.Option(help="As for embed.")] = 0.0,
     seconds: Annotated[float, typer.Option(min=5, help="About how long to measure, start-up of Ray apart.")] = 45.0,
     scratch: Annotated[
-        str | None, typer.Option(help="Where to try the whole job; removed again. On a cluster, all nodes must see it.")
+        str | None,
+        typer.Option(help="Where to try the whole job, uploads apart; removed again. All nodes must see it."),
     ] = None,
     storage_options: Options = None,
     as_json: AsJson = False,
