@@ -11,10 +11,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.report.run import RunDirectory, batches, list_files
+from pipeline.report.run import RunDirectory, batches
 from pipeline.report.scan import ImageScan
 from pipeline.report.text import thousands
 from pipeline.results import list_results
+from pipeline.settled import list_parquet
 from pipeline.storage import join, read_json, redact
 from schemas.errors import OutputError
 
@@ -75,7 +76,7 @@ def load_duplicates(run: RunDirectory, scan: ImageScan) -> Iterator[Grouping]:
 
 def _read(run: RunDirectory, scan: ImageScan, folder: str, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
     for name in list_results(run.fs, join(run.root, folder)):
-        paths = list_files(run.fs, join(run.root, folder, name), ".parquet")
+        paths = [path for path, _ in list_parquet(run.fs, join(run.root, folder, name))]
         parts = list(batches(run.fs, paths, columns))
         if sum(len(part) for part in parts):
             table = pa.Table.from_batches(parts)

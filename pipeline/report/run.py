@@ -12,8 +12,8 @@ from fsspec import AbstractFileSystem
 from pipeline.attempt_files import as_known, read_attempt
 from pipeline.columns import is_damage, open_columns
 from pipeline.record import require_record
-from pipeline.settled import settled_listing
-from pipeline.storage import filesystem, join, read_json, redact
+from pipeline.settled import became_another, is_same_run, list_files, list_parquet, settled_listing
+from pipeline.storage import filesystem, join, redact
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
 from schemas.run import RunRecord
@@ -47,12 +47,13 @@ class RunDirectory:
             names = [name.rpartition("/")[2] for name in self.record.manifest_parts]
             return [join(self.root, "manifest", name) for name in names]
         place = join(self.root, folder)
-        return next(settled_listing(self.url, self.fs, self.root, lambda: list_files(self.fs, place, ".parquet")))
+        found = next(settled_listing(self.url, self.fs, self.root, lambda: list_parquet(self.fs, place)))
+        return [path for path, _ in found]
 
     def check_same(self) -> None:
         """Raise OutputError if another run stands in the place of this one."""
-        if (read_json(self.fs, join(self.root, "run.json")) or {}).get("run_id") != self.record.run_id:
-            raise OutputError(f"the run in {redact(self.url)} became another while it was read; run the command again")
+        if not is_same_run(self.fs, self.root, self.record.run_id):
+            raise became_another(self.url)
 
     def whole_pass(self, read: Callable[[], T]) -> T:
         """What `read` gives, which lists parts and reads them; begun anew where a compaction took some from under it.
@@ -78,22 +79,12 @@ def open_run(out: str, storage_options: Mapping[str, Any]) -> RunDirectory:
     """Read `run.json` and `attempts/` of `out`. Raises OutputError if `out` is not the output of a run."""
     record = require_record(out, storage_options)
     fs, root = filesystem(out, storage_options)
-    found = (read_attempt(fs, path) for path in list_files(fs, join(root, "attempts"), ".json"))
+    found = (read_attempt(fs, path) for path, _ in list_files(fs, join(root, "attempts"), ".json"))
     attempts = [attempt for attempt in found if attempt is not None]
     # By number, for the clocks of several hosts may disagree.
     attempts = as_known(sorted(attempts, key=lambda attempt: attempt.attempt))
     attempts.sort(key=lambda attempt: (attempt.started, attempt.attempt, attempt.shard_index))
     return RunDirectory(out, fs, root, record, tuple(attempts), storage_options)
-
-
-def list_files(fs: AbstractFileSystem, folder: str, suffix: str) -> list[str]:
-    """Sorted paths of the files in `folder` that end in `suffix`; hidden ones are writes under way."""
-    try:
-        entries = fs.ls(folder, detail=False)
-    except FileNotFoundError:
-        return []
-    paths = (str(entry) for entry in entries)
-    return sorted(path for path in paths if path.endswith(suffix) and not path.rpartition("/")[2].startswith("."))
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from pipeline.retrieval.head import HeadRecord, load_head
 from pipeline.retrieval.logistic import Linear, softmax
 from pipeline.retrieval.matrix import Matrix
 from pipeline.retrieval.output import staged
-from pipeline.retrieval.parts import Part, list_parquet, open_parquet
+from pipeline.retrieval.parts import Part, open_parquet
 from pipeline.retrieval.store import FeatureStore
+from pipeline.settled import list_parquet
 from pipeline.storage import Options, exists, filesystem, join, put_bytes, read_json, redact, remove
 from schemas.errors import OutputError, SpecError
 from schemas.run import AppliedHead, RunRecord, difference

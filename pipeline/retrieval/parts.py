@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from pipeline.columns import open_columns
 from pipeline.retrieval.arrays import Ints
-from pipeline.settled import settled_listing
-from pipeline.storage import is_local, join, read_json, redact
+from pipeline.settled import became_another, is_same_run, list_parquet, settled_listing
+from pipeline.storage import is_local, join, redact
 from schemas.errors import OutputError
 from schemas.run import RunRecord, difference, part_model
 from schemas.tables import METADATA_KEY, user_fields
@@ -39,20 +39,6 @@ class Part:
     name: str
     bytes_: int
     rows: int
-
-
-def list_parquet(fs: AbstractFileSystem, folder: str) -> list[tuple[str, int]]:
-    """Path and size of each visible Parquet file directly under `folder`, by name. Hidden names are unfinished."""
-    try:
-        entries = fs.ls(folder, detail=True, refresh=True) if not is_local(fs) else fs.ls(folder, detail=True)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    found = [(str(entry["name"]), int(entry["size"] or 0)) for entry in entries if entry["type"] == "file"]
-    return sorted(item for item in found if _is_part(item[0].rpartition("/")[2]))
-
-
-def _is_part(name: str) -> bool:
-    return name.endswith(".parquet") and not name.startswith((".", "_"))
 
 
 def open_parquet(fs: AbstractFileSystem, path: str) -> pq.ParquetFile:
@@ -125,10 +111,10 @@ def parts_instead(
     if {path for path, _ in list_parquet(fs, join(root, "images"))}.issuperset(part.path for part in before):
         return None
     parts, schema_now = settled_parts(fs, root, record)
-    same_run = (read_json(fs, join(root, "run.json")) or {}).get("run_id") == record.run_id
-    if same_run and schema_now.equals(schema) and sum(part.rows for part in parts) >= sum(part.rows for part in before):
+    all_there = sum(part.rows for part in parts) >= sum(part.rows for part in before)
+    if is_same_run(fs, root, record.run_id) and schema_now.equals(schema) and all_there:
         return parts
-    raise OutputError(f"the run in {redact(root)} became another while it was read; run the command again")
+    raise became_another(root)
 
 
 def _footer(fs: AbstractFileSystem, path: str) -> tuple[pa.Schema, int]:

@@ -21,13 +21,13 @@ from pipeline.retrieval.parts import (
     NoParts,
     Part,
     fingerprint,
-    list_parquet,
     parts_instead,
     schema_to_be,
     settled_parts,
     stream_part,
 )
 from pipeline.retrieval.query import MEMORY, execute, literal, quote, run_query, temporary_folder, view_names
+from pipeline.settled import list_parquet
 from pipeline.storage import Options, filesystem, is_local, join, redact
 from pipeline.store_errors import manifest_error, read_error
 from schemas.errors import OutputError, SpecError

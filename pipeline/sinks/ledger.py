@@ -7,12 +7,11 @@ from typing import NamedTuple
 import numpy as np
 from fsspec import AbstractFileSystem
 
-from pipeline.settled import until_settled
+from pipeline.settled import settled_listing
 from pipeline.sinks import intervals
 from pipeline.sinks.intervals import Spans
-from pipeline.sinks.parts import DamagedPart, Part, gone, is_there, list_parts, read_row_numbers
-from pipeline.storage import Options, filesystem, join
-from schemas.tables import SWAP_PLAN
+from pipeline.sinks.parts import DamagedPart, Part, gone, list_parts, read_row_numbers
+from pipeline.storage import Options, filesystem
 
 _READERS = 16
 # Another shard may compact its parts between the listing and the look into one of them.
@@ -54,13 +53,11 @@ def settled_ledger(out: str, storage_options: Options, *, damaged_too: bool = Fa
     It waits for that. Raises OutputError where it lasts, as after a rewrite that was cut short.
     """
     fs, path = filesystem(out, storage_options)
-    for _ in until_settled(out):
-        before = {part.path for part in list_parts(fs, path)}
-        if not is_there(fs, join(path, SWAP_PLAN)):
-            ledger = read_ledger(out, storage_options, damaged_too=damaged_too)
-            # A swap that began since the look for its plan would have taken parts away.
-            if before.issubset(part.path for part in ledger.parts):
-                return ledger
+    for found in settled_listing(out, fs, path, lambda: list_parts(fs, path)):
+        ledger = read_ledger(out, storage_options, damaged_too=damaged_too)
+        # A swap that began since the listing would have taken parts away.
+        if set(found).issubset(ledger.parts):
+            return ledger
     raise AssertionError("unreachable")
 
 

@@ -22,6 +22,7 @@ from fsspec import AbstractFileSystem
 
 from pipeline.columns import is_damage, open_columns
 from pipeline.encoding import encode
+from pipeline.settled import list_parquet
 from pipeline.storage import exists, is_local, join, put_bytes, redact
 from pipeline.store_errors import read_error, reading
 from schemas.errors import OutputError
@@ -79,17 +80,12 @@ def list_parts(fs: AbstractFileSystem, out: str) -> list[Part]:
     """
     parts = []
     for folder in FOLDERS:
-        try:
-            with reading(join(out, folder)) as place:
-                entries = fs.ls(place, detail=True, refresh=True)
-        except FileNotFoundError:
-            continue
-        for entry in entries:
-            name = str(entry["name"]).rpartition("/")[2]
+        for path, size in list_parquet(fs, join(out, folder)):
+            name = path.rpartition("/")[2]
             match = _NAME.fullmatch(name)
             if match:
                 first, last, count = (int(text) for text in match.groups())
-                parts.append(Part(folder, name, first, last, count, int(entry["size"])))
+                parts.append(Part(folder, name, first, last, count, size))
     return sorted(parts)
 
 
