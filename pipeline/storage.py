@@ -12,6 +12,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -161,6 +162,13 @@ def lasting(url: str) -> str:
 def real_name(path: str) -> str:
     """The file that is shown as `path`: in manifests a byte of a name that is no UTF-8 stands as `\\udcXX`."""
     return re.sub(r"\\udc([89a-f][0-9a-f])", lambda shown: chr(0xDC00 + int(shown[1], 16)), path)
+
+
+def cache_folder() -> Path:
+    """Where this user keeps what was fetched: `$PATCHSTREAM_CACHE`, else `patchstream` in `$XDG_CACHE_HOME` or
+    `~/.cache`."""
+    user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("PATCHSTREAM_CACHE") or f"{user}/patchstream").expanduser()
 
 
 def join(base: str, *names: str) -> str:

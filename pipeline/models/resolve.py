@@ -5,14 +5,13 @@
     https://host/B_16.npz       so is a single weight file, with its config, or its vocabulary, beside it
     google/vit-base-patch16-224 through huggingface_hub, in its own cache; HF_HUB_OFFLINE is honoured
 
-The cache of object-store checkpoints is `$PATCHSTREAM_CACHE`, else `patchstream` in `$XDG_CACHE_HOME` or `~/.cache`.
+The cache of object-store checkpoints is `storage.cache_folder()`.
 """
 
 import errno
 import fcntl
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -25,7 +24,7 @@ from fsspec import AbstractFileSystem
 from pipeline.models.hub import SMALL_FILES, TEXT_FILES, from_hub, nowhere
 from pipeline.models.tokenizing import NAMES
 from pipeline.models.weights import WEIGHT_SUFFIXES, is_weight_file, refuse_several
-from pipeline.storage import exists, filesystem, lasting, redact, scheme
+from pipeline.storage import cache_folder, exists, filesystem, lasting, redact, scheme
 from pipeline.store_errors import NO_ROOM
 from schemas.errors import CheckpointError
 
@@ -63,12 +62,6 @@ def resolve(model: str, revision: str | None, storage_options: Mapping[str, Any]
         raise CheckpointError(nowhere(model))
     folder = from_hub(model, revision)
     return Place(model, folder, folder.name)
-
-
-def cache_folder() -> Path:
-    """Where checkpoints from object stores are kept."""
-    user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("PATCHSTREAM_CACHE") or f"{user}/patchstream").expanduser()
 
 
 def _download(url: str, storage_options: Mapping[str, Any]) -> Path:

@@ -25,7 +25,7 @@ from pipeline.retrieval.arrays import Progress, lengths
 from pipeline.retrieval.matrix import CHUNK_BYTES
 from pipeline.retrieval.output import ABANDONED_S
 from pipeline.retrieval.parts import Part, fingerprint, stream_part
-from pipeline.storage import is_local, join
+from pipeline.storage import cache_folder, is_local
 from schemas.errors import OutputError
 from schemas.run import RunRecord
 
@@ -61,9 +61,8 @@ def prepare_matrix(
 
 def _user_cache(fs: AbstractFileSystem, root: str) -> Path:
     """The folder of this run's matrices in the user's cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or join(str(Path.home()), ".cache")
     address = fs.unstrip_protocol(root)
-    return Path(home, "patchstream", "matrix", hashlib.sha256(address.encode()).hexdigest()[:16])
+    return Path(cache_folder(), "matrix", hashlib.sha256(address.encode()).hexdigest()[:16])
 
 
 def _writable(folder: Path) -> bool:
@@ -160,7 +159,7 @@ def _explained(folder: Path, size: int) -> Iterator[None]:
     except OSError as error:
         raise OutputError(
             f"cannot keep the vectors in {folder}, {size:,} bytes: {error.strerror or error}. Make room there and see "
-            "that it can be written, or name another folder for them with XDG_CACHE_HOME, which is used where the "
+            "that it can be written, or name another folder for them with PATCHSTREAM_CACHE, which is used where the "
             "run is on an object store or cannot be written to"
         ) from error
 

@@ -110,7 +110,7 @@ def test_full_disk_is_explained(run: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_no_folder_that_can_be_written_is_explained(run: Path, cache: Path) -> None:
     refuse_index_folder(run)
     cache.write_text("a file where the folder should be")
-    with pytest.raises(OutputError, match=r"cannot keep the vectors in .*/cache/.*XDG_CACHE_HOME"):
+    with pytest.raises(OutputError, match=r"cannot keep the vectors in .*/cache/.*PATCHSTREAM_CACHE"):
         FeatureStore.open(str(run)).matrix("cls")
 
 

@@ -64,14 +64,19 @@ def test_matrix_follows_the_parts(run: Path, content: RunContent) -> None:
     assert len(list((run / "index" / "_matrix").glob("cls-*"))) == 1
 
 
+@pytest.mark.parametrize(
+    ("variable", "home"), [("XDG_CACHE_HOME", "cache/patchstream"), ("PATCHSTREAM_CACHE", "cache")]
+)
 def test_read_only_directory_uses_the_cache_folder(
-    run: Path, tmp_path: Path, content: RunContent, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, content: RunContent, monkeypatch: pytest.MonkeyPatch, variable: str, home: str
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    monkeypatch.delenv("PATCHSTREAM_CACHE", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path / "cache"))
     (run / "index").write_text("a file where the folder should be")
     matrix = FeatureStore.open(str(run)).matrix("cls")
     np.testing.assert_array_equal(matrix, content.features["cls"])
-    assert list((tmp_path / "cache" / "patchstream" / "matrix").glob("*/cls-*"))
+    assert list((tmp_path / home / "matrix").glob("*/cls-*"))
 
 
 def test_a_matrix_is_there_for_everybody_who_may_read_the_run(run: Path) -> None:
