@@ -12,6 +12,12 @@ from schemas.redaction import redact
 TRANSIENT_STATUS = frozenset({408, 425, 429, *range(500, 600)} - {501, 505})
 # What a disk of this machine says that has no room; no store answers so.
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# By name, along the class hierarchy, what botocore and google-auth raise where there are no credentials that hold: the
+# drivers need not be installed.
+NO_CREDENTIALS = frozenset(
+    {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError"}
+    | {"ProfileNotFound", "GoogleAuthError"}
+)
 _ELSEWHERE = "choose another --out"
 _CAUSES = {
     errno.ENOSPC: "the disk is full; free some space",

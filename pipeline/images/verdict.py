@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.storage import redact
-from pipeline.store_errors import TRANSIENT_STATUS
+from pipeline.store_errors import NO_CREDENTIALS, TRANSIENT_STATUS
 from schemas.errors import ImageError
 
 
@@ -81,11 +81,7 @@ _BY_CLASS_NAME = {
     "IncompleteRead": _TRUNCATED,
     "IncompleteReadError": _TRUNCATED,
     "ResponseStreamingError": _TRUNCATED,
-    "NoCredentialsError": _NO_CREDENTIALS,
-    "PartialCredentialsError": _NO_CREDENTIALS,
-    "CredentialRetrievalError": _NO_CREDENTIALS,
-    "TokenRetrievalError": _NO_CREDENTIALS,
-    "GoogleAuthError": _NO_CREDENTIALS,
+    **dict.fromkeys(NO_CREDENTIALS, _NO_CREDENTIALS),
     "TokenRefusedError": _TOKEN_REFUSED,
     "InvalidURL": _BAD_ADDRESS,
     "NonHttpUrlClientError": _BAD_ADDRESS,
