@@ -36,10 +36,6 @@ class Preparation:
             return np.array(prepared, np.float32) if prepared is vectors else prepared
         return unit(prepared)
 
-    def describe(self) -> dict[str, Any]:
-        """What is recorded with an index."""
-        return {"normalise": self.normalise, "centre": self.mean is not None}
-
 
 def lengths(vectors: NDArray[Any]) -> Floats:
     """Euclidean length of each row of (n, D); inf where it overflows float32, NaN where the vector holds NaN."""

@@ -20,7 +20,6 @@ from pipeline.retrieval.matrix_files import prepare_matrix
 from pipeline.retrieval.parts import (
     NoParts,
     Part,
-    fingerprint,
     parts_instead,
     schema_to_be,
     settled_parts,
@@ -107,11 +106,6 @@ class FeatureStore:
 
     def __len__(self) -> int:
         return sum(part.rows for part in self.parts)
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when a part is added, removed or replaced, and with the run and its model."""
-        return fingerprint(self.parts, self.record)
 
     @cached_property
     def replaced(self) -> Ints:

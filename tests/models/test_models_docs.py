@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
-from pipeline.models.families import FORMATS, update_page
+from support.families_table import update_page
+
+from pipeline.models.families import FORMATS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_page_has_the_current_table() -> None:
     page = (REPOSITORY / "docs" / "checkpoints.md").read_text()
-    assert page == update_page(page), "write it anew with pipeline.models.families.update_page"
+    assert page == update_page(page), "write it anew with support.families_table.update_page"
 
 
 def test_every_row_names_a_test_that_exists() -> None:
