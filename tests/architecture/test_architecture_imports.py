@@ -19,12 +19,11 @@ HOMES = {
     "ray": (
         "pipeline/flow.py",
         "pipeline/metrics.py",
-        "pipeline/predictors/actor.py",
         "pipeline/sinks/ray_",
         "pipeline/retrieval/ray_",
         "cluster/",
     ),
-    "torch": ("pipeline/models/", "pipeline/predictors/torch", "pipeline/predictors/export", "pipeline/retrieval/"),
+    "torch": ("pipeline/models/", "pipeline/predictors/torch", "pipeline/retrieval/"),
     "tritonclient": ("pipeline/predictors/triton",),
     "transformers": ("jobs/demo/train.py",),
     "timm": (),
@@ -94,7 +93,8 @@ def test_library_stays_at_home(library: str) -> None:
     homes = HOMES[library] + (EXTRA_TORCH if library == "torch" else ())
     users = [relative(path) for path in files() if any(n.split(".")[0] == library for n in imports(path))]
     assert [user for user in users if not user.startswith(homes)] == []
-    assert users or not homes, f"nobody imports {library}: the rule has lost its meaning"
+    empty = {home for home in homes if not any(user.startswith(home) for user in users)}
+    assert empty == set(), f"nobody there imports {library}: the rule has lost its meaning"
 
 
 def test_command_modules_import_nothing_heavy() -> None:
@@ -124,16 +124,17 @@ def test_the_tree_names_every_module_beside_the_stages() -> None:
 
 def test_no_file_outgrows_its_readers() -> None:
     long = {relative(path): len(path.read_text().splitlines()) for path in files()}
-    assert {path: lines for path, lines in long.items() if lines > 320} == {}
+    assert {path: lines for path, lines in long.items() if lines >= 300} == {}
 
 
 def test_functions_stay_short() -> None:
     long = []
     for path in files():
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and node.end_lineno:
-                # A command's signature is its documentation; it is the body that must stay short.
-                lines = node.end_lineno - node.body[0].lineno + 1
-                if lines > 60:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
+                # A signature and a docstring are documentation; it is the body that must stay short.
+                documented = ast.get_docstring(node, clean=False) is not None and len(node.body) > 1
+                lines = node.end_lineno - node.body[documented].lineno + 1
+                if lines >= 50:
                     long.append(f"{relative(path)}:{node.name} has {lines} lines")
     assert long == []
