@@ -233,6 +233,7 @@ def test_a_slow_server_answers_all_actors_in_time(cpus: int, image_gflop: float)
     assert asked.block_rows % 64 == 0, "else requests would have fewer than were asked for"
 
 
+@pytest.mark.slow
 def test_decoding_is_not_fused_into_the_actor(tmp_path: Path) -> None:
     """Ray Data fuses stages with equal resources; ours must stay two operators."""
     import ray
