@@ -35,7 +35,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, connect: Connect, picture
             "out": str(out),
             "dtype": "float32",
             "features": ["visual_tokens", "patches", "cls"],
-            "sink": {"commit_s": 0.5, "part_bytes": 1 << 20, "compact_bytes": 4 << 20},
+            "sink": {"commit_s": 0.5, "part_bytes": 1 << 18, "compact_bytes": 4 << 20},
         }
     )
     summary = run(spec, connect)
