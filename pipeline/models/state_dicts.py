@@ -43,7 +43,7 @@ def load_torch(path: Path) -> dict[str, "Tensor"]:
     import torch
 
     try:
-        _refuse_compressed(path)
+        _refuse_other_archives(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (CheckpointError, MemoryError):
@@ -104,12 +104,20 @@ def _tensors(content: Mapping[str, Any]) -> dict[str, "Tensor"]:
     return {name: value for name, value in content.items() if isinstance(value, torch.Tensor) and name != "n_averaged"}
 
 
-def _refuse_compressed(path: Path) -> None:
-    """torch stores tensors uncompressed; an archive that grows when unpacked was not written by it."""
+def _refuse_other_archives(path: Path) -> None:
+    """torch.save stores tensors uncompressed; an archive that grows when unpacked was not written by it. torch.jit.save
+    keeps code and constants beside them."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(member.file_size for member in archive.infolist())
+        scripted = any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
+    if scripted:
+        raise CheckpointError(
+            f"{path}: a TorchScript archive, which is code, and none is run. Take the model in Hugging Face's layout "
+            "(openai/clip-vit-base-patch32 for OpenAI's ViT-B-32.pt), or save its weights alone where you trust it: "
+            "torch.save(torch.jit.load(file).state_dict(), 'model.pth')"
+        )
     size = os.path.getsize(path)
     if unpacked > size:
         raise CheckpointError(

@@ -79,6 +79,14 @@ def test_what_deepspeed_saves(folder: Path) -> None:
     assert torch.equal(load_model(info)(pixels).logits, load_model(whole)(pixels).logits)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_is_code(folder: Path) -> None:
+    """As OpenAI publishes CLIP."""
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(folder / "ViT-B-32.pt")
+    with pytest.raises(CheckpointError, match=r"ViT-B-32\.pt: a TorchScript archive.*openai/clip-vit-base-patch32 for"):
+        inspect_model(str(folder / "ViT-B-32.pt"))
+
+
 @pytest.mark.parametrize("lacks", [True, False])
 def test_a_running_mean_of_other_weights_is_told(folder: Path, lacks: bool, caplog: pytest.LogCaptureFixture) -> None:
     last = load_file(folder / "model.safetensors")
