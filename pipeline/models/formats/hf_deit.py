@@ -40,7 +40,7 @@ def spell(a: Architecture, shapes: Shapes) -> Spelling:
 FORMAT = Format(
     family="deit",
     layout="Hugging Face",
-    examples="facebook/deit-base-patch16-224, facebook/deit-base-distilled-patch16-224",
+    examples="facebook/deit-base-distilled-patch16-224, facebook/deit-small-distilled-patch16-224",
     test="tests/models/test_models_parity.py",
     recognise=by_model_type("deit"),
     architecture=architecture,
