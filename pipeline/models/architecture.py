@@ -5,7 +5,7 @@
 is folded: the common tongue into which each format translates its own.
 """
 
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -230,12 +230,7 @@ def head_input_width(a: Architecture) -> int:
     return widths.get(a.head_input, a.width)
 
 
-def parameter_count(shapes: Mapping[str, Shape]) -> int:
-    """How many numbers the tensors hold together."""
-    total = 0
-    for shape in shapes.values():
-        count = 1
-        for size in shape:
-            count *= size
-        total += count
-    return total
+def parameter_count(a: Architecture) -> int:
+    """How many numbers the tensors hold together, but for the zeros in place of a bias that keys do not have."""
+    total = sum(math.prod(shape) for shape in tensor_shapes(a).values())
+    return total - (a.depth * a.width if a.qkv_bias == "query_value" else 0)

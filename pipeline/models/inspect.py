@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.models.architecture import Architecture, parameter_count, tensor_shapes
+from pipeline.models.architecture import Architecture, parameter_count
 from pipeline.models.families import described_as, recognise
 from pipeline.models.formats import npz_vit, timm
 from pipeline.models.formats.format import Config, Format, Shapes
@@ -150,7 +150,7 @@ def inspect_model(
         multi_label=problem == "multi_label_classification" or (network.num_labels == 1 and problem != "regression"),
         pooled=network.pooled,
         preprocessing=preprocessing,
-        parameters=parameter_count(tensor_shapes(network)),
+        parameters=parameter_count(network),
         beit_final_norm=beit_final_norm,
         image_size=preprocessing.output_size,
         network=network,

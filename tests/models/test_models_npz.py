@@ -22,7 +22,7 @@ from support.npz import Arrays, Shaped, arrays_of, mixer_arrays_of, to_values
 from support.testdata import needs_testdata, photos, trained_vit
 
 from pipeline.models import Outputs, inspect_model, load_model
-from pipeline.models.architecture import Architecture, parameter_count, tensor_shapes
+from pipeline.models.architecture import Architecture, parameter_count
 from pipeline.models.families import recognise
 from pipeline.models.formats import npz_vit
 from pipeline.models.remap import check, plan
@@ -242,7 +242,7 @@ def test_parameter_counts_are_exact(name: str) -> None:
     file_name, parameters = SIZES[name]
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False, num_classes=1000)
-    assert parameter_count(tensor_shapes(described(model, f"{file_name}.npz"))) == parameters
+    assert parameter_count(described(model, f"{file_name}.npz")) == parameters
     with pytest.raises(CheckpointError, match="the name says width"):
         described(model, "B_8-i21k.npz")
 
@@ -258,9 +258,9 @@ def test_size_table(name: str) -> None:
         first = timm.create_model(name, pretrained=False, num_classes=21_843, img_size=224)
     ours = described(tuned, f"{file_name}-i21k-300ep-lr_0.001--imagenet2012-steps_20k-lr_0.03-res_384.npz")
     assert ours.trained_size == (384, 384)
-    assert parameter_count(tensor_shapes(ours)) == sum(parameter.numel() for parameter in tuned.parameters())
+    assert parameter_count(ours) == sum(parameter.numel() for parameter in tuned.parameters())
     pre_trained = described(first, f"{file_name}-i21k-300ep-lr_0.001.npz")
-    assert 4 * parameter_count(tensor_shapes(pre_trained)) / 2**20 == pytest.approx(mebibytes, abs=1)
+    assert 4 * parameter_count(pre_trained) / 2**20 == pytest.approx(mebibytes, abs=1)
     with pytest.raises(CheckpointError, match="the name says 224 pixels, but the arrays are for 384×384"):
         described(tuned, f"{file_name}-i21k-300ep-lr_0.001--imagenet2012-steps_20k-lr_0.03-res_224.npz")
 
