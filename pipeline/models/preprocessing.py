@@ -54,6 +54,7 @@ PROCESSORS: Mapping[str, Processor] = {
 USUAL_PROCESSORS: Mapping[str, str] = {
     "vit": "ViT",
     "vit_mae": "ViT",
+    "vit_msn": "ViT",
     "deit": "DeiT",
     "beit": "Beit",
     "data2vec-vision": "Beit",

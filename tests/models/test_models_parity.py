@@ -71,7 +71,7 @@ def test_matches_transformers(kind: str, tmp_path: Path) -> None:
 
 # A family each; BEiT with a table for each block and with one for all, DINOv2 with SwiGLU too.
 FROM_MEMORY = (
-    *("vit", "vit-classifier", "beit", "beit-classifier", "beit-mim", "deit-distilled", "mae"),
+    *("vit", "vit-classifier", "beit", "beit-classifier", "beit-mim", "deit-distilled", "mae", "msn-classifier"),
     *("dinov2-classifier", "dinov2-registers", "data2vec-classifier", "clip", "siglip"),
 )
 
@@ -109,6 +109,7 @@ AT_ANOTHER_RESOLUTION = (
     "beit-mim",
     "beit-absolute",
     "mae",
+    "msn-classifier",
     "clip",
     "clip-projection",
     "siglip",

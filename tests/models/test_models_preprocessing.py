@@ -172,8 +172,9 @@ OLDEST = {"do_normalize": True, "do_resize": True, "image_mean": [0.5] * 3, "ima
 @pytest.mark.parametrize("values", [OLDEST, {}])
 @pytest.mark.parametrize(
     "config",
-    [transformers.ViTConfig, transformers.ViTMAEConfig, transformers.DeiTConfig, transformers.BeitConfig,
-     transformers.Data2VecVisionConfig, transformers.CLIPConfig, transformers.SiglipConfig, transformers.Dinov2Config],
+    [transformers.ViTConfig, transformers.ViTMAEConfig, transformers.ViTMSNConfig, transformers.DeiTConfig,
+     transformers.BeitConfig, transformers.Data2VecVisionConfig, transformers.CLIPConfig, transformers.SiglipConfig,
+     transformers.Dinov2Config],
     ids=lambda config: config.model_type,
 )  # fmt: skip
 def test_a_file_that_names_no_processor_is_of_the_usual_one(

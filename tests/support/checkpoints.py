@@ -113,6 +113,8 @@ OTHER_KINDS: dict[str, Kind] = {
         {"num_labels": 37},
     ),
     "mae": Kind("ViTMAEForPreTraining", "ViTMAEConfig", options=_SMALL_DECODER, embedded="ViTMAEModel"),
+    "msn": Kind("ViTMSNModel", "ViTMSNConfig"),
+    "msn-classifier": Kind("ViTMSNForImageClassification", "ViTMSNConfig", options={"num_labels": 37}),
     "clip": Kind("CLIPVisionModel", "CLIPVisionConfig", _CLIP, {"patch_size": 16}),
     "clip-projection": Kind(
         "CLIPVisionModelWithProjection", "CLIPVisionConfig", _CLIP, {"patch_size": 16}, embedded="CLIPVisionModel"
