@@ -57,8 +57,7 @@ def products(dtypes: list[str], rounds: int, threads: int) -> dict[str, float]:
 
     The layer lays its weight out once, before the first round that counts.
     """
-    from pipeline.models.kernels import choose_linear, cpu_libraries
-    from pipeline.models.packed import linear_type
+    from pipeline.models.kernels import choose_linear, cpu_libraries, linear_type
     from pipeline.models.precision import describe_hardware
 
     torch.set_num_threads(threads)

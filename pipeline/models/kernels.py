@@ -13,6 +13,7 @@ from schemas.errors import SpecError
 if TYPE_CHECKING:
     from pipeline.models.beit import Beit
     from pipeline.models.mixer import Mixer
+    from pipeline.models.packed import FusedLinear
     from pipeline.models.vit import ViT
 
 Linear = Literal["plain", "onednn", "mkl", "epilogue", "int8", "float8"]
@@ -60,6 +61,15 @@ def cpu_libraries() -> frozenset[str]:
     return frozenset(name for name, available in there.items() if available)
 
 
+def linear_type(kind: Linear) -> "type[FusedLinear]":
+    """The class for a kind that `choose_linear` gives, but for `plain`."""
+    from pipeline.models.packed import EpilogueLinear, MklLinear, OneDnnLinear
+    from pipeline.models.quantised import Float8Linear, Int8Linear
+
+    kinds: dict[str, type[FusedLinear]] = {"onednn": OneDnnLinear, "mkl": MklLinear, "epilogue": EpilogueLinear}
+    return {**kinds, "int8": Int8Linear, "float8": Float8Linear}[kind]
+
+
 def replace_linears(trunk: "ViT | Beit | Mixer", kind: Linear) -> None:
     """Give the trunk's blocks layers of `kind`, in place; those bring their own weights, the plain ones are let go.
 
@@ -69,7 +79,7 @@ def replace_linears(trunk: "ViT | Beit | Mixer", kind: Linear) -> None:
         return
     from pipeline.models.layers import Block
     from pipeline.models.mixer import Mixer
-    from pipeline.models.packed import PackedBlock, linear_type
+    from pipeline.models.packed import PackedBlock
     from pipeline.models.quantised import ActivatedFloat8Linear
 
     if isinstance(trunk, Mixer):

@@ -6,12 +6,12 @@ unit is. In float32 on Intel's processors MKL: its packed product was measured 5
 oneDNN's. On GPUs cuBLASLt, which can write GELU with the product. `kernels.py` chooses.
 """
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.layers import Block, attend
+from pipeline.models.layers import IN_PLACE, Block, attend
 
 # oneDNN's names for activations that it applies while it writes the product: (name, variant).
 FUSED_ACTIVATIONS = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
@@ -90,13 +90,6 @@ class EpilogueLinear(nn.Module):
         return self.forward(x) + residual
 
 
-IN_PLACE = {
-    "gelu": lambda x: torch.ops.aten.gelu_(x),
-    "gelu_tanh": lambda x: torch.ops.aten.gelu_(x, approximate="tanh"),
-    "relu": torch.relu_,
-}
-
-
 class FusedLinear(Protocol):
     """What stands in for a linear layer in a `PackedBlock`; made from it, with the activation behind it or none."""
 
@@ -105,16 +98,6 @@ class FusedLinear(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor: ...
-
-
-def linear_type(kind: str) -> type[FusedLinear]:
-    """The class for a kind of `kernels.choose_linear`, but for `plain`."""
-    from pipeline.models.quantised import Float8Linear, Int8Linear
-
-    kinds: dict[str, Any] = {"onednn": OneDnnLinear, "mkl": MklLinear, "epilogue": EpilogueLinear}
-    kinds |= {"int8": Int8Linear, "float8": Float8Linear}
-    found: type[FusedLinear] = kinds[kind]
-    return found
 
 
 class PackedBlock(nn.Module):

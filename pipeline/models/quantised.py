@@ -7,8 +7,7 @@ One scale for a whole batch would let a single large activation coarsen all othe
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.layers import ACTIVATIONS
-from pipeline.models.packed import IN_PLACE
+from pipeline.models.layers import ACTIVATIONS, IN_PLACE
 
 INT8_MAX = 127.0
 # The largest number of float8_e4m3fn (Micikevicius et al., "FP8 Formats for Deep Learning", arXiv 2209.05433).

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,25 @@ def test_packages_import_in_one_direction() -> None:
         if name.split(".")[0] in PACKAGES and name.split(".")[0] not in ALLOWED[relative(path).split("/")[0]]
     ]
     assert wrong == []
+
+
+def test_no_modules_import_each_other() -> None:
+    """Not in a function either; what only types ask for (`TYPE_CHECKING`) does not count."""
+    sources = {relative(path).removesuffix(".py").replace("/", "."): path for path in files()}
+    graph = {}
+    for module, path in sources.items():
+        tree = ast.parse(path.read_text())
+        typed = {
+            node
+            for block in ast.walk(tree)
+            if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+            for node in ast.walk(block)
+        }
+        found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node not in typed]
+        names = {str(node.module) for node in found}
+        names |= {f"{node.module}.{alias.name}" for node in found for alias in node.names}
+        graph[module] = names & sources.keys()
+    TopologicalSorter(graph).prepare()
 
 
 def test_stages_do_not_import_each_other() -> None:
