@@ -16,6 +16,7 @@ from pipeline.images.reader import Extent, Reader
 from pipeline.images.retry import Attempts
 from pipeline.images.verdict import changed, in_pieces, too_many_bytes
 from pipeline.storage import redact
+from pipeline.versions import is_header_of
 from schemas.errors import ImageError
 from schemas.spec import FetchSpec
 
@@ -136,7 +137,7 @@ class _Fetcher:
             header = tarfile.TarInfo.frombuf(data[begin - tarfile.BLOCKSIZE : begin], "utf-8", "surrogateescape")
         except tarfile.HeaderError:
             return changed(read.url)
-        if not _is_header_of(header, member):
+        if not is_header_of(header, member.name, member.length):
             return in_pieces(read.url, member.name) if _is_of_pieces(header, member) else changed(read.url)
         return data[begin : begin + member.length]
 
@@ -196,17 +197,6 @@ def _too_large(url: str, size: int, max_bytes: int) -> ImageError:
         hint = "a shard or table among the failures is one that cannot be listed to its end: fetch it anew"
         return ImageError("fetch", error.error, f"{error}; {hint} and run with --update")
     return error
-
-
-def _is_header_of(header: tarfile.TarInfo, member: Member) -> bool:
-    """Whether this is the tar header (POSIX ustar) of `member`.
-
-    Names that are long or not ASCII stand in a header of their own, and cut short or not at all in this one. Some
-    writers (tar-stream) put every name that other attributes go with there, and a mere word in this one.
-    """
-    plain = member.name.isascii() and "\\udc" not in member.name  # so the manifest shows bytes that are no UTF-8
-    told = plain and len(member.name) <= tarfile.LENGTH_NAME and not header.name.startswith("PaxHeader")
-    return header.size == member.length and (header.name == member.name or not told)
 
 
 def _is_of_pieces(header: tarfile.TarInfo, member: Member) -> bool:

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import os
-import re
 import stat
 import threading
 import time
@@ -24,6 +23,7 @@ from pipeline.images.verdict import (
     too_many_bytes,
 )
 from pipeline.storage import is_chained, is_local, open_filesystem, real_name, scheme, small_scheme
+from pipeline.versions import same_size
 from schemas.errors import ImageError
 
 Need = Callable[[int], None]
@@ -142,26 +142,6 @@ def _single_try_gcs(fs: AbstractFileSystem) -> AbstractFileSystem:
     single = type(fs)(*fs.storage_args, **options)
     single._request = functools.partial(type(fs)._request.__wrapped__, single)
     return single
-
-
-def same_size(etag: str | None, size: int) -> bool:
-    """Whether a file of `size` bytes may be the one that was listed. Where the ETag ends with a size, that decides: a
-    time that differs may come from a copy."""
-    told = re.search(r"-([0-9a-f]+)$", etag or "")
-    return told is None or int(told[1], 16) == size
-
-
-def same_version(etag: str | None, known: Mapping[str, Any]) -> bool:
-    """Whether a table with these facts may be the one that was listed with `etag`, which ends with the size. Stores
-    without an ETag have nothing to be held against it."""
-    told = _bare((etag or "").rpartition("-")[0])
-    now = {_bare(str(known[key])) for key in ("ETag", "md5Hash", "crc32c", "etag") if known.get(key)}
-    return not told or not now or told in now
-
-
-def _bare(etag: str) -> str:
-    """Drivers give it as the header has it, in quotes and perhaps marked as weak (RFC 9110, 8.8.3), or without."""
-    return etag.removeprefix("W/").strip('"')
 
 
 def _open_local(path: str) -> int:

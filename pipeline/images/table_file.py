@@ -12,10 +12,11 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import sync
 from fsspec.callbacks import Callback
 
-from pipeline.images.reader import Reader, same_size, same_version
+from pipeline.images.reader import Reader
 from pipeline.images.verdict import changed
 from pipeline.storage import CACHES, is_local, real_name, redact, scheme
 from pipeline.store_errors import NO_ROOM
+from pipeline.versions import same_size, same_version
 from schemas.errors import ImageError
 
 _READ_BYTES = 4 << 20

@@ -1,11 +1,13 @@
 """Small pictures of rows, found again through the manifest.
 
 A plain address is read whole, a tar member by one ranged read, a picture inside a Parquet table from its row group.
+One in a tar or table that is not the one that was listed is not shown: it may be another picture.
 Nothing here ends a page: a picture that cannot be read becomes a placeholder that says why.
 """
 
 import base64
 import os
+import tarfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,11 +24,12 @@ from pipeline.columns import holds_images
 from pipeline.report.lookup import RowLookup
 from pipeline.report.run import RunDirectory
 from pipeline.report.shrink import shrink
-from pipeline.storage import filesystem, is_local, real_name, redact
+from pipeline.storage import filesystem, is_local, real_name, redact, scheme
+from pipeline.versions import is_header_of, same_object, same_size, same_version
 from schemas.errors import SourceError
 from schemas.spec import FetchSpec
 
-_MANIFEST_COLUMNS = ("row", "uri", "container", "offset", "length", "size")
+_MANIFEST_COLUMNS = ("row", "uri", "container", "offset", "length", "size", "etag")
 _READERS = 16
 _CACHED_GROUPS = 32
 # Pictures in a table come in batches of full size, so that few tables are read at a time.
@@ -83,17 +86,17 @@ class Thumbnailer:
         wanted = list(dict.fromkeys(rows))
         if records is None:
             records = self.records(wanted)
-        tables: dict[str, list[Record]] = defaultdict(list)
+        tables: dict[tuple[str, str | None], list[Record]] = defaultdict(list)
         jobs: dict[int, Future[bytes]] = {}
         for row, record in records.items():
             if record.get("container") and record.get("length") is None:
-                tables[record["container"]].append(record)
+                tables[record["container"], record["etag"]].append(record)
             else:
                 jobs[row] = self._pool.submit(self._from_file, record, side)
         found = {row: Thumbnail(None, "no such row in the manifest") for row in wanted if row not in records}
         reads = {
-            self._tables.submit(self._from_table, name, members, side, deadline, found): members
-            for name, members in tables.items()
+            self._tables.submit(self._from_table, *listed, members, side, deadline, found): members
+            for listed, members in tables.items()
         }
         _wait([*jobs.values(), *reads], deadline)
         for row, job in jobs.items():
@@ -114,14 +117,37 @@ class Thumbnailer:
         size = record["length"] if container else record.get("size")
         if size is not None and size > self._max_bytes:
             raise SourceError(f"{size} bytes exceed the limit of {self._max_bytes}")
-        fs, path = self._located(container or record["uri"])
-        if not container:
-            return shrink(fs.cat_file(path), side, self._max_pixels)
-        start = int(record["offset"])
-        return shrink(fs.cat_file(path, start=start, end=start + int(record["length"])), side, self._max_pixels)
+        if container:
+            return shrink(self._member(record), side, self._max_pixels)
+        fs, path = self._located(record["uri"])
+        return shrink(fs.cat_file(path), side, self._max_pixels)
+
+    def _member(self, record: Record) -> bytes:
+        """A file of a tar, if it still stands where the record says: behind its header, in the tar that was listed."""
+        container, start, length = record["container"], int(record["offset"]), int(record["length"])
+        fs, path = self._located(container)
+        if not _may_be_listed(fs, path, container, record["etag"]):
+            raise _changed(container)
+        begin = start - tarfile.BLOCKSIZE
+        data: bytes = fs.cat_file(path, start=begin, end=start + length)
+        if len(data) > tarfile.BLOCKSIZE + length:  # a web server that gives no ranges
+            data = data[begin : start + length]
+        try:
+            header = tarfile.TarInfo.frombuf(data[: tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise _changed(container) from error
+        if not is_header_of(header, record["uri"][len(container) + 1 :], length):
+            raise _changed(container)
+        return data[tarfile.BLOCKSIZE :]
 
     def _from_table(
-        self, container: str, members: list[Record], side: int, deadline: float | None, found: dict[int, Thumbnail]
+        self,
+        container: str,
+        etag: str | None,
+        members: list[Record],
+        side: int,
+        deadline: float | None,
+        found: dict[int, Thumbnail],
     ) -> None:
         """Add the rows of one table to `found`; full-size pictures go as soon as they are shrunk."""
         rows_at: dict[int, list[int]] = defaultdict(list)
@@ -129,6 +155,10 @@ class Thumbnailer:
             rows_at[int(member["offset"])].append(int(member["row"]))
         elsewhere: dict[int, Future[bytes]] = {}
         fs, path = self._located(container)
+        if etag is not None:
+            known = fs.info(path)
+            if not (same_size(etag, known["size"]) and same_version(etag, known)):
+                raise _changed(container)
         with fs.open(path, "rb") as file, pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as part:
             column = _image_column(part.schema_arrow, self._image_column)
             for offset, cell in _cells(part, column, sorted(rows_at)):
@@ -154,6 +184,19 @@ class Thumbnailer:
 def addresses(records: Mapping[int, Record]) -> dict[int, str]:
     """The addresses in records of the manifest, without the secrets of signed ones."""
     return {row: redact(record["uri"]) for row, record in records.items()}
+
+
+def _may_be_listed(fs: AbstractFileSystem, path: str, container: str, etag: str | None) -> bool:
+    """As the job has it, of tars: by size on a disk, by ETag or hash in a store, and anywhere else by its word."""
+    if etag is None:
+        return True
+    if is_local(fs):
+        return same_size(etag, fs.size(path))
+    return scheme(container) not in {"s3", "gs"} or same_object(etag, fs.info(path))
+
+
+def _changed(container: str) -> SourceError:
+    return SourceError(f"{redact(container)} has changed since it was listed")
 
 
 def _image_column(schema: pa.Schema, preferred: str) -> str:

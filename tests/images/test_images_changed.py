@@ -9,7 +9,7 @@ import pytest
 from support.manifests import decode_all
 from support.shards import listed, make_named_tar, make_tar, png, shades
 
-from pipeline.images.reader import same_version
+from pipeline.versions import same_version
 
 
 def test_a_shard_that_was_touched_is_the_same_and_one_that_grew_is_not(tmp_path):

@@ -51,7 +51,7 @@ def test_report_thumbnails_of_tar_members(tmp_path: Path) -> None:
     spans = tar_of(tmp_path / "shard.tar", {"a.jpg": jpeg(RED), "b.jpg": jpeg(BLUE), "c.jpg": b"no picture"})
     container = str(tmp_path / "shard.tar")
     source = thumbnailer(
-        tmp_path, [f"{container}#{name}" for name in "abc"], containers=[(container, *span) for span in spans]
+        tmp_path, [f"{container}#{name}.jpg" for name in "abc"], containers=[(container, *span) for span in spans]
     )
     found = source.thumbnails([2, 1, 0], 64)
     assert is_near(colour_of(found[0]), RED)
@@ -63,7 +63,8 @@ def test_report_thumbnails_of_tar_members(tmp_path: Path) -> None:
 def test_report_thumbnail_of_a_tar_member_reads_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = tar_of(tmp_path / "shard.tar", {"a.jpg": jpeg(RED), "b.jpg": jpeg(BLUE)})
     container = str(tmp_path / "shard.tar")
-    source = thumbnailer(tmp_path, ["a", "b"], containers=[(container, *first), (container, *second)])
+    uris = [f"{container}#a.jpg", f"{container}#b.jpg"]
+    source = thumbnailer(tmp_path, uris, containers=[(container, *first), (container, *second)])
     read: list[bytes] = []
     monkeypatch.setattr(thumbnails, "shrink", lambda data, *rest: read.append(data) or b"made")
     source.thumbnails([0], 64)

@@ -42,6 +42,7 @@ class RunContent:
     sizes: Sequence[tuple[int, int]] | None = None
     sha256: Sequence[str] | None = None
     containers: Sequence[tuple[str | None, int | None, int | None]] | None = None
+    etags: Sequence[str | None] | None = None
     replaces: Mapping[int, int] = field(default_factory=dict)
     image_column: str = "image"
     parts: int = 2
@@ -137,7 +138,7 @@ def _write_manifest(directory: Path, content: RunContent, uris: list[str]) -> No
         "offset": pa.array([item[1] for item in containers], pa.int64()),
         "length": pa.array([item[2] for item in containers], pa.int64()),
         "size": pa.nulls(count, pa.int64()),
-        "etag": pa.nulls(count, pa.string()),
+        "etag": pa.array(content.etags or [None] * count, pa.string()),
         "replaces": pa.array([content.replaces.get(row) for row in range(count)], pa.int64()),
         **user,
     }
