@@ -160,7 +160,7 @@ def print_summary(
 
 def _precision(off: "Distance") -> str:
     if not off.images:
-        return f"{off.dtype}: not compared with float32, for no image that was tried gave features"
+        return f"{off.dtype}: not compared with float32: none of the sampled images gave features"
     distance = f"cosine to float32 {off.median:.5f} in the median, {off.least:.5f} at least"
     return f"{off.dtype}: {distance}, over {off.images} of these images"
 

@@ -20,7 +20,7 @@ _GAUGES: Mapping[str, str] = {
 
 
 def count(name: str, amount: float, **labels: str) -> None:
-    """Add `amount` to a counter. Ray knows no counting by nothing, so 0 is left out."""
+    """Add `amount` to a counter. Ray's Counter refuses 0."""
     if amount > 0:
         _counter(name).inc(amount, labels)
 

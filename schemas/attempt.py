@@ -53,7 +53,8 @@ class AttemptRecord(BaseModel):
     started: str
     host: str
     pid: int
-    process: str | None = None  # what tells it from others of that number, whatever the clock says
+    # Boot id and start tick (`process_mark`): tells it from a later process with the same pid.
+    process: str | None = None
     versions: dict[str, str] = {}  # as in run.json, of the one who ran it
     status: AttemptStatus = "running"
     ended: str | None = None

@@ -49,5 +49,6 @@ def unwrap(error: BaseException, advice: str = _OF_A_JOB) -> BaseException:
 def _lost(loss: BaseException, advice: str) -> ClusterError:
     said = redact(str(loss).strip().partition("\n")[0])
     return ClusterError(
-        f"Ray lost what the job ran on, and more often than it tries again ({type(loss).__name__}: {said}). {advice}"
+        "Ray gave up: a worker, node or object that the job needed was lost more often than Ray retries "
+        f"({type(loss).__name__}: {said}). {advice}"
     )

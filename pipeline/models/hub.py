@@ -40,8 +40,8 @@ def from_hub(name: str, revision: str | None) -> Path:
         raise CheckpointError(nowhere(name)) from None
     except GatedRepoError as error:  # one of those below, to huggingface_hub
         raise CheckpointError(
-            f"{name}: the hub gives this model to those alone who accepted its terms. Accept them at "
-            f"https://huggingface.co/{name}, then log in here (hf auth login)"
+            f"{name}: this model is gated. Accept its terms at https://huggingface.co/{name}, then log in here "
+            "(hf auth login)"
         ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(

@@ -13,8 +13,8 @@ CONTENT_FIELDS = MANIFEST_FIELDS[1:]  # `row` is given out when the manifest is 
 
 
 class ColumnMisfit(SourceError):
-    """A value of `column` does not fit into the type that the manifest has for it; `zeros` if only because it is an
-    identifier that begins with zeros, and the type that of whole numbers."""
+    """A value of `column` does not fit into the type that the manifest has for it. `zeros`: the only reason is leading
+    zeros (an identifier such as 007 in a column of integers)."""
 
     def __init__(self, message: str, column: str, *, zeros: bool) -> None:
         super().__init__(message)

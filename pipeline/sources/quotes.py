@@ -44,9 +44,9 @@ def quotes_enclose(path: str, source: str, delimiter: str, most_characters: int)
         rows = _rows(path, delimiter, most_characters)
     if rows.ill_line is not None:
         raise SourceError(
-            f"{redact(source)}, line {rows.ill_line}: nothing closes a quote with which a value of the row that begins "
-            f"here begins, or not within {most_characters:,} characters, so that all lines behind it would be one "
-            "value. Close it; a quote that is part of a value is written as two, in a value that is in quotes itself"
+            f"{redact(source)}, line {rows.ill_line}: a quoted value in the row that starts here is never closed (or "
+            f"not within {most_characters:,} characters), so the rest of the file would become part of it. Close the "
+            "quote; inside a quoted value, write a literal quote twice"
         )
     if rows.spanning:
         _log.warning(

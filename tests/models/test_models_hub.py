@@ -152,7 +152,9 @@ def test_a_name_that_no_model_of_the_hub_can_have(name: str) -> None:
 
 def test_a_model_with_terms_says_where_to_accept_them(hub: Hub) -> None:
     hub.gated = True
-    with pytest.raises(CheckpointError, match=rf"accepted its terms.*https://huggingface.co/{NAME}, then log in"):
+    with pytest.raises(
+        CheckpointError, match=rf"gated. Accept its terms at https://huggingface.co/{NAME}, then log in"
+    ):
         inspect_model(NAME)
 
 

@@ -87,7 +87,7 @@ def test_a_writer_that_is_killed_each_time_ends_the_job_in_one_message(
             patched.setattr("pipeline.sinks.ray_writer.write_blocks", killed)
             assert run_command(job) == 2
         told = capsys.readouterr().err
-        assert "error: Ray lost what the job ran on" in told
+        assert "error: Ray gave up: a worker, node or object that the job needed was lost" in told
         assert "WorkerCrashedError" in told
         assert "Traceback" not in told
         assert run_command(job) == 0

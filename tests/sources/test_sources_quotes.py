@@ -44,7 +44,9 @@ def block_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_a_quote_that_nothing_closes_is_an_error(tmp_path: Path, content: str, line: int) -> None:
-    with pytest.raises(SourceError, match=rf"t\.csv, line {line}: nothing closes a quote"):
+    with pytest.raises(
+        SourceError, match=rf"t\.csv, line {line}: a quoted value in the row that starts here is never closed"
+    ):
         rows(tmp_path / "t.csv", content)
 
 
@@ -103,7 +105,7 @@ def test_one_odd_value_does_not_make_all_quotes_of_a_tsv_characters(
 
 @pytest.mark.usefixtures("block_bytes")
 def test_a_tsv_whose_quotes_enclose_may_not_leave_one_open(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"t\.tsv, line 3002: nothing closes a quote"):
+    with pytest.raises(SourceError, match=r"t\.tsv, line 3002: a quoted value in the row that starts here"):
         rows(tmp_path / "t.tsv", f'"uri"\tcaption\n{MORE}a.jpg\t"foo\n')
 
 
@@ -156,7 +158,7 @@ def test_what_is_missing_among_identifiers_is_missing(tmp_path: Path, end: str) 
 @pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
 def test_lines_are_counted_whatever_ends_them(tmp_path: Path, end: str) -> None:
     content = f'uri,caption{end}{end}a,x{end}b,"two{end}lines"{end}c,"open{end}d,y{end}'
-    with pytest.raises(SourceError, match=r"t\.csv, line 6: nothing closes a quote"):
+    with pytest.raises(SourceError, match=r"t\.csv, line 6: a quoted value in the row that starts here"):
         rows(tmp_path / "t.csv", content)
 
 
