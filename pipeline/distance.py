@@ -87,7 +87,7 @@ def compare(dtype: str, ours: Mapping[str, Floats], exact: Mapping[str, Floats],
     return Distance(dtype=dtype, images=len(least), median=median, least=float(least.min()))
 
 
-def warn_of_nothing(found: Distance, looks: Iterable[pa.Table]) -> None:
+def warn_if_unmeasured(found: Distance, looks: Iterable[pa.Table]) -> None:
     """Tell whoever starts the job if `found` is of no image."""
     if not found.images:
         log.warning(

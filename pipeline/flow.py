@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import ray
 
 from pipeline.decoding import DecodeJob, cut, decode_rows, forget_crashes
-from pipeline.distance import known_distance, measure_distance, rows_to_measure, warn_of_nothing
+from pipeline.distance import known_distance, measure_distance, rows_to_measure, warn_if_unmeasured
 from pipeline.images.stage import Reading
 from pipeline.models.precision import MEASURED
 from pipeline.opening import Opened, ResolvedJob, open_directory, resolve_job
@@ -127,11 +127,12 @@ def _work(
     """Predict and commit `rest`, in as many passes as it takes. `failed` rows have come to their end as failures."""
     spec = resolved.spec
     rows, left = opened.stop - opened.first, intervals.count(rest)
-    meter = Meter(rows, rows - left, failed, placement, spec.fetch.concurrency, _count if machines.may_grow else None)
+    resources = _resources_now if machines.may_grow else None
+    meter = Meter(rows, rows - left, failed, placement, spec.fetch.concurrency, resources)
     attempt.device = "triton" if spec.backend == "triton" else "gpu" if spec.gpus_per_actor else "cpu"
     job = WriteJob(fence, opened.schema, opened.record.part_metadata(), opened.record.run_id)
 
-    def count(done: Committed) -> None:
+    def committed(done: Committed) -> None:
         meter.committed(done.images, done.failures, done.parts, done.seconds)
 
     try:
@@ -140,12 +141,12 @@ def _work(
             attempts.note(spec.out, attempt, spec.storage_options)  # now, for whoever goes on after a kill
         for _ in range(_MAX_PASSES):
             dataset = build(resolved, opened, placement, rest)
-            with closing(commit_stream(_bundles(dataset), job, spec.sink, late=count)) as events:
+            with closing(commit_stream(_bundles(dataset), job, spec.sink, late=committed)) as events:
                 for event in events:
                     if isinstance(event, Received):
                         meter.received(event.rows)
                     elif isinstance(event, Committed):
-                        count(event)
+                        committed(event)
                     listen(meter.look())
             rest = opened.pending(read_ledger(spec.out, spec.storage_options))
             if not len(rest):
@@ -163,7 +164,7 @@ def _work(
     )
 
 
-def _count() -> tuple[float, float]:
+def _resources_now() -> tuple[float, float]:
     """Cores and GPUs that the cluster has now."""
     there: dict[str, float] = ray.cluster_resources()
     return there.get("CPU", 0.0), there.get("GPU", 0.0)
@@ -178,7 +179,7 @@ def _distance(resolved: ResolvedJob, opened: Opened, placement: Placement, rest:
     measure = ray.remote(num_cpus=placement.actor_cpus, num_gpus=placement.actor_gpus)(measure_distance)
     decode = _decode_job(resolved, opened, placement)
     found: Distance = ray.get(measure.remote(resolved, placement, looks, decode))
-    warn_of_nothing(found, looks)
+    warn_if_unmeasured(found, looks)
     return found
 
 

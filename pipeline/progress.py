@@ -34,16 +34,22 @@ class Progress(NamedTuple):
 
 Listener = Callable[[Progress], None]
 # Cores and GPUs that the cluster has at this moment.
-Count = Callable[[], tuple[float, float]]
+Resources = Callable[[], tuple[float, float]]
 
 
 class Meter:
     """Counts rows as they arrive and are committed, and turns the counts into rates."""
 
     def __init__(
-        self, total: int, done: int, failures: int, placement: Placement, readers: int, count: Count | None = None
+        self,
+        total: int,
+        done: int,
+        failures: int,
+        placement: Placement,
+        readers: int,
+        resources: Resources | None = None,
     ) -> None:
-        """`readers` are the reads that each decoding task has under way at once; `count` is for a cluster that may
+        """`readers` are the reads that each decoding task has under way at once; `resources` is for a cluster that may
         grow, and the placement that of its beginning."""
         self.total = total
         self.done = done
@@ -60,7 +66,7 @@ class Meter:
         self._started = time.monotonic()
         self._blocks = 0
         self._heard = self._started
-        self._count = count
+        self._resources = resources
         self._counts = 0
         self._counted = float("-inf")
         self._cpus = self._gpus = 0.0
@@ -107,8 +113,8 @@ class Meter:
     def look(self) -> Progress:
         """Counts, rates and the time left, as of now."""
         now = time.monotonic()
-        if self._count and self._blocks and now - self._counted >= _COUNT_S:
-            cpus, gpus = self._count()
+        if self._resources and self._blocks and now - self._counted >= _COUNT_S:
+            cpus, gpus = self._resources()
             self._cpus, self._gpus = self._cpus + cpus, self._gpus + gpus
             self._counts, self._counted = self._counts + 1, now
         since, count = self._recent[0]
@@ -145,7 +151,7 @@ class Meter:
 
     def _cores(self, shards: int) -> int | None:
         """Those that gave the rate: of a cluster in the mean. Other shards may compute there too; then nobody knows."""
-        if self._count is None:
+        if self._resources is None:
             return self._placement.decoders
         return round(self._cpus / self._counts) if self._counts and shards == 1 else None
 

@@ -127,7 +127,7 @@ def test_the_cores_of_a_rate_are_those_that_there_were(
     tmp_path: Path, connect: Connect, may_grow: bool, shards: int, tasks: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cluster may have more of them later than in the beginning, and other shards that compute there."""
-    monkeypatch.setattr("pipeline.flow._count", lambda: (3.0, 0.0))
+    monkeypatch.setattr("pipeline.flow._resources_now", lambda: (3.0, 0.0))
     (tmp_path / "list.csv").write_text("uri\n" + "".join(f"http://nowhere/{i}.jpg\n" for i in range(20)))
     values = {"sources": [str(tmp_path / "list.csv")], "model": "null", "backend": "null"}
     spec = spec_for(tmp_path / "o", shard={"index": 0, "count": shards}, **values)
