@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.text import Text
 
 from jobs.output import emit, show_rows, with_options
+from pipeline.progress import duration
 
 if TYPE_CHECKING:
     from pipeline.flow import Summary
@@ -115,17 +116,6 @@ def _line(progress: "Progress") -> Text:
     if progress.note:
         parts.append(progress.note)
     return Text("  ·  ".join(parts))
-
-
-def duration(seconds: float) -> str:
-    """`4.2 s`, `3 min 05 s`, `2 h 10 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min"
 
 
 def plain_summary(summary: "Summary", report: str | None, attention: str | None = None) -> dict[str, Any]:

@@ -17,6 +17,19 @@ _LEAST_S = 1.0
 _COUNT_S = 5.0
 
 
+def duration(seconds: float | None) -> str:
+    """`0.4 s`, `12 s`, `3 min 20 s`, `2 h 05 min`; a dash for None."""
+    if seconds is None:
+        return "–"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 class Progress(NamedTuple):
     """One look at a running job. Rows; images per second; seconds."""
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from pipeline.progress import duration
 from pipeline.report.run import RunDirectory
 from pipeline.report.scan import ImageScan
-from pipeline.report.text import duration, percent, rate, thousands
+from pipeline.report.text import percent, rate, thousands
 from pipeline.storage import redact
 from schemas.attempt import AttemptRecord
 from schemas.run import ModelRecord

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from pipeline.progress import duration
 from pipeline.storage import redact
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -22,19 +23,6 @@ def percent(share: float) -> str:
     if 0 < share < 0.001:
         return "<0.1%"
     return f"{min(share, 0.999):.1%}" if share < 1 else "100%"
-
-
-def duration(seconds: float | None) -> str:
-    """`0.4 s`, `12 s`, `3 min 20 s`, `2 h 05 min`; a dash for None."""
-    if seconds is None:
-        return "–"
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 120:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def rate(value: float | None) -> str:

@@ -11,6 +11,7 @@ import pytest
 from report.album import Album, add_clusters, add_duplicates, big_run
 from sklearn.decomposition import PCA
 
+from pipeline.progress import duration
 from pipeline.report import catalogue, groups, projection, write_report
 from pipeline.report.charts import bars, counter_bars, score_bars, side_bars, stage_times
 from pipeline.report.explore_state import Thumbnails
@@ -19,7 +20,7 @@ from pipeline.report.lookup import Piece, RowLookup, pieces
 from pipeline.report.projection import project, sample_features
 from pipeline.report.run import open_run
 from pipeline.report.scan import ABSENT, NO_LABEL, ImageScan, scan_images
-from pipeline.report.text import duration, percent, rate, short_name, thousands
+from pipeline.report.text import percent, rate, short_name, thousands
 from schemas.attempt import AttemptRecord, StageSeconds
 
 
