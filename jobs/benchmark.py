@@ -12,6 +12,7 @@ from jobs.options import (
     AsJson,
     Options,
     SeveralAsForEmbed,
+    Verbose,
     batch_size_of,
     nested_values,
     parse_options,
@@ -56,7 +57,7 @@ def benchmark(
     ] = None,
     storage_options: Options = None,
     as_json: AsJson = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show tracebacks and Ray's own output.")] = False,
+    verbose: Verbose = False,
 ) -> int:
     """Measure each stage apart and all together for about a minute; name the bottleneck and what to change."""
     from jobs.console import native_messages_aside

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.options import AsJson, Directory, Force, Options, batch_size_of, nested_values, parse_options
+from jobs.options import AsJson, Directory, Force, Options, Verbose, batch_size_of, nested_values, parse_options
 from jobs.output import emit, show_rows
 
 _SHOWN_ATTEMPTS = 5
@@ -117,7 +117,7 @@ def retry(
     force: Force = False,
     storage_options: Options = None,
     json_output: AsJson = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show tracebacks and Ray's own output.")] = False,
+    verbose: Verbose = False,
 ) -> int:
     """Run the failed rows of a directory again, within the limits and where the run did: those worth it, or all."""
     from jobs.console import native_messages_aside

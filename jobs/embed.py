@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.options import batch_size_of, nested_values, parse_options
+from jobs.options import Revision, Verbose, batch_size_of, nested_values, parse_options
 from schemas.errors import SpecError
 
 _SOURCE_HELP = (
@@ -45,7 +45,7 @@ def job(
     image_size: Annotated[
         str | None, typer.Option(help="Run the model at another resolution: pixels, or HEIGHTxWIDTH.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    revision: Revision = None,
     beit_final_norm: Annotated[
         bool | None, typer.Option("--beit-final-norm", help="BEiT pt22k: apply its trained final norm.")
     ] = None,
@@ -104,7 +104,7 @@ def job(
     ] = None,
     attention_images: Annotated[int, typer.Option(min=1, help="Of how many images at most.")] = 16,
     json_output: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show tracebacks and Ray's own output.")] = False,
+    verbose: Verbose = False,
 ) -> int:
     given = dict(context.params)
     values = _values(given, context.info_name or "embed")

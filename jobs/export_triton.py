@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.options import AsJson, Options, parse_options
+from jobs.options import AsForEmbed, AsJson, FinalNorm, Options, Revision, parse_options
 from jobs.output import emit
 
 
@@ -20,11 +20,9 @@ def export_triton(
     instances: Annotated[int, typer.Option(min=1, help="Copies of the model on each device.")] = 1,
     gpu: Annotated[bool, typer.Option("--gpu", help="Place the copies on the server's GPUs.")] = False,
     onnx: Annotated[bool, typer.Option(help="Also write NAME-onnx, for ONNX Runtime and TensorRT.")] = True,
-    image_size: Annotated[str | None, typer.Option(help="As for embed.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    beit_final_norm: Annotated[
-        bool, typer.Option("--beit-final-norm", help="BEiT pt22k: apply its trained final norm.")
-    ] = False,
+    image_size: AsForEmbed = None,
+    revision: Revision = None,
+    beit_final_norm: FinalNorm = False,
     storage_options: Options = None,
     as_json: AsJson = False,
 ) -> int:

@@ -6,16 +6,16 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.options import AsJson, Options, parse_options
+from jobs.options import AsForEmbed, AsJson, FinalNorm, Options, Revision, parse_options
 from jobs.output import emit, show_rows
 
 
 def models(
     model: Annotated[str, typer.Argument(help="A folder, an object-store prefix or a hub name.", metavar="MODEL")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    image_size: Annotated[str | None, typer.Option(help="As for embed.")] = None,
-    label_file: Annotated[str | None, typer.Option(help="As for embed.")] = None,
-    beit_final_norm: Annotated[bool, typer.Option("--beit-final-norm", help="As for embed.")] = False,
+    revision: Revision = None,
+    image_size: AsForEmbed = None,
+    label_file: AsForEmbed = None,
+    beit_final_norm: FinalNorm = False,
     storage_options: Options = None,
     as_json: AsJson = False,
 ) -> int:

@@ -11,8 +11,11 @@ from schemas.errors import SpecError
 Directory = Annotated[str, typer.Argument(help="The --out of a run.", metavar="DIR")]
 Options = Annotated[str | None, typer.Option("--storage-options", help="JSON for fsspec.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show tracebacks and Ray's own output.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Force = Annotated[bool, typer.Option("--force", help="Take a run that another machine began for dead, and end it.")]
 AsForEmbed = Annotated[str | None, typer.Option(help="As for embed.")]
+FinalNorm = Annotated[bool, typer.Option("--beit-final-norm", help="BEiT pt22k: apply its trained final norm.")]
 SeveralAsForEmbed = Annotated[list[str] | None, typer.Option(help="As for embed.")]
 
 # Options that say which images, and how the model sees them, which commands that try a sample of a job take as well.

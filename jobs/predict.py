@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.options import Options, parse_options
+from jobs.options import AsForEmbed, Options, Revision, parse_options
 from jobs.output import emit
 from schemas.errors import SpecError
 
@@ -15,9 +15,9 @@ from schemas.errors import SpecError
 def predict(
     model: Annotated[str, typer.Option(help="A folder, an object-store prefix or a hub name.")],
     top_k: Annotated[int, typer.Option(min=1, help="How many labels an image, best first.")] = 5,
-    label_file: Annotated[str | None, typer.Option(help="As for embed.")] = None,
-    image_size: Annotated[str | None, typer.Option(help="As for embed.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    label_file: AsForEmbed = None,
+    image_size: AsForEmbed = None,
+    revision: Revision = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16, on the CPU of this machine.")] = "auto",
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for fetching one image, all tries together.")] = 60.0,
     storage_options: Options = None,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs.options import Verbose
 from jobs.output import emit
 from schemas.errors import PatchstreamError
 
@@ -21,7 +22,7 @@ _KINDS = 25
 def demo(
     out: Annotated[str, typer.Option(help="Folder for the pictures and the dataset.")] = "demo-output",
     pictures: Annotated[int, typer.Option(min=_KINDS, help="How many pictures to draw.")] = 240,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show tracebacks and Ray's own output.")] = False,
+    verbose: Verbose = False,
 ) -> int:
     """Draw pictures, break a few, embed, label and cluster them: the whole job in a minute, without a network."""
     from jobs.run import run_job
