@@ -14,12 +14,12 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.images import boxes
 from pipeline.images.failures import decode_failure, not_an_image, too_many_pixels
-from pipeline.images.formats import FORMATS
 from pipeline.images.jpeg import decode_jpeg, refuse_early_end, refuse_endless_scans, scale_denominator
 from pipeline.images.limits import DECODE_LIMIT_S, DecodeTimeoutError, quiet_stderr, time_limit
-from pipeline.images.modes import to_rgb
 from pipeline.images.tiff import tile_pixels
 from pipeline.images.transform import Box, Pixels, resize_and_crop, resized_size
+from pipeline.modes import to_rgb
+from pipeline.picture_formats import FORMATS
 from schemas.errors import ImageError
 from schemas.preprocessing import Preprocessing
 

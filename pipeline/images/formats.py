@@ -1,58 +1,17 @@
-"""Which decoders may open a file, and their set-up for a process."""
+"""The set-up of a process that decodes."""
 
 import functools
 import logging
 import warnings
 
-import pi_heif
 from PIL import Image, ImageFile
 
-# Left out on purpose: EPS starts Ghostscript; IPTC opens what it wraps with any plugin, EPS included; WMF, BUFR,
-# GRIB, HDF5 and MPEG only identify a file and cannot decode it; FPX and MIC need a package that is not installed.
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "TIFF",
-    "BMP",
-    "HEIF",
-    "AVIF",
-    "JPEG2000",
-    "PPM",
-    "ICO",
-    "ICNS",
-    "PSD",
-    "TGA",
-    "DDS",
-    "QOI",
-    "BLP",
-    "CUR",
-    "DCX",
-    "DIB",
-    "FITS",
-    "FLI",
-    "FTEX",
-    "GBR",
-    "IM",
-    "IMT",
-    "MCIDAS",
-    "MSP",
-    "PCD",
-    "PCX",
-    "PIXAR",
-    "SGI",
-    "SPIDER",
-    "SUN",
-    "XBM",
-    "XPM",
-    "XVTHUMB",
-)
+from pipeline.picture_formats import register_heif
 
 
 @functools.cache
 def _register_once() -> None:
-    pi_heif.register_heif_opener(thumbnails=False)
+    register_heif()
     Image.init()
 
 

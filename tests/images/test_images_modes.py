@@ -10,8 +10,9 @@ from support import checkpoints  # noqa: F401  lets transformers be imported
 from transformers.image_transforms import convert_to_rgb
 
 from pipeline.images.decode import DecodeSpec, decode_into
-from pipeline.images.formats import FORMATS, prepare_process
-from pipeline.images.modes import to_rgb
+from pipeline.images.formats import prepare_process
+from pipeline.modes import to_rgb
+from pipeline.picture_formats import FORMATS
 from schemas.preprocessing import Preprocessing
 
 SIZE = (5, 4)
@@ -118,7 +119,7 @@ def test_common_modes_equal_the_reference_conversion(mode):
 def test_compositing_in_strips_equals_compositing_at_once(monkeypatch):
     image = mixed("RGBA")
     whole = np.asarray(to_rgb(image))
-    monkeypatch.setattr("pipeline.images.modes._STRIP_PIXELS", 150)
+    monkeypatch.setattr("pipeline.modes._STRIP_PIXELS", 150)
     np.testing.assert_array_equal(np.asarray(to_rgb(image)), whole)
 
 

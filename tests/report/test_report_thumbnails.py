@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from report.album import encoded, tar_of
 from support.http_server import HttpServer
+from support.odd_images import LONG, POSTSCRIPT, SHORT, tiff_file
 from support.runs import RunContent, jpeg, write_run
 
 from pipeline.report import thumbnails
@@ -218,6 +219,29 @@ def test_report_thumbnail_of_too_many_pixels() -> None:
 def test_report_thumbnail_of_no_bytes() -> None:
     with pytest.raises(Exception, match="empty"):
         shrink(b"", 64, 10_000)
+
+
+def test_report_thumbnail_of_what_the_job_does_not_decode() -> None:
+    """For PostScript Pillow would start Ghostscript."""
+    with pytest.raises(UnidentifiedImageError):
+        shrink(POSTSCRIPT, 64, 1_000_000)
+
+
+@pytest.mark.parametrize(
+    ("tags", "body", "wanted"),
+    [
+        ([(258, SHORT, 1, 12), (277, SHORT, 1, 1)], b"\xff" * 24, (255, 255, 255)),
+        ([(258, SHORT, 2, 8 | 8 << 16), (277, SHORT, 1, 2), (338, SHORT, 1, 1)], b"\x40\x80" * 16, (191, 191, 191)),
+    ],
+    ids=["twelve-bit", "premultiplied"],
+)
+def test_report_thumbnail_has_the_colours_of_the_job(
+    tags: list[tuple[int, int, int, int]], body: bytes, wanted: tuple[int, int, int]
+) -> None:
+    common = [(256, LONG, 1, 4), (257, LONG, 1, 4), (259, SHORT, 1, 1), (262, SHORT, 1, 1), (279, LONG, 1, len(body))]
+    head = tiff_file(*common, *tags, (273, LONG, 1, 0))
+    picture = tiff_file(*common, *tags, (273, LONG, 1, len(head))) + body
+    assert is_near(colour_of(Thumbnail(shrink(picture, 64, 100))), wanted)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

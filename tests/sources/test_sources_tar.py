@@ -160,7 +160,8 @@ def test_a_file_that_is_no_tar_is_one_row(tmp_path: Path, data: bytes, caplog: p
 def test_every_format_that_is_decoded_is_an_image_in_a_shard(tmp_path: Path) -> None:
     from PIL import Image
 
-    from pipeline.images.formats import FORMATS, prepare_process
+    from pipeline.images.formats import prepare_process
+    from pipeline.picture_formats import FORMATS
 
     prepare_process()
     known = sorted(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
