@@ -127,9 +127,9 @@ def _work(
     """Predict and commit `rest`, in as many passes as it takes. `failed` rows have come to their end as failures."""
     spec = resolved.spec
     rows, left = opened.stop - opened.first, intervals.count(rest)
-    resources = _resources_now if machines.may_grow else None
-    meter = Meter(rows, rows - left, failed, placement, spec.fetch.concurrency, resources)
-    attempt.device = "triton" if spec.backend == "triton" else "gpu" if spec.gpus_per_actor else "cpu"
+    resources, served = _resources_now if machines.may_grow else None, spec.backend == "triton"
+    meter = Meter(rows, rows - left, failed, placement, spec.fetch.concurrency, resources, served)
+    attempt.device = "triton" if served else "gpu" if spec.gpus_per_actor else "cpu"
     job = WriteJob(fence, opened.schema, opened.record.part_metadata(), opened.record.run_id)
 
     def committed(done: Committed) -> None:

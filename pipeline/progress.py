@@ -61,9 +61,10 @@ class Meter:
         placement: Placement,
         readers: int,
         resources: Resources | None = None,
+        served: bool = False,
     ) -> None:
         """`readers` are the reads that each decoding task has under way at once; `resources` is for a cluster that may
-        grow, and the placement that of its beginning."""
+        grow, and the placement that of its beginning. `served`: the actors wait for a server that computes."""
         self.total = total
         self.done = done
         self.failures = failures
@@ -80,6 +81,8 @@ class Meter:
         self._blocks = 0
         self._heard = self._started
         self._resources = resources
+        # Whether actors compute on the cores that decode.
+        self._shares_cores = not placement.actor_gpus and not served
         self._counts = 0
         self._counted = float("-inf")
         self._cpus = self._gpus = 0.0
@@ -175,21 +178,21 @@ class Meter:
         if not rows or wall <= 0:
             return None
         actors, decoders = self._room()
-        if not self._placement.actor_gpus:
+        if self._shares_cores:
             # On CPUs everybody draws on the same cores: the larger share of the work is what to look at.
             shares = {"predict": self.seconds.predict, "decode": self.seconds.decode}
         else:
             shares = {"predict": self.seconds.predict / actors, "decode": self.seconds.decode / decoders}
         name = max(shares, key=lambda stage: shares[stage])
         fetching = self.seconds.fetch / (decoders * self._readers)
-        on_gpus = bool(self._placement.actor_gpus)
-        working = max(shares.values()) if on_gpus else sum(shares.values()) / decoders
+        working = sum(shares.values()) / decoders if self._shares_cores else max(shares.values())
         return "fetch" if fetching > working else name
 
     def _room(self) -> tuple[float, float]:
         """Actors and decoding tasks that there is room for, on a cluster that may grow in the mean over its counts."""
         actors, decoders = float(self._placement.actors.max), float(self._placement.decoders)
+        if self._counts and not self._shares_cores:
+            decoders = self._cpus / self._counts
         if self._counts and self._placement.actor_gpus:
             actors = min(actors, self._gpus / self._counts / self._placement.actor_gpus)
-            decoders = self._cpus / self._counts
         return max(actors, 1.0), max(decoders, 1.0)

@@ -111,6 +111,22 @@ def test_the_bottleneck_counts_all_the_actors_that_there_may_be(clock: dict[str,
     assert ours.bottleneck() == "fetch"
 
 
+def test_the_bottleneck_of_a_served_model_is_what_waits_for_the_server(clock: dict[str, float]) -> None:
+    """Its actors take no cores from those that decode."""
+    box = Machines(cpus=16.0, gpus=0.0, object_store_bytes=1e10, nodes=1, node_cpus=(16.0,))
+    four = ActorRange(min=4, max=4)
+    placement = place(box, rows=100, actors=four, gpus_per_actor=0.0, batch_size=8, pixel_bytes=1, model_bytes=1,
+        one_call=True, served_batch=8, in_flight=4)  # fmt: skip
+    ours = Meter(100, 0, 0, placement, readers=16, served=True)
+    ours.received(8)
+    clock["s"] += 10.0
+    ours.committed(100, 0, 1, StageSeconds(decode=48.0, predict=40.0))  # a third of the cores; each actor all the time
+    assert ours.bottleneck() == "predict"
+    ours.committed(0, 0, 0, StageSeconds(decode=112.0))  # each core all the time
+    ours.committed(0, 0, 0, StageSeconds(decode=1.0))
+    assert ours.bottleneck() == "decode"
+
+
 def test_the_bottleneck_of_a_cluster_that_grows_counts_what_it_had(clock: dict[str, float]) -> None:
     """It begins with two cores and one GPU, and has as many for half of the time as it has in the end."""
     begun = Machines(cpus=2.0, gpus=1.0, object_store_bytes=1e10, node_cpus=(2.0,), may_grow=True)
