@@ -106,7 +106,8 @@ def _labels(info: ModelInfo, pixels: np.ndarray, settings: Settings) -> Iterator
 
 def _pixels(info: ModelInfo, items: list[str], settings: Settings) -> Iterator[Pixels | ImageError]:
     """uint8 (H, W, 3) of each item, in order."""
-    web = fetched([item.strip() for item in items if is_address(item)], settings.fetch, settings.storage_options)
+    items = [item.strip() for item in items]
+    web = fetched([item for item in items if is_address(item)], settings.fetch, settings.storage_options)
     files = (next(web) if is_address(item) else _decoded_text(item, settings.fetch.max_bytes) for item in items)
     return pixels(files, DecodeSpec(info.preprocessing, "exact", settings.fetch.max_pixels))
 
@@ -141,11 +142,13 @@ def fetched(urls: list[str], fetch: FetchSpec, storage_options: Mapping[str, Any
 
 
 def _decoded_text(item: str, max_bytes: int) -> bytes | ImageError:
-    """Bytes of base64 text, plain or in a `data:` address, of either alphabet."""
+    """Bytes of base64 text, plain or in a `data:` address, of either alphabet, padded or not."""
     text = item.partition(",")[2] if item.startswith("data:") else item
     if len(text) * 3 // 4 > max_bytes:
         return ImageError("fetch", "TooManyBytes", f"about {len(text) * 3 // 4:,} bytes; the limit is {max_bytes:,}")
     compact = "".join(text.split()).translate(str.maketrans("-_", "+/"))
+    if len(compact) % 4 != 1:  # which no bytes give
+        compact += "=" * (-len(compact) % 4)
     try:
         data = base64.b64decode(compact, validate=True)
     except (binascii.Error, ValueError) as error:

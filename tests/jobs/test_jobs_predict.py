@@ -137,6 +137,17 @@ def test_one_bad_image_does_not_lose_the_others(
     assert predict({"input_data": []})[:2] == (0, "[]\n")
 
 
+def test_base64_without_padding_and_with_space_around_it(predict: Predict, pictures: list[Path]) -> None:
+    """Bytes behind the end of a picture give each of the paddings."""
+    for behind in (b"", b"-", b"--"):
+        bare = base64.urlsafe_b64encode(pictures[0].read_bytes() + behind).decode().rstrip("=")
+        items = [bare, f" \n{bare}\n", f"\n data:image/png;base64,{bare}"]
+        code, out, shown = predict({"input_data": items}, "--top-k", "1")
+        assert code == 0, shown
+        assert [type(item) for item in json.loads(out)] == [list] * 3
+    assert json.loads(predict({"input_data": ["YWJjZ", "YWJjZ==="]})[1])[0]["error"] == "NotBase64"
+
+
 def test_a_signed_address_keeps_its_secret(predict: Predict) -> None:
     address = "http://user:hunter2@127.0.0.1:9/a.jpg?X-Amz-Signature=hunter3"
     _, out, shown = predict({"input_data": [address]}, "--timeout", "1")
