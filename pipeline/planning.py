@@ -149,7 +149,8 @@ def _cores(cpus: int, devices: int | None, hours: float | None) -> int:
 
 def _speed(costs: Costs, device: Device) -> list[Step]:
     if costs.predict_s is not None:
-        return [Step("images/s a device", 1 / costs.predict_s, "images/s", f"1 ÷ {costs.predict_s:.3g} s measured")]
+        text = f"1 ÷ {costs.predict_s:.3g} s measured on {device.name}"
+        return [Step("images/s a device", 1 / costs.predict_s, "images/s", text)]
     flop = Step("forward pass", costs.model_flop / 1e9, "GFLOP", "2 × multiplications of the network")
     sustained = device.tflops * device.share
     text = f"{device.name}: {device.tflops:g} TFLOP/s × {device.share:g} ÷ {costs.model_flop / 1e9:.4g} GFLOP"

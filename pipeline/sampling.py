@@ -151,7 +151,8 @@ def _measured(attempts: list[AttemptRecord]) -> tuple[Device, float]:
     """
     if attempts[0].device != "cpu":
         seconds = sum(attempt.stage_seconds.predict for attempt in attempts)
-        return Device("an actor as in that run", 0.0), seconds / sum(attempt.images for attempt in attempts)
+        name = "a client of one Triton server that all share," if attempts[0].device == "triton" else "an actor"
+        return Device(f"{name} as in that run", 0.0), seconds / sum(attempt.images for attempt in attempts)
     device = Device("a core as in that run", 0.0, is_gpu=False)
     ran = [attempt for attempt in attempts if attempt.has_rate]
     rates = [(a.images, a.decode_tasks / a.images_per_s) for a in ran if a.decode_tasks and a.images_per_s]

@@ -212,9 +212,12 @@ def test_from_a_run_on_cpus_the_cores_are_those_that_predict(
     assert found["throughput"] == pytest.approx(100 * rate)
 
 
-def test_of_a_run_on_two_kinds_of_device_the_one_of_most_images_counts(measured: Path) -> None:
+@pytest.mark.parametrize(("kind", "name"), [("gpu", "on an actor"), ("triton", "one Triton server that all share,")])
+def test_of_a_run_on_two_kinds_of_device_the_one_of_most_images_counts(
+    measured: Path, kind: AttemptDevice, name: str
+) -> None:
     """60 images on a GPU; 40 failures that were tried again on CPUs, where everything took ten times as long."""
-    devices: tuple[tuple[int, AttemptDevice, float], ...] = ((1, "gpu", 1.0), (2, "cpu", 10.0))
+    devices: tuple[tuple[int, AttemptDevice, float], ...] = ((1, kind, 1.0), (2, "cpu", 10.0))
     for number, device, factor in devices:
         path = measured / "attempts" / f"{number:06d}.json"
         record = AttemptRecord.model_validate_json(path.read_bytes())
@@ -226,6 +229,7 @@ def test_of_a_run_on_two_kinds_of_device_the_one_of_most_images_counts(measured:
     assert figures(result)["images/s a device"] == pytest.approx(250)
     assert figures(result)["CPUs for each device"] == pytest.approx(0.5)
     assert "1 attempt of " in json.loads(result.stdout)["origin"]
+    assert f"{name} as in that run" in result.stdout
 
 
 def test_a_run_that_did_nothing_measures_nothing(measured: Path) -> None:
