@@ -23,6 +23,8 @@ from schemas.release import VERSION
 _STOP_WAIT_S = 30
 _LOST_S = 120.0
 _AGAIN_S = 2.0
+# A connection whose other end went away without a word looks like that of a job that has nothing to say.
+_SILENT_S = 60.0
 # Where set, Ray's client goes there and not to the address that it is given.
 _OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _REFUSED = (ConnectionError, RuntimeError, ValueError, requests.exceptions.RequestException, ray.exceptions.RayError)
@@ -116,7 +118,7 @@ class Jobs:
                 if not for_sure.is_over:
                     lost_since = None
                 asyncio.run(follower.pass_on(self._client.tail_job_logs(job)))
-            except (ClusterError, RuntimeError, aiohttp.ClientError, OSError) as error:
+            except (ClusterError, RuntimeError, aiohttp.ClientError, OSError) as error:  # a TimeoutError is an OSError
                 # From the moment it broke, not from the last line: a job may say nothing for hours.
                 lost_since = lost_since or time.monotonic()
                 if time.monotonic() - lost_since > _LOST_S:
@@ -155,9 +157,13 @@ class _Follower:
         self._shown = 0
 
     async def pass_on(self, texts: AsyncIterator[str]) -> None:
-        """Show what of `texts` has not been shown yet."""
+        """Show what of `texts` has not been shown yet. Raises TimeoutError where none comes for _SILENT_S."""
         seen = 0
-        async for text in texts:
+        while True:
+            async with asyncio.timeout(_SILENT_S):
+                text = await anext(texts, None)
+            if text is None:
+                return
             seen += len(text)
             if seen > self._shown:
                 self._show(text[self._shown - seen :])

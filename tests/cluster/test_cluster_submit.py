@@ -10,12 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 from support.commands import PATCHSTREAM, attempt_records, end, patchstream, rows_in, start
-from support.relay import relay
+from support.relay import Relay, relay
 
 from cluster.nodes import LocalCluster
 from cluster.submission import Jobs
@@ -115,6 +116,7 @@ FOLLOW = """
 import sys
 import cluster.submission as submission
 submission._LOST_S = 3.0
+submission._SILENT_S = 20.0  # Ray takes four to end the log of a job that is over
 jobs = submission.Jobs(sys.argv[1])
 job = jobs.submit(sys.argv[2:])
 print("exit code", jobs.follow(job, lambda text: print(text, end="", flush=True)).exit_code)
@@ -123,8 +125,13 @@ print("exit code", jobs.follow(job, lambda text: print(text, end="", flush=True)
 
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.parametrize("end_of", [Relay.cut, Relay.freeze], ids=["told", "silently"])
 def test_a_connection_that_breaks_is_made_again(
-    head: LocalCluster, env: dict[str, str], slow_job: tuple[str, ...], tmp_path: Path
+    head: LocalCluster,
+    env: dict[str, str],
+    slow_job: tuple[str, ...],
+    tmp_path: Path,
+    end_of: Callable[[Relay], int],
 ) -> None:
     """Long after the first line, which is shown once all the same."""
     out, log = tmp_path / "out", tmp_path / "log"
@@ -137,7 +144,7 @@ def test_a_connection_that_breaks_is_made_again(
         follower = subprocess.Popen(command, stdout=file, stderr=file, env=env, cwd=ROOT, start_new_session=True)
         try:
             wait_until(lambda: bool(rows_in(out)), log)
-            assert between.cut() > 0
+            assert end_of(between) > 0
             assert follower.wait(timeout=240) == 0, log.read_text()
         finally:
             end(follower.pid)

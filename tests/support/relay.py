@@ -1,4 +1,4 @@
-"""A relay before a TCP server whose connections can be cut, as a port-forward's are."""
+"""A relay before a TCP server whose connections can be cut, as a port-forward's are, or die without a word."""
 
 import contextlib
 import socket
@@ -16,6 +16,7 @@ class Relay:
         self._listener = socket.create_server((LOOPBACK, 0))
         self.port: int = self._listener.getsockname()[1]
         self._open: list[socket.socket] = []
+        self._frozen: set[socket.socket] = set()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> int:
@@ -25,6 +26,12 @@ class Relay:
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
         return len(ends) // 2
+
+    def freeze(self) -> int:
+        """Pass nothing on between the connections that are open, and leave them open; gives how many. New ones are
+        taken as before."""
+        self._frozen.update(self._open)
+        return len(self._open) // 2
 
     def close(self) -> None:
         self._listener.close()
@@ -39,11 +46,13 @@ class Relay:
                 for source, target in ((near, far), (far, near)):
                     threading.Thread(target=self._pass, args=(source, target), daemon=True).start()
 
-    @staticmethod
-    def _pass(source: socket.socket, target: socket.socket) -> None:
+    def _pass(self, source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
-                target.sendall(data)
+                if source not in self._frozen:
+                    target.sendall(data)
+        if source in self._frozen:
+            return
         for end in (source, target):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
