@@ -109,28 +109,45 @@ class Jobs:
             time.sleep(_AGAIN_S / 4)
         return found
 
-    def follow(self, job: str, show: Callable[[str], None]) -> Job:
-        """Pass on the job's log as it grows, until the job is over. A connection that breaks is made again."""
-        follower, lost_since = _Follower(show), None
+    def follow(self, job: str, show: Callable[[str], None], warn: Callable[[str], None] = lambda text: None) -> Job:
+        """Pass on the job's log as it grows, until the job is over. A connection that breaks is made again. `warn` is
+        told of a log that does not come from a cluster which answers."""
+        follower, last, lost_since, warned = _Follower(show), None, None, False
         while True:
+            answers = False
             try:
-                for_sure = self.look(job)
-                if not for_sure.is_over:
+                last = self.look(job)
+                answers = True
+                if not last.is_over:
                     lost_since = None
                 asyncio.run(follower.pass_on(self._client.tail_job_logs(job)))
             except (ClusterError, RuntimeError, aiohttp.ClientError, OSError) as error:  # a TimeoutError is an OSError
                 # From the moment it broke, not from the last line: a job may say nothing for hours.
                 lost_since = lost_since or time.monotonic()
                 if time.monotonic() - lost_since > _LOST_S:
-                    raise ClusterError(
-                        f"{self.address} has not answered for {_LOST_S:g} s ({error}). The job may well go on: "
-                        f"patchstream status {job} --address {self.address}"
-                    ) from error
+                    if last is None or not last.is_over:
+                        raise ClusterError(self._lost(job, error)) from error
+                    warn(f"the rest of the log of {job} could not be read ({redact(str(error)) or 'nothing came'})")
+                    return last
+                # Silence may be the job's own.
+                if answers and not (warned or follower.heard or isinstance(error, TimeoutError)):
+                    warned = True
+                    warn(
+                        f"the log of {job} does not come ({redact(str(error))}), though {redact(self.address)} "
+                        "answers; it is asked for again, and the job's end is told without it. What stands between "
+                        "must let websockets through"
+                    )
                 time.sleep(_AGAIN_S)
                 continue
-            if for_sure.is_over:
-                return for_sure
+            if last.is_over:
+                return last
             time.sleep(_AGAIN_S / 4)
+
+    def _lost(self, job: str, error: Exception) -> str:
+        return (
+            f"{self.address} has not answered for {_LOST_S:g} s ({error}). The job may well go on: "
+            f"patchstream status {job} --address {self.address}"
+        )
 
     def _asked(self, question: Callable[[], Any]) -> Any:
         try:
@@ -155,15 +172,18 @@ class _Follower:
     def __init__(self, show: Callable[[str], None]) -> None:
         self._show = show
         self._shown = 0
+        # Whether anything came over the connection that there was last.
+        self.heard = False
 
     async def pass_on(self, texts: AsyncIterator[str]) -> None:
         """Show what of `texts` has not been shown yet. Raises TimeoutError where none comes for _SILENT_S."""
-        seen = 0
+        seen, self.heard = 0, False
         while True:
             async with asyncio.timeout(_SILENT_S):
                 text = await anext(texts, None)
             if text is None:
                 return
+            self.heard = True
             seen += len(text)
             if seen > self._shown:
                 self._show(text[self._shown - seen :])

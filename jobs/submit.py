@@ -60,7 +60,7 @@ def submit(
 
 def _follow(jobs: "Jobs", job: str) -> int:
     try:
-        over = jobs.follow(job, _show)
+        over = jobs.follow(job, _show, lambda text: emit(text, to_stderr=True))
     except KeyboardInterrupt:
         if not _wants_to_stop():
             at = redact(jobs.address)

@@ -9,9 +9,10 @@ from support.ports import LOOPBACK
 
 
 class Relay:
-    """Listens on `port` and passes bytes both ways."""
+    """Listens on `port` and passes bytes both ways. A connection over which `refused` comes is ended."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, refused: bytes = b"") -> None:
+        self._refused = refused
         self._behind = (host, port)
         self._listener = socket.create_server((LOOPBACK, 0))
         self.port: int = self._listener.getsockname()[1]
@@ -49,6 +50,8 @@ class Relay:
     def _pass(self, source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
+                if self._refused and self._refused in data:
+                    break
                 if source not in self._frozen:
                     target.sendall(data)
         if source in self._frozen:
@@ -59,9 +62,9 @@ class Relay:
 
 
 @contextlib.contextmanager
-def relay(host: str, port: int) -> Iterator[Relay]:
+def relay(host: str, port: int, refused: bytes = b"") -> Iterator[Relay]:
     """A relay to `host:port` while the block lasts."""
-    running = Relay(host, port)
+    running = Relay(host, port, refused)
     try:
         yield running
     finally:
