@@ -103,11 +103,19 @@ class Jobs:
         """Tell `job` to stop, and wait until it has written what it held."""
         self._asked(lambda: self._client.stop_job(job))
         deadline = time.monotonic() + _STOP_WAIT_S + _LOST_S
-        while not (found := self.look(job)).is_over:
+        while True:
+            why: Exception | None = None
+            try:
+                if (found := self.look(job)).is_over:
+                    return found
+            except ClusterError as error:  # it was there a moment ago, and may be again
+                why = error
             if time.monotonic() > deadline:
-                raise ClusterError(f"{job} was told to stop but has not; look at it in {self.address}")
+                unknown = f" as far as is known ({why})" if why else ""
+                raise ClusterError(
+                    f"{job} was told to stop but has not{unknown}; look at it in {self.address}"
+                ) from why
             time.sleep(_AGAIN_S / 4)
-        return found
 
     def follow(self, job: str, show: Callable[[str], None], warn: Callable[[str], None] = lambda text: None) -> Job:
         """Pass on the job's log as it grows, until the job is over. A connection that breaks is made again. `warn` is

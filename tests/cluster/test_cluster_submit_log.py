@@ -1,11 +1,13 @@
-"""A Ray job whose log cannot be had: through what lets no websocket pass, its end is told all the same."""
+"""A Ray job behind what lets only some of its questions pass: its end is told all the same."""
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from support.commands import end
 from support.relay import relay
 
 from cluster.nodes import LocalCluster
@@ -38,3 +40,35 @@ def test_a_job_whose_log_does_not_come_ends_with_its_exit_code(
     assert done.stdout.count("does not come (") == 1, done.stdout
     assert done.stdout.count("the rest of the log of raysubmit_") == 1
     assert "no such file" not in done.stdout
+
+
+STOP = """
+import sys
+from cluster.submission import Jobs
+jobs = Jobs(sys.argv[1])
+print("exit code", jobs.stop(jobs.submit(sys.argv[2:])).exit_code)
+"""
+
+
+def test_a_job_is_stopped_though_the_dashboard_does_not_answer_at_once(
+    head: LocalCluster, env: dict[str, str], slow_job: tuple[str, ...], tmp_path: Path
+) -> None:
+    dashboard = urlsplit(head.dashboard)
+    assert dashboard.hostname
+    assert dashboard.port
+    job = (*slow_job, "--out", str(tmp_path / "out"))
+    with relay(dashboard.hostname, dashboard.port, refused=b"GET /api/jobs/raysubmit") as between:
+        command = [sys.executable, "-c", STOP, f"http://127.0.0.1:{between.port}", *job]
+        stopping = subprocess.Popen(
+            command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            while not between.refusals and stopping.poll() is None:
+                time.sleep(0.1)
+            between.refused = b""
+            shown, _ = stopping.communicate(timeout=200)
+        finally:
+            end(stopping.pid)
+    assert between.refusals
+    assert shown.splitlines()[-1] == "exit code 143", shown

@@ -12,7 +12,8 @@ class Relay:
     """Listens on `port` and passes bytes both ways. A connection over which `refused` comes is ended."""
 
     def __init__(self, host: str, port: int, refused: bytes = b"") -> None:
-        self._refused = refused
+        self.refused = refused
+        self.refusals = 0
         self._behind = (host, port)
         self._listener = socket.create_server((LOOPBACK, 0))
         self.port: int = self._listener.getsockname()[1]
@@ -50,7 +51,8 @@ class Relay:
     def _pass(self, source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
-                if self._refused and self._refused in data:
+                if self.refused and self.refused in data:
+                    self.refusals += 1
                     break
                 if source not in self._frozen:
                     target.sendall(data)
