@@ -8,11 +8,9 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from schemas.errors import ClusterError
-from schemas.machines import SHARE
+from schemas.machines import NEEDED_VARIABLES, SHARE
 from schemas.release import PACKAGES, Release, release
 
-# Holds names of variables that every node must have set: how a job that was submitted asks for credentials.
-NEEDED_VARIABLES = "PATCHSTREAM_NEEDS_ENV"
 # A node may have to unpack a working directory or start its first worker process.
 _ANSWER_S = 300.0
 _GONE = (

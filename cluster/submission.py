@@ -13,9 +13,9 @@ import ray
 import requests
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from cluster.check import NEEDED_VARIABLES
 from cluster.token import no_token
 from schemas.errors import ClusterError
+from schemas.machines import NEEDED_VARIABLES
 from schemas.redaction import redact
 from schemas.release import VERSION
 

@@ -5,6 +5,7 @@ Modules named here import nothing heavy until one of their commands runs, so tha
 
 import functools
 import os
+import socket
 import traceback
 from collections.abc import Callable
 from importlib import import_module
@@ -13,7 +14,8 @@ from typing import Any
 import typer
 
 from jobs.output import emit
-from schemas.errors import PatchstreamError
+from schemas.errors import ClusterError, PatchstreamError
+from schemas.machines import NEEDED_VARIABLES
 from schemas.redaction import redact
 
 _MODULES = (
@@ -71,6 +73,7 @@ def run_command(arguments: list[str]) -> int:
     """Run one command; returns the exit code. Errors are one message on standard error."""
     verbose = "--verbose" in arguments or bool(os.environ.get("PATCHSTREAM_VERBOSE"))
     try:
+        _check_variables()
         code = app(arguments, standalone_mode=False)
         if isinstance(code, BaseException):
             raise code
@@ -94,6 +97,17 @@ def run_command(arguments: list[str]) -> int:
     except Exception as error:  # noqa: BLE001  what nobody foresaw, without what must not be printed
         _show_traceback(error)
         return 1
+
+
+def _check_variables() -> None:
+    """Raise ClusterError where this machine lacks a variable that `submit --env` named: a store would refuse later, or
+    for another reason. The other machines are asked by `cluster.check.check_nodes`."""
+    missing = [name for name in os.environ.get(NEEDED_VARIABLES, "").split() if not os.environ.get(name)]
+    if missing:
+        raise ClusterError(
+            f"{', '.join(missing)} not set in the environment of {socket.gethostname()}, where the command runs, but "
+            "every machine must have what `submit --env` names. Set it where `ray start` runs, or leave out --env"
+        )
 
 
 def _show_traceback(error: BaseException) -> None:

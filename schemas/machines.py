@@ -4,6 +4,8 @@ import platform
 from pathlib import Path
 from typing import NamedTuple
 
+# Holds names of variables that every node must have set: how a job that was submitted asks for credentials.
+NEEDED_VARIABLES = "PATCHSTREAM_NEEDS_ENV"
 # What to do where a node does not see a file of the driver's disk.
 SHARE = (
     "Local paths of --out and of sources must lead to the same files on every node: give a folder that all nodes "

@@ -27,6 +27,8 @@ from schemas.release import PACKAGES
 pytestmark = pytest.mark.timeout(600)
 
 ROOT = Path(__file__).parents[2]
+# Ray sets it for the command itself, and for no task.
+DRIVERS_OWN = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 @pytest.mark.slow
@@ -90,10 +92,10 @@ def test_code_from_a_working_directory_and_a_variable_that_is_missing(
     # Were it not this code that runs on the nodes as well, they would be refused as other than the driver's.
     with (folder / "jobs/__init__.py").open("a") as file:
         file.write("\n# changed\n")
-    given = ("submit", "--address", head.dashboard, "--working-dir", str(folder), "--env", "NOBODY_HAS_THIS")
-    done = patchstream(*given, "--", *job, env={**env, "NOBODY_HAS_THIS": "hush"})
+    given = ("submit", "--address", head.dashboard, "--working-dir", str(folder), "--env", DRIVERS_OWN)
+    done = patchstream(*given, "--", *job, env={**env, DRIVERS_OWN: "hush"})
     assert done.returncode == 2, done.stderr
-    assert done.stdout.count("NOBODY_HAS_THIS not set in its environment") == 2
+    assert done.stdout.count(f"{DRIVERS_OWN} not set in its environment") == 2
     assert "has patchstream" in done.stdout.partition("The driver on")[2]
     assert "has patchstream" not in done.stdout.partition("The driver on")[0]
     assert "working_dir_files" in done.stdout

@@ -285,3 +285,13 @@ def raiser(error: BaseException) -> Callable[..., Any]:
         raise error
 
     return function
+
+
+def test_a_variable_that_a_submitted_command_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Also where no node is asked for it, and before a store is."""
+    monkeypatch.setenv("PATCHSTREAM_NEEDS_ENV", "PATH NOBODY_HAS_THIS")
+    shown = refused(capsys, "search", tmp_path / "none", "--row", 1)
+    assert "error: NOBODY_HAS_THIS not set in the environment of" in shown
+    assert "PATH" not in shown
