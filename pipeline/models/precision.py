@@ -47,7 +47,10 @@ def choose_dtype(requested: DTypeName, *, cuda: bool, hardware: Hardware | None 
     if cuda and hardware.compute_capability is None:
         raise SpecError("a GPU was asked for, but torch sees none on this machine; drop --gpus-per-actor or use one")
     if requested == "float16" and not cuda:
-        raise SpecError("--dtype float16 runs on GPUs only; on a CPU use auto, float32 or bfloat16")
+        raise SpecError(
+            "--dtype float16 runs on GPUs only: --gpus-per-actor 1; on a CPU use auto, float32 or bfloat16, but a run "
+            "keeps the precision that it began with"
+        )
     if requested == "int8" and (cuda or not hardware.cpu_flags & INT8_CPU_FLAGS):
         where = (
             "on a GPU; use float8 or bfloat16 there" if cuda else "on this CPU, which has no VNNI or AMX units for it"

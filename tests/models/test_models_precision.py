@@ -56,7 +56,7 @@ def test_what_is_asked_for_is_given(name: DTypeName) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(SpecError, match="float16 runs on GPUs only"):
+    with pytest.raises(SpecError, match="float16 runs on GPUs only: --gpus-per-actor 1"):
         choose_dtype("float16", cuda=False, hardware=PLAIN)
     with pytest.raises(SpecError, match="torch sees none"):
         choose_dtype("auto", cuda=True, hardware=PLAIN)
