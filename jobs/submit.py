@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from cluster.submission import Job, Jobs
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_NOT_HERE = ("submit", "explore")
+# They need the terminal here, a browser, or standard input, which a Ray job has not.
+_NOT_HERE = ("submit", "explore", "predict")
 
 
 def submit(

@@ -255,6 +255,7 @@ def wait_until(condition: object, log: Path | None, timeout_s: float = 150) -> N
     [
         (("--", "embd", "x"), "no such command to run as a job; did you mean `embed`?"),
         (("--", "submit", "x"), "no such command to run as a job"),
+        (("--", "predict", "--model", "m"), "no such command to run as a job"),
         (("--env", "A=b", "--", "embed", "x"), "give the name of a variable alone"),
         (("--image", "i", "--working-dir", ".", "--", "embed", "x"), "give one of them"),
         (("--image", "i", "--env", "A", "--", "embed", "x"), "--env A with --image: Ray starts that container without"),
