@@ -20,7 +20,7 @@ help:  ## list the tasks
 # torch as the index has it: PyPI's for Linux brings CUDA, also to machines without a GPU (README says how not to).
 # torchvision comes without its dependencies, because only the tests want it (timm, their reference, imports it).
 $(STAMP): pyproject.toml constraints.txt
-	@$(BIN)/python $(FITS) 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python $(FITS) 2>/dev/null || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
 	@$(BIN)/python $(FITS) || { echo "$$($(BIN)/python --version) is not one of 3.11 to 3.14; name one that is:" \
 		"make install PYTHON=python3.12"; exit 1; } >&2
 	@$(BIN)/python -m pip install --quiet --upgrade "pip>=25"

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 # A python that makes an environment with a copy of itself in it, has no pip of its own, and fetches nothing.
 PYTHON = """#!/bin/sh
 case "$1 $2" in
-"-m venv") rm -rf "$4" && mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
+"-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
 "-m pip") echo "$@" >> "{log}" ;;
 "--version ") echo "Python {version}" ;;
 "-c "*) exec "{real}" -S -c "import sys; sys.modules['pip'] = sys; sys.version_info = ({tuple})
@@ -58,6 +58,17 @@ def test_an_environment_that_fits_stays_and_one_without_pip_does_not(tmp_path: P
     place.write_text(place.read_text().replace("sys.modules['pip'] = sys; ", "sys.modules['pip'] = None; "))
     assert install(tmp_path, second).returncode == 0
     assert place.read_bytes() == second.read_bytes()
+
+
+def test_what_a_link_in_its_place_leads_to_stays(tmp_path: Path) -> None:
+    kept = tmp_path / "elsewhere" / "bin" / "python"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("#!/bin/sh\nexit 1\n")
+    kept.chmod(0o755)
+    (tmp_path / "venv").symlink_to(tmp_path / "elsewhere")
+    done = install(tmp_path, python(tmp_path, "3.12.3"))
+    assert done.returncode == 0, done.stderr
+    assert kept.read_text() == "#!/bin/sh\nexit 1\n"
 
 
 def test_make_and_the_package_and_the_readme_name_the_same_pythons() -> None:
