@@ -27,7 +27,6 @@ HOLDING = """
 import sys, time
 from fsspec.implementations.local import LocalFileSystem
 from pipeline.lock import locked
-from pipeline.processes import is_running
 with locked(LocalFileSystem(), sys.argv[1], "testing"):
     print("held", flush=True)
     time.sleep(60)
