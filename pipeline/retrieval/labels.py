@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from pipeline.retrieval.arrays import Ints
 from pipeline.retrieval.matrix import Matrix
 from pipeline.retrieval.query import quote
 from pipeline.retrieval.store import FeatureStore
-from pipeline.storage import Options, filesystem, redact
+from pipeline.storage import Options, filesystem, is_local, redact
 from schemas.errors import SpecError
 
 # The first of them that a file has names its rows: an address is no other table's, a number may be.
@@ -137,7 +138,9 @@ def _labels_of_rows(path: str, named: dict[str, str], rows: dict[str, list[int]]
 def _read_text(path: str, storage_options: Options) -> str:
     fs, inside = filesystem(path, storage_options)
     try:
-        return str(fs.cat_file(inside).decode("utf-8-sig"))
+        # `<(…)` in a shell is a pipe, and fsspec seeks in what it reads.
+        content = Path(inside).read_bytes() if is_local(fs) else fs.cat_file(inside)
+        return str(content.decode("utf-8-sig"))
     except FileNotFoundError:
         raise SpecError(f"--labels {redact(path)}: no such file") from None
     except UnicodeDecodeError as error:
