@@ -130,12 +130,20 @@ class _RangeReader(io.RawIOBase):
         data: bytes = self._fs.cat_file(self._path, start=start, end=stop)
         if len(data) == self._size != stop - start:
             # The server gave the whole file, whatever was asked for, and would each time.
-            self._copy = tempfile.TemporaryFile(prefix="patchstream-")  # noqa: SIM115  # closed with the reader
-            self._copy.write(data)
+            self._keep(data)
             return data[start:stop]
         if len(data) != stop - start:
             raise ConnectionError(f"{len(data):,} bytes came instead of {stop - start:,}")
         return data
+
+    def _keep(self, data: bytes) -> None:
+        """Where there is no room for a copy, the server is asked each time."""
+        with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
+            copy = opened.enter_context(tempfile.TemporaryFile(prefix="patchstream-"))
+            copy.write(data)
+            copy.flush()
+            self._copy = copy
+            opened.pop_all()  # it is closed with the reader
 
 
 def patiently(uri: str, call: Callable[[], T]) -> T:
