@@ -18,6 +18,8 @@ NO_CREDENTIALS = frozenset(
     {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError"}
     | {"ProfileNotFound", "GoogleAuthError"}
 )
+# Of google-auth, whose errors are all of the last kind: no answer from those who give out tokens.
+_NO_ANSWER = frozenset({"TransportError", "TimeoutError"})
 _ELSEWHERE = "choose another --out"
 _CAUSES = {
     errno.ENOSPC: "the disk is full; free some space",
@@ -32,6 +34,12 @@ _CAUSES = {
     errno.EISDIR: f"a folder stands where the file should go; {_ELSEWHERE}",
     errno.EBUSY: "the store kept asking to slow down; go on later, or with a lower fetch.concurrency",
 }
+
+
+def lacks_credentials(error: BaseException) -> bool:
+    """Whether there are no credentials that hold; the most derived class that is known decides."""
+    names = [kind.__name__ for kind in type(error).__mro__]
+    return next((name for name in names if name in NO_CREDENTIALS | _NO_ANSWER), "") in NO_CREDENTIALS
 
 
 def write_error(path: str, error: Exception, *, resumable: bool = True) -> OutputError:

@@ -92,6 +92,7 @@ _BY_CLASS_NAME = {
     "ServerDisconnectedError": _CONNECTION,
     "ConnectionError": _CONNECTION,
     "HTTPClientError": _CONNECTION,
+    "TransportError": _CONNECTION,
     "ResponseParserError": _UNREADABLE,
 }
 

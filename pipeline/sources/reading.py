@@ -17,7 +17,7 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 
 from pipeline.storage import Options, is_local, open_filesystem, redact
-from pipeline.store_errors import NO_CREDENTIALS, TRANSIENT_STATUS
+from pipeline.store_errors import TRANSIENT_STATUS, lacks_credentials
 from schemas.errors import SourceError
 
 T = TypeVar("T")
@@ -172,7 +172,7 @@ def source_error(uri: str, error: BaseException) -> SourceError:
         return SourceError(f"{place}: no such file, folder or prefix")
     if isinstance(cause, PermissionError) or status in {401, 403} or detail.startswith("Forbidden"):
         return SourceError(f"{place}: access is denied; check the credentials and their rights ({detail})")
-    if any(kind.__name__ in NO_CREDENTIALS for kind in type(cause).__mro__):
+    if lacks_credentials(cause):
         return SourceError(
             f"{place}: no credentials were found ({detail}); give them by environment, profile or --storage-options, "
             'or say {"anon": true} for a public bucket'

@@ -2,7 +2,8 @@
 
 import pytest
 from botocore.exceptions import NoCredentialsError, PartialCredentialsError, ProfileNotFound, TokenRetrievalError
-from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, RefreshError
+from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, RefreshError, TransportError
+from google.auth.exceptions import TimeoutError as TokenTimeoutError
 
 from pipeline.images.verdict import judge
 from pipeline.sources.reading import source_error
@@ -25,3 +26,12 @@ def test_credentials_that_are_not_there_are_told_as_such(error: Exception) -> No
     assert str(source_error("s3://bucket/a", error)).startswith("s3://bucket/a: no credentials were found")
     verdict = judge(error)
     assert (verdict.error, verdict.again, verdict.retryable) == ("NoCredentials", False, True)
+
+
+@pytest.mark.parametrize(
+    ("error", "name"), [(TransportError("no route"), "ConnectionFailed"), (TokenTimeoutError("late"), "TimedOut")]
+)
+def test_a_server_of_tokens_that_does_not_answer_is_no_lack_of_credentials(error: Exception, name: str) -> None:
+    assert str(source_error("gs://bucket/a", error)).startswith("gs://bucket/a: cannot be read (")
+    verdict = judge(error)
+    assert (verdict.error, verdict.again, verdict.retryable) == (name, True, True)
