@@ -3,7 +3,7 @@ rows are out of sight."""
 
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fsspec import AbstractFileSystem
 
@@ -19,6 +19,13 @@ _SWAP_S = 10.0
 _LOOK_S = 0.2
 
 
+def listing(fs: AbstractFileSystem, folder: str, *, detail: bool = False) -> list[Any]:
+    """What `ls` finds directly under `folder` now, also where storage options ask for listings to be kept: a run
+    changes. Raises what the store raises."""
+    fs.invalidate_cache(folder)  # `refresh=True` is refused by drivers that keep nothing, such as SFTP's
+    return list(fs.ls(folder, detail=detail))
+
+
 def list_files(fs: AbstractFileSystem, folder: str, suffix: str) -> list[tuple[str, int]]:
     """Path and size of each visible file directly under `folder` that ends in `suffix`, by name; none where there is no
     such folder. Names that begin with a point or an underscore are hidden: writes under way.
@@ -27,8 +34,7 @@ def list_files(fs: AbstractFileSystem, folder: str, suffix: str) -> list[tuple[s
     """
     with reading(folder):
         try:
-            # Also where storage options ask for listings to be kept: the run changes.
-            entries = fs.ls(folder, detail=True, refresh=True)
+            entries = listing(fs, folder, detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return []
     # A link is neither "file" nor "directory".

@@ -17,6 +17,7 @@ from fsspec import AbstractFileSystem
 from pipeline.attempt_files import as_known, is_alive, read_attempt, shares_rows
 from pipeline.processes import process_mark
 from pipeline.record import current_versions
+from pipeline.settled import listing
 from pipeline.storage import Options, create_bytes, filesystem, is_local, join, put_bytes, redact
 from pipeline.store_errors import reading
 from schemas.attempt import AttemptRecord
@@ -194,7 +195,7 @@ def _is_lately(moment: str) -> bool:
 def _numbers(fs: AbstractFileSystem, path: str) -> list[int]:
     try:
         with reading(join(path, "attempts")) as folder:
-            names = fs.ls(folder, detail=False, refresh=True)
+            names = listing(fs, folder)
     except FileNotFoundError:
         return []
     stems = [name.rpartition("/")[2].removesuffix(".json") for name in names]

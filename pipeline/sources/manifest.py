@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
+from pipeline.settled import listing
 from pipeline.sources.columns import ColumnMisfit, concatenated, conformed, unified
 from pipeline.sources.expand import expand
 from pipeline.storage import Options, filesystem, join, put_bytes, redact, remove
@@ -113,7 +114,7 @@ def require_parts(out: str, parts: list[ManifestPart], storage_options: Options)
     fs, path = filesystem(out, storage_options)
     there: set[str] = set()
     with suppress(FileNotFoundError), reading(join(path, "manifest")) as folder:
-        there = {str(place).rpartition("/")[2] for place in fs.ls(folder, detail=False, refresh=True)}
+        there = {str(place).rpartition("/")[2] for place in listing(fs, folder)}
     missing = [part.name for part in parts if part.name not in there]
     if missing:
         raise OutputError(
@@ -126,7 +127,7 @@ def _remove_leftovers(fs: AbstractFileSystem, path: str, first_row: int, check: 
     """Delete parts that no record names: all that begin at `first_row` or behind it. They are listed before `check`,
     so that there is none among them of a job that took over."""
     try:
-        found = fs.ls(join(path, "manifest"), detail=False, refresh=True)
+        found = listing(fs, join(path, "manifest"))
     except (FileNotFoundError, NotADirectoryError):
         return
     for name in (str(place).rpartition("/")[2] for place in found):

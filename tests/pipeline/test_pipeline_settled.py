@@ -2,9 +2,11 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from support.fleeting import fleeting
 from support.gcs import GcsServer
 from support.runs import RunContent, write_run
@@ -47,6 +49,17 @@ def test_listings_that_storage_options_keep_are_not_believed(run: Path, s3_serve
     assert len(seen.parts("images")) == 3
     assert compaction.compact(url, 1 << 30, {"s3": s3_server.storage_options}) == 3
     assert len(seen.parts("images")) == 1
+
+
+class _Sftp(LocalFileSystem):  # type: ignore[misc]
+    """Lists with the arguments that SFTP's driver takes."""
+
+    def ls(self, path: str, detail: bool = False) -> Any:
+        return super().ls(path, detail=detail)
+
+
+def test_a_driver_that_keeps_no_listings_is_asked_for_none_anew(run: Path) -> None:
+    assert len(list_parts(_Sftp(), str(run))) == 3
 
 
 @pytest.mark.parametrize("denied", ["*images*", "*plan.json*"])
