@@ -34,7 +34,7 @@ _NO_CHAINS = frozenset({"s3", "gs", "http"})
 CACHES = frozenset({"simplecache", "filecache", "blockcache", "cached"})
 # Their drivers answer from listings they keep, Azure's even where `refresh` is asked for.
 _LISTINGS_KEPT = frozenset({"s3", "gs", "abfs", "abfss", "az"})
-_PACKAGE = re.compile(r"^/.*/runtime_resources/working_dir_files/[^/]+/")
+_PACKAGE = re.compile(r"^(?:file://)?/.*/runtime_resources/working_dir_files/[^/]+(?:/|$)")
 # As long as botocore waits, unless told otherwise.
 _SILENT_S = 60.0
 _ALIASES = {"gcs": "gs", "s3a": "s3", "https": "http", "local": "file"}
@@ -156,7 +156,8 @@ def absolute(url: str) -> str:
 def lasting(url: str) -> str:
     """`url` as it is recorded: absolute, but relative where it lies in what a Ray job brought along (`--working-dir`),
     whose folder is named by its content and is another one for the next job."""
-    return _PACKAGE.sub("", absolute(url))
+    inside, mark, place = absolute(url).rpartition("::")
+    return f"{inside}{mark}{place and (_PACKAGE.sub('', place) or '.')}"
 
 
 def real_name(path: str) -> str:

@@ -4,6 +4,7 @@ import json
 import re
 import threading
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -269,8 +270,9 @@ def test_a_run_whose_source_was_recorded_as_typed_goes_on(
     assert reopen_failures(str(out), False, {})[0] == 0, "retry has run.json alone to go by"
 
 
+@pytest.mark.parametrize("typed", ["list.csv", ".", "zip://*.csv::list.zip", "simplecache::list.csv"])
 def test_what_a_ray_job_brings_along_is_one_source_from_job_to_job(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    typed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`--working-dir` is unpacked into a folder that is named by its content."""
     records = []
@@ -278,7 +280,9 @@ def test_what_a_ray_job_brings_along_is_one_source_from_job_to_job(
         folder = tmp_path / "runtime_resources" / "working_dir_files" / package
         folder.mkdir(parents=True)
         (folder / "list.csv").write_text("uri\ns3://bucket/1.jpg\n")
+        with zipfile.ZipFile(folder / "list.zip", "w") as packed:
+            packed.write(folder / "list.csv", "list.csv")
         monkeypatch.chdir(folder)
-        records.append(opened("list.csv", tmp_path / "out"))
+        records.append(opened(typed, tmp_path / "out"))
     assert records[0] == records[1]
-    assert records[0].spec["sources"] == ["list.csv"]
+    assert records[0].spec["sources"] == [typed]
