@@ -78,18 +78,20 @@ def _state_dict(content: dict[str, Any], path: Path) -> dict[str, "Tensor"]:
         plain = inner[0]
     tensors = _tensors(plain)
     names = _trained(tensors)
+    misfits = []
     for key in RUNNING_MEANS:
         mean = content.get(key)
         places = (mean, mean.get("module")) if isinstance(mean, dict) else ()
         for one in filter(None, (_tensors(place) for place in places if isinstance(place, dict))):
             if not names or _trained(one) == names:
                 return one
-            others = sorted(_trained(one) ^ names)
-            log.warning(
-                "%s: has a running mean (%s), but not of the weights beside it: %d other names, such as %s. What was "
-                "trained last is taken; for the other save that one alone",
-                *(path, key, len(others), others[0]),
-            )
+            misfits.append((key, sorted(_trained(one) ^ names)))
+    for key, others in misfits:
+        log.warning(
+            "%s: has a running mean (%s), but not of the weights beside it: %d other names, such as %s. What was "
+            "trained last is taken; for the other save that one alone",
+            *(path, key, len(others), others[0]),
+        )
     return tensors
 
 

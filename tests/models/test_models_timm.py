@@ -236,6 +236,7 @@ def test_the_state_dict_of_a_file_with_several(tmp_path: Path) -> None:
         ({"model": {"w": LAST}, "model_ema": {"decay": 0.99, "module": {"w": MEAN}}}, MEAN),
         ({"model": {"w": LAST}, "model_ema": {}}, LAST),
         ({"model": {"w": LAST}, "model_ema": {"shadow.w": MEAN}}, LAST),
+        ({"model": {"w": LAST}, "state_dict_ema": {"shadow.w": MEAN}, "model_ema": {"w": MEAN}}, MEAN),
         ({"state_dict": {"model": {"w": LAST}}}, LAST),
         ({"model_ema": {"w": MEAN}}, MEAN),
         ({"model": {"w": LAST, "relative_position_index": torch.zeros(1, dtype=int)}, "model_ema": {"w": MEAN}}, MEAN),
@@ -243,10 +244,11 @@ def test_the_state_dict_of_a_file_with_several(tmp_path: Path) -> None:
     ],
 )
 def test_a_running_mean_counts_where_it_is_one_of_these_weights(
-    content: dict[str, Any], taken: torch.Tensor, tmp_path: Path
+    content: dict[str, Any], taken: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.save(content, tmp_path / "checkpoint.pth")
     assert read_tensors(find_weights(tmp_path)) == {"w": taken}
+    assert bool(caplog.messages) == ("shadow.w" in str(content) and taken is LAST)
     assert read_shapes(find_weights(tmp_path)) == {"w": (1,)}
 
 
