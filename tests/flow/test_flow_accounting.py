@@ -73,13 +73,13 @@ def test_a_swap_that_was_cut_short_is_finished_before_rows_are_counted(spec: Job
 def test_a_run_merges_only_parts_that_were_not_full(spec: JobSpec, connect: Connect, tmp_path: Path) -> None:
     run(spec, connect)
     parts = list((Path(spec.out) / "images").iterdir())
-    for target, left in ((4, len(parts)), (16, 1)):
+    for target, left in ((7, len(parts)), (9, 1)):  # FULL_FRACTION is an eighth
         sink = spec.sink.model_copy(update={"compact_bytes": target * parts[0].stat().st_size})
         other = spec.model_copy(update={"out": str(tmp_path / str(target)), "sink": sink})
         run(other, connect)
         assert len(list((Path(other.out) / "images").iterdir())) == left
         all_there(other)
-    assert maintenance.compact(str(tmp_path / "4"), sink.compact_bytes, {}) == len(parts)
+    assert maintenance.compact(str(tmp_path / "7"), sink.compact_bytes, {}) == len(parts)
 
 
 def test_rows_of_two_parts_end_in_one(spec: JobSpec, connect: Connect) -> None:
