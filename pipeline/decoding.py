@@ -50,6 +50,13 @@ def cut(rest: Spans, sizes: Iterable[int]) -> Iterator[pa.Table]:
 
 
 def decode_rows(ranges: pa.Table, job: DecodeJob) -> Iterator[pa.Table]:
+    """`decoded_tables` in a process that only decodes."""
+    if not job.null:
+        steady_memory()
+    yield from decoded_tables(ranges, job)
+
+
+def decoded_tables(ranges: pa.Table, job: DecodeJob) -> Iterator[pa.Table]:
     """Decoded tables for `ranges`, a table of `start` and `stop` rows."""
     check_release(job.driver)
     _check_shared(job)
@@ -59,7 +66,6 @@ def decode_rows(ranges: pa.Table, job: DecodeJob) -> Iterator[pa.Table]:
     if job.null:
         yield from no_pixels(manifest, job.block_rows)
         return
-    steady_memory()
     with closing(_guard(job.run_id)) as guard:
         yield from fetch_and_decode(
             manifest,

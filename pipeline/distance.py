@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.decoding import DecodeJob, cut, decode_rows
+from pipeline.decoding import DecodeJob, cut, decoded_tables
 from pipeline.models import ModelInfo
 from pipeline.models.precision import LEAST_MEDIAN
 from pipeline.opening import ResolvedJob
@@ -111,7 +111,7 @@ def _first_pictures(looks: Iterable[pa.Table], decode: DecodeJob) -> npt.NDArray
     height, width = decode.reading.preprocessing.output_size
     found = np.empty((0, height, width, 3), np.uint8)
     for ranges in looks:
-        decoded = pa.concat_tables(decode_rows(ranges, decode))
+        decoded = pa.concat_tables(decoded_tables(ranges, decode))
         found = np.concatenate([found, pixels_of(decoded, height, width)])[:IMAGES]
         away = pc.and_(pc.equal(decoded["stage"], "fetch"), decoded["retryable"])
         if len(found) == IMAGES or pc.all(pc.fill_null(away, False)).as_py():

@@ -16,6 +16,7 @@ from support.runs import RunContent, manifest_name, write_run
 
 from jobs.demo.draw import write_pictures
 from pipeline.decoding import DecodeJob, decode_rows
+from pipeline.distance import _first_pictures
 from pipeline.images.stage import Reading
 from pipeline.models import inspect_model
 from pipeline.online import Settings, answer
@@ -63,11 +64,21 @@ def _predict(photo: str, model: str) -> None:
     answer(inspect_model(model), [base64.b64encode(Path(photo).read_bytes()).decode()], Settings())
 
 
-def _decode(run: str, name: str) -> None:
-    job = DecodeJob(
+RANGES = pa.table({"start": [0], "stop": [2]})
+
+
+def _job(run: str, name: str) -> DecodeJob:
+    return DecodeJob(
         run, [ManifestPart(name, 0, 2)], Reading(Preprocessing(resize=(8, 8))), 2, "run", release(), null=False
     )
-    list(decode_rows(pa.table({"start": [0], "stop": [2]}), job))
+
+
+def _decode(run: str, name: str) -> None:
+    list(decode_rows(RANGES, _job(run, name)))
+
+
+def _look_for_pictures(run: str, name: str) -> None:
+    _first_pictures([RANGES], _job(run, name))
 
 
 @pytest.mark.parametrize("work", [_preflight, _predict])
@@ -82,3 +93,8 @@ def test_a_forward_pass_gets_the_same_memory_again(tmp_path: Path, work: Callabl
 def test_a_decoder_gives_pictures_back_to_the_system(tmp_path: Path) -> None:
     content = RunContent({"cls": np.zeros((2, 4), np.float32)}, uris=[str(tmp_path / name) for name in "ab"])
     assert mapped_after(_decode, str(write_run(tmp_path / "run", content)), manifest_name(content))
+
+
+def test_who_measures_a_precision_decodes_and_computes_features_in_one_process(tmp_path: Path) -> None:
+    content = RunContent({"cls": np.zeros((2, 4), np.float32)}, uris=[str(tmp_path / name) for name in "ab"])
+    assert not mapped_after(_look_for_pictures, str(write_run(tmp_path / "run", content)), manifest_name(content))
