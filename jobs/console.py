@@ -170,7 +170,7 @@ def _summary_rows(summary: "Summary", report: str | None, attention: str | None)
             rows.append(("precision", _precision(attempt.distance)))
     else:
         rows.append(("this attempt", "nothing was left to do"))
-    from pipeline.storage import join
+    from pipeline.addresses import join
 
     places = (("report", report), ("attention maps", attention))
     return [*rows, ("dataset", join(summary.out, "images/*.parquet")), *((name, at) for name, at in places if at)]

@@ -87,7 +87,7 @@ def _check_rows(store: "FeatureStore", k: int | None, ks: list[int] | None) -> N
 
 
 def _show_clusters(summary: dict[str, Any], directory: str) -> None:
-    from pipeline.storage import join
+    from pipeline.addresses import join
 
     if "sweep" in summary:
         print_table(["k", "inertia", "silhouette"], [list(trial.values()) for trial in summary["sweep"]])
@@ -136,10 +136,10 @@ def duplicates(
     as_json: AsJson = False,
 ) -> int:
     """Group files with the same bytes and pictures that are nearly the same; say what could be deleted."""
+    from pipeline.addresses import join
     from pipeline.retrieval.duplicates import check_threshold, find_duplicates, write_duplicates
     from pipeline.retrieval.output import check_name
     from pipeline.retrieval.thresholds import pairs_around
-    from pipeline.storage import join
 
     check_name(name)
     if html is not None and around is None:

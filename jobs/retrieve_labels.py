@@ -37,9 +37,9 @@ def probe(
     as_json: AsJson = False,
 ) -> int:
     """Train a linear classifier on the features, judge it on held-out rows, and save it."""
+    from pipeline.addresses import join
     from pipeline.retrieval.labels import column_text, labels_from_column, labels_from_csv
     from pipeline.retrieval.output import check_name
-    from pipeline.storage import join
 
     check_name(name)
     if (label_column is None) == (labels is None):
@@ -147,8 +147,8 @@ def apply(
     as_json: AsJson = False,
 ) -> int:
     """Label every row with a trained head, without touching an image."""
+    from pipeline.addresses import join
     from pipeline.retrieval.apply import apply_head
-    from pipeline.storage import join
 
     with opened(directory, storage_options) as store:
         summary = apply_head(store, probe, out, top_k=top_k, storage_options=parse_options(storage_options))

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.addresses import absolute, join
 from pipeline.images.stage import Reading, fetch_and_decode
 from pipeline.models import ModelInfo, inspect_model
 from pipeline.models.attention import Rollout, rollout_origin
@@ -24,7 +25,7 @@ from pipeline.sinks import intervals
 from pipeline.sinks.intervals import Spans
 from pipeline.sinks.ledger import read_ledger
 from pipeline.sources.manifest import read_rows
-from pipeline.storage import absolute, filesystem, join, put_bytes, redact
+from pipeline.storage import filesystem, put_bytes, redact
 from schemas.errors import SpecError
 from schemas.spec import JobSpec
 

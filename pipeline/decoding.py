@@ -14,13 +14,14 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import logs, metrics
+from pipeline.addresses import join
 from pipeline.images.guard import CrashGuard, forget
 from pipeline.images.limits import steady_memory
 from pipeline.images.stage import Reading, fetch_and_decode
 from pipeline.predictors.null import no_pixels
 from pipeline.sinks.intervals import Spans
 from pipeline.sources.manifest import ManifestPart, read_rows
-from pipeline.storage import filesystem, is_local, join
+from pipeline.storage import filesystem, is_local
 from schemas.errors import ClusterError
 from schemas.machines import SHARE
 from schemas.release import Release, check_release

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import ray
 
+from pipeline.addresses import absolute
 from pipeline.decoding import DecodeJob, cut, decode_rows, forget_crashes
 from pipeline.distance import known_distance, measure_distance, rows_to_measure, warn_if_unmeasured
 from pipeline.images.stage import Reading
@@ -35,7 +36,7 @@ from pipeline.sinks.intervals import Spans
 from pipeline.sinks.ledger import Ledger, read_ledger
 from pipeline.sinks.parts import remove_abandoned
 from pipeline.sinks.ray_writer import Committed, Received, WriteJob, commit_stream
-from pipeline.storage import absolute, filesystem, redact
+from pipeline.storage import filesystem, redact
 from schemas.attempt import AttemptRecord, Distance
 from schemas.errors import Interrupted, OutputError
 from schemas.losses import unwrap

@@ -14,19 +14,9 @@ from typing import Any
 from fsspec import AbstractFileSystem
 from pydantic import ValidationError
 
+from pipeline.addresses import absolute, join, lasting
 from pipeline.lock import Held, locked
-from pipeline.storage import (
-    Options,
-    absolute,
-    exists,
-    filesystem,
-    is_local,
-    join,
-    lasting,
-    put_bytes,
-    read_json,
-    redact,
-)
+from pipeline.storage import Options, exists, filesystem, is_local, put_bytes, read_json, redact
 from pipeline.store_errors import read_error, reading
 from schemas.errors import OutputError
 from schemas.release import VERSION

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
+from pipeline.addresses import join
 from pipeline.flow import Connect, run
 from pipeline.opening import ResolvedJob
 from pipeline.placement import Placement
 from pipeline.predicting import place_job, placement_of
 from pipeline.progress import Progress
-from pipeline.storage import Options, filesystem, join
+from pipeline.storage import Options, filesystem
 from schemas.errors import Interrupted
 from schemas.machines import Machines
 from schemas.spec import JobSpec

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from fsspec import AbstractFileSystem
 
-from pipeline.storage import exists, join, read_json, redact
+from pipeline.addresses import join
+from pipeline.storage import exists, read_json, redact
 from pipeline.store_errors import reading
 from schemas.errors import OutputError
 from schemas.tables import SWAP_PLAN

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
 
+from pipeline.addresses import ALIASES, NO_CHAINS, is_chained, scheme, small_scheme
 from pipeline.signals import uninterrupted
 from pipeline.store_errors import write_error
 from pipeline.web_options import web_options, with_basic_auth
@@ -28,33 +28,10 @@ from schemas.redaction import redact as redact
 
 Options = Mapping[str, Any]
 
-# These hold their objects themselves, so that no address that begins with one is a chain, whatever its key holds.
-_NO_CHAINS = frozenset({"s3", "gs", "http"})
-# These keep copies of what the address behind them leads to, and have no paths of their own: `simplecache::s3://b/k`.
-CACHES = frozenset({"simplecache", "filecache", "blockcache", "cached"})
 # Their drivers answer from listings they keep, Azure's even where `refresh` is asked for.
 _LISTINGS_KEPT = frozenset({"s3", "gs", "abfs", "abfss", "az"})
-_PACKAGE = re.compile(r"^(?:file://)?/.*/runtime_resources/working_dir_files/[^/]+(?:/|$)")
 # As long as botocore waits, unless told otherwise.
 _SILENT_S = 60.0
-_ALIASES = {"gcs": "gs", "s3a": "s3", "https": "http", "local": "file"}
-
-
-def scheme(url: str) -> str:
-    """`file`, `s3`, `gs`, `http`, …; aliases such as `https`, `s3a` and `gcs` folded into one name."""
-    protocol = str(get_protocol(small_scheme(url)))
-    return _ALIASES.get(protocol, protocol)
-
-
-def small_scheme(url: str) -> str:
-    """`url` with its scheme in small letters, as fsspec knows it; `HTTPS://` is the same (RFC 3986, 3.1)."""
-    kind, mark, place = url.partition("://")
-    return f"{kind.lower()}{mark}{place}" if mark and kind.isalnum() else url
-
-
-def is_chained(url: str) -> bool:
-    """Whether `url` names one file system inside another, as `zip://a.png::s3://bucket/x.zip` does."""
-    return "::" in url and scheme(url) not in _NO_CHAINS
 
 
 def options_for(url: str, storage_options: Options) -> dict[str, Any]:
@@ -74,7 +51,7 @@ def options_for(url: str, storage_options: Options) -> dict[str, Any]:
             f"storage options are keyed by scheme ({', '.join(sorted(by_scheme))}), but these are not: {loose}; "
             "put each under the scheme it is for"
         )
-    options = dict({_ALIASES.get(key, key): value for key, value in by_scheme.items()}.get(name, {}))
+    options = dict({ALIASES.get(key, key): value for key, value in by_scheme.items()}.get(name, {}))
     return with_basic_auth(options) if name == "http" else options
 
 
@@ -111,7 +88,7 @@ def open_filesystem(url: str, storage_options: Options) -> tuple[AbstractFileSys
     try:
         with uninterrupted():  # the first time this imports the driver
             fsspec.get_filesystem_class(get_protocol(url))
-        if scheme(url) in _NO_CHAINS and "::" in url:
+        if scheme(url) in NO_CHAINS and "::" in url:
             fs, _ = fsspec.core.url_to_fs(url.partition("::")[0], **options)
             return fs, str(fs._strip_protocol(url))
         fs, path = fsspec.core.url_to_fs(url, **options)
@@ -143,38 +120,11 @@ def is_local(fs: AbstractFileSystem) -> bool:
     return isinstance(fs, LocalFileSystem)
 
 
-def absolute(url: str) -> str:
-    """`url` in a form that means the same place in every process of this machine: local paths become absolute, read as
-    `filesystem` reads them (`~`, `file:`, `local:`), also where another file system lies in a local file."""
-    if is_chained(url):
-        inside, mark, place = url.rpartition("::")
-        local = "file://" if "://" in place else ""
-        return f"{inside}{mark}{local}{absolute(place)}" if scheme(place) == "file" else url
-    return os.path.abspath(LocalFileSystem._strip_protocol(small_scheme(url))) if scheme(url) == "file" else url
-
-
-def lasting(url: str) -> str:
-    """`url` as it is recorded: absolute, but relative where it lies in what a Ray job brought along (`--working-dir`),
-    whose folder is named by its content and is another one for the next job."""
-    inside, mark, place = absolute(url).rpartition("::")
-    return f"{inside}{mark}{place and (_PACKAGE.sub('', place) or '.')}"
-
-
-def real_name(path: str) -> str:
-    """The file that is shown as `path`: in manifests a byte of a name that is no UTF-8 stands as `\\udcXX`."""
-    return re.sub(r"\\udc([89a-f][0-9a-f])", lambda shown: chr(0xDC00 + int(shown[1], 16)), path)
-
-
 def cache_folder() -> Path:
     """Where this user keeps what was fetched: `$PATCHSTREAM_CACHE`, else `patchstream` in `$XDG_CACHE_HOME` or
     `~/.cache`."""
     user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("PATCHSTREAM_CACHE") or f"{user}/patchstream").expanduser()
-
-
-def join(base: str, *names: str) -> str:
-    """`base/name/…`, for paths and URLs alike."""
-    return "/".join([base.rstrip("/"), *names])
 
 
 def put_bytes(fs: AbstractFileSystem, path: str, data: bytes) -> None:

@@ -4,9 +4,10 @@ import os
 
 import numpy as np
 
+from pipeline.addresses import absolute, is_chained, join, scheme
 from pipeline.record import require_record
 from pipeline.sources.manifest import part_named, read_rows
-from pipeline.storage import absolute, filesystem, is_chained, is_local, join, scheme
+from pipeline.storage import filesystem, is_local
 from schemas.spec import JobSpec
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem, sync
 
+from pipeline.addresses import is_chained, real_name, scheme, small_scheme
 from pipeline.images.archives import Archives
 from pipeline.images.verdict import (
     HttpStatusError,
@@ -22,7 +23,7 @@ from pipeline.images.verdict import (
     changed,
     too_many_bytes,
 )
-from pipeline.storage import is_chained, is_local, open_filesystem, real_name, scheme, small_scheme
+from pipeline.storage import is_local, open_filesystem
 from pipeline.versions import same_size
 from schemas.errors import ImageError
 

@@ -12,9 +12,10 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import sync
 from fsspec.callbacks import Callback
 
+from pipeline.addresses import CACHES, real_name, scheme
 from pipeline.images.reader import Reader
 from pipeline.images.verdict import changed
-from pipeline.storage import CACHES, is_local, real_name, redact, scheme
+from pipeline.storage import is_local, redact
 from pipeline.store_errors import NO_ROOM
 from pipeline.versions import same_size, same_version
 from schemas.errors import ImageError

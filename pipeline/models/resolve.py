@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 
 from fsspec import AbstractFileSystem
 
+from pipeline.addresses import lasting, scheme
 from pipeline.models.hub import SMALL_FILES, TEXT_FILES, from_hub, nowhere
 from pipeline.models.tokenizing import NAMES
 from pipeline.models.weights import WEIGHT_SUFFIXES, is_weight_file, refuse_several
-from pipeline.storage import cache_folder, exists, filesystem, lasting, redact, scheme
+from pipeline.storage import cache_folder, exists, filesystem, redact
 from pipeline.store_errors import NO_ROOM
 from schemas.errors import CheckpointError
 

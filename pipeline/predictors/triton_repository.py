@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pipeline
 import schemas
 from pipeline import storage
+from pipeline.addresses import join
 from pipeline.models import ModelInfo
 from pipeline.models.hub import SMALL_FILES
 from pipeline.models.weights import Weights, find_weights
@@ -73,7 +74,7 @@ def export_triton(
     fs, root = storage.filesystem(out, storage_options)
     names = [name, f"{name}{ONNX_SUFFIX}"] if onnx else [name]
     for one in names:
-        if storage.exists(fs, storage.join(root, one)):
+        if storage.exists(fs, join(root, one)):
             raise OutputError(f"{out}: a model {one} is there already; remove it, or choose another --name")
     with tempfile.TemporaryDirectory(prefix="patchstream-triton-") as folder:
         write_python_model(info, Path(folder) / name, serving)
@@ -81,7 +82,7 @@ def export_triton(
             write_onnx_model(info, Path(folder) / f"{name}{ONNX_SUFFIX}", serving)
         fs.makedirs(root, exist_ok=True)
         for one in names:
-            fs.put(str(Path(folder) / one), storage.join(root, one), recursive=True)
+            fs.put(str(Path(folder) / one), join(root, one), recursive=True)
     return names
 
 

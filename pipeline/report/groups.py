@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.addresses import join
 from pipeline.report.run import RunDirectory, batches
 from pipeline.report.scan import ImageScan
 from pipeline.report.text import thousands
 from pipeline.results import list_results
 from pipeline.settled import list_parquet
-from pipeline.storage import join, read_json, redact
+from pipeline.storage import read_json, redact
 from schemas.errors import OutputError
 
 

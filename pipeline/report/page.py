@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from pipeline.addresses import join
 from pipeline.report.charts import counter_bars, most_frequent, score_bars, side_bars, stage_times
 from pipeline.report.groups import Grouping, load_clusterings, load_duplicates
 from pipeline.report.projection import project, sample_features
@@ -18,7 +19,7 @@ from pipeline.report.summary import facts, progress, tiles
 from pipeline.report.text import asset, environment, hash_source, thousands
 from pipeline.report.thumbnails import Thumbnailer, addresses
 from pipeline.report.view import Pictures, Plot, cluster_sheets, duplicate_sheets, map_view
-from pipeline.storage import join, put_bytes, redact
+from pipeline.storage import put_bytes, redact
 
 _MAP_POINTS = 800
 _THUMBNAIL_SIDE = 112

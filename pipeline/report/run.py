@@ -9,11 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
+from pipeline.addresses import join
 from pipeline.attempt_files import as_known, read_attempt
 from pipeline.columns import is_damage, open_columns
 from pipeline.record import require_record
 from pipeline.settled import became_another, is_same_run, list_files, list_parquet, settled_listing
-from pipeline.storage import filesystem, join, redact
+from pipeline.storage import filesystem, redact
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
 from schemas.run import RunRecord

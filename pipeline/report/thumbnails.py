@@ -20,11 +20,12 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.addresses import real_name, scheme
 from pipeline.columns import holds_images
 from pipeline.report.lookup import RowLookup
 from pipeline.report.run import RunDirectory
 from pipeline.report.shrink import shrink
-from pipeline.storage import filesystem, is_local, real_name, redact, scheme
+from pipeline.storage import filesystem, is_local, redact
 from pipeline.versions import is_header_of, same_object, same_size, same_version
 from schemas.errors import SourceError
 from schemas.spec import FetchSpec

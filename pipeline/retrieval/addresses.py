@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.addresses import is_chained, real_name, scheme
 from pipeline.retrieval.arrays import Ints, Mask
 from pipeline.retrieval.store import FeatureStore
-from pipeline.storage import is_chained, real_name, scheme
 
 _SHOWN = 5
 # What `places` remembers; addresses come folder by folder, more or less.

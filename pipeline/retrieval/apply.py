@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.addresses import join
 from pipeline.encoding import encode
 from pipeline.retrieval.arrays import Floats, Ints, Mask, lengths
 from pipeline.retrieval.head import HeadRecord, load_head
@@ -17,7 +18,7 @@ from pipeline.retrieval.output import staged
 from pipeline.retrieval.parts import Part, open_parquet
 from pipeline.retrieval.store import FeatureStore
 from pipeline.settled import list_parquet
-from pipeline.storage import Options, exists, filesystem, join, put_bytes, read_json, redact, remove
+from pipeline.storage import Options, exists, filesystem, put_bytes, read_json, redact, remove
 from schemas.errors import OutputError, SpecError
 from schemas.run import AppliedHead, RunRecord, difference
 from schemas.spec import FEATURE_NAMES

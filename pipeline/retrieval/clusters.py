@@ -7,13 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.addresses import join
 from pipeline.retrieval.arrays import Floats, Ints, Preparation
 from pipeline.retrieval.lloyd import Clustering, assign
 from pipeline.retrieval.matrix import Matrix
 from pipeline.retrieval.output import check_name, replacing, staged, write_json
 from pipeline.retrieval.query import quote
 from pipeline.retrieval.store import FeatureStore
-from pipeline.storage import join
 from schemas.errors import SpecError
 
 _SCHEMA = pa.schema([("row", pa.int64()), ("cluster", pa.int32()), ("distance", pa.float32())])

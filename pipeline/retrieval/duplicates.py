@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
+from pipeline.addresses import join
 from pipeline.retrieval.addresses import named_elsewhere, places
 from pipeline.retrieval.arrays import Floats, Ints, Mask, Preparation
 from pipeline.retrieval.components import Components
@@ -21,7 +22,7 @@ from pipeline.retrieval.output import check_name, replacing, write_json, write_t
 from pipeline.retrieval.pairs import near_pairs
 from pipeline.retrieval.query import run_query
 from pipeline.retrieval.store import FeatureStore
-from pipeline.storage import join, put_bytes
+from pipeline.storage import put_bytes
 from schemas.errors import SpecError
 
 # On a trained ViT-Ti/16, re-compressed copies (JPEG quality 30 to 90, WebP 50) and copies of half the size keep a

@@ -13,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from pipeline.addresses import join
 from pipeline.retrieval.logistic import Linear
 from pipeline.retrieval.output import check_name, list_folders
 from pipeline.retrieval.store import FeatureStore
-from pipeline.storage import Options, exists, filesystem, join, put_bytes, redact
+from pipeline.storage import Options, exists, filesystem, put_bytes, redact
 from schemas.errors import OutputError
 from schemas.run import ModelRecord
 

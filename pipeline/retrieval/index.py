@@ -12,12 +12,13 @@ import faiss
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.addresses import join
 from pipeline.retrieval.arrays import Floats, Ints, Preparation
 from pipeline.retrieval.index_kinds import Kind, check_kind, kind_for, new_index, train
 from pipeline.retrieval.matrix import Matrix
 from pipeline.retrieval.output import check_name, list_folders, replacing, staged, write_json
 from pipeline.retrieval.store import FeatureStore
-from pipeline.storage import is_local, join, read_json, redact
+from pipeline.storage import is_local, read_json, redact
 from schemas.errors import OutputError
 
 

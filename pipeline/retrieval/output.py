@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
-from pipeline.storage import exists, is_local, join, put_bytes, remove
+from pipeline.addresses import join
+from pipeline.storage import exists, is_local, put_bytes, remove
 from pipeline.store_errors import write_error
 from schemas.errors import SpecError
 

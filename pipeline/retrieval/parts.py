@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from numpy.typing import NDArray
 
+from pipeline.addresses import join
 from pipeline.columns import open_columns
 from pipeline.retrieval.arrays import Ints
 from pipeline.settled import became_another, is_same_run, list_parquet, settled_listing
-from pipeline.storage import is_local, join, redact
+from pipeline.storage import is_local, redact
 from schemas.errors import OutputError
 from schemas.run import RunRecord, difference, part_model
 from schemas.tables import METADATA_KEY, user_fields

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.addresses import join
 from pipeline.retrieval.arrays import Floats, Ints, Preparation, Progress
 from pipeline.retrieval.head import HeadRecord, save_head
 from pipeline.retrieval.labels import Labelled, check_shots, shots, split
@@ -24,7 +25,7 @@ from pipeline.retrieval.plots import confusion
 from pipeline.retrieval.scores import Judgement, Scores, judge, score
 from pipeline.retrieval.sides import Sides
 from pipeline.retrieval.store import FeatureStore
-from pipeline.storage import join, put_bytes
+from pipeline.storage import put_bytes
 from schemas.errors import SpecError
 
 STRENGTHS = tuple(float(value) for value in 10.0 ** np.arange(-5, 2.1, 1))

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from fsspec import AbstractFileSystem
 
+from pipeline.addresses import join
 from pipeline.retrieval.arrays import Floats, Ints, Preparation
 from pipeline.retrieval.clusters import Members, check_label_column, clusters_table, finish, new_members
 from pipeline.retrieval.kmeans import fit, running_mean
@@ -19,7 +20,6 @@ from pipeline.retrieval.output import check_name, replacing, write_table
 from pipeline.retrieval.parts import Part
 from pipeline.retrieval.ray_parts import PartReader, over_parts
 from pipeline.retrieval.store import FeatureStore
-from pipeline.storage import join
 from schemas.errors import SpecError
 
 _SAMPLE_ROWS = 32_768

@@ -11,6 +11,7 @@ import pyarrow.dataset as pads
 from fsspec import AbstractFileSystem
 from numpy.typing import NDArray
 
+from pipeline.addresses import join
 from pipeline.columns import ColumnReads
 from pipeline.record import require_record
 from pipeline.results import list_results
@@ -27,7 +28,7 @@ from pipeline.retrieval.parts import (
 )
 from pipeline.retrieval.query import MEMORY, execute, literal, quote, run_query, temporary_folder, view_names
 from pipeline.settled import list_parquet
-from pipeline.storage import Options, filesystem, is_local, join, redact
+from pipeline.storage import Options, filesystem, is_local, redact
 from pipeline.store_errors import manifest_error, read_error
 from schemas.errors import OutputError, SpecError
 from schemas.run import RunRecord

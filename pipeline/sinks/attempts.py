@@ -14,11 +14,12 @@ from datetime import UTC, datetime
 
 from fsspec import AbstractFileSystem
 
+from pipeline.addresses import join
 from pipeline.attempt_files import as_known, is_alive, read_attempt, shares_rows
 from pipeline.processes import process_mark
 from pipeline.record import current_versions
 from pipeline.settled import listing
-from pipeline.storage import Options, create_bytes, filesystem, is_local, join, put_bytes, redact
+from pipeline.storage import Options, create_bytes, filesystem, is_local, put_bytes, redact
 from pipeline.store_errors import reading
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError

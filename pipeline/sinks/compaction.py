@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 from fsspec import AbstractFileSystem
 
+from pipeline.addresses import join
 from pipeline.encoding import encode
 from pipeline.lock import Held, locked
 from pipeline.sinks import intervals
@@ -31,17 +32,7 @@ from pipeline.sinks.parts import (
     read_columns,
     read_row_numbers,
 )
-from pipeline.storage import (
-    Options,
-    exists,
-    filesystem,
-    is_local,
-    join,
-    put_bytes,
-    read_json,
-    redact,
-    remove,
-)
+from pipeline.storage import Options, exists, filesystem, is_local, put_bytes, read_json, redact, remove
 from pipeline.store_errors import reading, write_error
 from schemas.errors import OutputError, PatchstreamError
 from schemas.tables import METADATA_KEY, SWAP_PLAN

@@ -20,10 +20,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
+from pipeline.addresses import join
 from pipeline.columns import is_damage, open_columns
 from pipeline.encoding import encode
 from pipeline.settled import list_parquet
-from pipeline.storage import exists, is_local, join, put_bytes, redact
+from pipeline.storage import exists, is_local, put_bytes, redact
 from pipeline.store_errors import read_error, reading
 from schemas.errors import OutputError
 from schemas.tables import FAILURES_SCHEMA

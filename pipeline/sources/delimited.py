@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
+from pipeline.addresses import scheme
 from pipeline.sources.quotes import quotes_enclose
 from pipeline.sources.reading import open_unpacked, source_error
-from pipeline.storage import Options, redact, scheme
+from pipeline.storage import Options, redact
 from pipeline.store_errors import NO_ROOM
 from schemas.errors import SourceError
 

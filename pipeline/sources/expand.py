@@ -12,13 +12,14 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.addresses import CACHES, is_chained, scheme
 from pipeline.sources.columns import content_table, shown_name
 from pipeline.sources.listing import address_of, list_source, named_by, wanted
 from pipeline.sources.stores import Entry
 from pipeline.sources.tables import BATCH_ROWS, parquet_kind, read_image_table, read_uri_table, suffix
 from pipeline.sources.tar import COMPRESSED, SIDECARS, TarImage, list_tar
 from pipeline.sources.text import TEXT_SUFFIXES
-from pipeline.storage import CACHES, filesystem, is_chained, is_local, redact, scheme
+from pipeline.storage import filesystem, is_local, redact
 from schemas.errors import SourceError, SpecError
 from schemas.spec import JobSpec
 

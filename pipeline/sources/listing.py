@@ -8,9 +8,10 @@ from urllib.parse import unquote, urlsplit
 
 from fsspec import AbstractFileSystem
 
+from pipeline.addresses import CACHES, absolute, scheme
 from pipeline.sources.reading import source_error
 from pipeline.sources.stores import Entry, crawl, list_gcs, list_s3, local_entry, walk_any, walk_local
-from pipeline.storage import CACHES, Options, absolute, exists, is_local, open_filesystem, scheme
+from pipeline.storage import Options, exists, is_local, open_filesystem
 from schemas.errors import SourceError
 
 _LIST_KEYS: dict[str, Callable[[AbstractFileSystem, str, str], Iterator[Entry]]] = {"s3": list_s3, "gs": list_gcs}

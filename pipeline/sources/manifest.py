@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
+from pipeline.addresses import join
 from pipeline.settled import listing
 from pipeline.sources.columns import ColumnMisfit, concatenated, conformed, unified
 from pipeline.sources.expand import expand
-from pipeline.storage import Options, filesystem, join, put_bytes, redact, remove
+from pipeline.storage import Options, filesystem, put_bytes, redact, remove
 from pipeline.store_errors import manifest_error, reading
 from schemas.errors import OutputError, SourceError
 from schemas.spec import JobSpec

@@ -13,12 +13,13 @@ from urllib.parse import urlsplit, urlunsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.addresses import CACHES, is_chained, scheme
 from pipeline.columns import held_bytes, holds_images, is_damage, places_of
 from pipeline.sources.columns import content_table
 from pipeline.sources.reading import open_object, source_error
 from pipeline.sources.stores import Entry
 from pipeline.sources.text import TEXT_SUFFIXES, read_text
-from pipeline.storage import CACHES, Options, is_chained, redact, scheme
+from pipeline.storage import Options, redact
 from schemas.errors import SourceError
 from schemas.spec import JobSpec
 from schemas.tables import MANIFEST_FIELDS, METADATA_KEY

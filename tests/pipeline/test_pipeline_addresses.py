@@ -12,7 +12,8 @@ from support.gcs import GcsServer
 from support.s3 import S3Server
 
 from jobs.cli import run_command
-from pipeline.storage import absolute, filesystem, is_local, options_for, redact, scheme
+from pipeline.addresses import absolute, scheme
+from pipeline.storage import filesystem, is_local, options_for, redact
 from schemas.errors import SourceError, SpecError
 
 SetEnv = Callable[[Mapping[str, str]], None]

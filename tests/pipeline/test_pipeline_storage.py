@@ -16,7 +16,8 @@ from support.flaky_proxy import FlakyProxy
 from support.gcs import GcsServer
 from support.s3 import S3Server
 
-from pipeline.storage import create_bytes, filesystem, join, put_bytes, read_json
+from pipeline.addresses import join
+from pipeline.storage import create_bytes, filesystem, put_bytes, read_json
 from schemas.errors import OutputError
 
 Place = tuple[Any, str]  # a file system, and a folder on it that no other test uses
