@@ -31,6 +31,12 @@ def is_chained(url: str) -> bool:
     return "::" in url and scheme(url) not in NO_CHAINS
 
 
+def behind_caches(url: str) -> str:
+    """`s3://b/k` of `simplecache::s3://b/k`."""
+    cache, _, behind = url.partition("::")
+    return behind_caches(behind) if cache in CACHES else url
+
+
 def absolute(url: str) -> str:
     """`url` in a form that means the same place in every process of this machine: local paths become absolute, read as
     `filesystem` reads them (`~`, `file:`, `local:`), also where another file system lies in a local file."""

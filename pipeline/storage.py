@@ -28,7 +28,7 @@ from schemas.redaction import redact as redact
 
 Options = Mapping[str, Any]
 
-# Their drivers answer from listings they keep, Azure's even where `refresh` is asked for.
+# Their drivers answer from listings that they keep, unless told not to.
 _LISTINGS_KEPT = frozenset({"s3", "gs", "abfs", "abfss", "az"})
 # As long as botocore waits, unless told otherwise.
 _SILENT_S = 60.0

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.addresses import CACHES, is_chained, scheme
+from pipeline.addresses import behind_caches, is_chained, scheme
 from pipeline.sources.columns import content_table, shown_name
 from pipeline.sources.listing import address_of, list_source, named_by, wanted
 from pipeline.sources.stores import Entry
@@ -222,7 +222,7 @@ def _plain_table(entries: list[Entry]) -> pa.Table:
 def _without_output(entries: Iterator[Entry], source: str, spec: JobSpec) -> Iterator[Entry]:
     """What an earlier attempt wrote below the source is no input. Raises SpecError where that would be all of it."""
     inside = _folder(spec.out, spec)
-    behind = _behind_caches(source)
+    behind = behind_caches(source)
     one_store = scheme(behind) == scheme(spec.out) and not is_chained(behind)
     if one_store and _folder(behind, spec).startswith(inside):
         raise SpecError(
@@ -230,20 +230,11 @@ def _without_output(entries: Iterator[Entry], source: str, spec: JobSpec) -> Ite
             "below the source or beside it"
         )
     if scheme(behind) != "file":
-        return (entry for entry in entries if not _behind_caches(entry.uri).startswith(inside))
+        return (entry for entry in entries if not behind_caches(entry.uri).startswith(inside))
     # A folder may be named by several paths, through links; thousands of entries share one.
     real = lru_cache(1024)(os.path.realpath)
-    return (entry for entry in entries if not f"{real(os.path.dirname(_local_path(entry.uri)))}/".startswith(inside))
-
-
-def _behind_caches(url: str) -> str:
-    """`s3://b/k` of `simplecache::s3://b/k`."""
-    cache, _, behind = url.partition("::")
-    return _behind_caches(behind) if cache in CACHES else url
-
-
-def _local_path(uri: str) -> str:
-    return _behind_caches(uri).removeprefix("file://")
+    paths = ((entry, behind_caches(entry.uri).removeprefix("file://")) for entry in entries)
+    return (entry for entry, path in paths if not f"{real(os.path.dirname(path))}/".startswith(inside))
 
 
 def _folder(url: str, spec: JobSpec) -> str:
