@@ -95,7 +95,8 @@ def remove_rows(out: str, folder: str, rows: Spans, storage_options: Options) ->
 
 
 def drop_repeats(out: str, twice: Spans, storage_options: Options) -> int:
-    """Leave one copy of each row in `twice`, which only a write by an orphaned worker can have made.
+    """Leave one copy of each row in `twice`. Between parts an orphaned worker's write can have made the others; within
+    a part, a version that wrote what a repeated task gave again.
 
     An image outweighs a failure; between parts of a kind the first by name stays. Returns how many copies went.
     """
@@ -109,7 +110,9 @@ def drop_repeats(out: str, twice: Spans, storage_options: Options) -> int:
                 continue  # what was left of an earlier part has this one's rows, and with them its name
             rows = read_row_numbers(fs, path, part)
             mine = intervals.contains(twice, rows)
-            again = intervals.contains(kept, rows)
+            later = np.ones(len(rows), bool)
+            later[np.unique(rows, return_index=True)[1]] = False
+            again = intervals.contains(kept, rows) | (mine & later)
             kept = intervals.union([kept, intervals.from_rows(rows[mine])])
             if again.any():
                 written.update(_swap(fs, path, held, [part], [_read(fs, path, part).filter(pa.array(~again))]))

@@ -91,11 +91,15 @@ def list_parts(fs: AbstractFileSystem, out: str) -> list[Part]:
 
 
 def split(predicted: pa.Table, images_schema: pa.Schema) -> tuple[pa.Table, pa.Table]:
-    """Predicted rows as an `images` table and a `failures` table, each by ascending row.
+    """Predicted rows as an `images` table and a `failures` table, each by ascending row, each row once.
 
+    A task that Ray repeats may cut its blocks elsewhere, and so give rows again: an image outweighs a failure.
     Addresses lose their signatures here: what stands in the output is made to be shared.
     """
-    ordered = predicted.sort_by("row")
+    rows = predicted["row"].to_numpy()
+    order = np.lexsort((pc.is_valid(predicted["error"]).to_numpy(), rows))
+    _, first = np.unique(rows[order], return_index=True)
+    ordered = predicted.take(pa.array(order[first]))
     uris = pa.array([redact(uri) for uri in ordered["uri"].to_pylist()], pa.string())
     ordered = ordered.set_column(ordered.column_names.index("uri"), images_schema.field("uri"), uris)
     failed = pc.is_valid(ordered["error"])
