@@ -103,10 +103,12 @@ def reopen_failures(
     compaction.recover(out, storage_options)  # in the midst of a swap rows are out of sight
     ledger = read_ledger(out, storage_options)
     rows = [_failed_rows(out, part, everything, storage_options) for part in _failures(ledger)]
-    again = intervals.union(intervals.from_rows(found) for found in rows)
-    left = reopen(out, record, storage_options).pending(ledger)
+    opened = reopen(out, record, storage_options)
+    current = intervals.complement(opened.replaced, opened.first, opened.stop)
+    again = intervals.common(intervals.union(intervals.from_rows(found) for found in rows), current)
+    left = opened.pending(ledger)
     if not len(again) and not len(left):
-        count = intervals.count(ledger.failures)
+        count = opened.count(ledger.failures)
         raise NothingToRetry(
             f"{redact(out)}: none of its {count:,} failures is worth another try as it stands (a 404 or a broken "
             "file stays one); use --all to try them regardless"

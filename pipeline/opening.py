@@ -93,8 +93,14 @@ class Opened(NamedTuple):
         return pending(ledger, self.first, self.stop, self.replaced)
 
     def count(self, rows: Spans) -> int:
-        """How many of `rows` are of the shard."""
-        return intervals.count(intervals.intersect(rows, self.first, self.stop))
+        """How many of `rows` are of the shard, without those that are replaced."""
+        inside = intervals.intersect(rows, self.first, self.stop)
+        return intervals.count(inside) - intervals.count(intervals.common(inside, self.replaced))
+
+    @property
+    def rows(self) -> int:
+        """How many rows of the shard are to come to an end."""
+        return self.count(intervals.complement(intervals.EMPTY, self.first, self.stop))
 
 
 def resolve_job(spec: JobSpec) -> ResolvedJob:

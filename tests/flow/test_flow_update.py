@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.flaky_proxy import FlakyProxy
@@ -14,8 +15,11 @@ from support.s3 import S3Server
 from pipeline import maintenance
 from pipeline.flow import Connect, run
 from pipeline.opening import open_directory, resolve_job
+from pipeline.progress import Progress
+from pipeline.sinks.parts import write_part
 from schemas.errors import OutputError, SpecError
 from schemas.spec import JobSpec, build_spec
+from schemas.tables import FAILURES_SCHEMA
 
 pytestmark = pytest.mark.slow
 
@@ -83,6 +87,27 @@ def test_an_update_does_what_is_new_and_drops_what_it_replaces(connect: Connect,
     assert Counter(images_in(out, options).values())["03.jpg"] == 1
     assert run(spec, connect).attempt.rows_planned == 0
     assert maintenance.verify(out, by_scheme).problems == []
+
+
+def test_an_update_counts_no_rows_that_it_replaces(tmp_path: Path, connect: Connect) -> None:
+    source, out = tmp_path / "in", str(tmp_path / "out")
+    source.mkdir()
+    for number in range(10):
+        (source / f"{number}.jpg").write_bytes(b"x")
+    spec = spec_for(str(source), out)
+    failure = {"uri": "x", "stage": "decode", "error": "Truncated", "message": "", "attempts": 1, "retryable": False}
+    failures = pa.Table.from_pylist([{"row": row, **failure} for row in range(4)], FAILURES_SCHEMA)
+    metadata = open_directory(resolve_job(spec)).record.part_metadata()
+    write_part(fsspec.filesystem("file"), out, "failures", failures, metadata)
+    assert run(spec, connect).failures == 4
+    for number in range(3):
+        (source / f"{number}.jpg").write_bytes(b"changed")
+    seen: list[Progress] = []
+    summary = run(spec_for(str(source), out, update=True), connect, seen.append)
+    counted = [(look.done, look.committed, look.total, look.failures) for look in seen if look.total]
+    assert counted[0] == (7, 7, 10, 1)
+    assert counted[-1] == (10, 10, 10, 1)
+    assert (summary.rows, summary.images, summary.failures) == (10, 9, 1)
 
 
 def test_an_update_of_a_new_directory_lists_the_sources_once(

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import fsspec
 import pyarrow as pa
+import pytest
 
-from pipeline.maintenance import status, verify
+from pipeline.maintenance import NothingToRetry, reopen_failures, status, verify
 from pipeline.opening import Opened, open_directory, resolve_job
 from pipeline.sinks.compaction import remove_rows
 from pipeline.sinks.parts import write_part
@@ -56,6 +57,20 @@ def test_rows_that_were_replaced_are_a_problem_and_count_once(tmp_path: Path) ->
         remove_rows(out, folder, run.replaced, {})
     assert verify(out, {}).problems == []
     assert status(out, {})["images"] == status(out, {})["failures"] == 2
+
+
+def test_failures_that_were_replaced_are_not_tried_again(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        (tmp_path / "in" / name).write_bytes(b"first")
+    store(tmp_path, opened(tmp_path, update=False), {0: "Truncated", 1: "Truncated", 2: "NotFound"})
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / "in" / name).write_bytes(b"second, and longer")
+    store(tmp_path, opened(tmp_path, update=True), {3: "", 4: ""})
+    with pytest.raises(NothingToRetry, match="none of its 1 failures"):
+        reopen_failures(str(tmp_path / "out"), False, {})
+    assert reopen_failures(str(tmp_path / "out"), True, {})[0] == 1
+    assert status(str(tmp_path / "out"), {})["pending"] == 1
 
 
 def test_a_swap_that_was_cut_short_replaces_nothing(tmp_path: Path) -> None:
