@@ -98,7 +98,7 @@ def _list_http(fs: AbstractFileSystem, source: str) -> Iterator[Entry]:
     page)."""
     _, _, path, query, fragment = urlsplit(source)
     if "*" in path:
-        matches, parts = _matcher(unquote(source)), unquote(source).split("/")
+        matches, parts = _matcher(unquote(source)), unquote(source).rstrip("/").split("/")
         folder = _static_prefix(source, "*").rpartition("/")[0] + "/"
         for entry in crawl(fs, folder, lambda below: _leads_to(unquote(below).rstrip("/").split("/"), parts)):
             if matches(unquote(entry.uri)):

@@ -148,6 +148,7 @@ def test_an_index_page_is_a_folder(tmp_path: Path, http_server: Callable[..., Ht
     assert listed(f"{server.url}/sub/*/*.jpg") == [server.url_of("sub/deep/é.jpg")]
     assert listed(f"{server.url}/*.png") == [server.url_of("b c.png")]
     assert len(listed(f"{server.url}/**/*.jpg")) == 4
+    assert listed(f"{server.url}/s*/") == listed(f"{server.url}/s*") == listed(f"{server.url}/sub/")
     assert server.control.requests("/other/") == before + 1
 
 
