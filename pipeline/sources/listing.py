@@ -1,6 +1,7 @@
 """List files, folders, globs and prefixes, page by page: memory does not grow with the number of keys."""
 
 import fnmatch
+import glob
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from schemas.errors import SourceError
 
 _LIST_KEYS: dict[str, Callable[[AbstractFileSystem, str, str], Iterator[Entry]]] = {"s3": list_s3, "gs": list_gcs}
 _WILD = "*?["
+_ENCODED_WILD = re.compile("%(?:2A|3F|5B)", re.IGNORECASE)
 
 
 def list_source(source: str, storage_options: Options) -> Iterator[Entry]:
@@ -72,7 +74,7 @@ def _list_local(path: str) -> Iterator[Entry]:
 
 
 def _list_bucket(fs: AbstractFileSystem, kind: str, path: str) -> Iterator[Entry]:
-    """The object `path` if there is one, else what matches the glob, else the folder, else all keys with the prefix."""
+    """The object `path` if there is one, else the folder, else what matches the glob, or all keys with the prefix."""
     list_keys = _LIST_KEYS[kind]
     bucket, _, key = path.partition("/")
     if _is_glob(bucket):
@@ -82,15 +84,16 @@ def _list_bucket(fs: AbstractFileSystem, kind: str, path: str) -> Iterator[Entry
         if first is not None and first.uri == f"{kind}://{bucket}/{key}":
             yield first
             return
-    if _is_glob(key):
+    folder = f"{key.rstrip('/')}/"
+    if key and (key != folder or _is_glob(key)) and next(list_keys(fs, bucket, folder), None) is not None:
+        yield from list_keys(fs, bucket, folder)
+    elif _is_glob(key):
         matches = _matcher(f"{kind}://{path}")
         for entry in list_keys(fs, bucket, _static_prefix(key)):
             if matches(entry.uri):
                 yield entry
-        return
-    if key and not key.endswith("/") and next(list_keys(fs, bucket, f"{key}/"), None) is not None:
-        key = f"{key}/"
-    yield from list_keys(fs, bucket, key)
+    else:
+        yield from list_keys(fs, bucket, key)
 
 
 def _list_http(fs: AbstractFileSystem, source: str) -> Iterator[Entry]:
@@ -98,8 +101,10 @@ def _list_http(fs: AbstractFileSystem, source: str) -> Iterator[Entry]:
     page)."""
     _, _, path, query, fragment = urlsplit(source)
     if "*" in path:
-        matches, parts = _matcher(unquote(source)), unquote(source).rstrip("/").split("/")
         folder = _static_prefix(source, "*").rpartition("/")[0] + "/"
+        # The folder is asked for as it stands, and an encoded character behind it stands for itself.
+        pattern = glob.escape(unquote(folder)) + unquote(_ENCODED_WILD.sub(r"[\g<0>]", source.removeprefix(folder)))
+        matches, parts = _matcher(pattern), pattern.rstrip("/").split("/")
         for entry in crawl(fs, folder, lambda below: _leads_to(unquote(below).rstrip("/").split("/"), parts)):
             if matches(unquote(entry.uri)):
                 yield entry

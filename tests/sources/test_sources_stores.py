@@ -39,6 +39,16 @@ def test_an_object_goes_before_a_folder_and_a_folder_before_a_prefix(store: Serv
     assert listed(f"{base}/none", options) == []
 
 
+def test_a_folder_that_is_called_as_a_pattern_goes_before_it(store: Server) -> None:
+    bucket, options = store.make_bucket(), store.storage_options
+    for name in ("run[1]/a.jpg", "run[1]/deep/b.jpg", "run1/c.jpg", "any?/d.jpg", "anyx/e.jpg"):
+        base = store.put(bucket, name, b"x").removesuffix(f"/{name}")
+    for source in (f"{base}/run[1]/", f"{base}/run[1]"):
+        assert listed(source, options, base) == ["run[1]/a.jpg", "run[1]/deep/b.jpg"]
+    assert listed(f"{base}/any?/", options, base) == ["any?/d.jpg"]
+    assert listed(f"{base}/run[1]/*.jpg", options, base) == listed(f"{base}/run[1]*", options, base) == ["run1/c.jpg"]
+
+
 def test_two_colons_in_a_key_are_no_chain(store: Server) -> None:
     bucket, options = store.make_bucket(), store.storage_options
     for name in ("a.jpg", "a.jpg::crop.jpg", "x::y/b.jpg"):
@@ -150,6 +160,19 @@ def test_an_index_page_is_a_folder(tmp_path: Path, http_server: Callable[..., Ht
     assert len(listed(f"{server.url}/**/*.jpg")) == 4
     assert listed(f"{server.url}/s*/") == listed(f"{server.url}/s*") == listed(f"{server.url}/sub/")
     assert server.control.requests("/other/") == before + 1
+
+
+def test_what_is_encoded_in_a_glob_on_the_web_is_no_wildcard(
+    tmp_path: Path, http_server: Callable[..., HttpServer]
+) -> None:
+    tree(tmp_path, ["q [1]/a*b.jpg", "q [1]/axb.jpg", "q [1]/s?/c.jpg", "q [1]/sx/c.jpg", "q 1/d[1].jpg", "q 1/d1.jpg"])
+    server = http_server(tmp_path)
+    below = [server.url_of(f"q [1]/{name}") for name in ("a*b.jpg", "axb.jpg", "s?/c.jpg", "sx/c.jpg")]
+    assert listed(f"{server.url}/q%20%5B1%5D/*.jpg") == below[:2]
+    assert listed(f"{server.url}/*/a%2ab.jpg") == below[:1]
+    assert listed(f"{server.url}/*/s%3F/c.jpg") == below[2:3]
+    assert listed(f"{server.url}/*/d%5b1%5D.jpg") == [server.url_of("q 1/d[1].jpg")]
+    assert listed(f"{server.url}/*/[ad][1x]*.jpg") == [below[1], server.url_of("q 1/d1.jpg")]
 
 
 def test_links_that_sort_the_index_anew_are_no_files(tmp_path: Path, http_server: Callable[..., HttpServer]) -> None:
