@@ -37,6 +37,16 @@ def behind_caches(url: str) -> str:
     return behind_caches(behind) if cache in CACHES else url
 
 
+def file_name(url: str) -> str:
+    """The last segment of what `url` names: in front of the archive that this lies in, of a query and of a fragment."""
+    url = behind_caches(url)
+    path = url.partition("::")[0] if is_chained(url) else url
+    if scheme(url) == "http":
+        # By hand: what is no address, such as `http://[abc/a.jpg`, is a row too.
+        path = re.split("[?#]", url, maxsplit=1)[0].partition("://")[2].partition("/")[2]
+    return path.rpartition("/")[2]
+
+
 def absolute(url: str) -> str:
     """`url` in a form that means the same place in every process of this machine: local paths become absolute, read as
     `filesystem` reads them (`~`, `file:`, `local:`), also where another file system lies in a local file."""

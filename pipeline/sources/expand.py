@@ -194,7 +194,7 @@ def _chosen(tables: Tables, container: Entry, spec: JobSpec) -> Iterator[pa.Tabl
         if not include and not spec.exclude:
             yield table
             continue
-        keep = [wanted(uri, include, spec.exclude) for uri in table["uri"].to_pylist()]
+        keep = [wanted(uri, include, spec.exclude, container.uri) for uri in table["uri"].to_pylist()]
         yield table.filter(pa.array(keep, pa.bool_()))
 
 

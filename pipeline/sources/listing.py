@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 from fsspec import AbstractFileSystem
 
-from pipeline.addresses import CACHES, absolute, scheme
+from pipeline.addresses import CACHES, absolute, file_name, scheme
 from pipeline.sources.reading import source_error
 from pipeline.sources.stores import Entry, crawl, list_gcs, list_s3, local_entry, walk_any, walk_local
 from pipeline.storage import Options, exists, is_local, open_filesystem
@@ -198,12 +198,15 @@ def _leads_to(folder: list[str], pattern: list[str]) -> bool:
     return True
 
 
-def wanted(uri: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> bool:
-    """Whether `uri` passes `--include` and `--exclude`."""
-    return (not include or named_by(uri, include)) and not named_by(uri, exclude)
+def wanted(uri: str, include: tuple[str, ...], exclude: tuple[str, ...], container: str = "") -> bool:
+    """Whether `uri`, which may name a row of the shard or table `container`, passes `--include` and `--exclude`."""
+    return (not include or named_by(uri, include, container)) and not named_by(uri, exclude, container)
 
 
-def named_by(uri: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a pattern fits the whole URI or its last segment; here `*` spans slashes."""
-    name = uri.rpartition("/")[2]
+def named_by(uri: str, patterns: tuple[str, ...], container: str = "") -> bool:
+    """Whether a pattern fits the whole URI or the name of the file; here `*` spans slashes."""
+    if container and uri.startswith(f"{container}#"):
+        name = f"{file_name(container)}{uri.removeprefix(container)}".rpartition("/")[2]
+    else:
+        name = file_name(uri)
     return any(fnmatch.fnmatchcase(uri, pattern) or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

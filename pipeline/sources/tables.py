@@ -13,7 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.addresses import behind_caches, is_chained, scheme
+from pipeline.addresses import file_name, is_chained, scheme
 from pipeline.columns import held_bytes, holds_images, is_damage, places_of
 from pipeline.sources.columns import content_table
 from pipeline.sources.reading import open_object, source_error
@@ -47,12 +47,7 @@ class ParquetKind(NamedTuple):
 
 def suffix(source: str) -> str:
     """Lower-case suffix of the last path segment, without the dot, a query string or a `.gz` behind a text table's."""
-    source = behind_caches(source)
-    path = source.partition("::")[0] if is_chained(source) else source
-    if scheme(source) == "http":
-        path = urlsplit(source).path
-    name = path.rpartition("/")[2].lower()
-    stem, _, last = name.rpartition(".")
+    stem, _, last = file_name(source).lower().rpartition(".")
     inner = stem.rpartition(".")[2]
     return inner if last == "gz" and inner in TEXT_SUFFIXES else last
 

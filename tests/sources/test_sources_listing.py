@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from support.gcs import GcsServer
+from support.http_server import HttpServer
 from support.s3 import S3Server
 from support.shards import make_named_tar
 from support.source_rows import NAMES, listed, read, rows_of, spec_of, tree
@@ -257,6 +259,33 @@ def test_include_and_exclude_look_at_the_address_and_at_its_last_segment() -> No
     assert not wanted("s3://b/cats/1.jpg", ("*.png", "dogs/*"), ())
     assert not wanted("s3://b/cats/1.jpg", ("*.jpg",), ("*/cats/*",))
     assert not wanted("s3://b/cats/.DS_Store", (), (".*",))
+
+
+def test_the_name_is_seen_in_front_of_an_archive_and_of_a_query(
+    tmp_path: Path, http_server: Callable[..., HttpServer]
+) -> None:
+    make_named_tar(tmp_path / "s.tar", {"1.jpg": b"x", "in/2.jpg": b"y"})
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.write(tmp_path / "s.tar", "s.tar")
+        archive.writestr("in/a.jpg", b"A")
+    chain, web = f"::file://{tmp_path}/x.zip", http_server(tmp_path).url
+    (tmp_path / "t.csv").write_text(
+        f"uri\n{web}/a.gif?sig=x/y\n{web}/b.png?n=a.gif\n{web}/a.gif?n=b#c\nhttp://[h/c.bmp\n"
+    )
+    shard, signed, table = f"zip://s.tar{chain}", f"{web}/s.tar?sig=x/y", f"{tmp_path}/t.csv"
+    for include, expected in (
+        (("a.jpg",), [f"zip://in/a.jpg{chain}"]),
+        (("2.*",), [f"{shard}#in/2.jpg", f"{signed}#in/2.jpg"]),
+        (("s.tar#1.*",), [f"{shard}#1.jpg", f"{signed}#1.jpg"]),
+        (("s.*",), [f"{shard}#1.jpg", f"{shard}#in/2.jpg", f"{signed}#1.jpg", f"{signed}#in/2.jpg"]),
+        (("*.gif",), [f"{web}/a.gif?sig=x/y", f"{web}/b.png?n=a.gif", f"{web}/a.gif?n=b#c"]),
+        (("c.bmp",), ["http://[h/c.bmp"]),
+        (("a.gif",), [f"{web}/a.gif?sig=x/y", f"{web}/a.gif?n=b#c"]),
+    ):
+        found = rows_of(spec_of(f"zip://{chain}", signed, table, include=include))
+        assert sorted(found) == sorted(expected), include
+    assert rows_of(spec_of(table, exclude=["a.*", "c.*"])) == [f"{web}/b.png?n=a.gif"]
+    assert rows_of(spec_of(f"zip://{chain}", exclude=["s.tar", "x.*"])) == [f"zip://in/a.jpg{chain}"]
 
 
 def test_include_exclude_and_limit(tmp_path: Path) -> None:
