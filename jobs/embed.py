@@ -158,34 +158,32 @@ def _values(given: dict[str, Any], task: str) -> dict[str, Any]:
 
 def _config(path: str, storage_options: str | None) -> dict[str, Any]:
     """Values of the config file, local or on an object store. Raises SpecError naming it."""
-    from schemas.spec import parse_config, read_config
+    from pipeline.small_files import Unreadable, read_small
+    from pipeline.storage import redact
+    from schemas.spec import parse_config
 
-    if "://" not in path:
-        return read_config(path)
-    from pipeline.storage import filesystem, redact
-
-    fs, inside = filesystem(path, parse_options(storage_options))
     try:
-        data = fs.cat_file(inside)
-    except Exception as error:  # noqa: BLE001  each driver has errors of its own
-        reason = "no such file" if isinstance(error, FileNotFoundError) else redact(str(error)) or type(error).__name__
-        raise SpecError(
-            f"--config {redact(path)}: cannot be read ({reason}). The store's options and credentials are those of the "
-            "environment and of --storage-options, not of the file"
-        ) from None
+        data = read_small(path, parse_options(storage_options))
+    except Unreadable as error:
+        advice = "; give a TOML file"
+        if "://" in path:
+            advice = (
+                ". The store's options and credentials are those of the environment and of --storage-options, not of "
+                "the file"
+            )
+        raise SpecError(f"--config {redact(path)}: cannot be read ({error}){advice}") from None
     return parse_config(data, redact(path))
 
 
 def read_lines(path: str, option: str, storage_options: Mapping[str, Any]) -> list[str]:
     """The lines of a text file, local or on an object store, without empty ones. Raises SpecError naming `option`."""
-    from pipeline.storage import filesystem, redact
+    from pipeline.small_files import Unreadable, read_small
+    from pipeline.storage import redact
 
-    fs, inside = filesystem(path, storage_options)
     try:
-        text = fs.cat_file(inside).decode("utf-8-sig")
-    except Exception as error:  # noqa: BLE001  each driver has errors of its own
-        reason = "no such file" if isinstance(error, FileNotFoundError) else redact(str(error))
-        raise SpecError(f"{option} {redact(path)}: cannot be read as text in UTF-8 ({reason})") from None
+        text = read_small(path, storage_options).decode("utf-8-sig")
+    except (Unreadable, UnicodeDecodeError) as error:
+        raise SpecError(f"{option} {redact(path)}: cannot be read as text in UTF-8 ({error})") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 

@@ -4,7 +4,6 @@ A key that does not exist is an error that names the nearest one that does.
 """
 
 import tomllib
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -175,17 +174,6 @@ def build_spec(values: dict[str, Any]) -> JobSpec:
         return JobSpec.model_validate(values)
     except ValidationError as error:
         raise SpecError("\n".join(explain(item, JobSpec) for item in error.errors())) from None
-
-
-def read_config(path: str) -> dict[str, Any]:
-    """Values of a `--config` TOML file on this machine. Raises SpecError if it cannot be read or is not TOML."""
-    try:
-        data = Path(path).expanduser().read_bytes()
-    except FileNotFoundError:
-        raise SpecError(f"--config {path}: no such file") from None
-    except OSError as error:
-        raise SpecError(f"--config {path}: cannot be read ({error.strerror}); give a TOML file") from None
-    return parse_config(data, path)
 
 
 def parse_config(data: bytes, path: str) -> dict[str, Any]:

@@ -161,6 +161,21 @@ def flaky_proxy(log_dir: Path) -> Iterator[Callable[..., FlakyProxy[Any]]]:
         yield start
 
 
+@pytest.fixture
+def pipe() -> Iterator[Callable[[bytes], str]]:
+    """`pipe(content)` is the path of a pipe that holds it, as `<(…)` in a shell is one."""
+    with contextlib.ExitStack() as stack:
+
+        def make(content: bytes) -> str:
+            read, write = os.pipe()
+            stack.callback(os.close, read)
+            os.write(write, content)
+            os.close(write)
+            return f"/dev/fd/{read}"
+
+        yield make
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 96 drawn pictures and some broken files."""

@@ -10,10 +10,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from pipeline.storage import filesystem, redact
+from pipeline.small_files import Unreadable, read_small
+from pipeline.storage import redact
 from schemas.errors import CheckpointError, SpecError
 
-MAX_BYTES = 64 * 1024 * 1024
 # BEiT leaves out two of the 21,843 classes of Google's ImageNet-21k.
 GOOGLE_21K, BEIT_21K = 21_843, 21_841
 LEFT_OUT_BY_BEIT = (9205, 15027)
@@ -35,25 +35,15 @@ def read_label_file(url: str, count: int, storage_options: Mapping[str, Any]) ->
     development kit.
     """
     where = f"--label-file {redact(url)}"
-    data = _read(url, where, storage_options)
     try:
+        data = read_small(url, storage_options)
         text = data.decode("utf-8-sig")
+    except Unreadable as error:
+        raise SpecError(f"{where}: cannot be read ({error}); give a list of labels") from error
     except UnicodeDecodeError as error:
         raise SpecError(f"{where}: not UTF-8 text ({error}); convert it") from error
     names = _from_json(text, where) if text.lstrip()[:1] in {"{", "["} else _from_lines(text, where)
     return LabelFile(_checked(names, count, where), hashlib.sha256(data).hexdigest())
-
-
-def _read(url: str, where: str, storage_options: Mapping[str, Any]) -> bytes:
-    fs, path = filesystem(url, storage_options)
-    try:
-        with fs.open(path, "rb") as file:
-            data: bytes = file.read(MAX_BYTES + 1)
-    except Exception as error:
-        raise SpecError(f"{where}: cannot be read: {redact(str(error)) or type(error).__name__}") from error
-    if len(data) > MAX_BYTES:
-        raise SpecError(f"{where}: more than {MAX_BYTES >> 20} MiB; that is no list of labels")
-    return data
 
 
 def _from_lines(text: str, where: str) -> list[str]:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,8 @@ from pipeline.retrieval.arrays import Ints
 from pipeline.retrieval.matrix import Matrix
 from pipeline.retrieval.query import quote
 from pipeline.retrieval.store import FeatureStore
-from pipeline.storage import Options, filesystem, is_local, redact
+from pipeline.small_files import Unreadable, read_small
+from pipeline.storage import Options, redact
 from schemas.errors import SpecError
 
 # The first of them that a file has names its rows: an address is no other table's, a number may be.
@@ -136,18 +136,15 @@ def _labels_of_rows(path: str, named: dict[str, str], rows: dict[str, list[int]]
 
 
 def _read_text(path: str, storage_options: Options) -> str:
-    fs, inside = filesystem(path, storage_options)
     try:
-        # `<(…)` in a shell is a pipe, and fsspec seeks in what it reads.
-        content = Path(inside).read_bytes() if is_local(fs) else fs.cat_file(inside)
-        return str(content.decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise SpecError(f"--labels {redact(path)}: no such file") from None
+        # There may be a line for each image, so it may be any size.
+        return read_small(path, storage_options, most_bytes=None).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SpecError(f"--labels {redact(path)}: not a CSV file in UTF-8 ({error})") from None
-    except Exception as error:  # noqa: BLE001  each driver has errors of its own
-        reason = getattr(error, "strerror", None) or redact(str(error)) or type(error).__name__
-        raise SpecError(f"--labels {redact(path)}: cannot be read as a file ({reason}); give a CSV file") from None
+    except Unreadable as error:
+        missing = isinstance(error.__cause__, FileNotFoundError)
+        said = "no such file" if missing else f"cannot be read as a file ({error}); give a CSV file"
+        raise SpecError(f"--labels {redact(path)}: {said}") from None
 
 
 def _read_csv(text: str, path: str) -> tuple[str, dict[str, str]]:

@@ -1,6 +1,7 @@
 """`classify --zero-shot` and `search --text` as a person runs them, with a random LiT pair."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,13 @@ from support import lit
 from support.commands import patchstream, table
 from support.testdata import needs_testdata, photos
 
+from jobs.cli import run_command
 from pipeline.opening import _model_record as model_record
 from pipeline.opening import resolve_job
 from pipeline.record import check_same, new_record, recorded_spec
 from schemas.errors import OutputError, SpecError
 from schemas.run import difference
-from schemas.spec import build_spec
+from schemas.spec import JobSpec, build_spec
 
 LABELS = ("dog", "cat", "red house")
 TEMPLATES = ("a photo of a {}.", "the {}!")
@@ -151,6 +153,16 @@ def test_label_file_that_cannot_be_read(tmp_path: Path, model: Path) -> None:
     }
     with pytest.raises(SpecError, match=r"s3://bucket/words.txt: cannot be read .*Could not connect"):
         read_lines("s3://bucket/words.txt", "--zero-shot", nobody)
+
+
+def test_labels_and_templates_from_pipes(pipe: Callable[[bytes], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `<(…)` in a shell gives them."""
+    asked: list[JobSpec] = []
+    monkeypatch.setattr("jobs.run.run_job", lambda values, **_: asked.append(build_spec(values)) or 0)
+    words, sentences = pipe(b"a cat\n\na dog\n"), pipe(b"a photo of {}\n")
+    config = pipe(f'sources = "in"\nmodel = "m"\nout = "o"\ntemplates = "{sentences}"\n'.encode())
+    assert run_command(["classify", "--config", config, "--zero-shot", words]) == 0
+    assert [(spec.zero_shot, spec.templates) for spec in asked] == [(("a cat", "a dog"), ("a photo of {}",))]
 
 
 def test_long_lists_are_cut_where_two_runs_differ() -> None:

@@ -11,6 +11,7 @@ from support.testdata import TESTDATA, needs_testdata, trained_vit
 
 from pipeline.models import inspect_model
 from pipeline.models.labels import config_labels, read_label_file
+from pipeline.small_files import MOST_BYTES
 from schemas.errors import CheckpointError, SpecError
 
 NAMES = ["tench, Tinca tinca", "goldfish", "great white shark"]
@@ -73,6 +74,19 @@ def test_refused(content: str | bytes, message: str, write: Write) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="cannot be read"):
         read_label_file(str(tmp_path / "none.txt"), 3, {})
+
+
+def test_a_pipe(pipe: Callable[[bytes], str]) -> None:
+    found = read_label_file(pipe(b"a\nb\nc\n"), 3, {})
+    assert found.names == ("a", "b", "c")
+    assert found.digest == hashlib.sha256(b"a\nb\nc\n").hexdigest()
+
+
+def test_a_file_that_is_far_too_large(tmp_path: Path) -> None:
+    with (tmp_path / "images.tar").open("wb") as file:
+        file.truncate(MOST_BYTES + 1)
+    with pytest.raises(SpecError, match=r"cannot be read \(more than 64 MiB\); give a list of labels"):
+        read_label_file(str(tmp_path / "images.tar"), 3, {})
 
 
 @pytest.mark.parametrize("first", ["kit fox, Vulpes macrotis", "n02119789", "n02119789 kit fox", "Kit fox"])
