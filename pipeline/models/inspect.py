@@ -54,11 +54,11 @@ class ModelInfo:
     """A checkpoint, described. Small and picklable: it travels to the actors, which load by it.
 
     `name` leads to it: an absolute path, an address or a hub name; `revision` is the commit of a hub model. `digest` is
-    the SHA-256 over config and weights. `pooled` says which image-level representation `pooled` is, and `pooled_size`
-    its width. `labels` are in the order of the logits, empty without a classifier; `label_digest` is the SHA-256 of the
-    file they come from, if it was one of the user's. `multi_label`: each score is a sigmoid of its own, as it also is
-    for a single label; `regression`: the head gives quantities, of which there are no scores. `zero_head`: so many
-    classes has a head that was left out because it is all zeros. `plan` says how the tensors map to ours.
+    the SHA-256 over config and weights. `labels` are in the order of the logits, empty without a classifier;
+    `label_digest` is the SHA-256 of the file they come from, if it was one of the user's. `multi_label`: each score is
+    a sigmoid of its own, as it also is for a single label; `regression`: the head gives quantities, of which there are
+    no scores. `zero_head`: so many classes has a head that was left out because it is all zeros. `plan` says how the
+    tensors map to ours.
     `zero_shot` is set where the labels are the user's own words, `head` where the classifier is the user's own.
     """
 
@@ -69,17 +69,11 @@ class ModelInfo:
     layout: str
     architecture: str
     digest: str
-    hidden_size: int
-    pooled_size: int
-    has_cls: bool
-    num_labels: int
     labels: tuple[str, ...]
     multi_label: bool
-    pooled: str
     preprocessing: Preprocessing
     parameters: int
     beit_final_norm: bool
-    image_size: tuple[int, int]
     network: Architecture
     plan: Plan
     zero_shot: ZeroShot | None = None
@@ -87,6 +81,36 @@ class ModelInfo:
     head: OwnHead | None = None
     regression: bool = False
     zero_head: int = 0
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers in `cls`."""
+        return self.network.width
+
+    @property
+    def pooled_size(self) -> int:
+        """Numbers in `pooled`."""
+        return self.network.feature_width
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether there is a CLS token."""
+        return self.network.class_token
+
+    @property
+    def num_labels(self) -> int:
+        """Classes of the classifier, 0 without one."""
+        return self.network.num_labels
+
+    @property
+    def pooled(self) -> str:
+        """Which image-level representation `pooled` is."""
+        return self.network.pooled
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of what the model receives, in pixels."""
+        return self.preprocessing.output_size
 
     @property
     def vector_sizes(self) -> dict[str, int]:
@@ -141,18 +165,12 @@ def inspect_model(
         layout=row.layout,
         architecture=title,
         digest=digest_of(weights),
-        hidden_size=network.width,
-        pooled_size=network.feature_width,
-        has_cls=network.class_token,
-        num_labels=network.num_labels,
         labels=labels,
         # A softmax over one logit is 1 for every image; transformers takes the sigmoid as well.
         multi_label=problem == "multi_label_classification" or (network.num_labels == 1 and problem != "regression"),
-        pooled=network.pooled,
         preprocessing=preprocessing,
         parameters=parameter_count(network),
         beit_final_norm=beit_final_norm,
-        image_size=preprocessing.output_size,
         network=network,
         plan=wanted,
         label_digest=file.digest if file else None,

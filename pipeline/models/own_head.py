@@ -26,7 +26,6 @@ def with_head(
     """
     return replace(
         info,
-        num_labels=len(labels),
         labels=labels,
         multi_label=False,
         regression=False,

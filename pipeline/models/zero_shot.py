@@ -153,7 +153,6 @@ def with_labels(
     )
     return replace(
         info,
-        num_labels=len(labels),
         labels=labels,
         multi_label=text.tower.a.sigmoid,
         regression=False,

@@ -126,7 +126,9 @@ def test_wrong_addresses(url: str) -> None:
 def test_names(make_info: Callable[..., ModelInfo], name: str, size: tuple[int, int], expected: str) -> None:
     from dataclasses import replace
 
-    assert default_model_name(replace(make_info("vit-classifier"), name=name, image_size=size)) == expected
+    info = make_info("vit-classifier")
+    preprocessing = info.preprocessing.model_copy(update={"resize": size, "crop": None})
+    assert default_model_name(replace(info, name=name, preprocessing=preprocessing)) == expected
 
 
 def test_the_exported_folder_stands_alone(make_info: Callable[..., ModelInfo], tmp_path: Path) -> None:
