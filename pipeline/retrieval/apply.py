@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from pipeline.addresses import join
 from pipeline.encoding import encode
-from pipeline.retrieval.arrays import Floats, Ints, Mask, lengths
+from pipeline.retrieval.arrays import Floats, Ints, directed, lengths
 from pipeline.retrieval.head import HeadRecord, load_head
 from pipeline.retrieval.logistic import Linear, softmax
 from pipeline.retrieval.matrix import Matrix
@@ -182,8 +182,7 @@ def _labelled_part(
 
 def _labels(linear: Linear, block: Any, names: list[str], top_k: int) -> pa.Array:
     vectors: Floats = block.astype(np.float32, copy=False)
-    norms = lengths(vectors)
-    good: Mask = np.isfinite(norms) & (norms > 0)
+    good = directed(lengths(vectors))
     logits = linear.logits(np.where(good[:, None], vectors, 0) if not good.all() else vectors)
     # By logits, not by scores: all those behind a label that is almost certain may be 0 in float32.
     best: Ints = np.argpartition(-logits, top_k - 1, axis=1)[:, :top_k]

@@ -45,6 +45,12 @@ def lengths(vectors: NDArray[Any]) -> Floats:
     return norms
 
 
+def directed(norms: Floats) -> Mask:
+    """(n,) whether a vector of this length has a direction: false for zeros, NaN and infinities."""
+    mask: Mask = np.isfinite(norms) & (norms > 0)
+    return mask
+
+
 def unit(vectors: Floats) -> Floats:
     """(n, D) scaled to length 1 each; a zero vector stays zero."""
     norms = lengths(vectors)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.retrieval.arrays import Floats, Ints, Mask
+from pipeline.retrieval.arrays import Floats, Ints, Mask, directed
 
 CHUNK_BYTES = 64 * 1024 * 1024
 
@@ -40,8 +40,7 @@ class Matrix:
     @cached_property
     def directed(self) -> Mask:
         """(N,) whether the vector has a direction: false for zeros, NaN and infinities."""
-        mask: Mask = np.isfinite(self.norms) & (self.norms > 0)
-        return mask
+        return directed(self.norms)
 
     @cached_property
     def usable(self) -> Mask:

@@ -8,7 +8,7 @@ import numpy as np
 import ray
 from fsspec import AbstractFileSystem
 
-from pipeline.retrieval.arrays import Floats, Ints, Preparation, lengths
+from pipeline.retrieval.arrays import Floats, Ints, Preparation, directed, lengths
 from pipeline.retrieval.parts import Part, stream_part
 from schemas.losses import unwrap
 
@@ -35,8 +35,7 @@ class PartReader:
         """Row ids (n,) and prepared vectors (n, D) float32 of a part."""
         for rows, raw in stream_part(self.fs, part, self.name, self.dim, _BATCH_ROWS):
             vectors = raw.astype(np.float32, copy=False)
-            norms = lengths(vectors)
-            usable = np.isfinite(norms) & (norms > 0) & ~np.isin(rows, self.replaced)
+            usable = directed(lengths(vectors)) & ~np.isin(rows, self.replaced)
             yield rows[usable], self.prepare.apply(vectors[usable])
 
 
