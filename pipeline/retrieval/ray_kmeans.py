@@ -17,7 +17,7 @@ from pipeline.retrieval.clusters import Members, check_label_column, clusters_ta
 from pipeline.retrieval.kmeans import fit, running_mean
 from pipeline.retrieval.lloyd import ArraySource, Clustering, Totals, add, moved, totals
 from pipeline.retrieval.output import check_name, replacing, write_table
-from pipeline.retrieval.parts import Part
+from pipeline.retrieval.parts import Part, open_parquet
 from pipeline.retrieval.ray_parts import PartReader, over_parts
 from pipeline.retrieval.store import FeatureStore
 from schemas.errors import SpecError
@@ -104,15 +104,15 @@ def _write(
     store: FeatureStore, reader: PartReader, found: Clustering, name: str, settings: dict[str, Any]
 ) -> dict[str, Any]:
     members = new_members(len(found.centres))
-    written: list[Ints] = []
+    without: list[Ints] = []
     with replacing(store.fs, join(store.root, "clusters"), name) as home:
         folder = join(home, name)
         results = over_parts(_write_part, store.parts, reader, found, store.fs, folder)
         for number, (_, (part_members, rows)) in enumerate(results):
             _merge(members, part_members)
-            written.append(rows)
+            without.append(rows)
             store.progress("writing clusters", number + 1, len(store.parts))
-        left_out = np.setdiff1d(np.concatenate(written), store.replaced)
+        left_out = np.setdiff1d(np.concatenate(without), store.replaced)
         return finish(store, left_out, found, members, folder, settings)
 
 
@@ -122,18 +122,16 @@ def _write_part(
     """Write the clusters of one part; gives back its members and the ids of rows that have none."""
     members = new_members(len(found.centres))
     tables = [clusters_table(rows, vectors, found, members) for rows, vectors in reader.batches(part) if len(rows)]
-    everyone = reader_rows(part, reader)
+    rows = reader_rows(part, reader)
     if not tables:
-        return members, everyone
+        return members, rows
     table = pa.concat_tables(tables)
     write_table(fs, join(folder, part.name), table)
-    return members, np.setdiff1d(everyone, table.column("row").to_numpy())
+    return members, np.setdiff1d(rows, table.column("row").to_numpy())
 
 
 def reader_rows(part: Part, reader: PartReader) -> Ints:
     """All row ids of a part."""
-    from pipeline.retrieval.parts import open_parquet
-
     with open_parquet(reader.fs, part.path) as file:
         rows: Ints = file.read(columns=["row"]).column("row").to_numpy()
     return rows
