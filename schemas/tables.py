@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 
 import pyarrow as pa
 
+from schemas.spec import FEATURE_NAMES
+
 SCHEMA_VERSION = 1
 METADATA_KEY = b"patchstream"
 # There while parts are put in the place of others: in between, rows stand in no part that can be seen.
@@ -73,7 +75,7 @@ _FIXED_NAMES = frozenset(
         *TIMING_FIELDS,
         PIXELS_FIELD,
     ]
-) | {"cls", "pooled", "patches", "visual_tokens", "labels"}
+) | {*FEATURE_NAMES, "labels"}
 
 # Length of a vector or of a list of tokens; (patches, width) of patch features.
 FeatureSize = int | tuple[int, int]

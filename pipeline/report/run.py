@@ -18,6 +18,7 @@ from pipeline.storage import filesystem, redact
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
 from schemas.run import RunRecord
+from schemas.spec import VECTOR_NAMES
 
 BATCH_ROWS = 65_536
 
@@ -45,8 +46,7 @@ class RunDirectory:
         It waits while parts are being rewritten. Raises OutputError where that lasts.
         """
         if folder == "manifest":
-            names = [name.rpartition("/")[2] for name in self.record.manifest_parts]
-            return [join(self.root, "manifest", name) for name in names]
+            return [join(self.root, "manifest", name) for name in self.record.manifest_parts]
         place = join(self.root, folder)
         found = next(settled_listing(self.url, self.fs, self.root, lambda: list_parquet(self.fs, place)))
         return [path for path, _ in found]
@@ -72,7 +72,7 @@ class RunDirectory:
         for path in self.parts("images"):
             with open_part(self.fs, path) as part:
                 fields = {field.name: field.type for field in part.schema_arrow}
-            return {name: fields[name].list_size for name in ("cls", "pooled") if name in fields}
+            return {name: fields[name].list_size for name in VECTOR_NAMES if name in fields}
         return {}
 
 

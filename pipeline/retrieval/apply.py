@@ -107,8 +107,7 @@ def _open_out(store: FeatureStore, fs: Any, root: str, record: RunRecord) -> Non
             raise OutputError(f"{redact(root)} holds another result:\n  {listed}\nChoose another --out.")
     elif not _holds_only_manifest(store, fs, root):
         raise OutputError(f"{redact(root)} is not empty and no run's directory; choose another --out")
-    for part in record.manifest_parts[len(copied) :]:
-        name = part.rpartition("/")[2]
+    for name in record.manifest_parts[len(copied) :]:
         with staged(fs, join(root, "manifest", name)) as local:
             store.fs.get_file(join(store.root, "manifest", name), str(local))
     if there != wanted:

@@ -266,7 +266,7 @@ class FeatureStore:
             return [part.path for part in self._parts_now]
         paths = [path for path, _ in list_parquet(self.fs, join(self.root, kind))]
         # A freeze that was cut short leaves manifest parts that the record does not name.
-        counted = {name.rpartition("/")[2] for name in self.record.manifest_parts}
+        counted = set(self.record.manifest_parts)
         return [path for path in paths if kind != "manifest" or path.rpartition("/")[2] in counted]
 
     def sql(self, query: str, folders: Mapping[str, str] | None = None) -> pa.Table:
