@@ -98,9 +98,9 @@ def pair(config: Config, key: str) -> tuple[int, int]:
     raise CheckpointError(f"config.json: {key} is {value!r}; expected one whole number or [height, width]")
 
 
-def divided(config: Config, width_key: str, heads_key: str) -> tuple[int, int]:
-    """Width and heads. Raises CheckpointError unless the heads divide the width."""
-    width, heads = positive(config, width_key), positive(config, heads_key)
+def width_and_heads(config: Config) -> tuple[int, int]:
+    """`hidden_size` and `num_attention_heads`. Raises CheckpointError unless the heads divide the width."""
+    width, heads = positive(config, "hidden_size"), positive(config, "num_attention_heads")
     if width % heads:
-        raise CheckpointError(f"config.json: {heads_key} {heads} does not divide {width_key} {width}")
+        raise CheckpointError(f"config.json: num_attention_heads {heads} does not divide hidden_size {width}")
     return width, heads

@@ -3,7 +3,16 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pipeline.models.formats.format import Config, Shapes, Spelling, activation, count, divided, epsilon, positive
+from pipeline.models.formats.format import (
+    Config,
+    Shapes,
+    Spelling,
+    activation,
+    count,
+    epsilon,
+    positive,
+    width_and_heads,
+)
 from pipeline.models.formats.hugging_face import saved_as
 from pipeline.models.text_architecture import TextArchitecture, TextFormat
 from schemas.errors import CheckpointError
@@ -52,7 +61,7 @@ SPELLING: Spelling = {
 def _fields(config: Config, defaults: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The tower's config, and the fields of `TextArchitecture` that both families spell alike."""
     text = {**defaults, **(config.get("text_config") or {})}
-    width, heads = divided(text, "hidden_size", "num_attention_heads")
+    width, heads = width_and_heads(text)
     length = positive(text, "max_position_embeddings")
     return text, {
         "width": width,

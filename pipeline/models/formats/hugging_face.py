@@ -3,7 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.models.formats.format import Config, Shapes, Spelling, activation, divided, epsilon, pair, positive
+from pipeline.models.formats.format import (
+    Config,
+    Shapes,
+    Spelling,
+    activation,
+    epsilon,
+    pair,
+    positive,
+    width_and_heads,
+)
 from schemas.errors import CheckpointError
 
 # What the config classes of ViT, DeiT and BEiT hold where config.json is silent.
@@ -79,7 +88,7 @@ def common(config: Config) -> dict[str, Any]:
     """Fields of `Architecture` that all of these configs spell alike. Raises CheckpointError for a wrong value."""
     if config["num_channels"] != 3:
         raise CheckpointError(f"config.json: num_channels is {config['num_channels']}; only RGB models are supported")
-    width, heads = divided(config, "hidden_size", "num_attention_heads")
+    width, heads = width_and_heads(config)
     return {
         "width": width,
         "heads": heads,
