@@ -63,7 +63,7 @@ class CrashGuard:
     @contextlib.contextmanager
     def noted(self, row: int) -> Iterator[None]:
         """While the block runs, the death of this process is a strike against `row`."""
-        _NOTE.pack_into(self._note, 0, row, time.monotonic())
+        self._note[:] = self.note(row)
         try:
             yield
         finally:
