@@ -79,7 +79,7 @@ class Thumbnailer:
         timeout_s: float | None = None,
         records: Mapping[int, Record] | None = None,
     ) -> dict[int, Thumbnail]:
-        """Thumbnails of `rows`, at most `side` pixels a side, several reads at a time.
+        """Thumbnails of `rows`, at most `side` pixels a side, several reads at a time, the first of `rows` first.
 
         Those not there within `timeout_s` become placeholders. `records` are those of the rows, if they are at hand.
         """
@@ -89,7 +89,9 @@ class Thumbnailer:
             records = self.records(wanted)
         tables: dict[tuple[str, str | None], list[Record]] = defaultdict(list)
         jobs: dict[int, Future[bytes]] = {}
-        for row, record in records.items():
+        for row in wanted:
+            if (record := records.get(row)) is None:
+                continue
             if record.get("container") and record.get("length") is None:
                 tables[record["container"], record["etag"]].append(record)
             else:

@@ -204,6 +204,24 @@ def test_report_thumbnail_that_does_not_come_in_time(tmp_path: Path, monkeypatch
     assert found[0].reason == "not read in time"
 
 
+def test_report_thumbnails_are_read_in_the_order_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not come in time is then what matters least."""
+    places: list[tuple[str | None, int | None, int | None]] = [(None, None, None)] * 6
+    for row in (1, 4):
+        pq.write_table(pa.table({"image": [f"{row}".encode()]}), tmp_path / f"{row}.parquet")
+        places[row] = (str(tmp_path / f"{row}.parquet"), 0, None)
+    for row in (0, 2, 3, 5):
+        (tmp_path / f"{row}.jpg").write_bytes(f"{row}".encode())
+    monkeypatch.setattr(thumbnails, "_READERS", 1)
+    monkeypatch.setattr(thumbnails, "_TABLE_READERS", 1)
+    source = thumbnailer(tmp_path, [str(tmp_path / f"{row}.jpg") for row in range(6)], containers=places)
+    read: list[int] = []
+    monkeypatch.setattr(thumbnails, "shrink", lambda data, *rest: read.append(int(data)) or b"made")
+    assert set(source.thumbnails([5, 4, 2, 7, 3, 1, 0], 64)) == {0, 1, 2, 3, 4, 5, 7}
+    assert [row for row in read if row not in (1, 4)] == [5, 2, 3, 0]
+    assert [row for row in read if row in (1, 4)] == [4, 1]
+
+
 def test_report_thumbnail_of_a_row_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(jpeg(RED))
     found = thumbnailer(tmp_path, [str(tmp_path / "a.jpg")]).thumbnails([0, 7], 64)
