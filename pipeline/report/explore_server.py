@@ -205,8 +205,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(response.body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        # Addresses can hold the token: only the path is logged.
-        log.debug("%s %s", self.command, getattr(self, "path", "").partition("?")[0])
+        # Addresses can hold the token: only the path is logged. A connection that never asked has neither.
+        log.debug("%s %s", getattr(self, "command", None), getattr(self, "path", "").partition("?")[0])
 
 
 def _split(target: str) -> tuple[str, dict[str, str]]:

@@ -1,5 +1,6 @@
 """What the server of `explore` refuses: other sites, other names, other machines, files, and too much."""
 
+import socket
 from pathlib import Path
 from urllib.parse import quote
 
@@ -8,6 +9,7 @@ from report.album import Album
 from report.explore_client import Client, serving
 from support.runs import jpeg
 
+from pipeline.report import explore_server
 from pipeline.report.explore_server import MAX_UPLOAD_BYTES, ExploreServer, uploaded_file
 from pipeline.report.explore_state import open_exploration
 from pipeline.report.run import open_run
@@ -29,6 +31,15 @@ def test_report_explore_refuses_posts_of_other_sites(client: Client) -> None:
     assert client.upload(data, headers={"Origin": f"http://127.0.0.1:{client.port}"})[0] == 303
     assert client.request("/", method="POST", body=b"")[0] == 404
     assert client.request("/", method="PUT", body=b"")[0] == 501
+
+
+def test_report_explore_of_a_connection_that_asks_nothing(
+    client: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(explore_server._Handler, "timeout", 0.1)
+    with socket.create_connection(("127.0.0.1", client.port), timeout=30) as silent:
+        assert silent.recv(1) == b"", "it is closed"
+    assert "could not be answered" not in caplog.text
 
 
 @pytest.mark.parametrize(
