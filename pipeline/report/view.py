@@ -163,7 +163,8 @@ def duplicate_sheets(grouping: Grouping, chosen: Sequence[int], each: int, pictu
     sheets = []
     for index in chosen:
         where = grouping.members(index)
-        members = zip(grouping.rows[where], grouping.keep[where], grouping.values[where], strict=True)
+        first = slice(where.start, min(where.stop, where.start + each))
+        members = zip(grouping.rows[first], grouping.keep[first], grouping.values[first], strict=True)
         shown = [pictures(int(row), kept=bool(kept), value=float(value)) for row, kept, value in members]
-        sheets.append(Sheet(f"Group {grouping.ids[index]}", len(shown), "", shown[:each]))
+        sheets.append(Sheet(f"Group {grouping.ids[index]}", where.stop - where.start, "", shown))
     return sheets

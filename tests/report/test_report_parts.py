@@ -21,6 +21,7 @@ from pipeline.report.projection import project, sample_features
 from pipeline.report.run import open_run
 from pipeline.report.scan import ABSENT, NO_LABEL, ImageScan, scan_images
 from pipeline.report.text import percent, rate, short_name, thousands
+from pipeline.report.view import Pictures, duplicate_sheets
 from schemas.attempt import AttemptRecord, StageSeconds
 
 
@@ -263,6 +264,16 @@ def test_report_groups_by_size_keep_their_rows(tmp_path: Path) -> None:
         [8, 7, 9, 10], [3, 2, 4], [1, 0], [6, 5],
     ]  # fmt: skip
     assert grouping.keep.tolist() == [True, False, False, False, True, False, False, True, False, True, False]
+
+
+def test_report_makes_pictures_only_of_those_it_shows_of_a_group(tmp_path: Path) -> None:
+    directory = Album(tmp_path, count=12, failed={}).write()
+    add_duplicates(directory, [range(12)])
+    run = open_run(str(directory), {})
+    (grouping,) = load_duplicates(run, scan := scan_images(run))
+    made, pictures = [], Pictures(scan, {}, {})
+    (sheet,) = duplicate_sheets(grouping, [0], 3, lambda row, **more: made.append(row) or pictures(row, **more))
+    assert (sheet.size, [picture.row for picture in sheet.pictures], made) == (12, [1, 0, 2], [1, 0, 2])
 
 
 def test_report_answers_are_kept_within_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
