@@ -79,9 +79,7 @@ def peers(name: str, found: Result) -> str:
         f"## Peers: patchstream in {found['dtype']}, {kind_of_cpu(found)}\n\n{origin(name, found)}\n"
         f"{found['images']} photos, ViT-B/16, the same weights, each a process of "
         f"its own from start to end, in turn, {found['rounds']} round(s); ours with `--dtype {found['dtype']}`. {slow}"
-        "Start-up is in the figures: Ray's processes make ours the longest, and weigh less in a longer job."
-        + (f" {found['note']}" if found.get("note") else "")
-        + "\n\n"
+        "Start-up is in the figures: Ray's processes make ours the longest, and weigh less in a longer job.\n\n"
         + table(head, rows)
     )
 
@@ -97,8 +95,7 @@ def preflight(name: str, found: Result) -> str:
     ]  # fmt: skip
     ratio = "predicted / real: median of the rounds (each)"
     head = ("input", "predicted images/s", "real images/s", ratio, "bottleneck")
-    note = f" {found['note']}" if found.get("note") else ""
-    return f"## Preflight\n\n{origin(name, found)}\nModel: {found['model']}.{note}\n\n" + table(head, rows)
+    return f"## Preflight\n\n{origin(name, found)}\nModel: {found['model']}.\n\n" + table(head, rows)
 
 
 def end_to_end(name: str, found: Result) -> str:
@@ -169,11 +166,10 @@ def endurance(name: str, found: Result) -> str:
         (process, *(f"{memory[key]:,.0f}" for key in ("early_mib", "late_mib", "peak_mib")))
         for process, memory in found["memory"].items()
     ]
-    note = f" {found['note']}" if found.get("note") else ""
     return (
         f"## Memory over time, {found['model']}\n\n{origin(name, found)}\n"
         f"One job for {found['minutes']:g} minutes: {found['images']:,} images, {found['failures']:,} failures. Bytes "
-        f"that the object store moved to disk: {found['spilled_bytes']:,}.{note} Memory of the largest process in each "
+        f"that the object store moved to disk: {found['spilled_bytes']:,}. Memory of the largest process in each "
         "role, as far as it is its own, MiB; early is the second tenth of the time, late the last one:\n\n"
         + table(("process", "early", "late", "peak"), rows)
     )
@@ -196,7 +192,7 @@ def triton(name: str, found: Result) -> str:
         "torch, core-ms an image", "added, shared memory", "added, over the wire", "largest difference of CLS",
     )  # fmt: skip
     return (
-        f"## Through a Triton server\n\n{origin(name, found)}{found.get('note', '')}\n"
+        f"## Through a Triton server\n\n{origin(name, found)}\n"
         "Float32, one thread on either side, "
         f"{len(found['sizes'][0]['rounds'])} rounds in turn of {found['images']} pictures; medians, ratios within a "
         f"round. The load of the machine was {found['environment']['load_before']:.1f} beforehand: where that is above "
@@ -228,7 +224,7 @@ def retrieval(name: str, found: Result) -> str:
         for key, row in found.get("exact_search_s", {}).items()
     )
     return (
-        f"## Retrieval, {found['rows']:,} × {found['dim']} float32\n\n{origin(name, found)}{found.get('note', '')}\n\n"
+        f"## Retrieval, {found['rows']:,} × {found['dim']} float32\n\n{origin(name, found)}\n"
         + table(("command", "seconds", "peak memory, MiB", "result"), rows)
         + f"\nExact search by vectors, against a bare product with the same matrix:\n\n{exact}\n"
     )

@@ -14,12 +14,13 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def origin(name: str, found: Result) -> str:
-    """Where the figures of a section come from."""
+    """Where the figures of a section come from, and what is to be said of that run alone (`note`)."""
     machine = found["environment"]
     where = " in a host with ".join(machine[kind] for kind in ("device", "cpu") if machine.get(kind))
     cores = f", {machine['cores']} cores" if "cores" in machine else ""
     flags = f" ({', '.join(machine['flags'])})" if machine.get("flags") else ""
-    return f"`benchmarks/results/{name}`, commit {machine['commit']}: {where}{cores}{flags}.\n"
+    note = f"\n{found['note']}\n" if found.get("note") else ""
+    return f"`benchmarks/results/{name}`, commit {machine['commit']}: {where}{cores}{flags}.\n{note}"
 
 
 def computes_bfloat16(found: Result) -> bool:
