@@ -5,15 +5,16 @@ Each reader yields Arrow tables with the manifest's columns (without `row`) and 
 
 import os
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.addresses import file_name, is_chained, scheme
+from pipeline.addresses import NO_CHAINS, behind_caches, file_name, is_chained, scheme
 from pipeline.columns import held_bytes, holds_images, is_damage, places_of
 from pipeline.sources.columns import content_table
 from pipeline.sources.reading import open_object, source_error
@@ -28,6 +29,8 @@ BATCH_ROWS = 16_384
 _TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
 # Rows of long texts make shorter batches.
 _BATCH_BYTES = 32 << 20
+# What begins behind a path: a query and a fragment on the web, a version on S3.
+_NO_PATH = {"http": "?#", "s3": "?"}
 
 
 class ParquetKind(NamedTuple):
@@ -190,16 +193,18 @@ def _absolute(source: str, uris: list[str | None]) -> list[str]:
     if scheme(source) == "file":
         folder = os.path.dirname(os.path.abspath(source.removeprefix("file://")))
         return [_absolute_path(folder, uri) for uri in uris]
-    if scheme(source) == "http":
+    kind = scheme(behind_caches(source))
+    if kind == "http":
         source = urlunsplit(urlsplit(source)._replace(query="", fragment=""))
     inside, mark, archive = source.partition("::")
     if is_chained(source) and "://" in inside:
-        kind, _, path = inside.partition("://")
-        folder = posixpath.dirname(path)
-        return [_absolute_url(f"{kind}://", folder, uri, mark + archive) for uri in uris]
+        place, _, path = inside.partition("://")
+        above = posixpath.dirname(path)
+        return [_absolute_url(f"{place}://", partial(_joined, above), uri, rest=mark + archive) for uri in uris]
     place, _, path = source.rpartition("/")[0].partition("://")
-    root, _, folder = path.partition("/")
-    return [_absolute_url(f"{place}://{root}/", folder, uri) for uri in uris]
+    root, slash, folder = path.partition("/")
+    join = partial(_joined_keys, f"{folder}{slash}") if kind in NO_CHAINS else partial(_joined, folder)
+    return [_absolute_url(f"{place}://{root}/", join, uri, _NO_PATH.get(kind, "")) for uri in uris]
 
 
 def _local_path(uri: str) -> str:
@@ -213,10 +218,28 @@ def _absolute_path(folder: str, uri: str | None) -> str:
     return os.path.normpath(os.path.join(folder, _local_path(uri)))
 
 
-def _absolute_url(root: str, folder: str, uri: str | None, rest: str = "") -> str:
-    if not uri or "://" in uri:
+def _absolute_url(root: str, join: Callable[[str], str], uri: str | None, marks: str = "", rest: str = "") -> str:
+    """`marks` are the characters with which begins what is no path and stays as it is."""
+    path = uri or ""
+    for mark in marks:
+        path = path.partition(mark)[0]
+    if not uri or "://" in path:
         return uri or ""
-    uri = _local_path(uri)
-    if uri.startswith("/"):
-        return uri
-    return f"{root}{posixpath.normpath(posixpath.join(folder, uri))}{rest}"
+    local = _local_path(uri)
+    return local if local.startswith("/") else f"{root}{join(path)}{uri[len(path) :]}{rest}"
+
+
+def _joined(folder: str, path: str) -> str:
+    return posixpath.normpath(posixpath.join(folder, path))
+
+
+def _joined_keys(folder: str, path: str) -> str:
+    """`folder` with its slash and `path`, without `.` and `..` (RFC 3986, 5.2.4). An empty segment belongs to a key."""
+    kept: list[str] = []
+    segments = f"{folder}{path}".split("/")
+    for segment in segments:
+        if segment == ".." and kept and kept[-1] != "..":
+            kept.pop()
+        elif segment != ".":
+            kept.append(segment)
+    return "/".join(kept) + ("/" if kept and segments[-1] in {".", ".."} else "")

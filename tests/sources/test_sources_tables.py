@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.faults import Rule
+from support.gcs import GcsServer
 from support.http_server import HttpServer
 from support.s3 import S3Server
 from support.source_rows import FIXED, ROWS, read, uris, write
@@ -56,6 +57,32 @@ def test_relative_addresses_in_a_bucket_and_on_the_web(
     server = http_server(tmp_path)
     signed = f"{server.url}/x/y/t.csv?X-Amz-Signature=a/b/c"
     assert uris(signed) == [f"{server.url}/x/y/a.jpg", f"{server.url}/x/b.jpg"]
+
+
+def test_of_relative_addresses_only_dots_in_the_path_are_resolved(
+    tmp_path: Path, s3_server: S3Server, gcs_server: GcsServer, http_server: Callable[..., HttpServer]
+) -> None:
+    """An empty segment belongs to a key, and a query to whoever signed it."""
+    given = ["i//1.jpg", "./a/.././b/../c.jpg", "../d.jpg", "../../e.jpg", "i/..", "x?v=a//b/../c", "t?of=https://h/x"]
+    write(tmp_path / "t.jsonl", [{"uri": uri} for uri in [*given, "r/?of=../y#z/./"]])
+    resolved = ["y//i//1.jpg", "y//c.jpg", "y/d.jpg", "e.jpg", "y//"]
+    for server in (s3_server, gcs_server):
+        bucket = server.make_bucket()
+        table = server.put(bucket, "y//t.jsonl", (tmp_path / "t.jsonl").read_bytes())
+        base = table.removesuffix("/y//t.jsonl")
+        found = uris(table, storage_options=server.storage_options)
+        assert found[:5] == [f"{base}/{name}" for name in resolved]
+        assert found[5] == f"{base}/y//" + ("x?v=a//b/../c" if server is s3_server else "x?v=a//c")
+        assert uris(server.put(bucket, "t.jsonl", b'{"uri": "i//1.jpg"}'), storage_options=server.storage_options) == [
+            f"{base}/i//1.jpg"
+        ]
+    (tmp_path / "y").mkdir()
+    (tmp_path / "t.jsonl").rename(tmp_path / "y/t.jsonl")
+    web = http_server(tmp_path).url
+    behind = [f"{web}/y//{name}" for name in ("x?v=a//b/../c", "t?of=https://h/x", "r/?of=../y#z/./")]
+    for cache in ("", "simplecache::"):
+        source = f"{cache}{web}/y//t.jsonl?sig=a/b"
+        assert uris(source) == [f"{cache}{uri}" for uri in [*(f"{web}/{name}" for name in resolved), *behind]]
 
 
 def test_paths_as_hadoop_writes_them_are_absolute(tmp_path: Path, s3_server: S3Server) -> None:
