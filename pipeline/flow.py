@@ -205,8 +205,6 @@ def build(resolved: ResolvedJob, opened: Opened, placement: Placement, rest: Spa
     """
     _load_ray_data()
     rows = intervals.count(rest)
-    actor = actor_job(resolved, placement, rows)
-    low, high, calls = placement.actors.min, placement.actors.max, placement.actor_calls
     with ray.data.DataContext.current(_context(resolved, placement)):
         tasks = ray.data.from_blocks(list(cut(rest, placement.task_sizes(rows))))
     return tasks.map_batches(
@@ -217,7 +215,7 @@ def build(resolved: ResolvedJob, opened: Opened, placement: Placement, rest: Spa
         num_cpus=placement.decode_cpus,
     ).map_batches(
         PredictActor,
-        fn_constructor_args=(actor, release(), opened.record.run_id),
+        fn_constructor_args=(actor_job(resolved, placement, rows), release(), opened.record.run_id),
         # Where a GPU is asked for, Ray Data wants a number: that of our blocks. A shorter one waits for the next.
         batch_size=placement.block_rows if placement.actor_gpus else None,
         batch_format="pyarrow",
@@ -226,7 +224,11 @@ def build(resolved: ResolvedJob, opened: Opened, placement: Placement, rest: Spa
         memory=placement.actor_memory_bytes,
         # In threads of their own: on CPUs each computes; on a GPU the next hands its batches over meanwhile.
         compute=ray.data.ActorPoolStrategy(
-            min_size=low, max_size=high, max_concurrent_calls_per_actor=calls, enable_true_multi_threading=calls > 1
+            min_size=placement.actors.min,
+            max_size=placement.actors.max,
+            initial_size=placement.initial_actors,
+            max_concurrent_calls_per_actor=placement.actor_calls,
+            enable_true_multi_threading=placement.actor_calls > 1,
         ),
     )
 

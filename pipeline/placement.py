@@ -40,12 +40,14 @@ _UNKNOWN = 1 << 30
 
 
 class Placement(NamedTuple):
-    """Resources for each stage. An actor has `actor_calls` at once, on CPUs of `threads` threads each, and computes
-    `actor_lanes` of them side by side: on a GPU calls take turns. `batch_size` is the model's; `block_rows` is what
-    travels between stages at once; `task_rows` is the most that a decoding task has, of which `decoders` run side by
-    side. `stream_bytes` may be on the way between stages, in the whole cluster."""
+    """Resources for each stage. Of `actors`, `initial_actors` start at once. An actor has `actor_calls` at once, on
+    CPUs of `threads` threads each, and computes `actor_lanes` of them side by side: on a GPU calls take turns.
+    `batch_size` is the model's; `block_rows` is what travels between stages at once; `task_rows` is the most that a
+    decoding task has, of which `decoders` run side by side. `stream_bytes` may be on the way between stages, in the
+    whole cluster."""
 
     actors: ActorRange
+    initial_actors: int
     actor_cpus: float
     actor_gpus: float
     actor_memory_bytes: int
@@ -105,9 +107,8 @@ def place(
     Raises ClusterError when the GPUs asked for are not there, or no machine has the memory for an actor and none may
     come.
     """
-    on_gpu = gpus_per_actor > 0
-    carried = _carried_by_memory(machines, model_bytes, gpus_per_actor)
-    staff = on_gpus(machines, actors, gpus_per_actor) if on_gpu else on_cpus(machines, actors, carried, one_call)
+    on_gpu, fit = gpus_per_actor > 0, _carried_by_memory(machines, model_bytes, gpus_per_actor)
+    staff = on_gpus(machines, actors, gpus_per_actor, fit) if on_gpu else on_cpus(machines, actors, fit, one_call)
     chosen, lanes, cpus = staff.actors, staff.lanes, max(1, int(machines.cpus))
     row_bytes = max(1, pixel_bytes, output_bytes)
     room = _block_room(machines, chosen.max, cpus) / row_bytes
@@ -138,6 +139,7 @@ def place(
     block_rows = at_once * max(1, min(blocks, rows // (at_once * chosen.max * lanes * _BLOCKS_A_CALL) or 1))
     return Placement(
         actors=chosen,
+        initial_actors=max(chosen.min, min(staff.now, chosen.max)),
         actor_cpus=staff.actor_cpus,
         actor_gpus=gpus_per_actor,
         actor_memory_bytes=model_bytes,

@@ -111,7 +111,7 @@ class Meter:
         if self.startup_s is None:
             self.startup_s = now - self._started
         # The first blocks of all calls were under way at once: those behind the first are not the work of an instant.
-        if self._blocks <= self._placement.actors.min * self._placement.actor_lanes:
+        if self._blocks <= self._placement.initial_actors * self._placement.actor_lanes:
             self._base = (now, self.done)
         self._recent.append((now, self.done))
         while len(self._recent) > 2 and now - self._recent[0][0] > _WINDOW_S:

@@ -41,7 +41,8 @@ def rows_to_rehearse(resolved: ResolvedJob, machines: Machines, placement: Place
 
 def _at_once(placement: Placement, machines: Machines) -> int:
     # Of as many actors as may be, those that there is room for now.
-    lanes = placement.lanes if placement.actor_gpus else min(placement.lanes, int(machines.cpus))
+    lanes = placement.initial_actors * placement.actor_lanes
+    lanes = lanes if placement.actor_gpus else min(lanes, int(machines.cpus))
     return lanes * placement.block_rows
 
 

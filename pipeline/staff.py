@@ -42,14 +42,15 @@ class Staff(NamedTuple):
     decode_cpus: float
 
 
-def on_gpus(machines: Machines, actors: ActorRange | None, gpus_per_actor: float) -> Staff:
-    """Actors that have `gpus_per_actor` each, whose calls take turns. Raises ClusterError when the GPUs are not there,
-    or no core to decode on."""
+def on_gpus(machines: Machines, actors: ActorRange | None, gpus_per_actor: float, by_memory: int) -> Staff:
+    """Actors that have `gpus_per_actor` each, whose calls take turns; memory carries `by_memory` of them. Raises
+    ClusterError when the GPUs are not there, or no core to decode on."""
     _check_gpus(machines, actors, gpus_per_actor)
     _check_cores(machines)
     fit = sum(int(gpus / gpus_per_actor) for gpus in machines.node_gpus or (machines.gpus,))
-    chosen = actors or ActorRange(min=1, max=max(1, fit))
-    now = min(chosen.max, fit)
+    # Ray Data starts the least of them side by side, and any more one after the other.
+    chosen = actors or ActorRange(min=max(1, min(fit, by_memory)), max=max(1, fit))
+    now = min(chosen.max, fit, by_memory)
     actor_cpus, decode_cpus = _book_beside_gpus(machines, gpus_per_actor, now)
     return Staff(chosen, now, _GPU_CALLS, 1, 0, actor_cpus, decode_cpus)
 

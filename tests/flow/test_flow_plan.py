@@ -118,8 +118,10 @@ def test_no_more_actors_than_cores_are_made(caplog: pytest.LogCaptureFixture) ->
 
 def test_gpus_decide_the_number_of_actors() -> None:
     placement = placed(GPU_BOX, gpus_per_actor=1.0)
-    assert (placement.actors.min, placement.actors.max, placement.actor_gpus) == (1, 4, 1.0)
+    assert (placement.actors.min, placement.actors.max, placement.actor_gpus) == (4, 4, 1.0)
     assert placed(GPU_BOX, gpus_per_actor=0.5).actors.max == 8
+    assert placed(GPU_BOX, gpus_per_actor=1.0, actors=ActorRange(min=1, max=64)).initial_actors == 4
+    assert placed(GPU_BOX, gpus_per_actor=1.0, actors=ActorRange(min=1, max=3)).initial_actors == 3
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,13 @@ def test_an_actor_that_fits_no_machine_with_a_gpu_is_told_too() -> None:
     assert placed(machines._replace(node_gpus=(1, 1)), model_bytes=8_000_000_000).actors.max == 2
 
 
+def test_no_more_actors_start_on_gpus_than_memory_carries() -> None:
+    """The others would ask a cluster that grows for machines."""
+    machines = cluster(16, 4, memory_gib=32)._replace(node_gpus=(4,))
+    placement = placed(machines, model_bytes=8_000_000_000)
+    assert (placement.actors.min, placement.initial_actors, placement.actors.max) == (3, 3, 4)
+
+
 def test_a_cluster_that_grows_may_bring_a_larger_machine(caplog: pytest.LogCaptureFixture) -> None:
     small = cluster(4, 0, memory_gib=4, may_grow=True)
     assert placed(small, model_bytes=8_000_000_000).actors.max == 1
