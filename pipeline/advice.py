@@ -101,21 +101,24 @@ def ideal_rate(costs: list[StageCost], shape: Shape) -> float:
 
 def bottleneck(costs: list[StageCost], shape: Shape) -> str:
     """The stage that decides the rate: the slowest alone, or, where all share the cores, the one that takes most."""
+    return _waited_for(costs, shape) or max(costs, key=lambda cost: cost.core_s).name
+
+
+def _waited_for(costs: list[StageCost], shape: Shape) -> str | None:
+    """The stage that is slowest alone; None where the cores that all share have no more time."""
     slowest = min(costs, key=lambda cost: cost.alone)
     on_cores = sum(cost.core_s for cost in costs)
-    if slowest.alone > shape.cpus / max(on_cores, 1e-9):
-        return max(costs, key=lambda cost: cost.core_s).name
-    return slowest.name
+    return None if slowest.alone > shape.cpus / max(on_cores, 1e-9) else slowest.name
 
 
 def advise(measured: Measured, shape: Shape) -> list[str]:
     """Sentences on what to change, most useful first; one that says so when nothing is worth it."""
     costs = stage_costs(measured, shape)
-    held_up = bottleneck(costs, shape)
+    held_up, waited_for = bottleneck(costs, shape), _waited_for(costs, shape)
     found = [
-        *_about_cpus(costs, shape, held_up),
-        *_about_fetching(measured, held_up),
-        *_about_writing(costs, held_up),
+        # Where cores starve GPUs, more of them help whichever stage takes most of their time.
+        *(_about_cpus(costs, shape, waited_for) or _about_writing(costs, held_up)),
+        *_about_fetching(measured, waited_for),
         *_about_precision(measured, costs, shape),
         *_about_batch_size(measured, costs, shape),
         *_about_decoding(measured, shape),
@@ -144,21 +147,21 @@ def _cpus_for(rate: float, costs: list[StageCost], actor_cpus: float) -> float:
     return rate * max(sum(cost.core_s for cost in costs if cost.name != "forward"), decode_s + actor_cpus / rate)
 
 
-def _about_cpus(costs: list[StageCost], shape: Shape, held_up: str) -> list[str]:
-    if not shape.gpus or held_up != "decode":
+def _about_cpus(costs: list[StageCost], shape: Shape, waited_for: str | None) -> list[str]:
+    if not shape.gpus or waited_for not in (None, "decode"):
         return []
     forward = next(cost for cost in costs if cost.name == "forward")
     needed = _cpus_for(forward.alone, costs, shape.actor_cpus)
     actors = f", of which the actors have {shape.actor_cpus:g}," if shape.actor_cpus else ""
     return [
-        f"decoding starves the GPUs: {shape.cpus} CPUs{actors} feed {ideal_rate(costs, shape):,.0f} of the "
-        f"{forward.alone:,.0f} images/s they could do; have {needed:,.0f} CPUs, "
+        f"the cores, busiest with {bottleneck(costs, shape)}, starve the GPUs: {shape.cpus} CPUs{actors} feed "
+        f"{ideal_rate(costs, shape):,.0f} of the {forward.alone:,.0f} images/s they could do; have {needed:,.0f} CPUs, "
         f"{needed / shape.gpus:,.1f} for each GPU"
     ]
 
 
-def _about_fetching(measured: Measured, held_up: str) -> list[str]:
-    if held_up != "fetch":
+def _about_fetching(measured: Measured, waited_for: str | None) -> list[str]:
+    if waited_for != "fetch":
         return []
     rate = measured.file_bytes / measured.fetch_s / 1e6
     return [

@@ -63,6 +63,34 @@ def test_a_gpu_that_starves_is_told_how_many_cores_it_needs() -> None:
     assert any("--decode fast: 1.87 times the images/s" in sentence for sentence in sentences)
 
 
+@pytest.mark.parametrize(
+    ("cpus", "busy", "told"),
+    [
+        (
+            8,
+            {"fetch_core_s": 4e-3, "fetch_s": 4.2e-3},
+            "8 CPUs feed 1,290 of the 2,500 images/s they could do; have 16",
+        ),
+        (
+            4,
+            {"fetch_core_s": 1e-4, "write_s": 4e-3},
+            "4 CPUs feed 645 of the 2,500 images/s they could do; have 16 CPUs",
+        ),
+    ],
+)
+def test_cores_that_starve_a_gpu_are_what_is_short_whatever_takes_most_of_them(
+    cpus: int, busy: dict[str, float], told: str
+) -> None:
+    """Nobody waits for a source or for parts whose work the cores have no time for."""
+    shape = GPU_BOX._replace(cpus=cpus)
+    starving = on_gpu(1 / 2500, decode_core_s={"exact": 2e-3, "fast": 2e-3}, **busy)
+    costs = stage_costs(starving, shape)
+    assert bottleneck(costs, shape) == max(costs, key=lambda cost: cost.core_s).name != "decode"
+    (sentence,) = advise(starving, shape)
+    assert told in sentence
+    assert "waited for" not in sentence
+
+
 def test_on_the_cores_of_actors_nothing_is_decoded() -> None:
     """A T4 with ViT-B and four cores: three of them decode."""
     shape = Shape(cpus=4, gpus=1, lanes=1, decode="exact", actor_cpus=1.0)
