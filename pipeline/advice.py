@@ -176,8 +176,8 @@ def _about_writing(costs: list[StageCost], held_up: str) -> list[str]:
     alone = next(cost.alone for cost in costs if cost.name == "write")
     return [
         f"writing is what is waited for ({alone:,.0f} images/s at most; a job writes no more than {MOST_WRITES} parts "
-        "at once): ask for fewer --features, store them with --feature-dtype float16, or run several jobs on the same "
-        "--out, each with its --shard I/N on machines of its own"
+        "at once): ask for fewer --features, store vectors with --feature-dtype float16 (patches always are), or run "
+        "several jobs on the same --out, each with its --shard I/N on machines of its own"
     ]
 
 

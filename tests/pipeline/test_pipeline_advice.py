@@ -123,7 +123,7 @@ def test_a_job_writes_a_few_parts_at_once_whatever_its_cores() -> None:
     assert bottleneck(costs, shape) == "write"
     (sentence,) = advise(heavy, shape)
     assert "1,515 images/s at most" in sentence
-    assert "--feature-dtype float16" in sentence
+    assert "store vectors with --feature-dtype float16 (patches always are)" in sentence
     assert "CPUs" not in sentence
 
 
