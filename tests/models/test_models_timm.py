@@ -282,6 +282,7 @@ def test_every_architecture_of_timm_is_described_or_refused() -> None:
             refused.append(name)
             continue
         accepted.append(name)
+        assert a == row.architecture({**config, "global_pool": None}, shapes), name
         block = model.blocks[0]
         assert a.heads == block.attn.num_heads, name
         assert a.epsilon == block.norm1.eps, name

@@ -91,6 +91,20 @@ def test_a_config_in_one_piece(architecture: str, tmp_path: Path) -> None:
     assert worst_error(ours.logits, expected.logits) < 1e-4
 
 
+@needs_testdata
+@pytest.mark.parametrize("architecture", ["vit_medium_patch16_gap_256", "vit_so150m_patch16_reg4_gap_256"])
+def test_a_network_without_cls_pools_by_mean_where_the_config_does_not_say(architecture: str, tmp_path: Path) -> None:
+    reference = make_timm_checkpoint(tmp_path, architecture, **SMALL)
+    pixels, values = timm_preprocessed(reference, photos(2))
+    edit(tmp_path, global_pool=None, model_args=SMALL)
+    ours, expected = load_model(inspect_model(str(tmp_path)))(pixels), timm_outputs(reference, values)
+    assert ours.logits is not None
+    assert worst_error(ours.logits, expected.logits) < 1e-4
+    edit(tmp_path, global_pool="token")
+    with pytest.raises(CheckpointError, match="'token' reads the CLS token, and there is no cls_token; say"):
+        inspect_model(str(tmp_path))
+
+
 def read_preprocessing_of(config: dict[str, Any], folder: Path) -> Preprocessing:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))

@@ -102,7 +102,8 @@ def refuse_other_networks(name: str) -> None:
 
 def read_out(config: Config, shapes: Shapes, projects: bool) -> tuple[Pooled, HeadInput]:
     """What `pooled` is, and what the classifier reads."""
-    default = "map" if "attn_pool.latent" in shapes else "avg" if "fc_norm.weight" in shapes else "token"
+    by_mean = "fc_norm.weight" in shapes or "cls_token" not in shapes
+    default = "map" if "attn_pool.latent" in shapes else "avg" if by_mean else "token"
     how = str(timm.settings(config).get("global_pool") or default)
     if projects:
         return "projected_cls", "none"
@@ -119,6 +120,11 @@ def read_out(config: Config, shapes: Shapes, projects: bool) -> tuple[Pooled, He
     if how == "avg":
         normed = "fc_norm.weight" in shapes
         return "layernormed_mean_patch_tokens" if normed else "mean_patch_tokens", "pooled" if head else "none"
+    if how == "token" and "cls_token" not in shapes:
+        raise CheckpointError(
+            "config.json: global_pool 'token' reads the CLS token, and there is no cls_token; say how these weights "
+            'pool, such as "global_pool": "avg"'
+        )
     if how == "token" and "fc_norm.weight" in shapes:
         return "layernormed_cls", "pooled" if head else "none"
     if how == "token":
