@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pipeline.storage import Options, filesystem, is_local
-from schemas.redaction import redact
+from schemas.redaction import one_line
 
 MOST_BYTES = 64 * 1024 * 1024
 
@@ -30,4 +30,4 @@ def read_small(url: str, options: Options, *, most_bytes: int | None = MOST_BYTE
 def _why(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
-    return redact(str(getattr(error, "strerror", None) or error)) or type(error).__name__
+    return one_line(str(getattr(error, "strerror", None) or error)) or type(error).__name__

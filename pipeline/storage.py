@@ -24,6 +24,7 @@ from pipeline.signals import uninterrupted
 from pipeline.store_errors import write_error
 from pipeline.web_options import web_options, with_basic_auth
 from schemas.errors import PatchstreamError, SourceError, SpecError
+from schemas.redaction import named
 from schemas.redaction import redact as redact
 
 Options = Mapping[str, Any]
@@ -66,10 +67,9 @@ def filesystem(url: str, storage_options: Options) -> tuple[AbstractFileSystem, 
     except PatchstreamError:
         raise
     except Exception as error:  # noqa: BLE001  each driver has errors of its own
-        detail = redact(" ".join(str(error).split()))
         # Not chained: what the driver says may hold the token that it tried.
         raise SourceError(
-            f"{redact(url)}: cannot be opened ({type(error).__name__}: {detail}). Check the credentials (environment, "
+            f"{redact(url)}: cannot be opened ({named(error)}). Check the credentials (environment, "
             "profile or --storage-options) and the endpoint"
         ) from None
 

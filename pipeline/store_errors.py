@@ -5,7 +5,7 @@ import errno
 from collections.abc import Iterator
 
 from schemas.errors import OutputError, PatchstreamError
-from schemas.redaction import redact
+from schemas.redaction import named, redact
 
 # Answers of web servers and stores that may be others the next time: also those of proxies in front of a server (520 to
 # 530), but not the two that say what it never does.
@@ -55,18 +55,16 @@ def write_error(path: str, error: Exception, *, resumable: bool = True) -> Outpu
 
 def read_error(path: str, error: Exception) -> OutputError:
     """An OutputError for what keeps us from reading a file of a run: no credentials, no such endpoint, no rights."""
-    message = redact(" ".join(str(error).split()))
     return OutputError(
-        f"cannot read {redact(path)}: {type(error).__name__}: {message}. Check the address, the endpoint and the "
+        f"cannot read {redact(path)}: {named(error)}. Check the address, the endpoint and the "
         "credentials (environment, profile or --storage-options)"
     )
 
 
 def manifest_error(place: str, error: Exception) -> OutputError:
     """For what keeps us from reading a part of a run's manifest, be it for a while or for good."""
-    message = redact(" ".join(str(error).split()))
     return OutputError(
-        f"cannot read {redact(place)}, of the run's manifest ({type(error).__name__}: {message}). What was committed "
+        f"cannot read {redact(place)}, of the run's manifest ({named(error)}). What was committed "
         "stays; once it can be read again, the same command goes on from there. If it is damaged or lost, no command "
         "makes it anew: put back a copy of it, or start a new --out"
     )

@@ -38,6 +38,17 @@ def redact(text: str) -> str:
     return _PARAMETER.sub(_redact_parameter, _USER.sub("", text))
 
 
+def one_line(text: str) -> str:
+    """`text` on one line, without what `redact` takes out of it."""
+    return redact(" ".join(text.split()))
+
+
+def named(error: BaseException) -> str:
+    """The kind of an error and, where it says something, its message, on one line and without credentials."""
+    message = one_line(str(error))
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
 def _redact_parameter(match: re.Match[str]) -> str:
     return f"{match[1]}…" if _SECRET_NAME.search(match[1]) else match[0]
 

@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.storage import redact
 from pipeline.store_errors import NO_CREDENTIALS, TRANSIENT_STATUS
 from schemas.errors import ImageError
+from schemas.redaction import one_line
 
 
 class HttpStatusError(Exception):
@@ -191,7 +192,7 @@ def retry_after_s(header: str | None) -> float | None:
 
 def scrub(text: str) -> str:
     """`text` on one line, cut to 300 characters, every address in it without credentials."""
-    return redact(" ".join(text.split()))[:300]
+    return one_line(text)[:300]
 
 
 def fetch_failure(url: str, error: BaseException, verdict: Verdict, attempts: int) -> ImageError:

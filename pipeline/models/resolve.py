@@ -28,6 +28,7 @@ from pipeline.models.weights import WEIGHT_SUFFIXES, is_weight_file, refuse_seve
 from pipeline.storage import cache_folder, exists, filesystem, redact
 from pipeline.store_errors import NO_ROOM
 from schemas.errors import CheckpointError
+from schemas.redaction import named
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # What says that a file has changed: of S3, GCS, disks and HTTP; of Azure, the hub, WebHDFS, FTP and memory.
@@ -77,7 +78,7 @@ def _download(url: str, storage_options: Mapping[str, Any]) -> Path:
         cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
         if isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == 404:
             raise CheckpointError(f"{redact(url)}: no such file") from None
-        raise CheckpointError(f"{redact(url)}: cannot be read: {_named(cause)}") from error
+        raise CheckpointError(f"{redact(url)}: cannot be read: {named(cause)}") from error
     if not files:
         raise CheckpointError(f"{redact(url)}: no checkpoint there; expected config.json and model.safetensors")
     if not one:
@@ -126,7 +127,7 @@ def _get_file(fs: AbstractFileSystem, path: str, target: Path) -> None:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _REFUSED:
             raise
-        raise CheckpointError(f"{redact(path)}: cannot be read: {_named(error)}") from error
+        raise CheckpointError(f"{redact(path)}: cannot be read: {named(error)}") from error
 
 
 def _in_folder(fs: AbstractFileSystem, prefix: str) -> dict[str, Any]:
@@ -162,10 +163,6 @@ def _file_name(path: str) -> str:
 
 def _wanted(name: str) -> bool:
     return is_weight_file(name) or name.endswith((".json", ".model")) or name in TEXT_FILES
-
-
-def _named(error: BaseException) -> str:
-    return f"{type(error).__name__}: {redact(str(error))}"
 
 
 def _is_dated(facts: Mapping[str, Any]) -> bool:

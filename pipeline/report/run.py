@@ -17,6 +17,7 @@ from pipeline.settled import became_another, is_same_run, list_files, list_parqu
 from pipeline.storage import filesystem, redact
 from schemas.attempt import AttemptRecord
 from schemas.errors import OutputError
+from schemas.redaction import one_line
 from schemas.run import RunRecord
 from schemas.spec import VECTOR_NAMES
 
@@ -100,7 +101,7 @@ def open_part(fs: AbstractFileSystem, path: str) -> Iterator[pq.ParquetFile]:
     except Exception as error:
         if not is_damage(error):
             raise
-        said = redact(" ".join(str(error).split()))
+        said = one_line(str(error))
         raise OutputError(
             f"{redact(path)} is damaged, or not a Parquet file ({said}); `patchstream verify` says more."
         ) from error

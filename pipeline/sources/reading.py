@@ -19,6 +19,7 @@ from fsspec.asyn import AsyncFileSystem
 from pipeline.storage import Options, is_local, open_filesystem, redact
 from pipeline.store_errors import TRANSIENT_STATUS, lacks_credentials
 from schemas.errors import SourceError
+from schemas.redaction import named, one_line
 
 T = TypeVar("T")
 
@@ -166,7 +167,7 @@ def patiently(uri: str, call: Callable[[], T]) -> T:
 def source_error(uri: str, error: BaseException) -> SourceError:
     """What an exception of a driver means for a source, in words: the address, the cause, the way out."""
     place, cause = redact(uri), _cause(error)
-    detail = redact(" ".join(str(cause).split())) or type(cause).__name__
+    detail = one_line(str(cause)) or type(cause).__name__
     status = _status(cause)
     if isinstance(cause, FileNotFoundError) or status == 404:
         return SourceError(f"{place}: no such file, folder or prefix")
@@ -177,7 +178,7 @@ def source_error(uri: str, error: BaseException) -> SourceError:
             f"{place}: no credentials were found ({detail}); give them by environment, profile or --storage-options, "
             'or say {"anon": true} for a public bucket'
         )
-    return SourceError(f"{place}: cannot be read ({type(cause).__name__}: {detail})")
+    return SourceError(f"{place}: cannot be read ({named(cause)})")
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -7,6 +7,7 @@ from google.auth.exceptions import TimeoutError as TokenTimeoutError
 
 from pipeline.images.verdict import judge
 from pipeline.sources.reading import source_error
+from pipeline.store_errors import manifest_error, read_error
 
 
 @pytest.mark.parametrize(
@@ -35,3 +36,19 @@ def test_a_server_of_tokens_that_does_not_answer_is_no_lack_of_credentials(error
     assert str(source_error("gs://bucket/a", error)).startswith("gs://bucket/a: cannot be read (")
     verdict = judge(error)
     assert (verdict.error, verdict.again, verdict.retryable) == (name, True, True)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (TimeoutError(), "TimeoutError"),
+        (
+            ValueError("no\nanswer from  https://me:secret@host/a?sig=x"),
+            "ValueError: no answer from https://host/a?sig=…",
+        ),
+    ],
+)
+def test_an_error_is_told_on_one_line_whether_or_not_it_says_anything(error: Exception, told: str) -> None:
+    assert str(read_error("s3://bucket/a", error)).startswith(f"cannot read s3://bucket/a: {told}. Check the address")
+    assert f"of the run's manifest ({told}). What was committed" in str(manifest_error("s3://bucket/a", error))
+    assert str(source_error("s3://bucket/a", error)) == f"s3://bucket/a: cannot be read ({told})"
