@@ -205,7 +205,7 @@ def build(resolved: ResolvedJob, opened: Opened, placement: Placement, rest: Spa
     """
     _load_ray_data()
     rows = intervals.count(rest)
-    with ray.data.DataContext.current(_context(resolved, placement)):
+    with ray.data.DataContext.current(_context(placement)):
         tasks = ray.data.from_blocks(list(cut(rest, placement.task_sizes(rows))))
     return tasks.map_batches(
         decode_rows,
@@ -247,15 +247,14 @@ def _load_ray_data() -> None:
         logger.setLevel(level)
 
 
-def _context(resolved: ResolvedJob, placement: Placement) -> ray.data.DataContext:
+def _context(placement: Placement) -> ray.data.DataContext:
     """Settings of our dataset alone: those of the process may serve other datasets of its owner."""
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.enable_auto_log_stats = False
     context.raise_original_map_exception = True  # Ray Data's own in its place comes without its cause
-    block_bytes = placement.block_rows * max(resolved.pixel_bytes, resolved.output_bytes)
-    context.target_max_block_size = max(_LEAST_BLOCK_BYTES, int(block_bytes * _TARGET_SHARE))
+    context.target_max_block_size = max(_LEAST_BLOCK_BYTES, int(placement.block_bytes * _TARGET_SHARE))
     # Machines that were taken away may be long in coming back. Progress tells how long nothing has come.
     context.execution_no_progress_timeout_s = -1
     limits = context.execution_options.resource_limits

@@ -43,8 +43,9 @@ class Placement(NamedTuple):
     """Resources for each stage. Of `actors`, `initial_actors` start at once. An actor has `actor_calls` at once, on
     CPUs of `threads` threads each, and computes `actor_lanes` of them side by side: on a GPU calls take turns.
     `batch_size` is the model's; `block_rows` is what travels between stages at once; `task_rows` is the most that a
-    decoding task has, of which `decoders` run side by side. `stream_bytes` may be on the way between stages, in the
-    whole cluster."""
+    decoding task has, of which `decoders` run side by side. `row_bytes` is the room that a row takes between stages, as
+    pixels or as features, whichever is larger. `stream_bytes` may be on the way between stages, in the whole
+    cluster."""
 
     actors: ActorRange
     initial_actors: int
@@ -57,6 +58,7 @@ class Placement(NamedTuple):
     decode_cpus: float
     batch_size: int
     block_rows: int
+    row_bytes: int
     task_rows: int
     decoders: int
     stream_bytes: float
@@ -65,6 +67,11 @@ class Placement(NamedTuple):
     def lanes(self) -> int:
         """Blocks that all actors compute side by side."""
         return self.actors.max * self.actor_lanes
+
+    @property
+    def block_bytes(self) -> int:
+        """What a block takes between stages."""
+        return self.block_rows * self.row_bytes
 
     @property
     def stream_rows(self) -> int:
@@ -149,6 +156,7 @@ def place(
         decode_cpus=staff.decode_cpus,
         batch_size=batch,
         block_rows=block_rows,
+        row_bytes=row_bytes,
         task_rows=_task_rows(rows, block_rows, cpus),
         decoders=cpus,
         # A limit for the machines of today would hold back those that come. Ray Data's own goes with the store.

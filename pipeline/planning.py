@@ -221,7 +221,7 @@ def _placement(images: int, costs: Costs, device: Device, devices: int, cores: f
 
 
 def _memory(costs: Costs, placement: Placement, tasks: int) -> list[Step]:
-    block = placement.block_rows * max(costs.pixel_bytes, int(costs.output_bytes))
+    block = placement.block_bytes
     calls = placement.actor_calls * placement.actors.max
     blocks = BLOCKS_PER_TASK * tasks + BLOCKS_PER_CALL * calls
     store = blocks * block

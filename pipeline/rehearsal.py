@@ -51,7 +51,7 @@ def place_for_long(resolved: ResolvedJob, machines: Machines, rows: int) -> Plac
     no further than every stage has work. What they have done while the models load would else be most of a short one,
     and the cores were free for the rest."""
     placement = place_job(resolved, machines, rows)
-    needed = placement.stream_rows * max(1, resolved.pixel_bytes, resolved.output_bytes)
+    needed = placement.stream_rows * placement.row_bytes
     return placement._replace(stream_bytes=min(placement.stream_bytes, needed))
 
 
