@@ -7,7 +7,7 @@ from datetime import datetime
 from fsspec import AbstractFileSystem
 from pydantic import ValidationError
 
-from pipeline.processes import is_running, is_same
+from pipeline.processes import is_running, is_same, pid_namespace
 from pipeline.storage import redact
 from pipeline.store_errors import reading
 from schemas.attempt import AttemptRecord
@@ -35,12 +35,12 @@ def read_attempt(fs: AbstractFileSystem, place: str) -> AttemptRecord | None:
 
 def as_known(records: Sequence[AttemptRecord]) -> list[AttemptRecord]:
     """The records, oldest first, but `died` or `taken over` in place of a `running` that is known to be over: its
-    process is gone from this host, or a later attempt works on its rows."""
+    process is gone from this machine, or a later attempt works on its rows."""
     found = []
     for position, record in enumerate(records):
         if record.status == "running":
             later = any(shares_rows(record, other) for other in records[position + 1 :])
-            if record.host == socket.gethostname() and not is_alive(record):
+            if is_here(record) and not is_alive(record):
                 record = record.model_copy(update={"status": "died"})
             elif later:
                 record = record.model_copy(update={"status": "taken over"})
@@ -54,6 +54,11 @@ def shares_rows(record: AttemptRecord, other: AttemptRecord | Shard) -> bool:
     mine = index * record.shard_count, (index + 1) * record.shard_count
     theirs = record.shard_index * count, (record.shard_index + 1) * count
     return mine[0] < theirs[1] and theirs[0] < mine[1]
+
+
+def is_here(record: AttemptRecord) -> bool:
+    """Whether its process is, or was, one of those that can be seen from here: of this host, and of this container."""
+    return record.host == socket.gethostname() and record.pid_namespace in {None, pid_namespace()}
 
 
 def is_alive(record: AttemptRecord) -> bool:

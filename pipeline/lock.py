@@ -19,7 +19,7 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 
-from pipeline.processes import is_running
+from pipeline.processes import is_running, pid_namespace
 from pipeline.storage import create_bytes, put_bytes, redact
 from pipeline.store_errors import reading
 from schemas.errors import OutputError
@@ -127,10 +127,11 @@ def _take(fs: AbstractFileSystem, lock: str, held: Held, what: str, unless: Call
 
 
 def _machine() -> str | None:
-    """This boot of this machine and its process numbers; containers of one machine count their processes apart."""
+    """This boot of this machine and its process numbers."""
+    namespace = pid_namespace()
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+        return f"{socket.gethostname()} {boot} {namespace}" if namespace else None
     except OSError:
         return None
 

@@ -1,5 +1,6 @@
 """The processes of this machine: whether one runs, and is still the one that had that number."""
 
+import os
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,16 @@ def process_mark(pid: int) -> str | None:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         # proc_pid_stat(5): the name, field 2, may hold spaces and brackets; starttime is field 22.
         return f"{boot} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
+    except OSError:
+        return None
+
+
+def pid_namespace() -> str | None:
+    """What the numbers of our processes count in: containers of one machine, which may share its host name, count
+    theirs apart (pid_namespaces(7)). None elsewhere than on Linux.
+    """
+    try:
+        return os.readlink("/proc/self/ns/pid")
     except OSError:
         return None
 

@@ -55,6 +55,8 @@ class AttemptRecord(BaseModel):
     pid: int
     # Boot id and start tick (`process_mark`): tells it from a later process with the same pid.
     process: str | None = None
+    # What `pid` counts in: containers of one machine may have one host name.
+    pid_namespace: str | None = None
     versions: dict[str, str] = {}  # as in run.json, of the one who ran it
     status: AttemptStatus = "running"
     ended: str | None = None

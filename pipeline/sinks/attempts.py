@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from fsspec import AbstractFileSystem
 
 from pipeline.addresses import join
-from pipeline.attempt_files import as_known, is_alive, read_attempt, shares_rows
-from pipeline.processes import process_mark
+from pipeline.attempt_files import as_known, is_alive, is_here, read_attempt, shares_rows
+from pipeline.processes import pid_namespace, process_mark
 from pipeline.record import current_versions
 from pipeline.settled import listing
 from pipeline.storage import Options, create_bytes, filesystem, is_local, put_bytes, redact
@@ -73,15 +73,15 @@ def require_free(
     """The records of the attempts there, as they are known.
 
     Raises OutputError if an attempt on overlapping rows is alive on this machine, or, without `take_over`, if one on
-    another machine has not said that it ended: whether it lives cannot be seen from here. There one that a later
-    attempt has taken over from holds up nobody: its fence turns it away.
+    another machine or in another container has not said that it ended: whether it lives cannot be seen from here. There
+    one that a later attempt has taken over from holds up nobody: its fence turns it away.
     """
     records = read_attempts(out, storage_options)
     known = as_known(records)
     for record, settled in zip(records, known, strict=True):
         if record.status != "running" or not shares_rows(record, shard):
             continue
-        here = record.host == socket.gethostname()
+        here = is_here(record)
         if here and record.pid != os.getpid() and is_alive(record):
             raise OutputError(
                 f"{redact(out)}: process {record.pid} has been writing there since {record.started}. "
@@ -89,8 +89,9 @@ def require_free(
             )
         if not here and settled.status == "running" and not take_over:
             again = "" if record.command in _NOT_TAKING_OVER else "run its own command again or "
+            host = f"{record.host}, in another container" if record.host == socket.gethostname() else record.host
             raise OutputError(
-                f"{redact(out)}: attempt {record.attempt} (process {record.pid} on {record.host}) has been running "
+                f"{redact(out)}: attempt {record.attempt} (process {record.pid} on {host}) has been running "
                 f"since {record.started}, and `{command}` would end it. Wait for it; if it is dead, {again}give "
                 "--force"
             )
@@ -132,6 +133,7 @@ def _open(fs: AbstractFileSystem, path: str, shard: Shard, command: str) -> Atte
             host=socket.gethostname(),
             pid=os.getpid(),
             process=process_mark(os.getpid()),
+            pid_namespace=pid_namespace(),
             versions=current_versions(),
             command=command,
         )

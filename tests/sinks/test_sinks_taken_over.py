@@ -1,11 +1,14 @@
 """What a dead attempt holds up on another machine than its own, and what once a later one has taken over from it."""
 
 import os
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from pipeline.attempt_files import as_known
 from pipeline.processes import process_mark
 from pipeline.sinks import attempts
 from schemas.errors import OutputError
@@ -33,6 +36,26 @@ def test_what_was_taken_over_holds_up_nobody_and_writes_nothing(
     fence.check()
     with pytest.raises(OutputError, match="has taken over from attempt 1"):
         dead.check()
+
+
+def test_a_run_in_another_container_is_not_dead_for_want_of_its_process_here(tmp_path: Path) -> None:
+    """It may have the host name of this one (docker run --network host); its processes cannot be seen."""
+    out, whole = str(tmp_path), Shard(index=0, count=1)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    running, record = attempts.claim(out, whole, {}, "embed")
+    file = tmp_path / "attempts/000001.json"
+    contained = record.model_copy(update={"pid_namespace": "pid:[1]"})
+    file.write_text(contained.model_dump_json())
+    with pytest.raises(OutputError, match=r", in another container\) has been running since .*`compact` would end it"):
+        attempts.claim(out, whole, {}, "compact", take_over=False)
+    running.check()
+    for namespace, status in (("pid:[1]", "running"), (record.pid_namespace, "died"), (None, "died")):
+        gone = record.model_copy(update={"pid": ended.pid, "pid_namespace": namespace})
+        assert [known.status for known in as_known([gone])] == [status]
+    attempts.claim(out, whole, {}, "embed")
+    with pytest.raises(OutputError, match="has taken over"):
+        running.check()
 
 
 @pytest.mark.parametrize("command", ["embed", "compact", "retry"])
