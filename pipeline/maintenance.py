@@ -14,7 +14,7 @@ from pipeline.record import require_record
 from pipeline.sinks import attempts, compaction, intervals
 from pipeline.sinks.intervals import Spans
 from pipeline.sinks.ledger import Ledger, read_ledger, settled_ledger
-from pipeline.sinks.parts import Part, gone, read_columns
+from pipeline.sinks.parts import Part, read_part
 from pipeline.sinks.verify import Verification
 from pipeline.sinks.verify import verify as verify_parts
 from pipeline.sources.manifest import check_parts
@@ -172,23 +172,17 @@ def _failures(ledger: Ledger) -> list[Part]:
 
 
 def _failed_rows(out: str, part: Part, everything: bool, storage_options: Options) -> Any:
-    table = _read(out, part, ["row", "retryable"], storage_options)
-    return table["row"].to_numpy() if everything else table.filter(table["retryable"])["row"].to_numpy()
-
-
-def _read(out: str, part: Part, columns: list[str], storage_options: Options) -> pa.Table:
     fs, path = filesystem(out, storage_options)
-    try:
-        return read_columns(fs, path, part, columns)
-    except FileNotFoundError as error:
-        raise gone(out, error) from error
+    table = read_part(fs, path, part, ["row", "retryable"], out=out)
+    return table["row"].to_numpy() if everything else table.filter(table["retryable"])["row"].to_numpy()
 
 
 def _causes(out: str, ledger: Ledger, stale: Spans, storage_options: Options) -> dict[str, int]:
     """Failures by error name, the most frequent first; those of `stale` rows do not count."""
+    fs, path = filesystem(out, storage_options)
     counts: dict[str, int] = {}
     for part in _failures(ledger):
-        table = _read(out, part, ["row", "error"], storage_options)
+        table = read_part(fs, path, part, ["row", "error"], out=out)
         current = ~intervals.contains(stale, table["row"].to_numpy())
         found = pc.value_counts(table["error"].filter(pa.array(current)))
         for entry in found.to_pylist():

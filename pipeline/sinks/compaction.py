@@ -25,11 +25,10 @@ from pipeline.sinks.intervals import Spans
 from pipeline.sinks.parts import (
     FOLDERS,
     Part,
-    gone,
     is_there,
     list_parts,
     part_name,
-    read_columns,
+    read_part,
     read_row_numbers,
 )
 from pipeline.storage import Options, exists, filesystem, is_local, put_bytes, read_json, redact, remove
@@ -88,7 +87,7 @@ def remove_rows(out: str, folder: str, rows: Spans, storage_options: Options) ->
                 continue
             inside = intervals.contains(rows, read_row_numbers(fs, path, part))
             if inside.any():
-                table = _read(fs, path, part)
+                table = read_part(fs, path, part, out=path)
                 _swap(fs, path, held, [part], [table.filter(pa.array(~inside))])
                 removed += int(inside.sum())
     return removed
@@ -115,7 +114,8 @@ def drop_repeats(out: str, twice: Spans, storage_options: Options) -> int:
             again = intervals.contains(kept, rows) | (mine & later)
             kept = intervals.union([kept, intervals.from_rows(rows[mine])])
             if again.any():
-                written.update(_swap(fs, path, held, [part], [_read(fs, path, part).filter(pa.array(~again))]))
+                table = read_part(fs, path, part, out=path)
+                written.update(_swap(fs, path, held, [part], [table.filter(pa.array(~again))]))
                 removed += int(again.sum())
     return removed
 
@@ -159,16 +159,9 @@ def _groups(parts: list[Part], target_bytes: int, good_fraction: float) -> Itera
         yield group
 
 
-def _read(fs: AbstractFileSystem, out: str, part: Part) -> pa.Table:
-    """Raises OutputError, naming the part, where it cannot be read: what is damaged must not get new checksums."""
-    try:
-        return read_columns(fs, out, part)
-    except FileNotFoundError as error:
-        raise gone(out, error) from error
-
-
 def _merge(fs: AbstractFileSystem, out: str, group: list[Part]) -> pa.Table:
-    tables = [_read(fs, out, part) for part in sorted(group, key=lambda part: part.name)]
+    # Held against their checksums: what is damaged must not get new ones.
+    tables = [read_part(fs, out, part, out=out) for part in sorted(group, key=lambda part: part.name)]
     metadata = tables[0].schema.metadata
     tables = [table.replace_schema_metadata(None) for table in tables]
     numbers = [table["row"].to_numpy() for table in tables]

@@ -173,6 +173,14 @@ def read_columns(fs: AbstractFileSystem, out: str, part: Part, columns: list[str
         ) from error
 
 
+def read_part(fs: AbstractFileSystem, path: str, part: Part, columns: list[str] | None = None, *, out: str) -> pa.Table:
+    """As `read_columns`, with an OutputError also for a part that has gone. `path` is that of `out` on `fs`."""
+    try:
+        return read_columns(fs, path, part, columns)
+    except FileNotFoundError as error:
+        raise gone(out, error) from error
+
+
 def gone(out: str, error: FileNotFoundError) -> OutputError:
     """For a part that another command replaces or removes while this one wants to read it."""
     return OutputError(

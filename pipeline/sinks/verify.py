@@ -9,7 +9,7 @@ from fsspec import AbstractFileSystem
 
 from pipeline.sinks import intervals
 from pipeline.sinks.intervals import Spans
-from pipeline.sinks.ledger import settled_ledger
+from pipeline.sinks.ledger import pending, settled_ledger
 from pipeline.sinks.parts import DamagedPart, Part, part_name, read_columns
 from pipeline.storage import Options, filesystem, redact
 from schemas.run import RunRecord
@@ -60,15 +60,15 @@ def verify(
             f"{intervals.count(stale)} rows that newer ones replace still stand in parts: {_show(stale)}; run the same "
             "command again, which removes them"
         )
-    pending = intervals.complement(intervals.union([ledger.done, replaced]), 0, run.manifest_rows)
-    if len(pending):
-        problems.append(f"{intervals.count(pending)} rows of the manifest are in neither place: {_show(pending)}")
+    left = pending(ledger, 0, run.manifest_rows, replaced)
+    if len(left):
+        problems.append(f"{intervals.count(left)} rows of the manifest are in neither place: {_show(left)}")
     return Verification(
         run.manifest_rows,
         intervals.count(replaced),
         intervals.count(ledger.images),
         intervals.count(ledger.failures),
-        intervals.count(pending),
+        intervals.count(left),
         len(ledger.parts),
         problems,
     )
