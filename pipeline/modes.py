@@ -10,6 +10,7 @@ from PIL import Image, ImageCms
 
 _WIDE_MODES = frozenset({"I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
 _BITS_PER_SAMPLE_TAG = 258
+_PHOTOMETRIC_TAG = 262
 _STRIP_PIXELS = 4_000_000
 
 
@@ -53,12 +54,17 @@ def _wide_to_rgb(image: Image.Image) -> Image.Image:
     """One channel of 16 bits, 32 bits or floats to grey, by the range that its values are meant to have."""
     low, high = _value_range(image)
     scale = 255.0 / (high - low)
+    # WhiteIsZero (TIFF 6.0, section 4): Pillow turns it round at up to 8 bits, and hands wider values over as they are.
+    white_is_zero = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC_TAG) == 0
     result = Image.new("L", image.size)
     rows = max(1, _STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
         box = (0, top, image.width, min(top + rows, image.height))
         with np.errstate(all="ignore"):  # a damaged file may hold any bit pattern
-            values = np.nan_to_num(np.asarray(image.crop(box), dtype=np.float64), nan=low, posinf=high, neginf=low)
+            values = np.asarray(image.crop(box), dtype=np.float64)
+            if white_is_zero:
+                values = low + high - values
+            values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
             grey = np.rint((values - low) * scale).clip(0, 255).astype(np.uint8)
         result.paste(Image.fromarray(grey), box)
     return result.convert("RGB")

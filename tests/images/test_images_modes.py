@@ -105,6 +105,22 @@ def test_a_twelve_bit_tiff_uses_its_whole_range():
     assert constant(np.asarray(to_rgb(image))) == (255, 255, 255)
 
 
+@pytest.mark.parametrize("compression", ["raw", "tiff_deflate"])
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0, 257 * 100, 65535]], np.uint16), [255, 155, 0]),
+        (np.array([[0, 0.4, 1, float("nan")]], np.float32), [255, 153, 0, 0]),
+        (np.array([[-5.0, 0, 5]], np.float32), [255, 128, 0]),
+    ],
+    ids=["16 bits", "floats in 0..1", "floats that are stretched"],
+)
+def test_a_wide_tiff_whose_zero_is_white(values, expected, compression):
+    """Pillow turns round those of 8 bits alone."""
+    data = saved(Image.fromarray(values), "TIFF", tiffinfo={262: 0}, compression=compression)
+    assert decoded(data, (len(expected), 1))[0, :, 0].tolist() == expected
+
+
 def mixed(mode):
     noise = np.random.default_rng(5).integers(0, 256, (40, 61, 4), np.uint8)
     return Image.fromarray(noise, "RGBA").convert(mode)
