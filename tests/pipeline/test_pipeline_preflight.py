@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from support.checkpoints import make_checkpoint
 from support.npz import mixer_arrays_of
@@ -14,9 +15,11 @@ from jobs.demo.draw import write_pictures
 from pipeline.models.precision import Hardware
 from pipeline.opening import ResolvedJob, resolve_job
 from pipeline.predicting import place_job
-from pipeline.preflight import Budget, measure_decode, measure_forward, other_precisions
+from pipeline.preflight import Budget, measure_decode, measure_forward, measure_write, other_precisions
+from pipeline.sinks.parts import split
 from schemas.machines import Machines
 from schemas.spec import build_spec
+from schemas.tables import predicted_schema
 
 MACHINES = Machines(1, 0, 1e9, 1, (1.0,))
 
@@ -117,6 +120,31 @@ def test_the_digest_is_part_of_decoding(tmp_path: Path, monkeypatch: pytest.Monk
     seconds, _, failed = measure_decode(resolved(model), [b"one", b"other"])
     assert (seconds, failed) == ({"exact": 3.0, "fast": 3.0}, 0)
     assert digests == [b"one", b"one", b"other", b"other"]
+
+
+@pytest.mark.parametrize(("part_bytes", "rows"), [(1 << 26, 3 * 16), (1 << 17, 15), (1, 1)])
+def test_what_is_written_to_measure_it_is_no_more_than_a_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_bytes: int, rows: int
+) -> None:
+    """A row of 64 patches of 64 numbers in float16: 8,192 bytes and some; those of large models have megabytes."""
+    sizes = {"image_size": 64, "patch_size": 8, "hidden_size": 64, "num_attention_heads": 2}
+    model = make_checkpoint(tmp_path / "vit", "vit", **sizes)
+    job = resolved(model, features=["patches"], sink={"part_bytes": part_bytes})
+    schema = predicted_schema(job.wanted.fields, [])
+    patches = np.zeros((3, 64, 64), np.float16).tolist()
+    values = {"row": range(3), "uri": ["a", "b", "c"], "patches": patches}
+    predicted = pa.table({field.name: pa.array(values.get(field.name, [None] * 3), field.type) for field in schema})
+    written: list[pa.Table] = []
+
+    def noted(table: pa.Table, schema: pa.Schema) -> tuple[pa.Table, pa.Table]:
+        written.append(table)
+        return split(table, schema)
+
+    monkeypatch.setattr("pipeline.preflight.split", noted)
+    assert measure_write(job, predicted) > 0
+    (table,) = written
+    assert len(table) == rows
+    assert table.nbytes <= part_bytes or len(table) == 1
 
 
 @pytest.mark.parametrize(("gpus", "asked", "told"), [(4, 0, True), (4, 1, False), (0, 0, False)])
