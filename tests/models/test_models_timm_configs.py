@@ -105,6 +105,21 @@ def test_a_network_without_cls_pools_by_mean_where_the_config_does_not_say(archi
         inspect_model(str(tmp_path))
 
 
+@needs_testdata
+def test_another_width_keeps_the_heads_that_the_architecture_has(tmp_path: Path) -> None:
+    made_with = {"embed_dim": 384, "depth": 2, "num_classes": 37}
+    reference = make_timm_checkpoint(tmp_path, "vit_base_patch16_224", **made_with)
+    pixels, values = timm_preprocessed(reference, photos(2))
+    with pytest.raises(CheckpointError, match=r"number of heads of vit_base_patch16_224 at width 384 is unknown.*timm"):
+        inspect_model(str(tmp_path))
+    edit(tmp_path, model_args={**made_with, "num_heads": 12})
+    ours, expected = load_model(inspect_model(str(tmp_path)))(pixels), timm_outputs(reference, values)
+    assert ours.logits is not None
+    assert worst_error(ours.logits, expected.logits) < 1e-4
+    make_timm_checkpoint(tmp_path / "gap", "vit_base_patch16_gap_224", **made_with)
+    assert inspect_model(str(tmp_path / "gap")).network.heads == 16
+
+
 def read_preprocessing_of(config: dict[str, Any], folder: Path) -> Preprocessing:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))

@@ -90,14 +90,16 @@ def shape_of(shapes: Shapes, name: str, dimensions: int) -> tuple[int, ...]:
 def heads(config: Config, width: int) -> int:
     """Attention heads: from `model_args`, else from the name, else from the width.
 
-    Raises CheckpointError where none of them says it, or what is said does not divide the width.
+    Not from a width that `model_args` chose: timm keeps the number of heads that the architecture has. Raises
+    CheckpointError where none of them says it, or what is said does not divide the width.
     """
     name, given = str(config["architecture"]), settings(config).get("num_heads")
-    count = given or next((count for start, count in OTHER_HEADS.items() if name.startswith(start)), HEADS.get(width))
+    usual = None if (config.get("model_args") or {}).get("embed_dim") else HEADS.get(width)
+    count = given or next((count for start, count in OTHER_HEADS.items() if name.startswith(start)), usual)
     if not isinstance(count, int) or count < 1 or width % count:
         raise CheckpointError(
             f"config.json: the number of heads of {name} at width {width} is unknown; say it in model_args: "
-            '{"num_heads": …}'
+            '{"num_heads": …} (where embed_dim alone was given, timm kept the number that the architecture has)'
         )
     return count
 
