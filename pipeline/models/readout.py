@@ -60,7 +60,7 @@ class Readout(nn.Module):
             token = tokens[:, 0] if self.a.class_token else tokens[:, self.a.prefix_tokens :].mean(dim=1)
             return torch.tanh(self.pooler(token))
         if self.attention_pool is not None:
-            return self.attention_pool(tokens[:, self.a.prefix_tokens :])  # type: ignore[no-any-return]
+            return self.pool_norm(self.attention_pool(tokens[:, self.a.prefix_tokens :]))  # type: ignore[no-any-return]
         if kind in ("cls", "layernormed_cls", "projected_cls"):
             return self.projection(self.pool_norm(tokens[:, 0]))  # type: ignore[no-any-return]
         first = 0 if kind == "mean_all_tokens" else self.a.prefix_tokens

@@ -120,6 +120,17 @@ def test_another_width_keeps_the_heads_that_the_architecture_has(tmp_path: Path)
     assert inspect_model(str(tmp_path / "gap")).network.heads == 16
 
 
+@needs_testdata
+@pytest.mark.parametrize("architecture", ["vit_base_patch16_224", "vit_base_patch16_siglip_224"])
+def test_a_norm_behind_the_attention_pool(architecture: str, tmp_path: Path) -> None:
+    reference = make_timm_checkpoint(tmp_path, architecture, **SMALL, global_pool="map", fc_norm=True)
+    pixels, values = timm_preprocessed(reference, photos(2))
+    ours, expected = load_model(inspect_model(str(tmp_path)))(pixels), timm_outputs(reference, values)
+    assert ours.logits is not None
+    assert worst_error(ours.pooled, expected.pooled) < 1e-4
+    assert worst_error(ours.logits, expected.logits) < 1e-4
+
+
 def read_preprocessing_of(config: dict[str, Any], folder: Path) -> Preprocessing:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
