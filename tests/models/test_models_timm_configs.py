@@ -120,6 +120,12 @@ def test_another_width_keeps_the_heads_that_the_architecture_has(tmp_path: Path)
     assert inspect_model(str(tmp_path / "gap")).network.heads == 16
 
 
+@pytest.mark.parametrize("architecture", ["vit_small_patch16_224", "vit_base_patch32_clip_224"])
+def test_epsilon_of_a_network_with_a_norm_before_its_blocks(architecture: str, tmp_path: Path) -> None:
+    reference = make_timm_checkpoint(tmp_path, architecture, **SMALL, pre_norm=True)
+    assert inspect_model(str(tmp_path)).network.epsilon == reference.norm_pre.eps == reference.blocks[0].norm1.eps
+
+
 @needs_testdata
 @pytest.mark.parametrize("architecture", ["vit_base_patch16_224", "vit_base_patch16_siglip_224"])
 def test_a_norm_behind_the_attention_pool(architecture: str, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def architecture(config: Config, shapes: Shapes, stem: Stem | None = None) -> Ar
         mlp_width=mlp_width,
         patch_size=(patch[0], patch[1]),
         trained_size=size,
-        epsilon=1e-5 if pre_norm else 1e-6,
+        epsilon=1e-5 if "_clip_" in str(config["architecture"]) else 1e-6,
         activation="silu" if hidden == 2 * mlp_width else timm.activation(config),
         swiglu=hidden == 2 * mlp_width,
         patch_bias="patch_embed.proj.bias" in shapes,
