@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +47,7 @@ from rates import LEAST, LEAST_TO_FLOAT32, Subject
 from pipeline.models.architecture import Architecture
 from pipeline.models.cost import forward_flop
 from pipeline.models.gpu import Compiled, has_compiler
+from pipeline.predictors.torch_runner import describe_error
 
 MEASURE_S = 2.0
 MEASURES = {
@@ -109,6 +111,11 @@ class Report:
             show(what)
         self.save()
 
+    def add_error(self, name: str, error: Exception) -> None:
+        """To `left_out`, with what lies beneath it; where it was raised goes to stderr alone."""
+        traceback.print_exception(error)
+        self.add("left_out", f"{name}: {describe_error(error)}")
+
     def save(self) -> None:
         if self.path:
             Path(self.path).parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +127,7 @@ def measure_device(kinds: Sequence[str], bench: Bench, report: Report, tiny: boo
         try:
             report.found[kind] = MEASURES[kind](bench, TINY_SIZES if tiny else SIZES)
         except Exception as error:  # noqa: BLE001  it must not cost the figures behind it
-            report.add("left_out", f"{kind}: {type(error).__name__}: {error}"[:500])
+            report.add_error(kind, error)
             continue
         print(json.dumps({kind: report.found[kind]}, indent=1), flush=True)
         flat = report.found[kind].items() if kind != "products" else [
@@ -217,7 +224,7 @@ def run_steps(todo: list[Step], chosen: dict[str, Architecture], bench: Bench, r
                 bench,
             )
         except Exception as error:  # noqa: BLE001  one kernel that fails must not cost the figures of the others
-            report.add("left_out", f"{step}: {type(error).__name__}: {error}"[:500])
+            report.add_error(str(step), error)
 
 
 def main() -> None:

@@ -26,15 +26,25 @@ _WARM_UPS = 3
 _log = logging.getLogger(__name__)
 
 
-def _lacks_memory(error: BaseException | None) -> bool:
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """`error` and what lies beneath it, which the end of a capture hides."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def describe_error(error: BaseException) -> str:
+    """`error` and what lies beneath it, in one line."""
+    return "; beneath it ".join(f"{type(link).__name__}: {' '.join(str(link).split())}"[:500] for link in _chain(error))
+
+
+def _lacks_memory(error: BaseException) -> bool:
     """Whether the device had no room, whoever says so: torch's allocator, CUDA, cuBLAS, or one of them beneath what the
     end of a capture raised over it."""
-    while error is not None:
-        text = str(error)
-        said = "out of memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text
-        if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and said):
+    for link in _chain(error):
+        said = "out of memory" in str(link) or "CUBLAS_STATUS_ALLOC_FAILED" in str(link)
+        if isinstance(link, torch.OutOfMemoryError) or (isinstance(link, RuntimeError) and said):
             return True
-        error = error.__cause__ or error.__context__
     return False
 
 

@@ -123,6 +123,41 @@ def test_a_run_without_one_rate_is_no_success(gpu: SimpleNamespace, monkeypatch:
         started(gpu, monkeypatch)
 
 
+def failed_capture(*arguments: Any, **options: Any) -> Any:
+    """As torch's own: the end of a capture raises over what went wrong in it."""
+    try:
+        raise ValueError("no plan\nfor these shapes")
+    except ValueError:
+        raise torch.AcceleratorError("CUDA error: failed due to a previous error during capture")  # noqa: B904
+
+
+def test_what_lies_beneath_a_failure_is_told(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "gpu.json"
+    monkeypatch.setattr(gpu.rates, "Runner", failed_capture)
+    with pytest.raises(SystemExit, match="not one rate"):
+        started(gpu, monkeypatch, "--json", str(out))
+    captured = capsys.readouterr()
+    expected = "bfloat16: AcceleratorError: CUDA error: failed due to a previous error during capture; beneath it "
+    expected += "ValueError: no plan for these shapes"
+    assert json.loads(out.read_text())["left_out"][0].endswith(expected)
+    assert expected in captured.out
+    assert "in failed_capture" in captured.err
+
+
+def test_what_lies_beneath_a_ceiling_that_fails_is_told(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.undo()  # `gpu` leaves them out
+    report = gpu.run.Report(None)
+    monkeypatch.setitem(gpu.run.MEASURES, "ceilings", failed_capture)
+    gpu.run.measure_device(["ceilings"], None, report, tiny=True)
+    assert report.found["left_out"][0].startswith("ceilings: AcceleratorError: ")
+    assert report.found["left_out"][0].endswith("beneath it ValueError: no plan for these shapes")
+    assert "in failed_capture" in capsys.readouterr().err
+
+
 def test_not_a_number_is_wrong(gpu: SimpleNamespace) -> None:
     fine, broken = torch.ones(2, 4), torch.full((2, 4), torch.nan)
     for ours in ((fine, broken), (broken, fine)):
