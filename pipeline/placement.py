@@ -128,9 +128,7 @@ def place(
     usual = 256 if on_gpu else served_batch or 8
     batch = batch_size or _automatic_batch(usual, _LARGEST_BLOCK_BYTES / row_bytes, *limits)
     if actors is None:
-        # More actors than batches would only load weights.
-        useful = max(1, min(chosen.max, -(-rows // (batch * in_flight * lanes))))
-        chosen = ActorRange(min=min(chosen.min, useful), max=useful)
+        chosen = _useful_actors(chosen, -(-rows // (batch * in_flight * lanes)))
     # A size that was asked for is kept, however long it takes; no more are under way than there is room for.
     at_once = batch * max(1, min(in_flight, int((room if batch_size else min(room, work)) // batch)))
     blocks = max(1, _BLOCK_BYTES // (row_bytes * at_once)) if pixel_bytes else 4096 // batch
@@ -212,6 +210,12 @@ def _cpu_batch_limits(staff: Staff, rows: int, image_gflop: float) -> list[float
     """Images of a batch whose threads are done soon, and of which every lane gets one. Small batches are hardly slower:
     of ViT-B/16 one by one, 1.08 (float32), 1.05 (bfloat16) and 0.89 (int8) times the images/s of eight."""
     return [_images_in(_CPU_BATCH_S, staff, image_gflop), rows // (staff.now * staff.lanes)]
+
+
+def _useful_actors(chosen: ActorRange, shares: int) -> ActorRange:
+    """No more actors than there are shares of the rows: others would only load weights."""
+    useful = max(1, min(chosen.max, shares))
+    return ActorRange(min=min(chosen.min, useful), max=useful)
 
 
 def _served_images(actors: int, image_gflop: float) -> float:

@@ -262,6 +262,7 @@ def test_decoding_is_not_fused_into_the_actor(tmp_path: Path) -> None:
         assert dataset.context.execution_options.resource_limits.object_store_memory == placement.stream_bytes
         assert dataset.context.target_max_block_size == 1 << 20, "smaller ones pile up in the driver's own memory"
         wanted = resolved.wanted._replace(features=("cls",), dims=(1 << 20,))
+        placement = placement._replace(row_bytes=4 << 20)
         large = build(resolved._replace(wanted=wanted), opened, placement, np.array([[0, 1]]))
         target = large.context.target_max_block_size
         # Ray Data cuts a block that exceeds its target by half.
