@@ -18,13 +18,18 @@ def read_small(url: str, options: Options, *, most_bytes: int | None = MOST_BYTE
     fs, path = filesystem(url, options)
     try:
         # `<(…)` in a shell is a pipe, and fsspec seeks in what it reads.
-        with Path(path).open("rb") if is_local(fs) else fs.open(path, "rb") as file:
-            data: bytes = file.read() if most_bytes is None else file.read(most_bytes + 1)
+        # An open file of a web server that names no size gives less than it is asked for.
+        data = _read_local(path, most_bytes) if is_local(fs) else bytes(fs.cat_file(path))
     except Exception as error:
         raise Unreadable(_why(error)) from error
     if most_bytes is not None and len(data) > most_bytes:
         raise Unreadable(f"more than {most_bytes >> 20} MiB")
     return data
+
+
+def _read_local(path: str, most_bytes: int | None) -> bytes:
+    with Path(path).open("rb") as file:
+        return file.read() if most_bytes is None else file.read(most_bytes + 1)
 
 
 def _why(error: Exception) -> str:
