@@ -40,7 +40,7 @@ def greedy_start(vectors: Floats, k: int, rng: np.random.Generator) -> Floats:
     import torch
 
     block = torch.from_numpy(vectors)
-    squares = (block * block).sum(1)
+    squares = torch.einsum("ij,ij->i", block, block)
     chosen = [int(rng.integers(len(vectors)))]
     nearest = _distances(block, squares, chosen)[:, 0]
     for _ in range(1, k):
@@ -65,7 +65,7 @@ def swapped(vectors: Floats, centres: Floats, rng: np.random.Generator) -> Float
     import torch
 
     block = torch.from_numpy(vectors)
-    squares = (block * block).sum(1)
+    squares = torch.einsum("ij,ij->i", block, block)
     first, second, home = _nearest_two(block, torch.from_numpy(centres))
     weights = np.cumsum(first, dtype=np.float64)
     if weights[-1] <= 0:
@@ -95,7 +95,8 @@ def _nearest_two(block: "torch.Tensor", centres: "torch.Tensor") -> tuple[Floats
 
     best = np.empty((2, len(block)), np.float32)
     home = np.empty(len(block), np.int64)
-    for some in score_slices(len(block), len(centres)):
+    # cdist makes two copies of the vectors, which should be no larger than the scores may be.
+    for some in score_slices(len(block), max(len(centres), block.shape[1])):
         partial = torch.cdist(block[some], centres).square_()
         values, numbers = torch.topk(partial, 2, dim=1, largest=False)
         best[:, some], home[some] = values.numpy().T, numbers[:, 0].numpy()

@@ -43,12 +43,16 @@ def kmeans_on_ray(
         store.fs, feature, store.check_feature(feature), Preparation(normalise=spherical), store.replaced
     )
     rng = np.random.default_rng(settings["seed"])
-    share = min(1.0, max(_SAMPLE_ROWS, 64 * k) / len(store))
-    seeds = {part.name: int(rng.integers(2**31)) for part in store.parts}
-    samples = [vectors for _, vectors in _ordered(store, over_parts(_sample, store.parts, reader, share, seeds))]
-    start = fit(ArraySource(np.concatenate(samples)), k, spherical=spherical, seed=settings["seed"])
+    start = fit(ArraySource(_sampled(store, reader, k, rng)), k, spherical=spherical, seed=settings["seed"])
     found = _passes(store, reader, _mini_batches(store, reader, start, rng))
     return _write(store, reader, found, name, {"name": name, **settings, "parts": len(store.parts)})
+
+
+def _sampled(store: FeatureStore, reader: PartReader, k: int, rng: np.random.Generator) -> Floats:
+    """About 32,768 vectors, or 64 for each cluster; what came of each part is let go before they are worked on."""
+    share = min(1.0, max(_SAMPLE_ROWS, 64 * k) / len(store))
+    seeds = {part.name: int(rng.integers(2**31)) for part in store.parts}
+    return np.concatenate([some for _, some in _ordered(store, over_parts(_sample, store.parts, reader, share, seeds))])
 
 
 def _sample(part: Part, reader: PartReader, share: float, seeds: dict[str, int]) -> Floats:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,23 @@ from pipeline.retrieval.plots import line_charts
 from pipeline.retrieval.store import FeatureStore
 from pipeline.retrieval.sweep import Trial, best_k, elbow, parse_sweep, sweep
 from schemas.errors import SpecError
+
+STARTS = """
+import resource
+import numpy as np
+from pipeline.retrieval import kmeans, lloyd
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+lloyd._SCORE_BYTES = 4 << 20
+rng = np.random.default_rng(0)
+vectors = rng.standard_normal((65_536, 1024), np.float32)
+kmeans.swapped(vectors[:999], kmeans.greedy_start(vectors[:999], 4, rng), rng)
+before = peak()
+centres = kmeans.greedy_start(vectors, 4, rng)
+between = peak()
+kmeans.swapped(vectors, centres, rng)
+print(*((size / vectors.nbytes) for size in (between - before, peak() - before)))
+"""
 
 
 def source_of(folder: Path, content: RunContent, prepare: Preparation) -> MatrixSource:
@@ -113,6 +132,12 @@ def test_scores_of_many_centres_are_gone_through_in_slices(monkeypatch: pytest.M
     np.testing.assert_allclose(squares[np.arange(len(vectors)), home], nearest[:, 0], atol=1e-5)
     kmeans.swapped(vectors, centres, np.random.default_rng(0))
     assert max(made) <= 64 * 1024**2
+
+
+def test_starts_and_swaps_hold_no_copy_of_the_sample() -> None:
+    """With k = 10,000 that is 64 vectors for each, or 2.6 GB where they have 1,024 numbers."""
+    done = subprocess.run([sys.executable, "-c", STARTS], capture_output=True, text=True, check=True)
+    assert max(map(float, done.stdout.split())) < 0.5
 
 
 def test_empty_clusters_are_filled() -> None:

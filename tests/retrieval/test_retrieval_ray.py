@@ -2,9 +2,11 @@
 
 import os
 import signal
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -56,6 +58,27 @@ def test_kmeans_over_parts(store: FeatureStore, monkeypatch: pytest.MonkeyPatch)
     assert sorted(table.column("row").to_pylist()) == [row for row in range(6000) if row not in (4, 123)]
     assert len(list(Path(store.root, "clusters", "parts").glob("*.parquet"))) == 12
     assert sum(item["size"] for item in summary["clusters"]) == 5998
+
+
+def test_kmeans_lets_go_of_the_samples_of_parts_once_they_are_together(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    came: list[weakref.ref[np.ndarray]] = []
+
+    def noted(*work: Any) -> Iterator[Any]:
+        for part, vectors in over_parts(*work):
+            came.append(weakref.ref(vectors))
+            yield part, vectors
+
+    def fit(source: Any, *_: Any, **__: Any) -> None:
+        assert (len(came), len(source)) == (12, 5998)
+        assert not any(vectors() is not None for vectors in came)
+        raise InterruptedError
+
+    monkeypatch.setattr(ray_kmeans, "over_parts", noted)
+    monkeypatch.setattr(ray_kmeans, "fit", fit)
+    with pytest.raises(InterruptedError):
+        kmeans_on_ray(store, "cls", 12, "let-go", spherical=True, settings={"seed": 0, "label_column": None})
 
 
 def test_passes_go_on_while_a_cluster_is_empty(tmp_path: Path) -> None:
