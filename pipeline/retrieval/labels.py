@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -97,7 +97,7 @@ def labels_from_csv(store: FeatureStore, path: str, storage_options: Mapping[str
     """
     text, path = _read_text(path, storage_options), redact(path)
     key, named = _read_csv(text, path)
-    rows, shared = _rows_by_key(store, key)
+    rows, shared, others = _rows_by_key(store, key, named)
     ambiguous = [name for name in named if name in shared]
     if ambiguous:
         raise SpecError(
@@ -114,7 +114,7 @@ def labels_from_csv(store: FeatureStore, path: str, storage_options: Mapping[str
     if not labels:
         raise SpecError(
             f"--labels {path}: none of its {len(named)} names is a `{key}` of this run.\n"
-            f"  in the file: {', '.join(list(named)[:_SHOWN])}\n  in the run:  {', '.join(list(rows)[:_SHOWN])}"
+            f"  in the file: {', '.join(list(named)[:_SHOWN])}\n  in the run:  {', '.join(others)}"
         )
     unknown = tuple(name for name in named if name not in rows)
     return RowLabels(path, np.array(list(labels)), list(labels.values()), len(named), unknown)
@@ -196,22 +196,29 @@ def _row_number(text: str) -> str:
 _AS_STORED: dict[str, Callable[[str], str]] = {"row": _row_number, "uri": redact, "name": str}
 
 
-def _rows_by_key(store: FeatureStore, key: str) -> tuple[dict[str, list[int]], dict[str, tuple[str, str]]]:
-    """Ids of the rows of each name; for a name that several pictures have, two of their addresses."""
+def _rows_by_key(
+    store: FeatureStore, key: str, wanted: Container[str]
+) -> tuple[dict[str, list[int]], dict[str, tuple[str, str]], list[str]]:
+    """Ids of the rows of each `wanted` name; for one of several pictures, two of their addresses; a few other names."""
     table = store.table(["row"] if key == "row" else ["row", "uri"])
-    if key == "row":
-        return {str(row): [row] for row in table.column("row").to_pylist()}, {}
-    table = table.filter(pa.array(newest(store, table.column("row").to_numpy())))
+    if key != "row":
+        table = table.filter(pa.array(newest(store, table.column("row").to_numpy())))
     names: dict[str, list[int]] = {}
     first: dict[str, str] = {}
     shared: dict[str, tuple[str, str]] = {}
-    for row, uri in zip(table.column("row").to_pylist(), table.column("uri").to_pylist(), strict=True):
-        for name in (uri,) if key == "uri" else _names(uri):
-            names.setdefault(name, []).append(row)
-            # Whether several rows of one address are one picture, their bytes say.
-            if first.setdefault(name, uri) != uri:
-                shared.setdefault(name, (first[name], uri))
-    return names, shared
+    others: list[str] = []
+    for batch in table.to_batches():
+        columns = batch.to_pydict()
+        for row, uri in zip(columns["row"], columns.get("uri", columns["row"]), strict=True):
+            for name in _names(uri) if key == "name" else (str(uri),):
+                if name in wanted:
+                    names.setdefault(name, []).append(row)
+                    # Whether several rows of one address are one picture, their bytes say.
+                    if first.setdefault(name, uri) != uri:
+                        shared.setdefault(name, (first[name], uri))
+                elif len(others) < _SHOWN and name not in others:
+                    others.append(name)
+    return names, shared, others
 
 
 def _names(uri: str) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Labels for a probe: from a column, and from a CSV that names rows by number, address or file name."""
 
 import json
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,22 @@ def test_labels_may_lie_in_a_bucket(store: FeatureStore, s3_server: S3Server) ->
         file.write('row,label\n0,"a\r\nb"\n1,é\n'.encode("utf-8-sig"))
     found = labels_from_csv(store, url, options)
     assert (found.source, list(found.labels)) == (url, ["a\r\nb", "é"])
+
+
+@pytest.mark.parametrize(
+    ("key", "name"), [("row", "7"), ("uri", "memory://photo-0000007.jpg"), ("name", "photo-0000007.jpg")]
+)
+def test_rows_that_a_file_does_not_name_take_no_memory(tmp_path: Path, key: str, name: str) -> None:
+    content = RunContent({"cls": np.ones((20_000, 1), np.float32)}, parts=20)
+    store = FeatureStore.open(str(write_run(tmp_path / "run", content)))
+    path = write_csv(tmp_path / "l.csv", f"{key},label", [f"{name},a", "nowhere,b"])
+    labels_from_csv(store, path)
+    tracemalloc.start()
+    try:
+        assert labels_from_csv(store, path).rows.tolist() == [7]
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_labels_that_match_no_row_show_both_sides(store: FeatureStore, tmp_path: Path) -> None:
