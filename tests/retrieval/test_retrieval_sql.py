@@ -56,6 +56,7 @@ def test_nearest_and_cosine(store: FeatureStore) -> None:
     same = sql.ask(store, query.format(found.column("row")[0]), 1).table.column("c")[0].as_py()
     assert same == pytest.approx(found.column("score")[0].as_py(), abs=1e-6)
     assert sql.ask(store, "SELECT * FROM nearest(3, 6)", 100).table.num_rows == 0
+    assert sql.ask(store, "SELECT * FROM nearest(4, 6)", 100).table.num_rows == 0
 
 
 def test_nearest_of_a_half_precision_feature(store: FeatureStore) -> None:
