@@ -10,7 +10,7 @@ lock `_swapping`, which is held from reading the old parts to the end. Who gets 
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -72,7 +72,7 @@ def compact(
             with _swapping(fs, path) as held:
                 # What somebody else has rewritten meanwhile is left to the next time.
                 if all(is_there(fs, join(path, part.path)) for part in group):
-                    _swap(fs, path, held, group, [_merge(fs, path, group)])
+                    _swap(fs, path, held, group, _merge(fs, path, group))
                     merged += len(group)
     return merged
 
@@ -88,7 +88,7 @@ def remove_rows(out: str, folder: str, rows: Spans, storage_options: Options) ->
             inside = intervals.contains(rows, read_row_numbers(fs, path, part))
             if inside.any():
                 table = read_part(fs, path, part, out=path)
-                _swap(fs, path, held, [part], [table.filter(pa.array(~inside))])
+                _swap(fs, path, held, [part], table.filter(pa.array(~inside)))
                 removed += int(inside.sum())
     return removed
 
@@ -115,7 +115,7 @@ def drop_repeats(out: str, twice: Spans, storage_options: Options) -> int:
             kept = intervals.union([kept, intervals.from_rows(rows[mine])])
             if again.any():
                 table = read_part(fs, path, part, out=path)
-                written.update(_swap(fs, path, held, [part], [table.filter(pa.array(~again))]))
+                written.update(_swap(fs, path, held, [part], table.filter(pa.array(~again))))
                 removed += int(again.sum())
     return removed
 
@@ -180,14 +180,11 @@ def _merge(fs: AbstractFileSystem, out: str, group: list[Part]) -> pa.Table:
     return pa.concat_tables(pieces).replace_schema_metadata(metadata)
 
 
-def _swap(fs: AbstractFileSystem, out: str, held: Held, old: list[Part], new: Iterable[pa.Table]) -> list[str]:
-    """Put `new` in the place of `old`; returns the paths of the new parts below `out`."""
-    names = []
-    for table in new:
-        if table.num_rows:
-            name = f"{old[0].folder}/{part_name(table['row'].to_numpy())}"
-            put_bytes(fs, join(out, _STAGING, name), encode(table, table.schema.metadata[METADATA_KEY]))
-            names.append(name)
+def _swap(fs: AbstractFileSystem, out: str, held: Held, old: list[Part], new: pa.Table) -> list[str]:
+    """Put the rows of `new` in the place of `old`; returns the path below `out` of the part that holds them, if any."""
+    names = [f"{old[0].folder}/{part_name(new['row'].to_numpy())}"] if new.num_rows else []
+    for name in names:
+        put_bytes(fs, join(out, _STAGING, name), encode(new, new.schema.metadata[METADATA_KEY]))
     plan = {"remove": [part.path for part in old if part.path not in names], "add": names}
     held.check()
     put_bytes(fs, join(out, SWAP_PLAN), json.dumps(plan).encode())

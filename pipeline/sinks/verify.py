@@ -1,6 +1,6 @@
 """Re-read everything: does the directory hold what it says, all of it, once?"""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -30,17 +30,12 @@ class Verification(NamedTuple):
 
 
 def verify(
-    out: str,
-    run: RunRecord,
-    replaced: Spans,
-    images_schema: pa.Schema,
-    storage_options: Options,
-    seen: Callable[[Part], None] = lambda part: None,
+    out: str, run: RunRecord, replaced: Spans, images_schema: pa.Schema, storage_options: Options
 ) -> Verification:
     """Read every part of `out` with page checksums and hold it against its name, the schema and the manifest.
 
-    `seen` is called after each part. Raises OutputError where the store does not let a part be read, of which nothing
-    is known then, and where parts are being rewritten and that lasts.
+    Raises OutputError where the store does not let a part be read, of which nothing is known then, and where parts are
+    being rewritten and that lasts.
     """
     fs, path = filesystem(out, storage_options)
     ledger = settled_ledger(out, storage_options, damaged_too=True)
@@ -48,7 +43,6 @@ def verify(
     for part in ledger.parts:
         schema = images_schema if part.folder == "images" else FAILURES_SCHEMA
         problems += [f"{part.path}: {problem}" for problem in _check_part(fs, path, part, schema, run)]
-        seen(part)
     if len(ledger.twice):
         problems.append(f"{intervals.count(ledger.twice)} rows stand in more than one part: {_show(ledger.twice)}")
     beyond = intervals.intersect(ledger.done, run.manifest_rows, np.iinfo(np.int64).max)

@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from support.runs import RunContent, run_record
 from pipeline.signals import interruptible
 from pipeline.sinks import compaction, intervals, ledger
 from pipeline.sinks.parts import Part, list_parts, read_columns, write_part
-from pipeline.sinks.verify import verify
+from pipeline.sinks.verify import _check_part, verify
 from pipeline.storage import filesystem, put_bytes
 from schemas.errors import Interrupted, OutputError
 
@@ -158,7 +158,9 @@ def test_rows_that_a_swap_hides_are_waited_for(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
-def test_a_store_that_goes_away_is_named(scheme: str, request: pytest.FixtureRequest, log_dir: Path) -> None:
+def test_a_store_that_goes_away_is_named(
+    scheme: str, request: pytest.FixtureRequest, log_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Drivers have errors of their own for that, not all of them an OSError."""
     with fleeting(request.getfixturevalue("s3_server" if scheme == "s3" else "gcs_server"), log_dir) as store:
         fs, out = filesystem(store.out, store.options)
@@ -167,11 +169,13 @@ def test_a_store_that_goes_away_is_named(scheme: str, request: pytest.FixtureReq
         parts = list_parts(fs, out)
         record = run_record(RunContent({"cls": np.zeros((5, 2), np.float32)}))
 
-        def leave(part: Part) -> None:
+        def leaving(*arguments: Any) -> Iterator[str]:
+            yield from _check_part(*arguments)
             store.leave()
 
+        monkeypatch.setattr("pipeline.sinks.verify._check_part", leaving)
         for look in (
-            lambda: verify(store.out, record, intervals.EMPTY, pa.schema([]), store.options, leave),
+            lambda: verify(store.out, record, intervals.EMPTY, pa.schema([]), store.options),
             lambda: list_parts(fs, out),
             lambda: read_columns(fs, out, parts[0]),
             lambda: ledger.read_ledger(store.out, store.options),
