@@ -55,6 +55,7 @@ def list_tar(uri: str, storage_options: Options) -> Iterator[TarImage]:
     with open_object(uri, storage_options) as file, _open(file, uri) as shard:
         sample: list[tarfile.TarInfo] = []
         sidecars: Sidecars = {}
+        large: list[str] = []
         key = None
         try:
             for member in _members(shard, file, uri):
@@ -64,14 +65,18 @@ def list_tar(uri: str, storage_options: Options) -> Iterator[TarImage]:
                 if member is None:
                     continue
                 stem, suffix = _split(member.name)
-                if suffix in SIDECARS and member.size <= _MAX_SIDECAR_BYTES:
+                if suffix in SIDECARS and member.size > _MAX_SIDECAR_BYTES:
+                    large.append(member.name)
+                elif suffix in SIDECARS:
                     sidecars.setdefault(stem, {})[suffix] = _text(shard, member)
                 elif suffix in _IMAGE_SUFFIXES or not suffix:
                     sample.append(member)
         except (tarfile.ReadError, ValueError) as error:
             yield from _images(sample, sidecars)
+            _tell_large(uri, large)
             raise _damaged(uri, error) from error
         yield from _images(sample, sidecars)
+        _tell_large(uri, large)
 
 
 def _open(file: BinaryIO, uri: str) -> tarfile.TarFile:
@@ -89,6 +94,18 @@ def _open(file: BinaryIO, uri: str) -> tarfile.TarFile:
 def _damaged(uri: str, error: Exception) -> tarfile.ReadError:
     """For a ReadError of tarfile, or the ValueError that it lets out where the map of a sparse member is cut short."""
     return tarfile.ReadError(f"{redact(uri)} breaks off or is damaged ({error})")
+
+
+def _tell_large(uri: str, names: list[str]) -> None:
+    if names:
+        _log.warning(
+            "%s: %d texts beside images are larger than %d MiB and left out, the first is %s; make them smaller, or "
+            "give them as columns of a table",
+            redact(uri),
+            len(names),
+            _MAX_SIDECAR_BYTES >> 20,
+            names[0],
+        )
 
 
 def _members(shard: tarfile.TarFile, file: BinaryIO, uri: str) -> Iterator[tarfile.TarInfo | None]:
