@@ -110,6 +110,7 @@ class Subject:
         got = runner.run(self.pixels[: 2 * batch + 3])
         row = {
             "attention": attention_taken(runner, self.a, self.bench),
+            "graphs": bool(runner._graphs),
             "least_cosine": least_cosine(got, self.expected),
             "least_cosine_to_float32": least_cosine(got, self.exact),
         }

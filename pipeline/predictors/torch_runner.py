@@ -59,6 +59,10 @@ def _memory_errors() -> Iterator[None]:
         raise torch.OutOfMemoryError(str(error)) from error
 
 
+class _CaptureError(RuntimeError):
+    """No graph can be captured of a forward pass that runs."""
+
+
 class Underway(NamedTuple):
     """A call whose batches have been handed to the device."""
 
@@ -76,7 +80,8 @@ class Runner:
     """Runs `forward` on batches of `batch` images of `shape` (H, W, 3). Warm when the constructor returns.
 
     `attention` names the kernels in the order in which torch may take them; none leaves it to torch. What raises while
-    it warms up is taken out of the order, so that one that fails on a machine costs that machine its speed alone.
+    it warms up is taken out of the order, so that one that fails on a machine costs that machine its speed alone. Where
+    no graph can be captured it runs without `graphs`.
 
     Raises torch.OutOfMemoryError where the batch is too large for the device.
     """
@@ -134,9 +139,25 @@ class Runner:
         return Underway(found, fetched)
 
     def _warm_up(self, graphs: bool) -> None:
+        order = self.attention
+        uncaptured = self._choose_kernels(graphs)
+        if not uncaptured:
+            return
+        if self.attention != order:
+            self.attention = order
+            torch.compiler.reset()
+        self._choose_kernels(graphs=False)
+        _log.warning("no CUDA graph can be captured here, so it goes without: %s", uncaptured)
+
+    def _choose_kernels(self, graphs: bool) -> str:
         """Each kernel of `attention` that raises is dropped. Where the last one raises too it is not for want of a
-        kernel, and what the first one raised is raised."""
+        kernel, and what the first one raised is raised.
+
+        A capture is tried with one other kernel, as each may have to be compiled, for a minute. Where that one fails
+        too, or none is left, it is why the first failed that is returned, and nothing is captured.
+        """
         failed: list[tuple[str, RuntimeError]] = []
+        uncaptured: list[str] = []
         while True:
             try:
                 for _ in range(_WARM_UPS):
@@ -148,8 +169,12 @@ class Runner:
                 break
             except RuntimeError as error:
                 # Kinds of it are other things: no memory, a device that is lost, a compiler that fails after a minute.
-                if type(error) is not RuntimeError or _lacks_memory(error):
+                if type(error) not in (RuntimeError, _CaptureError) or _lacks_memory(error):
                     raise
+                if isinstance(error, _CaptureError):
+                    uncaptured.append(str(error))
+                if uncaptured and (len(uncaptured) > 1 or len(self.attention) < 2):
+                    return uncaptured[0]
                 if len(self.attention) < 2:
                     raise (failed[0][1] if failed else error) from None
                 failed.append((self.attention[0], error.with_traceback(None)))
@@ -157,6 +182,7 @@ class Runner:
             torch.compiler.reset()  # what was compiled has the kernel in it
         for name, reason in failed:
             _log.warning("attention by %s fails here, so it goes without: %s", name, reason)
+        return ""
 
     def _run_forward(self, slot: int) -> None:
         with self._kernels():
@@ -200,6 +226,8 @@ class Runner:
 
         On a stream on which no other runner captures: cuBLAS has one workspace for each stream, in the memory of the
         first graph there. It would go with that runner, and still stand in the graphs of the others.
+
+        Raises _CaptureError where another reason than memory forbids it.
         """
         stream, before = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
         graphs = [torch.cuda.CUDAGraph() for _ in range(SLOTS)]
@@ -207,9 +235,15 @@ class Runner:
             for slot, graph in enumerate(graphs):
                 with torch.cuda.graph(graph, stream=stream):
                     self._run_forward(slot)
+            return graphs
+        except RuntimeError as error:
+            if _lacks_memory(error):
+                raise
+            reason = describe_error(error)
         finally:
             torch.cuda.set_stream(before)  # where a capture fails as it ends, torch leaves this thread on its stream
-        return graphs
+        # Behind the block: in it the error would have as its context what holds the tensors on the device.
+        raise _CaptureError(reason)
 
     def _event(self) -> Any:
         # The host sleeps until then, and does not spin: the decoders beside it have use for the core.

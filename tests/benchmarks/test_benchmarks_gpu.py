@@ -57,6 +57,7 @@ def test_runs_through_without_a_gpu(tmp_path: Path) -> None:
         assert row["one_call"] > 0
         assert row["call_batches"] == 2
         assert row["attention"] == "FLASH_ATTENTION"
+        assert row["graphs"] is False
     least = {"bfloat16": 0.999, "float8": 0.99}
     for row in found["correctness"]:
         assert least[row["dtype"]] < row["cls"] <= 1.0001
