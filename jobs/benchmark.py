@@ -100,6 +100,7 @@ def look(
     from pipeline.predicting import place_job
     from pipeline.preflight import measure
     from pipeline.rehearsal import rehearse, rows_to_rehearse
+    from pipeline.staff import actors_on
 
     resolved = resolve_job(spec)
     connect = partial(ray_session, address, verbose=verbose, bundles=first_bundles(spec), wait_s=wait_s)
@@ -117,8 +118,9 @@ def look(
         measured = call(
             measure, cpus=cpus, gpus=spec.gpus_per_actor, resolved=resolved, placement=placement, seconds=seconds / 2
         )
-        used = min(machines.gpus, placement.actors.max * spec.gpus_per_actor)
-        booked = placement.actor_cpus * used / spec.gpus_per_actor if used else 0.0
+        shared_by = actors_on(1, spec.gpus_per_actor) if spec.gpus_per_actor else 0
+        used = min(machines.gpus, -(-placement.actors.max // shared_by)) if shared_by else 0.0
+        booked = placement.actor_cpus * min(placement.actors.max, used * shared_by)
         shape = Shape(int(machines.cpus), used, placement.lanes, spec.decode, booked)
         expected = ideal_rate(stage_costs(measured, shape), shape)
         images, tail = rows_to_rehearse(resolved, machines, placement, expected * seconds / 2)

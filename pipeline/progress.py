@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from pipeline.placement import Placement
+from pipeline.staff import actors_on
 from schemas.attempt import AttemptRecord, StageSeconds
 
 Phase = Literal["model", "listing", "starting", "running", "finishing"]
@@ -194,5 +195,5 @@ class Meter:
         if self._counts and not self._shares_cores:
             decoders = self._cpus / self._counts
         if self._counts and self._placement.actor_gpus:
-            actors = min(actors, self._gpus / self._counts / self._placement.actor_gpus)
+            actors = min(actors, self._gpus / self._counts * actors_on(1, self._placement.actor_gpus))
         return max(actors, 1.0), max(decoders, 1.0)

@@ -47,12 +47,17 @@ def on_gpus(machines: Machines, actors: ActorRange | None, gpus_per_actor: float
     ClusterError when the GPUs are not there, or no core to decode on."""
     _check_gpus(machines, actors, gpus_per_actor)
     _check_cores(machines)
-    fit = sum(int(gpus / gpus_per_actor) for gpus in machines.node_gpus or (machines.gpus,))
+    fit = _carried_by_gpus(machines, gpus_per_actor)
     # Ray Data starts the least of them side by side, and any more one after the other.
     chosen = actors or ActorRange(min=max(1, min(fit, by_memory)), max=max(1, fit))
     now = min(chosen.max, fit, by_memory)
     actor_cpus, decode_cpus = _book_beside_gpus(machines, gpus_per_actor, now)
     return Staff(chosen, now, _GPU_CALLS, 1, 0, actor_cpus, decode_cpus)
+
+
+def actors_on(gpus: float, gpus_per_actor: float) -> int:
+    """Actors on a node with so many GPUs, of at most one GPU each: Ray takes the share of an actor from one."""
+    return int(gpus) * int(1 / gpus_per_actor + 1e-9)
 
 
 def on_cpus(machines: Machines, actors: ActorRange | None, by_memory: int, one_call: bool) -> Staff:
@@ -127,7 +132,9 @@ def _book_beside_gpus(machines: Machines, gpus_per_actor: float, now: int) -> tu
     """
     nodes = [max(1.0, cores) for cores in machines.node_cpus or (machines.cpus,)]
     # Where it is not known which nodes have the GPUs, all have some.
-    here = [int(gpus / gpus_per_actor) for gpus in machines.node_gpus] or [-(-max(1, now) // len(nodes))] * len(nodes)
+    here = [actors_on(gpus, gpus_per_actor) for gpus in machines.node_gpus] or [-(-max(1, now) // len(nodes))] * len(
+        nodes
+    )
     tight = [
         (cores, min(fit, now)) for cores, fit in zip(nodes, here, strict=True) if fit and 2 * min(fit, now) > cores
     ]
@@ -136,10 +143,16 @@ def _book_beside_gpus(machines: Machines, gpus_per_actor: float, now: int) -> tu
     return min(0.5 * cores / actors for cores, actors in tight), min(1.0, *(0.5 * cores for cores, _ in tight))
 
 
+def _carried_by_gpus(machines: Machines, gpus_per_actor: float) -> int:
+    return sum(actors_on(gpus, gpus_per_actor) for gpus in machines.node_gpus or (machines.gpus,))
+
+
 def _check_gpus(machines: Machines, actors: ActorRange | None, gpus_per_actor: float) -> None:
-    needed = gpus_per_actor * (actors.min if actors else 1)
-    if machines.gpus < needed:
+    least = actors.min if actors else 1
+    if _carried_by_gpus(machines, gpus_per_actor) < least:
+        needed = max(gpus_per_actor * least, math.ceil(least / max(1, actors_on(1, gpus_per_actor))))
         asked = f"--gpus-per-actor {gpus_per_actor:g}" + (f" × --actors {actors.min}" if actors else "")
+        asked += ", each from one GPU," if gpus_per_actor < 1 else ""
         wait = "give --cluster-wait 900 where the cluster grows by itself, " if machines.may_grow else ""
         raise ClusterError(
             f"{asked} needs {needed:g} GPUs, the cluster has {machines.gpus:g} GPUs and {machines.cpus:g} CPUs. "

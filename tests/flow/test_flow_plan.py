@@ -154,6 +154,17 @@ def test_actors_that_share_a_gpu_fit_on_its_node(
         assert gpus / each * placement.actor_cpus + placement.decode_cpus <= cores
 
 
+@pytest.mark.parametrize(("each", "fit"), [(0.6, 8), (1 / 3, 24), (0.1, 80), (1.0, 8)])
+def test_no_actor_has_a_share_of_two_gpus(each: float, fit: int) -> None:
+    """Ray gives less than one GPU from one GPU."""
+    machines = GPU_BOX._replace(gpus=8.0, node_cpus=(64.0,), node_gpus=(8.0,), node_memory=(2e12,))
+    assert placed(machines, gpus_per_actor=each, rows=10**7).actors.max == fit
+    assert placed(machines, gpus_per_actor=each, actors=ActorRange(min=fit, max=fit)).actors.min == fit
+    more = ActorRange(min=fit + 1, max=fit + 1)
+    with pytest.raises(ClusterError, match=rf"× --actors {fit + 1}.* needs 9 GPUs, the cluster has 8 GPUs"):
+        placed(machines, gpus_per_actor=each, actors=more)
+
+
 def test_gpus_that_are_not_there() -> None:
     with pytest.raises(ClusterError, match=r"needs 8 GPUs, the cluster has 4 GPUs and 64 CPUs"):
         placed(GPU_BOX, gpus_per_actor=2.0, actors=ActorRange(min=4, max=4))

@@ -96,6 +96,14 @@ def test_the_cores_that_actors_on_gpus_book_decode_nothing(given: Given, checkpo
     assert (shape.cpus, shape.gpus, shape.actor_cpus) == (8, 2, 2)
 
 
+def test_an_actor_that_has_a_gpu_alone_has_its_whole_rate(given: Given, checkpoint: Path) -> None:
+    """However small the share that it books: there is no room beside it for another."""
+    given.machines = Machines(8, 2, 1e9, 1, (8.0,), (2.0,), (64e9,))
+    given.measured = FAST._replace(forward=[Forward("float32", 8, 0, 1e-3, [])])
+    shape = look(spec_for(checkpoint, gpus_per_actor=0.6, dtype="float32"), 20.0, None, 0.0, None, False)[1]
+    assert (shape.gpus, shape.actor_cpus) == (2, 2)
+
+
 def test_the_start_of_ray_is_part_of_the_start_up(
     given: Given, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

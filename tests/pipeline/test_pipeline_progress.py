@@ -147,6 +147,18 @@ def test_the_bottleneck_of_a_cluster_that_grows_counts_what_it_had(clock: dict[s
     assert ours.look().bottleneck == "decode"
 
 
+def test_the_bottleneck_counts_no_actors_on_what_is_left_of_two_gpus(clock: dict[str, float]) -> None:
+    box = Machines(cpus=8.0, gpus=8.0, object_store_bytes=1e10, node_cpus=(8.0,), may_grow=True)
+    actors = ActorRange(min=1, max=16)
+    placement = place(box, rows=100, actors=actors, gpus_per_actor=0.6, batch_size=8, pixel_bytes=1, model_bytes=1)
+    ours = Meter(100, 0, 0, placement, 16, lambda: (8.0, 8.0))
+    ours.received(8)
+    ours.look()
+    clock["s"] += 10.0
+    ours.committed(100, 0, 1, StageSeconds(decode=56.0, predict=64.0))  # 70% of the cores, 80% of eight actors
+    assert ours.bottleneck() == "predict"
+
+
 def test_cores_that_wait_for_bytes_are_held_up_by_fetching(clock: dict[str, float]) -> None:
     ours = meter()
     ours.received(8)
