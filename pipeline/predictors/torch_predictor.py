@@ -187,6 +187,8 @@ class TorchPredictor:
         if self._batch == 1:
             raise ClusterError("the GPU lacks the memory for a batch of one image; use a larger GPU or a smaller model")
         self._batch //= 2
+        if self._plan is not None and self._plan.compiled != "nothing":
+            torch.compiler.reset()  # dynamo compiles a function for eight shapes and no more
         gc.collect()
         torch.cuda.empty_cache()
         _log.warning("out of device memory: batch size is %d from here on", self._batch)

@@ -167,6 +167,29 @@ def test_what_lacks_memory_as_it_is_timed_is_halved(
     assert predictor._fastest().batch == predictor.batch_size == max(1, fits // 2), "as fast as the larger"
 
 
+@torch.inference_mode()
+def test_what_is_compiled_is_compiled_for_each_smaller_batch(
+    info: ModelInfo, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Dynamo runs a function that has been compiled for eight shapes as it is for any other."""
+    compiled: list[int] = []
+
+    def remember(graph: Any, inputs: Sequence[Any]) -> Any:
+        compiled.append(max(given.shape[0] for given in inputs if given.dim() == 3))
+        return graph.forward
+
+    predictor = TorchPredictor(info, wanting(info), dtype="float8", batch_size=512)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=remember))
+    torch.compiler.reset()
+    request.addfinalizer(torch.compiler.reset)
+    compile_trunk(predictor._model.trunk, "blocks")
+    monkeypatch.setattr(predictor, "_plan", GpuPlan((), "blocks", graphs=False))
+    sizes = [256, 128, 64, 32, 16, 8, 4, 2, 1]
+    for _ in sizes:
+        predictor._smaller()
+    assert sorted(set(compiled), reverse=True) == sizes
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8"])
 def test_a_smaller_batch_that_cannot_be_compiled_runs_as_it_is_in_any_thread(
     info: ModelInfo, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, dtype: str
