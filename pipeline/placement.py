@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from pipeline.staff import Staff, on_cpus, on_gpus
+from pipeline.staff import Staff, actors_on, on_cpus, on_gpus
 from schemas.errors import ClusterError
 from schemas.machines import Machines
 from schemas.values import ActorRange
@@ -127,8 +127,9 @@ def place(
         limits = _cpu_batch_limits(staff, rows, image_gflop)
     usual = 256 if on_gpu else served_batch or 8
     batch = batch_size or _automatic_batch(usual, _LARGEST_BLOCK_BYTES / row_bytes, *limits)
+    shares = -(-rows // (batch * in_flight * lanes))
     if actors is None:
-        chosen = _useful_actors(chosen, -(-rows // (batch * in_flight * lanes)))
+        chosen = _useful_actors(chosen, shares)
     # A size that was asked for is kept, however long it takes; no more are under way than there is room for.
     at_once = batch * max(1, min(in_flight, int((room if batch_size else min(room, work)) // batch)))
     blocks = max(1, _BLOCK_BYTES // (row_bytes * at_once)) if pixel_bytes else 4096 // batch
@@ -144,7 +145,7 @@ def place(
     block_rows = at_once * max(1, min(blocks, rows // (at_once * chosen.max * lanes * _BLOCKS_A_CALL) or 1))
     return Placement(
         actors=chosen,
-        initial_actors=max(chosen.min, min(staff.now, chosen.max)),
+        initial_actors=max(chosen.min, min(staff.now, chosen.max, shares)),
         actor_cpus=staff.actor_cpus,
         actor_gpus=gpus_per_actor,
         actor_memory_bytes=model_bytes,
@@ -186,15 +187,18 @@ def _carried_by_memory(machines: Machines, model_bytes: int, gpus_per_actor: flo
     """How many actors the memory of the machines carries. Where it carries none, Ray waits for a larger machine: one,
     with a warning, where such a machine may come; otherwise that would be for ever, and ClusterError is raised."""
     gpus = machines.node_gpus or (0.0,) * len(machines.node_memory)
-    known = [memory for memory, here in zip(machines.node_memory, gpus, strict=True) if here >= gpus_per_actor]
+    known = [(memory, here) for memory, here in zip(machines.node_memory, gpus, strict=True) if here >= gpus_per_actor]
     if not known:
         return _UNKNOWN
-    carried = sum(int(memory // max(1, model_bytes)) for memory in known)
+    carried = sum(
+        min(int(memory // max(1, model_bytes)), actors_on(here, gpus_per_actor) if gpus_per_actor else _UNKNOWN)
+        for memory, here in known
+    )
     if carried:
         return carried
     lacks = (
         f"an actor with this model needs {model_bytes / 1e9:.1f} GB of memory, the largest machine gives Ray "
-        f"{max(known) / 1e9:.1f} GB"
+        f"{max(known)[0] / 1e9:.1f} GB"
     )
     if not machines.may_grow:
         raise ClusterError(f"{lacks}. Use larger machines, or a smaller model")

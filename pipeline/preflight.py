@@ -248,6 +248,8 @@ def measure_write(resolved: ResolvedJob, predicted: pa.Table) -> float:
     many = pa.concat_tables([predicted] * 16)
     # Patch features of that many rows may be gigabytes, several times over while they are sorted and encoded.
     many = many.slice(0, max(1, len(many) * resolved.spec.sink.part_bytes // max(1, many.nbytes)))
+    # A part holds each row once.
+    many = many.set_column(many.column_names.index("row"), "row", pa.array(range(len(many)), pa.int64()))
     with tempfile.TemporaryDirectory() as folder:
         fs, path = filesystem(folder, {})
         started = time.perf_counter()

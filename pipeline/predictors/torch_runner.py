@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.models.gpu import Compiled
+from schemas.redaction import named
 
 Forward = Callable[[Tensor], Sequence[Tensor]]
 SLOTS = 2
@@ -35,7 +36,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def describe_error(error: BaseException) -> str:
     """`error` and what lies beneath it, in one line."""
-    return "; beneath it ".join(f"{type(link).__name__}: {' '.join(str(link).split())}"[:500] for link in _chain(error))
+    return "; beneath it ".join(named(link)[:500] for link in _chain(error))
 
 
 def _lacks_memory(error: BaseException) -> bool:

@@ -19,7 +19,7 @@ _LISTINGS = 5
 
 
 class Ledger(NamedTuple):
-    """Rows done, as spans. `twice` holds rows that stand in more than one part, which must not be."""
+    """Rows done, as spans. `twice` holds rows that stand more than once, which must not be."""
 
     parts: list[Part]
     images: Spans

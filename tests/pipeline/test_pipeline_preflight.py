@@ -137,8 +137,9 @@ def test_what_is_written_to_measure_it_is_no_more_than_a_part(
     written: list[pa.Table] = []
 
     def noted(table: pa.Table, schema: pa.Schema) -> tuple[pa.Table, pa.Table]:
-        written.append(table)
-        return split(table, schema)
+        images, failures = split(table, schema)
+        written.append(images)
+        return images, failures
 
     monkeypatch.setattr("pipeline.preflight.split", noted)
     assert measure_write(job, predicted) > 0
