@@ -16,7 +16,7 @@ import typer
 from jobs.output import emit
 from schemas.errors import ClusterError, PatchstreamError
 from schemas.machines import NEEDED_VARIABLES
-from schemas.redaction import redact
+from schemas.redaction import named, redact
 
 _MODULES = (
     "jobs.embed",
@@ -91,7 +91,7 @@ def run_command(arguments: list[str]) -> int:
         return 2
     except OSError as error:
         again = "; another command may have replaced it meanwhile" if isinstance(error, FileNotFoundError) else ""
-        message = f"{type(error).__name__}: {redact(str(error))}{again}"
+        message = f"{named(error)}{again}"
         message += ". PATCHSTREAM_VERBOSE=1 in the environment shows where it happened"
         return _fail(error, message, 2, verbose)
     except Exception as error:  # noqa: BLE001  what nobody foresaw, without what must not be printed

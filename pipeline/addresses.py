@@ -40,7 +40,8 @@ def behind_caches(url: str) -> str:
 def file_name(url: str) -> str:
     """The last segment of what `url` names: in front of the archive that this lies in, of a query and of a fragment."""
     url = behind_caches(url)
-    path = url.partition("::")[0] if is_chained(url) else url
+    # A path on a disk may hold `::`.
+    path = url if url.startswith("/") or not is_chained(url) else url.partition("::")[0]
     if scheme(url) == "http":
         # By hand: what is no address, such as `http://[abc/a.jpg`, is a row too.
         path = re.split("[?#]", url, maxsplit=1)[0].partition("://")[2].partition("/")[2]

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,6 +16,9 @@ _log = logging.getLogger("pipeline")
 # What this process works on now: one thing at a time, in which threads that it starts share. Of an actor with several
 # calls at once it is the latest one.
 _now: dict[str, Any] = {}
+# Sources are listed in several threads.
+_telling = threading.Lock()
+_told: set[tuple[str, ...]] = set()
 
 
 def working_on(run_id: str, stage: str, first: int | None = None, last: int | None = None) -> None:
@@ -33,6 +37,14 @@ def working_on(run_id: str, stage: str, first: int | None = None, last: int | No
 def event(name: str, **facts: Any) -> None:
     """Write one line. `facts` must be JSON-ready and hold no address with credentials."""
     _log.info(name, extra={"facts": facts})
+
+
+def warn_once(log: logging.Logger, key: tuple[str, ...], message: str, *values: object) -> None:
+    """Not for every table or shard of a data set."""
+    with _telling:
+        if key not in _told:
+            _told.add(key)
+            log.warning(message, *values)
 
 
 class _Json(logging.Formatter):

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+from fsspec import AbstractFileSystem
+
+from pipeline.addresses import behind_caches, scheme
 from pipeline.storage import Options, filesystem, is_local
 from schemas.redaction import one_line
 
@@ -17,9 +20,8 @@ def read_small(url: str, options: Options, *, most_bytes: int | None = MOST_BYTE
     and what `filesystem` raises."""
     fs, path = filesystem(url, options)
     try:
-        # `<(…)` in a shell is a pipe, and fsspec seeks in what it reads.
         # An open file of a web server that names no size gives less than it is asked for.
-        data = _read_local(path, most_bytes) if is_local(fs) else bytes(fs.cat_file(path))
+        data = bytes(fs.cat_file(path)) if scheme(behind_caches(url)) == "http" else _read(fs, path, most_bytes)
     except Exception as error:
         raise Unreadable(_why(error)) from error
     if most_bytes is not None and len(data) > most_bytes:
@@ -27,9 +29,11 @@ def read_small(url: str, options: Options, *, most_bytes: int | None = MOST_BYTE
     return data
 
 
-def _read_local(path: str, most_bytes: int | None) -> bytes:
-    with Path(path).open("rb") as file:
-        return file.read() if most_bytes is None else file.read(most_bytes + 1)
+def _read(fs: AbstractFileSystem, path: str, most_bytes: int | None) -> bytes:
+    # `<(…)` in a shell is a pipe, and fsspec seeks in what it reads.
+    with Path(path).open("rb") if is_local(fs) else fs.open(path, "rb") as file:
+        data: bytes = file.read() if most_bytes is None else file.read(most_bytes + 1)
+    return data
 
 
 def _why(error: Exception) -> str:

@@ -25,6 +25,7 @@ from pipeline.models.formats import (
 from pipeline.models.formats.format import Config, Format, Shapes
 from pipeline.models.text_architecture import TextFormat
 from schemas.errors import CheckpointError
+from schemas.redaction import named
 
 FORMATS: tuple[Format, ...] = (
     hf_vit.FORMAT,
@@ -75,7 +76,7 @@ def described_as(family: str, where: str) -> Iterator[None]:
         yield
     except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{where}: its tensors or its config are not those of {family} ({type(error).__name__}: {error}). Fetch it "
+            f"{where}: its tensors or its config are not those of {family} ({named(error)}). Fetch it "
             "again, or convert it again from where it came"
         ) from error
 

@@ -158,7 +158,7 @@ class Runner:
         too, or none is left, it is why the first failed that is returned, and nothing is captured.
         """
         failed: list[tuple[str, RuntimeError]] = []
-        uncaptured: list[str] = []
+        uncaptured = ""
         while True:
             try:
                 for _ in range(_WARM_UPS):
@@ -169,14 +169,16 @@ class Runner:
                 self._graphs = self._captured() if graphs else []
                 break
             except RuntimeError as error:
+                if uncaptured:
+                    return uncaptured  # the kernel before runs, if not in a graph
                 # Kinds of it are other things: no memory, a device that is lost, a compiler that fails after a minute.
                 if type(error) not in (RuntimeError, _CaptureError) or _lacks_memory(error):
                     raise
                 if isinstance(error, _CaptureError):
-                    uncaptured.append(str(error))
-                if uncaptured and (len(uncaptured) > 1 or len(self.attention) < 2):
-                    return uncaptured[0]
+                    uncaptured = str(error)
                 if len(self.attention) < 2:
+                    if uncaptured:
+                        return uncaptured
                     raise (failed[0][1] if failed else error) from None
                 failed.append((self.attention[0], error.with_traceback(None)))
             self.attention = self.attention[1:]

@@ -28,6 +28,7 @@ from pipeline.report.shrink import shrink
 from pipeline.storage import filesystem, is_local, redact
 from pipeline.versions import is_header_of, same_object, same_size, same_version
 from schemas.errors import SourceError
+from schemas.redaction import named
 from schemas.spec import FetchSpec
 
 _MANIFEST_COLUMNS = ("row", "uri", "container", "offset", "length", "size", "etag")
@@ -259,4 +260,4 @@ def _why_not(job: Future[Any]) -> str:
     error = job.exception()
     if error is None:
         return ""
-    return redact(f"{type(error).__name__}: {error}")[:300]
+    return named(error)[:300]

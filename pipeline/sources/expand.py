@@ -3,7 +3,6 @@
 import logging
 import os
 import tarfile
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.addresses import behind_caches, is_chained, scheme
+from pipeline.logs import warn_once
 from pipeline.sources.columns import content_table, shown_name
 from pipeline.sources.listing import address_of, list_source, named_by, wanted
 from pipeline.sources.stores import Entry
@@ -144,21 +144,9 @@ _MANY_ROWS = 4 * 1024
 _MANY_BYTES = 256 << 20
 
 
-# Tables are listed in several threads.
-_telling = threading.Lock()
-_told: set[tuple[str, ...]] = set()
-
-
-def _tell_once(key: tuple[str, ...], message: str, *values: object) -> None:
-    """Not for every table of a data set."""
-    with _telling:
-        if key not in _told:
-            _told.add(key)
-            _log.warning(message, *values)
-
-
 def _tell_large_groups(rows: int, table: str) -> None:
-    _tell_once(
+    warn_once(
+        _log,
         ("large groups",),
         "%s has row groups of up to %s rows, and a decoding task reads its own from the beginning: images are read "
         "about %d times. Written anew with row_group_size=1000 they are read once (docs/sources.md)",
@@ -169,7 +157,8 @@ def _tell_large_groups(rows: int, table: str) -> None:
 
 
 def _tell_ours(table: str) -> None:
-    _tell_once(
+    warn_once(
+        _log,
         ("ours", table.rpartition("/")[0]),
         "%s begins with the columns of what a run writes and is taken for a part of one: the addresses in it, and in "
         "others like it in the same folder, are left out. To take them give the file itself as a source, or *.parquet",
@@ -178,7 +167,8 @@ def _tell_ours(table: str) -> None:
 
 
 def _tell_left_out(images: str, columns: tuple[str, ...]) -> None:
-    _tell_once(
+    warn_once(
+        _log,
         (images, *columns),
         "the images are those of column `%s`; other columns that hold bytes do not ride along: %s. "
         "--image-column names the one to take",

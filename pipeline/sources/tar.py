@@ -11,6 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
+from pipeline.logs import warn_once
 from pipeline.sources.reading import open_object
 from pipeline.storage import Options, redact
 
@@ -55,7 +56,7 @@ def list_tar(uri: str, storage_options: Options) -> Iterator[TarImage]:
     with open_object(uri, storage_options) as file, _open(file, uri) as shard:
         sample: list[tarfile.TarInfo] = []
         sidecars: Sidecars = {}
-        large: list[str] = []
+        large, first_large = 0, ""
         key = None
         try:
             for member in _members(shard, file, uri):
@@ -66,17 +67,17 @@ def list_tar(uri: str, storage_options: Options) -> Iterator[TarImage]:
                     continue
                 stem, suffix = _split(member.name)
                 if suffix in SIDECARS and member.size > _MAX_SIDECAR_BYTES:
-                    large.append(member.name)
+                    large, first_large = large + 1, first_large or member.name
                 elif suffix in SIDECARS:
                     sidecars.setdefault(stem, {})[suffix] = _text(shard, member)
                 elif suffix in _IMAGE_SUFFIXES or not suffix:
                     sample.append(member)
         except (tarfile.ReadError, ValueError) as error:
             yield from _images(sample, sidecars)
-            _tell_large(uri, large)
+            _tell_large(uri, large, first_large)
             raise _damaged(uri, error) from error
         yield from _images(sample, sidecars)
-        _tell_large(uri, large)
+        _tell_large(uri, large, first_large)
 
 
 def _open(file: BinaryIO, uri: str) -> tarfile.TarFile:
@@ -96,15 +97,17 @@ def _damaged(uri: str, error: Exception) -> tarfile.ReadError:
     return tarfile.ReadError(f"{redact(uri)} breaks off or is damaged ({error})")
 
 
-def _tell_large(uri: str, names: list[str]) -> None:
-    if names:
-        _log.warning(
-            "%s: %d texts beside images are larger than %d MiB and left out, the first is %s; make them smaller, or "
-            "give them as columns of a table",
+def _tell_large(uri: str, count: int, first: str) -> None:
+    if count:
+        warn_once(
+            _log,
+            ("large texts", uri.rpartition("/")[0]),
+            "%s: texts of more than %d MiB beside images are left out, here %d, of which the first is %s, and in other "
+            "shards of the same folder; make them smaller, or give them as columns of a table",
             redact(uri),
-            len(names),
             _MAX_SIDECAR_BYTES >> 20,
-            names[0],
+            count,
+            first,
         )
 
 

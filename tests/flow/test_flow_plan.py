@@ -122,6 +122,8 @@ def test_gpus_decide_the_number_of_actors() -> None:
     assert placed(GPU_BOX, gpus_per_actor=0.5).actors.max == 8
     assert placed(GPU_BOX, gpus_per_actor=1.0, actors=ActorRange(min=1, max=64)).initial_actors == 4
     assert placed(GPU_BOX, gpus_per_actor=1.0, actors=ActorRange(min=1, max=3)).initial_actors == 3
+    few = placed(GPU_BOX, gpus_per_actor=1.0, actors=ActorRange(min=1, max=4), rows=10)
+    assert few.initial_actors == 1, "one computes them all"
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,9 @@ def test_no_more_actors_start_on_gpus_than_memory_carries() -> None:
     machines = cluster(16, 4, memory_gib=32)._replace(node_gpus=(4,))
     placement = placed(machines, model_bytes=8_000_000_000)
     assert (placement.actors.min, placement.initial_actors, placement.actors.max) == (3, 3, 4)
+    apart = cluster(16, 9)._replace(node_cpus=(8, 8), node_gpus=(8, 1), node_memory=(20e9, 200e9))
+    placement = placed(apart, model_bytes=8_000_000_000)
+    assert (placement.actors.min, placement.initial_actors, placement.actors.max) == (3, 3, 9)
 
 
 def test_a_cluster_that_grows_may_bring_a_larger_machine(caplog: pytest.LogCaptureFixture) -> None:

@@ -118,6 +118,8 @@ def test_another_width_keeps_the_heads_that_the_architecture_has(tmp_path: Path)
     assert worst_error(ours.logits, expected.logits) < 1e-4
     make_timm_checkpoint(tmp_path / "gap", "vit_base_patch16_gap_224", **made_with)
     assert inspect_model(str(tmp_path / "gap")).network.heads == 16
+    make_timm_checkpoint(tmp_path / "own", "vit_small_patch16_224", **made_with)
+    assert inspect_model(str(tmp_path / "own")).network.heads == 6, "the width that its name stands for"
 
 
 @pytest.mark.parametrize("architecture", ["vit_small_patch16_224", "vit_base_patch32_clip_224"])

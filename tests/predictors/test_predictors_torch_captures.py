@@ -106,6 +106,17 @@ def test_where_no_graph_can_be_captured_it_runs_without(
     assert "beneath it RuntimeError: no plan for these shapes" in caplog.text
 
 
+def test_a_kernel_that_is_tried_for_its_capture_alone_may_lack_memory(device: Device) -> None:
+    def lacks(kernel: str) -> bool:
+        if kernel == "FLASH_ATTENTION":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return False
+
+    device.fails, device.fails_captured = lacks, lambda kernel: True
+    runner = device.runner("CUDNN_ATTENTION", "FLASH_ATTENTION")
+    assert (runner._graphs, runner.attention) == ([], ("CUDNN_ATTENTION", "FLASH_ATTENTION"))
+
+
 def test_a_capture_that_lacks_memory_is_not_tried_with_another_kernel(device: Device) -> None:
     def lacks(kernel: str) -> bool:
         raise torch.OutOfMemoryError("CUDA out of memory")

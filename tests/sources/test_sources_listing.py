@@ -259,6 +259,9 @@ def test_include_and_exclude_look_at_the_address_and_at_its_last_segment() -> No
     assert not wanted("s3://b/cats/1.jpg", ("*.png", "dogs/*"), ())
     assert not wanted("s3://b/cats/1.jpg", ("*.jpg",), ("*/cats/*",))
     assert not wanted("s3://b/cats/.DS_Store", (), (".*",))
+    assert wanted("/x/run::1/IMG_1.jpg", ("IMG*",), ())
+    assert not wanted("/x/run::1/.DS_Store", (), (".*",))
+    assert wanted("/x/.old::2/a.jpg", (), (".*",))
 
 
 def test_the_name_is_seen_in_front_of_an_archive_and_of_a_query(

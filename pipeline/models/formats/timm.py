@@ -28,6 +28,8 @@ HEADS = {
     **{width: width // 64 for width in (192, 256, 320, 384, 448, 512, 576, 640, 768, 832, 896, 1024, 1536)},
     **{1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16},
 }
+# The widths that names of architectures stand for.
+_WIDTHS = {"_tiny_": 192, "_small_": 384, "_base_": 768, "_large_": 1024}
 OTHER_HEADS = {"vit_giantopt": 16, "vit_base_patch16_gap_224": 16}
 
 # Architectures whose MLP is not the exact GELU.
@@ -94,7 +96,8 @@ def heads(config: Config, width: int) -> int:
     CheckpointError where none of them says it, or what is said does not divide the width.
     """
     name, given = str(config["architecture"]), settings(config).get("num_heads")
-    usual = None if (config.get("model_args") or {}).get("embed_dim") else HEADS.get(width)
+    own = any(size in name and width == its for size, its in _WIDTHS.items())
+    usual = HEADS.get(width) if own or not (config.get("model_args") or {}).get("embed_dim") else None
     count = given or next((count for start, count in OTHER_HEADS.items() if name.startswith(start)), usual)
     if not isinstance(count, int) or count < 1 or width % count:
         raise CheckpointError(
