@@ -11,6 +11,7 @@ from support.manifests import decode_all
 from support.shards import listed, png, shades
 from support.source_rows import FIXED, read, spec_of, uris, write
 
+from pipeline import logs
 from pipeline.sources import expand
 from pipeline.sources.columns import ColumnMisfit, conformed, content_table
 from pipeline.sources.manifest import read_schema, read_sources, write_manifest
@@ -281,7 +282,7 @@ def test_row_groups_that_are_read_again_and_again_are_told_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(expand, "_MANY_BYTES", 1 << 20)
-    monkeypatch.setattr(expand, "_told", set())
+    monkeypatch.setattr(logs, "_told", set())
     for name, rows, size in (("many", 5000, 300), ("small", 5000, 20), ("few", 3000, 1000)):
         bytes_ = [bytes([row % 256]) * size for row in range(rows)]
         table = pa.table({"image": [{"bytes": one, "path": None} for one in bytes_], "n": range(rows)})
