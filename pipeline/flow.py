@@ -110,7 +110,8 @@ def _run(spec: JobSpec, connect: Connect, listen: Listener, place: Place) -> Sum
         raise
     finally:
         attempts.finish(spec.out, attempt, spec.storage_options)
-    return Summary(spec.out, opened.rows, opened.count(ledger.images), opened.count(ledger.failures), attempt)
+    rows = intervals.count(opened.current)
+    return Summary(spec.out, rows, opened.count(ledger.images), opened.count(ledger.failures), attempt)
 
 
 def _work(
@@ -126,7 +127,7 @@ def _work(
 ) -> None:
     """Predict and commit `rest`, in as many passes as it takes. `failed` rows have come to their end as failures."""
     spec = resolved.spec
-    rows, left = opened.rows, intervals.count(rest)
+    rows, left = intervals.count(opened.current), intervals.count(rest)
     resources, served = _resources_now if machines.may_grow else None, spec.backend == "triton"
     meter = Meter(rows, rows - left, failed, placement, spec.fetch.concurrency, resources, served)
     attempt.device = "triton" if served else "gpu" if spec.gpus_per_actor else "cpu"

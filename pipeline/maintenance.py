@@ -104,8 +104,7 @@ def reopen_failures(
     ledger = read_ledger(out, storage_options)
     rows = [_failed_rows(out, part, everything, storage_options) for part in _failures(ledger)]
     opened = reopen(out, record, storage_options)
-    current = intervals.complement(opened.replaced, opened.first, opened.stop)
-    again = intervals.common(intervals.union(intervals.from_rows(found) for found in rows), current)
+    again = intervals.common(intervals.union(intervals.from_rows(found) for found in rows), opened.current)
     left = opened.pending(ledger)
     if not len(again) and not len(left):
         count = opened.count(ledger.failures)

@@ -92,15 +92,14 @@ class Opened(NamedTuple):
         """Rows of the shard that have come to no end."""
         return pending(ledger, self.first, self.stop, self.replaced)
 
-    def count(self, rows: Spans) -> int:
-        """How many of `rows` are of the shard, without those that are replaced."""
-        inside = intervals.intersect(rows, self.first, self.stop)
-        return intervals.count(inside) - intervals.count(intervals.common(inside, self.replaced))
-
     @property
-    def rows(self) -> int:
-        """How many rows of the shard are to come to an end."""
-        return self.count(intervals.complement(intervals.EMPTY, self.first, self.stop))
+    def current(self) -> Spans:
+        """Rows of the shard that are to come to an end: those that are not replaced."""
+        return intervals.complement(self.replaced, self.first, self.stop)
+
+    def count(self, rows: Spans) -> int:
+        """How many of `rows` are current."""
+        return intervals.count(intervals.common(rows, self.current))
 
 
 def resolve_job(spec: JobSpec) -> ResolvedJob:

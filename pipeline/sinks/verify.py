@@ -81,7 +81,7 @@ def _check_part(fs: AbstractFileSystem, out: str, part: Part, schema: pa.Schema,
         yield f"schema differs: {_schema_difference(table.schema, schema)}"
     rows = table["row"].to_numpy()
     if len(rows) and (np.any(np.diff(rows) <= 0) or part_name(rows) != part.name):
-        yield ("the rows in it are not those that its name stands for; delete the file and run the same command again")
+        yield "the rows in it are not those that its name stands for; delete the file and run the same command again"
     if not run.describes((table.schema.metadata or {}).get(METADATA_KEY)):
         yield "its metadata is not that of this run"
 
